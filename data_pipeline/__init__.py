@@ -1,0 +1,1 @@
+"""Raw text in; tokenizer, Arrow shards, manifest and exact, ordered batches out."""

@@ -1,0 +1,25 @@
+"""Errors a user can mend. Standard library only: every room may import this leaf.
+
+The message says what was wrong, where (file, key, line) and what would be right. The command line prints it
+without a traceback and exits 2; any other exception is a bug and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Base of all mistakes that the user, not the code, can mend."""
+
+
+class ConfigError(UserError):
+    """A configuration file, override or combination of values that cannot be used."""
+
+
+class DataError(UserError):
+    """A corpus, tokenizer or dataset that is missing, damaged or unsuitable."""
+
+
+class RunError(UserError):
+    """A run folder that is owned by someone else or belongs to another run."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or cannot be written."""

@@ -1,0 +1,1 @@
+"""The architectures, their parts, noise, losses and generation. Knows nothing of data, engines or process groups."""

@@ -1,0 +1,34 @@
+"""What goes into every architecture and what comes out."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+IGNORE = -100
+"""A label that counts for nothing."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch. B sequences of T tokens."""
+
+    input_ids: Tensor
+    """[B, T] int64."""
+    labels: Tensor
+    """[B, T] int64: the token after each input, or IGNORE."""
+    samples: Tensor
+    """[B] int64: global position of each sequence in the data order; keys the noise."""
+    step: Tensor
+    """0-d int64: optimizer step, from 1; keys the noise and the penalty schedules."""
+    seed: int
+    """Of the run; keys the noise."""
+
+
+class ModelOutput(NamedTuple):
+    """Result of a forward pass."""
+
+    loss: Tensor
+    """0-d: the objective, penalties included."""
+    metrics: dict[str, Tensor]
+    """Detached 0-d tensors by name; `cross_entropy` (nats, mean over labels that count) is always there."""

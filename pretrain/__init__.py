@@ -1,0 +1,1 @@
+"""The trainer: configuration, run folder, engine, checkpoint, tracking, evaluation, report."""
