@@ -1,0 +1,153 @@
+"""`duet`: the command line. Each command imports what it runs inside its own function."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_pipeline.errors import UserError
+from launch import checkpoint, data, tracking
+
+ConfigArgs = Annotated[
+    list[str],
+    typer.Argument(metavar="CONFIG… KEY=VALUE…", help="YAML files or presets, then overrides such as optimizer.lr=3e-4."),
+]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+StepOption = Annotated[int | None, typer.Option("--step", help="Use the checkpoint of this step, not the newest.")]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Duet: pretrain parallel encoder-decoders with learned dropout, and what they are compared with.",
+)
+app.add_typer(data.app, name="data")
+app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(tracking.app, name="track")
+config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
+app.add_typer(config_app, name="config")
+
+
+@app.command()
+def train(
+    config: ConfigArgs,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine: one for each GPU.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
+) -> None:
+    """Train, or go on from the newest checkpoint of the run folder.
+
+    Example: `duet train model/tiny run/quickstart data.path=data/python-docs --ranks 2`
+    """
+    from pretrain.config import load
+
+    loaded = load(config)
+    loaded.micro_batches(ranks)
+    if dry_run:
+        from launch.dry_run import describe
+
+        typer.echo(describe(loaded, ranks))
+        return
+    from launch.local import run_ranks
+
+    raise typer.Exit(run_ranks(config, ranks, loaded.run_dir / "logs"))
+
+
+@app.command("eval")
+def evaluate(run: RunArg, step: StepOption = None) -> None:
+    """Validate a checkpoint over all held-out text.
+
+    Example: `duet eval runs/quickstart`
+    """
+    from pretrain.use import evaluate_run
+
+    for name, value in evaluate_run(run, step).items():
+        typer.echo(f"{name:<28} {value:.6f}")
+
+
+@app.command()
+def generate(
+    run: RunArg,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    step: StepOption = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0: among all.")] = 50,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Continue a text.
+
+    Example: `duet generate runs/quickstart --prompt "Return the "`
+    """
+    from pretrain.use import generate_text
+
+    for piece in generate_text(
+        run, step, prompt, tokens=tokens, temperature=temperature, top_k=top_k or None, seed=seed
+    ):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders; several are compared.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; RUN/report.html unless given.")] = None,
+) -> None:
+    """Write a self-contained HTML report, and a picture beside it.
+
+    Example: `duet report runs/quickstart`
+    """
+    from pretrain.report import write_report
+
+    typer.echo(str(write_report(runs, out)))
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[Path, typer.Option("--dir", help="Where data and run go.")] = Path("."),
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that train.")] = 2,
+) -> None:
+    """From text that is already on this machine to a trained, tracked model, in a few minutes.
+
+    Example: `duet quickstart --dir /tmp/first`
+    """
+    from launch.quickstart import run
+
+    raise typer.Exit(run(folder, ranks))
+
+
+@config_app.command("show")
+def config_show(config: ConfigArgs) -> None:
+    """Print the configuration that these files, presets and overrides make.
+
+    Example: `duet config show model/tiny run/quickstart optimizer.lr=3e-4`
+    """
+    from pretrain.config import dump, load
+
+    typer.echo(dump(load(config)), nl=False)
+
+
+@config_app.command("presets")
+def config_presets() -> None:
+    """List the shipped presets.
+
+    Example: `duet config presets`
+    """
+    from pretrain.config import presets
+
+    for name in presets():
+        typer.echo(name)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

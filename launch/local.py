@@ -1,0 +1,80 @@
+"""Ranks on this machine: started together, ended together."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+
+GRACE_SECONDS = 15.0
+"""What a rank gets to end by itself after another one failed."""
+
+
+def run_ranks(args: list[str], ranks: int, logs: Path) -> int:
+    """Start `python -m pretrain ARGS` on each rank and wait; rank 0 has the terminal, the others write to `logs`.
+
+    Signals go to every rank once. When this process dies, even by SIGKILL, the kernel ends the ranks.
+
+    Returns:
+        the exit code: 0, or that of the first rank that failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="duet-") as meeting:
+        environment = os.environ | {
+            "DUET_PARENT": str(os.getpid()),
+            "DUET_RENDEZVOUS": f"file://{meeting}/store",
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+        }
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+        processes: list[subprocess.Popen[bytes]] = []
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, forward)
+        for rank in range(ranks):
+            processes.append(_start(rank, args, environment, logs))
+        return _wait(processes, logs)
+
+
+def _start(rank: int, args: list[str], environment: dict[str, str], logs: Path) -> subprocess.Popen[bytes]:
+    # -P: a folder `model` where the user stands must not hide ours. A session of its own: Ctrl-C comes through us.
+    command = [sys.executable, "-P", "-m", "pretrain", *args]
+    ours = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    if rank == 0:
+        return subprocess.Popen(command, env=ours, start_new_session=True)
+    logs.mkdir(parents=True, exist_ok=True)
+    with open(_log(logs, rank), "ab") as log:
+        return subprocess.Popen(command, env=ours, stdout=log, stderr=log, start_new_session=True)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
+    failed: int | None = None
+    deadline = 0.0
+    while any(process.poll() is None for process in processes):
+        if failed is None:
+            failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
+            deadline = time.monotonic() + GRACE_SECONDS
+        elif time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+    codes = [process.returncode for process in processes]
+    if failed is None:
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+    if failed is None:
+        return 0
+    code = codes[failed]
+    if failed and code not in (2, 130, 143):  # these say their own message on rank 0
+        print(f"error: rank {failed} ended with code {code}; see {_log(logs, failed)}", file=sys.stderr)
+    return code if code > 0 else 128 - code
+
+
+def _log(logs: Path, rank: int) -> Path:
+    return logs / f"rank-{rank}.log"

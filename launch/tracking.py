@@ -1,0 +1,24 @@
+"""`duet track`: the mirror of a run's journal in MLflow."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Bring MLflow up to date with a run's journal.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `sync` a word of its own."""
+
+
+@app.command("sync")
+def sync(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Send what MLflow does not have yet, from wherever it is reachable.
+
+    Example: `duet track sync runs/quickstart`
+    """
+    from pretrain.tracking import sync as sync_run
+
+    typer.echo(str(sync_run(run)))

@@ -1,0 +1,45 @@
+"""What torchrun, srun and `duet train` start on each rank: `python -m pretrain CONFIG… key=value…`."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with(parent: int) -> None:
+    """End this process the moment its parent is gone, even by SIGKILL (Linux)."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before the request
+        sys.exit(1)
+
+
+def main(args: list[str]) -> int:
+    """Join the other ranks and train. Exit code 2 is a mistake the user can mend."""
+    started = time.time()
+    if parent := os.environ.pop("DUET_PARENT", None):
+        die_with(int(parent))
+
+    from data_pipeline.errors import UserError
+    from pretrain.config import load
+    from pretrain.signals import EXIT_CODES
+
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    try:
+        config = load(args)
+
+        from pretrain.distributed import join
+        from pretrain.trainer import train
+
+        with join(config.engine.timeout_minutes) as ranks:
+            return EXIT_CODES.get(signal.Signals(received), 1) if (received := train(config, ranks, started)) else 0
+    except UserError as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

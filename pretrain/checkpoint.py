@@ -1,0 +1,287 @@
+"""Sharded checkpoints that any number of ranks and any ZeRO stage can read.
+
+`checkpoints/step-000001000/` holds a safetensors shard from each rank (the fragments it owns, as three flat fp32
+tensors) and `manifest.json`, which says what lies where. The manifest is written last and removed first: a
+checkpoint exists only while its manifest does.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import xxhash
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_pipeline.errors import CheckpointError
+from pretrain.distributed import Ranks
+from pretrain.engine import STATES, Engine, Fragment
+from pretrain.files import sync_directory, write_atomic
+
+FORMAT = 1
+
+T = TypeVar("T")
+
+
+class Shard(BaseModel, extra="forbid", frozen=True):
+    """One rank's file and the fragments in it, in order: (parameter, start, numel)."""
+
+    file: str
+    bytes: int
+    xxh3_128: str
+    fragments: list[tuple[str, int, int]]
+
+
+class Manifest(BaseModel, extra="forbid", frozen=True):
+    """What makes a directory a checkpoint."""
+
+    format: int = FORMAT
+    step: int
+    optimizer_steps: int
+    """Updates AdamW has applied; less than `step` by the skipped ones."""
+    world_size: int
+    zero_stage: int
+    shapes: dict[str, list[int]]
+    shards: list[Shard]
+    state: dict[str, Any]
+    """Everything that is not a tensor: data position, fingerprint, tokenizer, attempt."""
+
+
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the manifest and check that every shard is there in its full size.
+
+        Raises:
+            CheckpointError: names the file that is missing, unreadable or of the wrong size.
+        """
+        self.path = path
+        file = path / "manifest.json"
+        try:
+            raw = json.loads(file.read_text())
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: no complete checkpoint (no manifest.json)") from None
+        except ValueError as error:
+            raise CheckpointError(f"{file}: damaged, not JSON ({error})") from None
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            found = raw.get("format") if isinstance(raw, dict) else None
+            raise CheckpointError(f"{file}: format {found} is not known here; this version reads format {FORMAT}")
+        try:
+            self.manifest = Manifest.model_validate(raw)
+        except ValidationError as error:
+            raise CheckpointError(f"{file}: damaged: {error}") from None
+        for shard in self.manifest.shards:
+            shard_file = path / shard.file
+            size = shard_file.stat().st_size if shard_file.is_file() else None
+            if size is None:
+                raise CheckpointError(f"{shard_file}: missing")
+            if size != shard.bytes:
+                raise CheckpointError(f"{shard_file}: {size} bytes, the manifest says {shard.bytes}: truncated or altered")
+        self._check_coverage()
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compare the hash of every shard (or of every `parts`-th, from `part`) with the manifest.
+
+        Raises:
+            CheckpointError: names the altered shard.
+        """
+        for shard in self.manifest.shards[part::parts]:
+            if _hash(self.path / shard.file) != shard.xxh3_128:
+                raise CheckpointError(f"{self.path / shard.file}: altered: its hash is not the manifest's")
+
+    def load(self, engine: Engine) -> None:
+        """Copy parameters and moments into an engine of any stage and number of ranks, bit for bit.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model; nothing was changed then.
+        """
+        if self.manifest.shapes != engine.shapes:
+            ours, theirs = engine.shapes, self.manifest.shapes
+            odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+            raise CheckpointError(
+                f"{self.path}: of another model; first difference: {odd[0]} is {theirs.get(odd[0], 'missing')} here, "
+                f"{ours.get(odd[0], 'missing')} in the run"
+            )
+        self._copy(engine.fragments(), STATES)
+        engine.adopt_fragments(self.manifest.optimizer_steps)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The fp32 parameters, whole, by name."""
+        tensors = {name: torch.empty(shape) for name, shape in self.manifest.shapes.items()}
+        whole = [Fragment(name, 0, t.numel(), {"fp32": t.view(-1)}) for name, t in tensors.items()]
+        self._copy(whole, ("fp32",))
+        return tensors
+
+    def _copy(self, targets: list[Fragment], states: tuple[str, ...]) -> None:
+        """Fill every target from the stored fragments that overlap it."""
+        stored: dict[str, list[tuple[int, int, int, int]]] = {}
+        for index, shard in enumerate(self.manifest.shards):
+            position = 0
+            for name, start, numel in shard.fragments:
+                stored.setdefault(name, []).append((start, numel, index, position))
+                position += numel
+        files = [safe_open(self.path / shard.file, framework="pt") for shard in self.manifest.shards]
+        for state in states:
+            slices = [file.get_slice(state) for file in files]
+            for target in targets:
+                for start, numel, index, position in stored[target.name]:
+                    low, high = max(start, target.start), min(start + numel, target.start + target.numel)
+                    if low < high:
+                        source = slices[index][position + low - start : position + high - start]
+                        target.states[state][low - target.start : high - target.start].copy_(source)
+
+    def _check_coverage(self) -> None:
+        held: dict[str, list[tuple[int, int]]] = {}
+        for shard in self.manifest.shards:
+            for name, start, numel in shard.fragments:
+                held.setdefault(name, []).append((start, numel))
+        for name, shape in self.manifest.shapes.items():
+            end = 0
+            for start, numel in sorted(held.get(name, [])):
+                if start != end:
+                    break
+                end += numel
+            if end != math.prod(shape):
+                raise CheckpointError(f"{self.path}: incomplete: {name} is not covered from element {end}")
+
+
+def save(engine: Engine, root: Path, step: int, state: dict[str, Any], ranks: Ranks, still_ours: Callable[[], None]) -> Path:
+    """Write a checkpoint with all ranks; it exists when this returns, and not before.
+
+    `still_ours` raises when the run folder was taken over; it is called just before the manifest is written.
+
+    Raises:
+        CheckpointError: on every rank, when one could not write; older checkpoints are untouched.
+    """
+    path = step_path(root, step)
+
+    def prepare() -> None:
+        if path.exists():  # left by a crash, or damaged
+            remove(path)
+        path.mkdir(parents=True)
+
+    def write_shard() -> Shard:
+        return _write_shard(path / f"shard-{ranks.rank:05d}.safetensors", engine.owned_fragments())
+
+    ranks.together(_disk_errors(path, prepare), only_first=True)
+    shards = ranks.gather(ranks.together(_disk_errors(path, write_shard)))
+    manifest = Manifest(
+        step=step,
+        optimizer_steps=engine.optimizer_steps,
+        world_size=ranks.world_size,
+        zero_stage=engine.stage,
+        shapes=engine.shapes,
+        shards=shards,
+        state=state,
+    )
+
+    def publish() -> None:
+        still_ours()
+        sync_directory(path)
+        write_atomic(path / "manifest.json", manifest.model_dump_json(indent=1))
+        sync_directory(root)
+
+    ranks.together(_disk_errors(path, publish), only_first=True)
+    return path
+
+
+def complete(root: Path) -> list[Path]:
+    """Directories with a manifest, newest step first."""
+    return sorted((m.parent for m in root.glob("step-*/manifest.json")), key=_step_of, reverse=True)
+
+
+def newest(root: Path, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint, the same on every rank; None when there never was one.
+
+    Raises:
+        CheckpointError: checkpoints are there, but every one is damaged. A run never starts over silently.
+    """
+    paths = ranks.broadcast(complete(root) if ranks.is_first else None)
+    damage = []
+    for path in paths:
+        try:
+            return ranks.together(lambda path=path: _verified(path, ranks))  # type: ignore[misc]
+        except CheckpointError as error:
+            damage.append(str(error))
+            warn(f"damaged checkpoint passed over: {error}")
+    if damage:
+        raise CheckpointError(
+            f"{root}: no checkpoint is whole:\n  " + "\n  ".join(damage) + "\n"
+            "restore one from a copy, or start a new run with another run.name"
+        )
+    return None
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for path in complete(root)[keep:]:
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint: first what makes it one, then the rest."""
+    (path / "manifest.json").unlink(missing_ok=True)
+    sync_directory(path)
+    shutil.rmtree(path)
+
+
+def step_path(root: Path, step: int) -> Path:
+    """Directory of a step's checkpoint."""
+    return root / f"step-{step:09d}"
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _verified(path: Path, ranks: Ranks) -> Checkpoint:
+    checkpoint = Checkpoint(path)
+    checkpoint.verify(ranks.rank, ranks.world_size)
+    return checkpoint
+
+
+def _write_shard(file: Path, fragments: list[Fragment]) -> Shard:
+    flat = {
+        state: torch.cat([f.states[state].cpu() for f in fragments]) if fragments else torch.empty(0)
+        for state in STATES
+    }
+    save_file(flat, file)
+    with open(file, "rb") as written:
+        os.fsync(written.fileno())
+    return Shard(
+        file=file.name,
+        bytes=file.stat().st_size,
+        xxh3_128=_hash(file),
+        fragments=[(f.name, f.start, f.numel) for f in fragments],
+    )
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(4 * 2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _disk_errors(path: Path, work: Callable[[], T]) -> Callable[[], T]:
+    """Turn a disk that is full or read-only into an error that names the checkpoint."""
+
+    def guarded() -> T:
+        try:
+            return work()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path}: the checkpoint could not be written: {error}; older checkpoints are untouched; "
+                "free space and start the same command again"
+            ) from error
+
+    return guarded

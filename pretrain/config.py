@@ -1,0 +1,281 @@
+"""The configuration of a run: typed, strict, stacked. Free of torch: login nodes read this.
+
+Defaults < YAML files or presets, in the order given < dotted overrides (`optimizer.lr=3e-4`).
+"""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import ConfigError
+from model.config import ModelConfig
+
+
+class RunConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True):
+    """Identity of a run."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the folder and the MLflow run."""
+    dir: str | None = None
+    """The run folder; `runs/<name>` unless given."""
+    seed: int = Field(default=1337, ge=0)
+    """Seeds the weights, the data order and the noise."""
+
+
+class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """The global batch of one optimizer step."""
+
+    tokens: int = Field(default=8192, ge=1)
+    """Tokens of a step over all ranks: a multiple of `model.context`."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Sequences a rank holds at once; the rank's whole share of the batch unless given."""
+
+
+class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """AdamW. Weight decay acts on tensors of two and more dimensions only."""
+
+    lr: float = Field(default=9e-4, gt=0.0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0.0)
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    clip: float = Field(default=1.0, ge=0.0)
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """Learning rate over the steps: linear warm-up, then the kind's curve down to `final_lr` at the last step."""
+
+    kind: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(default=100, ge=0)
+    final_lr: float = Field(default=0.0, ge=0.0)
+    """Learning rate at the end of `cosine`."""
+
+
+class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """How long to train and how often to do what."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer steps of the whole run."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between lines on the terminal; the journal holds every step."""
+    eval_every: int = Field(default=200, ge=1)
+    """Steps between validations; the last step is always validated."""
+    checkpoint_every: int = Field(default=200, ge=1)
+    """Steps between checkpoints; the last step always gets one."""
+    keep_checkpoints: int = Field(default=3, ge=1)
+    """Newest checkpoints that stay on disk."""
+    sample_tokens: int = Field(default=100, ge=0)
+    """Tokens of the text that is generated at each validation; none at zero_stage=3."""
+
+
+class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """DeepSpeed ZeRO."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 keeps fp32 master weights and accumulates gradients in fp32."""
+    timeout_minutes: float = Field(default=10.0, gt=0.0)
+    """A collective that hangs longer ends the run."""
+
+    @model_validator(mode="after")
+    def _stage_0_has_no_fp32_accumulation(self) -> "EngineConfig":
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                "DeepSpeed cannot accumulate bf16 gradients in fp32 at zero_stage=0; "
+                "use engine.zero_stage=1, or engine.precision=fp32"
+            )
+        return self
+
+
+class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """MLflow, the mirror of the run's journal."""
+
+    mode: Literal["online", "off"] = "online"
+    uri: str | None = None
+    """Tracking server or store; the sqlite file `mlflow.db` beside the run folder unless given."""
+    experiment: str = "duet"
+
+
+class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """All of a run."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _batch_holds_whole_sequences(self) -> "Config":
+        tokens, context = self.batch.tokens, self.model.context
+        if tokens % context:
+            near = [n for n in (tokens // context * context, (tokens // context + 1) * context) if n]
+            raise ValueError(
+                f"batch.tokens={tokens} is not a multiple of model.context={context}; "
+                f"nearest: {' or '.join(map(str, near))}"
+            )
+        return self
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of one optimizer step over all ranks."""
+        return self.batch.tokens // self.model.context
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.run.dir or f"runs/{self.run.name}")
+
+    def micro_batches(self, world_size: int) -> tuple[int, int]:
+        """(sequences of a micro-batch, micro-batches of a step) on each rank.
+
+        Raises:
+            ConfigError: the ranks or the micro-batch do not divide the global batch; names the nearest that do.
+        """
+        sequences = self.global_batch
+        if sequences % world_size:
+            raise ConfigError(
+                f"batch.tokens={self.batch.tokens} is {sequences} sequences, which {world_size} ranks cannot share "
+                f"evenly; numbers of ranks that can: {_nearest_divisors(sequences, world_size)}"
+            )
+        share = sequences // world_size
+        micro = self.batch.micro_batch or share
+        if share % micro:
+            raise ConfigError(
+                f"batch.micro_batch={micro} does not divide the {share} sequences a rank has of each step; "
+                f"nearest that do: {_nearest_divisors(share, micro)}"
+            )
+        return micro, share // micro
+
+
+def _nearest_divisors(number: int, near: int) -> str:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below, above = [d for d in divisors if d < near], [d for d in divisors if d > near]
+    return " or ".join(map(str, below[-1:] + above[:1]))
+
+
+def load(args: list[str]) -> Config:
+    """Stack the configurations that `args` names: YAML files, presets (`run/quickstart`), dotted overrides.
+
+    Raises:
+        ConfigError: a file that is not there or cannot be read, an unknown key, a value of the wrong kind.
+    """
+    stack: list[tuple[str, dict[str, Any]]] = []
+    for arg in sorted(args, key=lambda a: "=" in a and not Path(a).is_file()):
+        stack.append((arg, _parse(arg)))
+    try:
+        merged = OmegaConf.to_container(OmegaConf.merge({}, *(tree for _, tree in stack)), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"configuration: {error}") from error
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(detail, stack) for detail in error.errors())) from error
+
+
+def presets() -> list[str]:
+    """Names of the shipped presets: `model/tiny`, `run/quickstart`, …"""
+    root = resources.files("configs")
+    return sorted(
+        f"{room.name}/{preset.name.removesuffix('.yaml')}"
+        for room in root.iterdir()
+        if room.is_dir()
+        for preset in room.iterdir()
+        if preset.name.endswith(".yaml")
+    )
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML, every value included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both values."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    }
+
+
+def _parse(arg: str) -> dict[str, Any]:
+    path = Path(arg)
+    try:
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+        elif "=" in arg:
+            return OmegaConf.to_container(OmegaConf.from_dotlist([arg]))  # type: ignore[return-value]
+        elif arg in presets():
+            text = resources.files("configs").joinpath(f"{arg}.yaml").read_text(encoding="utf-8")
+        else:
+            near = difflib.get_close_matches(arg, presets(), n=3)
+            hint = f"did you mean {', '.join(near)}? " if near else ""
+            raise ConfigError(f"{arg}: no such file or preset; {hint}presets: {', '.join(presets())}")
+        tree = OmegaConf.to_container(OmegaConf.create(text))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{arg}: cannot be read as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{arg}: holds a list; expected keys and values, such as `train: {{steps: 100}}`")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _explain(detail: Any, stack: list[tuple[str, dict[str, Any]]]) -> str:
+    """One pydantic error in the user's terms: where it was set, what is wrong, what would be right."""
+    location = [str(part) for part in detail["loc"]]
+    key = ".".join(location)
+    origin = next((name for name, tree in reversed(stack) if _holds(tree, location)), "configuration")
+    if detail["type"] == "extra_forbidden":
+        valid = _valid_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
+        prefix = ".".join(location[:-1])
+        hint = f"; nearest valid key: {'.'.join(filter(None, (prefix, near[0])))}" if near else ""
+        return f"{origin}: unknown key {key}{hint}"
+    message = detail["msg"].removeprefix("Value error, ")
+    given = f" (given: {detail['input']!r})" if not isinstance(detail["input"], dict | BaseModel) else ""
+    return f"{origin}: {key + ': ' if key else ''}{message}{given}"
+
+
+def _holds(tree: Any, location: list[str]) -> bool:
+    for part in location:
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return bool(location)
+
+
+def _valid_keys(location: list[str]) -> list[str]:
+    """Fields of the model at a dotted location."""
+    kind: Any = Config
+    for part in location:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[part].annotation
+        else:
+            kind = get_args(kind)[-1]
+        if get_origin(kind) in (Union, UnionType):
+            kind = next(arm for arm in get_args(kind) if arm is not type(None))
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,163 @@
+"""What rank 0 shows: lines that align. Colour and a status line on a terminal, plain lines in a file."""
+
+import math
+import sys
+import time
+from collections import deque
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console as Terminal
+from rich.live import Live
+from rich.text import Text
+
+HEADER_EVERY = 20
+WINDOW = 50
+"""Calls of `step` over which the time left is estimated."""
+COLUMNS = (
+    ("loss/total", "loss", 9),
+    ("loss/train", "ce", 9),
+    ("penalty/entropy", "entropy", 9),
+    ("penalty/l1", "l1", 9),
+    ("gate/density", "density", 8),
+    ("optim/grad_norm", "grad", 8),
+    ("optim/lr", "lr", 9),
+    ("time/tokens_per_second", "tok/s", 9),
+    ("system/memory_gib", "GiB", 7),
+)
+"""Metric, title, width."""
+SHOWN_DIGITS = {"time/tokens_per_second": ",.0f", "optim/lr": ".2e", "system/memory_gib": ".2f", "optim/grad_norm": ".3f"}
+LEFT_WIDTH = 9
+VALIDATION_LABEL = "validation"
+STYLES = {"header": "bold", "step": "", "validation": "bold green", "note": "cyan", "warning": "bold yellow", "bad": "bold red"}
+
+
+class Console:
+    """Shows a run of `total_steps` steps. Close it, or use it as a context: the status line hides the cursor.
+
+    Safe to call from several threads.
+    """
+
+    def __init__(self, total_steps: int, file: TextIO | None = None) -> None:
+        self._total = total_steps
+        self._file = file or sys.stdout
+        terminal = Terminal(file=self._file, highlight=False, soft_wrap=True)
+        self._terminal = terminal if terminal.is_terminal and not terminal.is_dumb_terminal else None
+        self._live: Live | None = None
+        self._columns: list[tuple[str, str, int]] = []
+        self._lines_since_header = 0
+        self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+        self._warned: set[str] = set()
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """A line of a step's metrics: of the known ones, those that are there."""
+        self._times.append((step, time.monotonic()))
+        columns = [column for column in COLUMNS if column[0] in metrics]
+        repeat = self._terminal is not None and self._lines_since_header >= HEADER_EVERY
+        if columns != self._columns or repeat:
+            self._columns = columns
+            self._lines_since_header = 0
+            titles = "".join(f"{title:>{width}}" for _, title, width in columns)
+            self._print(f"{'step':>{self._step_width}}{titles}{'left':>{LEFT_WIDTH}}", "header")
+        self._lines_since_header += 1
+        values = "".join(f"{_number(name, metrics[name]):>{width}}" for name, _, width in columns)
+        left = self._time_left(step)
+        finite = all(math.isfinite(metrics[name]) for name, _, _ in columns)
+        self._print(f"{self._position(step)}{values}{left:>{LEFT_WIDTH}}", "step" if finite else "bad")
+        self._show_status(step, left)
+
+    def validation(self, step: int, metrics: dict[str, float]) -> None:
+        """A line of a validation's results."""
+        shown = [(name.rsplit("/", 1)[-1].removeprefix("val_").replace("_", " "), value) for name, value in metrics.items()]
+        text = "   ".join(f"{'loss' if name == 'val' else name} {value:.4f}" for name, value in shown)
+        self._print(f"{self._position(step)}  {VALIDATION_LABEL}   {text}", "validation")
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+        self._print(text, "note")
+
+    def warning(self, text: str) -> None:
+        """Something the user should know; each text is shown once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self._print(f"warning: {text}", "warning")
+
+    def summary(self, rows: list[tuple[str, str]]) -> None:
+        """What is left to say at the end: (label, text), the first ten."""
+        self.close()
+        width = max((len(label) for label, _ in rows), default=0)
+        self._print("", "note")
+        for label, text in rows[:10]:
+            self._print(f"{label:<{width}}  {text}", "step")
+
+    def close(self) -> None:
+        """Take the status line away and give the cursor back."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _step_width(self) -> int:
+        return 2 * len(str(self._total)) + 1
+
+    def _position(self, step: int) -> str:
+        return f"{f'{step}/{self._total}':>{self._step_width}}"
+
+    def _time_left(self, step: int) -> str:
+        (first, since), (last, now) = self._times[0], self._times[-1]
+        if last <= first:
+            return "-"
+        return duration((self._total - step) * (now - since) / (last - first))
+
+    def _show_status(self, step: int, left: str) -> None:
+        if self._terminal is None:
+            return
+        share = min(step / self._total, 1.0)
+        full = round(30 * share)
+        bar = Text.assemble(("━" * full, "green"), ("━" * (30 - full), "bright_black"), f"  {share:4.0%}  {left} left")
+        if self._live is None and step < self._total:
+            self._live = Live(bar, console=self._terminal, auto_refresh=False, transient=True)
+            self._live.start()
+        elif self._live and step >= self._total:
+            self.close()
+        elif self._live:
+            self._live.update(bar, refresh=True)
+
+    def _print(self, text: str, style: str) -> None:
+        text = _printable(text, self._file)
+        if self._terminal:
+            self._terminal.print(Text(text, style=STYLES[style]))
+        else:
+            self._file.write(text + "\n")
+            self._file.flush()
+
+
+def duration(seconds: float) -> str:
+    """Seconds in at most two units: 45s, 3m07s, 2h05m, 4d11h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def _number(name: str, value: float) -> str:
+    return format(value, SHOWN_DIGITS.get(name, ".4f" if abs(value) >= 1e-3 or value == 0 else ".2e"))
+
+
+def _printable(text: str, file: TextIO) -> str:
+    """Text of a model or a server must not steer the terminal, and a log file may know ASCII only."""
+    safe = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    encoding = file.encoding or "utf-8"
+    return safe.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,0 +1,119 @@
+"""The ranks of a run: how they meet, and how they agree."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.errors import ConfigError, UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the ranks."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    group: Any
+    """A gloo group for book-keeping: never waits for the accelerator."""
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 writes the journal, the manifest and the terminal."""
+        return self.rank == 0
+
+    def broadcast(self, value: T | None) -> T:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank, in rank order."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def any(self, flag: int) -> int:
+        """The largest of all ranks' flags, on every rank."""
+        box = torch.tensor([flag])
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.group)
+        return int(box)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in float64 on the CPU."""
+        total = values.detach().to("cpu", torch.float64)
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def together(self, work: Callable[[], T], only_first: bool = False) -> T:
+        """Run `work` on every rank (or on rank 0 alone, for all of them); if it fails on one, it fails on all.
+
+        A user's mistake seen by one rank would otherwise leave the others waiting in the next collective.
+
+        Raises:
+            UserError: with the message of the first rank that failed.
+        """
+        result, failure = None, None
+        if self.is_first or not only_first:
+            try:
+                result = work()
+            except UserError as error:
+                failure = error
+        failures = [f for f in self.gather(failure) if f is not None]
+        if failures:
+            raise failures[0]
+        return self.broadcast(result) if only_first else result  # type: ignore[return-value]
+
+
+@contextmanager
+def join(timeout_minutes: float) -> Iterator[Ranks]:
+    """Meet the other ranks, and part from them in the end.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK (or srun's SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID; one rank when there is
+    neither) and where to meet: DUET_RENDEZVOUS, a URL, else MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        ConfigError: the variables are incomplete.
+    """
+    rank = int(_variable("RANK", "SLURM_PROCID", "0"))
+    world_size = int(_variable("WORLD_SIZE", "SLURM_NTASKS", "1"))
+    local_rank = int(_variable("LOCAL_RANK", "SLURM_LOCALID", "0"))
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)}
+    timeout = timedelta(minutes=timeout_minutes)
+    store: dist.Store | None = None
+    where = os.environ.get("DUET_RENDEZVOUS")
+    if world_size == 1:
+        store = dist.HashStore()
+    elif not where and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise ConfigError(f"{world_size} ranks, but MASTER_ADDR and MASTER_PORT do not say where they meet")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend="nccl" if cuda else "gloo",
+        init_method=None if store else where or "env://",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    try:
+        group = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
+        yield Ranks(rank, world_size, device, group)
+    finally:
+        # Without this, ranks abort at exit about every second time.
+        dist.destroy_process_group()
+
+
+def _variable(name: str, slurm_name: str, default: str) -> str:
+    return os.environ.get(name) or os.environ.get(slurm_name) or default

@@ -1,0 +1,143 @@
+"""Who owns a run folder: one attempt at a time.
+
+Each attempt is a file `attempts/000001.json`, created exclusively; the highest number owns the run. It needs no
+lock, so it holds on NFS, and what is left behind is the record of all attempts.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from data_pipeline.errors import RunError
+from pretrain.files import write_json
+
+HEARTBEAT_SECONDS = 5.0
+STALE_SECONDS = 60.0
+
+
+class Lease:
+    """Ownership of a run folder from `acquire` to `release`, kept alive by a heartbeat thread."""
+
+    def __init__(self, folder: Path, attempt: int, record: dict[str, Any], on_lost: Callable[[], None]) -> None:
+        self.attempt = attempt
+        self._path = _attempt_path(folder, attempt)
+        self._next = _attempt_path(folder, attempt + 1)
+        self._record = record
+        self._on_lost = on_lost
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def acquire(cls, run_dir: Path, on_lost: Callable[[], None]) -> "Lease":
+        """Own a run folder, or take over from an owner that is gone.
+
+        `on_lost` is called from the heartbeat thread when another attempt took over, which happens to an owner that
+        was frozen for longer than STALE_SECONDS.
+
+        Raises:
+            RunError: another attempt owns it; names job, host and process.
+        """
+        folder = run_dir / "attempts"
+        folder.mkdir(parents=True, exist_ok=True)
+        attempt = latest_attempt(run_dir)
+        if attempt:
+            owner = json.loads(_attempt_path(folder, attempt).read_text())
+            if "ended" not in owner and _alive(owner, _attempt_path(folder, attempt)):
+                raise RunError(_refusal(run_dir, owner))
+        record = _identity() | {"attempt": attempt + 1, "started": time.time()}
+        path = _attempt_path(folder, attempt + 1)
+        temporary = folder / f".{uuid.uuid4().hex}.tmp"
+        write_json(temporary, record)
+        try:
+            os.link(temporary, path)  # atomic with its content, and fails when the name is taken: on NFS, too
+        except FileExistsError:
+            raise RunError(_refusal(run_dir, json.loads(path.read_text()))) from None
+        finally:
+            temporary.unlink()
+        return cls(folder, attempt + 1, record, on_lost)
+
+    def release(self, reason: str) -> None:
+        """Let the next attempt begin at once; `reason` says how this one ended."""
+        self._stop.set()
+        self._thread.join()
+        write_json(self._path, self._record | {"ended": time.time(), "reason": reason})
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release("done" if kind is None else f"{kind.__name__}: {error}")
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            if self._next.exists():
+                self._on_lost()
+                return
+            os.utime(self._path)
+
+
+def latest_attempt(run_dir: Path) -> int:
+    """Number of the newest attempt on a run folder; 0 when there was none."""
+    folder = run_dir / "attempts"
+    if not folder.is_dir():
+        return 0
+    return max((int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit()), default=0)
+
+
+def _attempt_path(folder: Path, attempt: int) -> Path:
+    return folder / f"{attempt:06d}.json"
+
+
+def _identity() -> dict[str, Any]:
+    return {
+        "format": 1,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "pid_started": _process_start(os.getpid()),
+        "pid_space": _pid_space(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _alive(owner: dict[str, Any], path: Path) -> bool:
+    if owner["pid_space"] == _pid_space():
+        return owner["pid_started"] == _process_start(owner["pid"])
+    # Another machine: compare with a file touched now, so that only the file system's own clock counts.
+    probe = path.with_name(f".{uuid.uuid4().hex}.probe")
+    probe.touch()
+    try:
+        return probe.stat().st_mtime - path.stat().st_mtime < STALE_SECONDS
+    finally:
+        probe.unlink()
+
+
+def _pid_space() -> str:
+    """Where a process number has a meaning: this boot of this machine, in this container."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+
+
+def _process_start(pid: int) -> str | None:
+    """Start time of a live process in clock ticks since boot: tells a process from a later one of the same number."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _refusal(run_dir: Path, owner: dict[str, Any]) -> str:
+    job = f"job {owner['job']}, " if owner.get("job") else ""
+    return (
+        f"{run_dir}: another start owns this run folder (attempt {owner['attempt']}: {job}"
+        f"process {owner['pid']} on {owner['host']}); wait for it or end it, or choose another run.name"
+    )

@@ -1,0 +1,149 @@
+"""All that rank 0 tells the world about a run: journal, MLflow, terminal, report. Silent on the other ranks."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pretrain import report
+from pretrain.config import Config
+from pretrain.console import Console
+from pretrain.distributed import Ranks
+from pretrain.journal import Journal, read, series
+from pretrain.metrics import StepMetrics
+from pretrain.run import RunFolder
+from pretrain.tracking import Tracker, default_uri
+
+CLOSE_SECONDS = 10.0
+CLOSE_SECONDS_AFTER_SIGNAL = 2.0
+
+
+class Recorder:
+    """Use as a context: leaving it writes how the attempt ended, also when that was an error."""
+
+    def __init__(self, config: Config, folder: RunFolder, ranks: Ranks, attempt: int) -> None:
+        self.attempt = attempt
+        self._config = config
+        self._folder = folder
+        self._first_step = 0
+        self._active = ranks.is_first
+        self._ended = False
+        self._tracker: Tracker | None = None
+        if self._active:
+            self._journal = Journal(folder.journal, attempt)
+            self._console = Console(config.train.steps)
+
+    def start(self, step: int, facts: dict[str, Any]) -> None:
+        """The attempt begins after `step` (0: from scratch)."""
+        self._first_step = step
+        if not self._active:
+            return
+        config = self._config
+        self._folder.describe(**facts)
+        self._journal.event("start", resumed_from=step or None, **facts)
+        self._console.note(
+            f"run {config.run.name}: {facts['parameters']:,} parameters, {config.batch.tokens:,} tokens a step, "
+            f"{facts['world_size']} rank(s), ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
+            + (f"resumed from step {step}" if step else "from scratch")
+        )
+        if config.tracking.mode == "online":
+            self._tracker = Tracker(
+                self._folder.path,
+                uri=config.tracking.uri or default_uri(self._folder.path),
+                experiment=config.tracking.experiment,
+                run_name=config.run.name,
+                params=config.model_dump(mode="json"),
+                tags={"restarts": str(self.attempt - 1), "dataset": self._folder.facts()["dataset"]["fingerprint"][:12]},
+                warn=self.warning,
+            )
+            self._tracker.start()
+
+    def steps(self, lines: list[StepMetrics]) -> None:
+        """Journal each step; show the last one, with losses averaged over all of them."""
+        if not self._active or not lines:
+            return
+        for line in lines:
+            self._journal.metrics(line.step, line.values)
+        shown = dict(lines[-1].values)
+        for name in shown:
+            if name.startswith(("loss/", "penalty/", "gate/")):
+                shown[name] = sum(line.values[name] for line in lines) / len(lines)
+        self._console.step(lines[-1].step, shown)
+
+    def validation(self, step: int, metrics: dict[str, float]) -> None:
+        """Results of a validation."""
+        if self._active:
+            self._journal.metrics(step, metrics)
+            self._console.validation(step, metrics)
+
+    def sample(self, step: int, text: str) -> None:
+        """A generated text."""
+        if self._active:
+            self._journal.event("sample", step=step, text=text)
+
+    def checkpoint(self, step: int, path: Path) -> None:
+        """A checkpoint is complete; what the journal says up to here is on disk, too."""
+        if self._active:
+            self._journal.event("checkpoint", step=step, path=str(path.relative_to(self._folder.path)))
+            self._journal.sync()
+
+    def warning(self, text: str) -> None:
+        """Something the user should know."""
+        if self._active:
+            self._journal.event("warning", text=text)
+            self._console.warning(text)
+
+    def finish(self, step: int, signal: int, parameters: int, seconds: float) -> None:
+        """The loop is over: all steps done, or stopped by a signal after a save."""
+        if not self._active:
+            return
+        self._end("KILLED" if signal else "FINISHED", f"signal {signal}" if signal else "all steps done")
+        report_file = report.write_report([self._folder.path], self._folder.report)
+        shipped = self._close_tracker(CLOSE_SECONDS_AFTER_SIGNAL if signal else CLOSE_SECONDS)
+        self._console.summary(self._summary(step, signal, seconds, report_file, shipped))
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._active:
+            return
+        if error is not None and not self._ended:
+            self._end("FAILED", f"{type(error).__name__}: {error}")
+            self._close_tracker(CLOSE_SECONDS_AFTER_SIGNAL)
+        self._journal.close()
+        self._console.close()
+
+    def _end(self, status: str, reason: str) -> None:
+        self._journal.event("end", status=status, reason=reason)
+        self._journal.sync()
+        self._ended = True
+
+    def _close_tracker(self, timeout: float) -> bool:
+        return self._tracker.close(timeout) if self._tracker else True
+
+    def _summary(self, step: int, signal: int, seconds: float, report_file: Path, shipped: bool) -> list[tuple[str, str]]:
+        config, path = self._config, self._folder.path
+        points = series(read(self._folder.journal))
+        facts = self._folder.facts()
+        last_checkpoint = f"{path}/checkpoints/step-{step:09d}"
+        rows = [("run", f"{config.run.name}: step {step} of {config.train.steps}" + (" (stopped)" if signal else ""))]
+        if loss := points.get("loss/train"):
+            rows.append(("loss", f"{loss[0].value:.4f} → {loss[-1].value:.4f} nats/token"))
+        if bits := points.get("loss/val_bits_per_byte"):
+            order0 = facts["dataset"]["order0_entropy"]
+            rows.append(("validation", f"{bits[-1].value:.4f} bits/byte (order-0 entropy of that text: {order0:.4f})"))
+        steps = step - self._first_step
+        if steps:
+            rate = points["time/tokens_per_second"][-1].value
+            rows.append(("speed", f"{rate:,.0f} tokens/s; {steps} steps in {seconds:.0f} s, start-up included"))
+        rows.append(("checkpoint", last_checkpoint))
+        rows.append(("report", str(report_file)))
+        if self._tracker:
+            late = "" if shipped else f"  (not all there yet: duet track sync {path})"
+            rows.append(("mlflow", self._tracker.uri + late))
+            rows.append(("open it", f"mlflow ui --backend-store-uri {self._tracker.uri}"))
+        rows.append(("resume", f"duet train {path}/config.yaml --ranks {facts['world_size']}"))
+        return rows
+

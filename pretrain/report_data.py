@@ -1,0 +1,127 @@
+"""What a run folder says about its run, and the verdict in two lines of words. Free of torch, mlflow, matplotlib."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import RunError
+from pretrain.journal import Point, Record, read, series
+
+LOSS = "loss/train"
+VALIDATION = "loss/val"
+BITS_PER_BYTE = "loss/val_bits_per_byte"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run folder as read. `points` holds no superseded ones; `facts` is run.json, `config` the text of config.yaml."""
+
+    path: Path
+    facts: dict[str, Any]
+    config: str
+    points: dict[str, list[Point]]
+    starts: list[Record]
+    end: Record | None
+    """How the latest attempt ended; None while it runs, and after a kill that left it no time."""
+    samples: list[Record]
+    warnings: list[Record]
+
+    @property
+    def name(self) -> str:
+        """The run's name; the folder's when there is none."""
+        return str(self.facts.get("name") or self.path.resolve().name)
+
+    @property
+    def last_step(self) -> int:
+        """The last step with a metric, 0 if there is none."""
+        return max((points[-1].step for points in self.points.values()), default=0)
+
+    @property
+    def order0_entropy(self) -> float | None:
+        """Bits per byte of the held-out text for a model that knows byte frequencies only."""
+        dataset = self.facts.get("dataset")
+        value = dataset.get("order0_entropy") if isinstance(dataset, dict) else None
+        return float(value) if value is not None else None
+
+    def last(self, name: str) -> float | None:
+        """The last value of a metric."""
+        points = self.points.get(name)
+        return points[-1].value if points else None
+
+
+def load(run_dir: Path) -> RunData:
+    """Read a run folder. Only the journal must be there.
+
+    Raises:
+        RunError: there is no such folder, no journal in it or nothing in the journal, or a file is broken.
+    """
+    expected = "expected a run folder, with metrics.jsonl, run.json and config.yaml, as `duet train` makes it"
+    journal = run_dir / "metrics.jsonl"
+    if not run_dir.is_dir():
+        raise RunError(f"{run_dir}: no such folder; {expected}")
+    if not journal.is_file():
+        raise RunError(f"{run_dir}: no metrics.jsonl in it; {expected}")
+    records = list(read(journal))
+    if not records:
+        raise RunError(f"{journal}: empty; {expected}")
+    kinds: dict[str, list[Record]] = {}
+    for record in records:
+        kinds.setdefault(record.kind, []).append(record)
+    ends = [end for end in kinds.get("end", []) if end.attempt == records[-1].attempt]
+    return RunData(
+        path=run_dir,
+        facts=_facts(run_dir / "run.json"),
+        config=_text(run_dir / "config.yaml"),
+        points=series(records),
+        starts=kinds.get("start", []),
+        end=ends[-1] if ends else None,
+        samples=kinds.get("sample", []),
+        warnings=kinds.get("warning", []),
+    )
+
+
+def verdict(run: RunData) -> tuple[str, str]:
+    """How the run went: its end and its loss; its validation against what byte frequencies alone would give."""
+    loss = run.points.get(LOSS)
+    course = f"training loss {loss[0].value:.4f} → {loss[-1].value:.4f} nats per token" if loss else "no training step"
+    resumed = sum(1 for start in run.starts if start.fields.get("resumed_from") is not None)
+    times = "" if not resumed else ", resumed once" if resumed == 1 else f", resumed {resumed} times"
+    return f"{_ending(run)} at step {run.last_step:,}{times}: {course}.", _validation(run)
+
+
+def _ending(run: RunData) -> str:
+    if run.end is None:
+        return "Still running, or killed without a word,"
+    reason = run.end.fields.get("reason") or "no reason given"
+    words = {"FINISHED": "Finished", "KILLED": f"Stopped ({reason})", "FAILED": f"Failed ({reason})"}
+    status = str(run.end.fields.get("status"))
+    return words.get(status, status)
+
+
+def _validation(run: RunData) -> str:
+    bits, order0 = run.last(BITS_PER_BYTE), run.order0_entropy
+    if bits is None:
+        return "It was never validated."
+    if order0 is None:
+        return f"Validation: {bits:.4f} bits per byte."
+    below = bits < order0
+    return (
+        f"Validation: {bits:.4f} bits per byte, {'' if below else 'not '}below the {order0:.4f} of byte frequencies alone"
+        + (f" ({1 - bits / order0:.0%} less)." if below else ": it has not learned more than those.")
+    )
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    text = _text(path)
+    try:
+        facts = json.loads(text) if text else {}
+    except ValueError as error:
+        raise RunError(f"{path}: not JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise RunError(f"{path}: holds {type(facts).__name__}; expected a JSON object with name, dataset, …")
+    return facts
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -1,0 +1,102 @@
+"""The run folder: its paths, what identifies it, and what may change when it is resumed.
+
+config.yaml  run.json  metrics.jsonl  attempts/  checkpoints/  logs/  report.html
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.errors import RunError
+from pretrain.config import Config, differences, dump
+from pretrain.files import write_atomic, write_json
+
+FORMAT = 1
+MAY_CHANGE = (
+    "batch.micro_batch",
+    "data.",
+    "engine.",
+    "run.dir",
+    "tracking.",
+    "train.checkpoint_every",
+    "train.eval_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.sample_tokens",
+)
+"""Keys that do not alter what is learned: where the data lies (its fingerprint is checked), how it is computed."""
+
+
+class RunFolder:
+    """Paths of a run folder and the two files that identify it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.run_file = path / "run.json"
+        self.journal = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.logs = path / "logs"
+        self.report = path / "report.html"
+
+    def claim(self, config: Config, dataset: dict[str, Any]) -> None:
+        """Write the run's identity, or check that the folder belongs to this very run.
+
+        `dataset` holds at least `fingerprint`. Call it as the owner of the lease.
+
+        Raises:
+            RunError: the folder belongs to another configuration or another dataset; names the keys.
+        """
+        if self.run_file.exists():
+            self._check(config, dataset)
+        else:
+            write_json(self.run_file, {"format": FORMAT, "name": config.run.name, "dataset": dataset})
+        write_atomic(self.config_file, dump(config))
+
+    def describe(self, **facts: Any) -> None:
+        """Add facts about the run (parameters, versions, …) to run.json."""
+        write_json(self.run_file, self.facts() | facts)
+
+    def facts(self) -> dict[str, Any]:
+        """Content of run.json.
+
+        Raises:
+            RunError: there is none, or it was written by a newer version.
+        """
+        if not self.run_file.is_file():
+            raise RunError(f"{self.path}: not a run folder (no run.json); `duet train` makes one")
+        facts: dict[str, Any] = json.loads(self.run_file.read_text())
+        if facts.get("format") != FORMAT:
+            raise RunError(f"{self.run_file}: format {facts.get('format')} is not known here; this version reads {FORMAT}")
+        return facts
+
+    def config(self) -> Config:
+        """The configuration the run was last started with.
+
+        Raises:
+            RunError: the folder is not a run folder.
+        """
+        self.facts()
+        return Config.model_validate(yaml.safe_load(self.config_file.read_text()))
+
+    def _check(self, config: Config, dataset: dict[str, Any]) -> None:
+        recorded = self.facts()["dataset"]
+        if recorded["fingerprint"] != dataset["fingerprint"]:
+            raise RunError(
+                f"{self.path}: this run was trained on dataset {recorded['fingerprint'][:12]} ({recorded['path']}), "
+                f"data.path={config.data.path} is dataset {dataset['fingerprint'][:12]}; "
+                "give the old data.path, or start a new run with another run.name"
+            )
+        changed = {
+            key: values
+            for key, values in differences(self.config(), config).items()
+            if not key.startswith(MAY_CHANGE)
+        }
+        if changed:
+            lines = "\n".join(f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in changed.items())
+            raise RunError(
+                f"{self.path}: this run folder belongs to another configuration:\n{lines}\n"
+                "give the old values, or start a new run with another run.name"
+            )

@@ -1,0 +1,80 @@
+"""A trained model, read from a checkpoint onto one device: evaluation and generation after the run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data_pipeline.dataset import Dataset
+from data_pipeline.errors import CheckpointError
+from data_pipeline.tokenizer import Tokenizer
+from model import registry
+from model.generate import generate
+from pretrain.checkpoint import Checkpoint, complete, step_path
+from pretrain.config import Config
+from pretrain.distributed import join
+from pretrain.evaluate import evaluate
+from pretrain.run import RunFolder
+
+
+def load_model(run: Path, step: int | None) -> tuple[nn.Module, Config, Checkpoint]:
+    """The model of a run's newest checkpoint, or of that of `step`, in fp32 and evaluation mode.
+
+    Raises:
+        RunError: not a run folder.
+        CheckpointError: no such checkpoint, or it is damaged.
+    """
+    folder = RunFolder(run)
+    config = folder.config()
+    found = complete(folder.checkpoints)
+    if not found:
+        raise CheckpointError(f"{run}: no complete checkpoint yet")
+    path = found[0] if step is None else step_path(folder.checkpoints, step)
+    if path not in found:
+        steps = ", ".join(str(int(p.name.removeprefix("step-"))) for p in found)
+        raise CheckpointError(f"{run}: no complete checkpoint of step {step}; there are: {steps}")
+    checkpoint = Checkpoint(path)
+    checkpoint.verify()
+    model = registry.build(config.model)
+    model.load_state_dict(checkpoint.weights())
+    return model.eval(), config, checkpoint
+
+
+def evaluate_run(run: Path, step: int | None) -> dict[str, float]:
+    """Validation metrics of a checkpoint over all held-out text."""
+    model, config, _ = load_model(run, step)
+    dataset = Dataset.open(config.data.path)
+    windows = dataset.windows("validation", config.model.context)
+    with join(config.engine.timeout_minutes) as ranks:
+        text_bytes = dataset.manifest.splits["validation"].bytes
+        batch = max(1, 8192 // config.model.context)
+        return evaluate(model.to(ranks.device), windows, text_bytes, batch, ranks)
+
+
+def generate_text(
+    run: Path, step: int | None, prompt: str, *, tokens: int, temperature: float, top_k: int | None, seed: int
+) -> Iterator[str]:
+    """Continue a prompt; the prompt first, then each piece of text as soon as it is whole characters."""
+    model, config, _ = load_model(run, step)
+    tokenizer: Tokenizer = Dataset.open(config.data.path).tokenizer()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ids = tokenizer.encode([prompt])[0].tolist() if prompt else []
+    shown = ""
+    produced: list[int] = []
+    yield prompt
+    for token in generate(
+        model.to(device),
+        torch.tensor(ids or [tokenizer.eos_id], device=device),
+        max_new_tokens=tokens,
+        temperature=temperature,
+        top_k=top_k,
+        eos_id=tokenizer.eos_id,
+        generator=torch.Generator(device).manual_seed(seed),
+    ):
+        produced.append(token)
+        text = tokenizer.decode(produced)
+        if text.endswith("\ufffd"):  # a character of several byte pieces, not whole yet
+            continue
+        yield text[len(shown) :]
+        shown = text

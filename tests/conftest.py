@@ -1,0 +1,39 @@
+"""Fixtures for all rooms."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class RanksFailed(AssertionError):
+    """A rank did not return; carries what the ranks printed."""
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[..., list[Any]]]:
+    """ranks("tests.distributed.cases:name", world, **args) -> the JSON result of every rank."""
+    zygote = subprocess.Popen(
+        [sys.executable, "-m", "tests.zygote"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert zygote.stdin and zygote.stdout
+    requests, answers = zygote.stdin, zygote.stdout
+    assert answers.readline() == "ready\n"
+
+    def run(target: str, world: int, timeout: float = 90, **args: Any) -> list[Any]:
+        requests.write(json.dumps({"target": target, "world": world, "timeout": timeout, "args": args}) + "\n")
+        requests.flush()
+        answer = json.loads(answers.readline())
+        if "results" not in answer:
+            raise RanksFailed(f"exit codes {answer['codes']}\n" + "\n".join(answer["outputs"]))
+        return answer["results"]
+
+    yield run
+    requests.close()
+    zygote.wait(timeout=30)

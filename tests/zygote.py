@@ -1,0 +1,98 @@
+"""Ranks for tests: one process imports torch and deepspeed once and forks ranks on request.
+
+Started by the fixture `ranks`; reads a JSON request a line: {"target": "module:function", "args": {…}, "world": 2,
+"timeout": s}. Every rank calls function(ranks: Ranks, **args); its JSON results come back in rank order.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def serve() -> None:
+    """Answer requests until the input ends."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from pretrain.engine import bootstrap
+
+    bootstrap()
+    import deepspeed.runtime.zero.muon.muon_optimizer
+    import torch._dynamo
+
+    torch.set_num_threads(1)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        importlib.import_module(request["target"].split(":")[0])
+        print(json.dumps(_run(request)), flush=True)
+
+
+def _run(request: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        pids = [_fork(rank, request, Path(folder)) for rank in range(request["world"])]
+        codes = _wait(pids, request.get("timeout", 90))
+        outputs = [(Path(folder) / f"{rank}.log").read_text(errors="replace") for rank in range(len(pids))]
+        results = [Path(folder) / f"{rank}.json" for rank in range(len(pids))]
+        if any(codes):
+            return {"codes": codes, "outputs": outputs}
+        return {"codes": codes, "outputs": outputs, "results": [json.loads(r.read_text()) for r in results]}
+
+
+def _fork(rank: int, request: dict[str, Any], folder: Path) -> int:
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # die with the parent
+        if os.getppid() != parent:
+            os._exit(1)
+        log = os.open(folder / f"{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["world"])}
+        os.environ["DUET_RENDEZVOUS"] = f"file://{folder}/store"
+        from pretrain.distributed import join
+
+        module, function = request["target"].split(":")
+        with join(timeout_minutes=2) as ranks:
+            result = getattr(importlib.import_module(module), function)(ranks, **request["args"])
+        (folder / f"{rank}.json").write_text(json.dumps(result))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(pids: list[int], timeout: float) -> list[int]:
+    codes: dict[int, int] = {}
+    end = time.monotonic() + timeout
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+                    if codes[pid]:
+                        end = min(end, time.monotonic() + 5)
+        if time.monotonic() > end:
+            for pid in pids:
+                if pid not in codes:
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
+if __name__ == "__main__":
+    serve()
