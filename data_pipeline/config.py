@@ -1,42 +1,59 @@
 """What the data pipeline can be told. Free of heavy imports: login nodes read this."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 
 class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """One named body of text."""
 
     paths: list[str] = Field(min_length=1)
-    """Files, directories or globs: .txt (and any other plain text), .jsonl; each also .gz or .zst."""
+    """Files, directories (all files below, hidden ones left out) or globs. A name ending in .jsonl holds one JSON
+    object a line; any other is plain text, one document a file. Either may also end in .gz or .zst."""
     text_key: str = "text"
     """Key of the text in a JSONL object."""
 
 
 class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """How the SentencePiece tokenizer is trained."""
+    """How the SentencePiece tokenizer is trained. It sees training text only."""
 
     type: Literal["unigram", "bpe", "char"] = "unigram"
     vocab_size: int = Field(default=8192, ge=3)
     """Pieces in the vocabulary; an upper bound for type `char`."""
     character_coverage: float = Field(default=1.0, gt=0.9, le=1.0)
+    """Share of the text's characters that get a piece; rarer ones become bytes (`char`: unknown)."""
     user_defined_symbols: list[str] = ["\n"]
     """Strings that are always one piece. A newline, so that line structure survives and stays cheap."""
     sample_bytes: int = Field(default=64 * 2**20, ge=1024)
     """Train on at most this many bytes of text, sampled over all sources with `data.seed`."""
+
+    @model_validator(mode="after")
+    def _symbols_are_usable(self) -> Self:
+        for symbol in self.user_defined_symbols:
+            if not symbol or "\0" in symbol or symbol in ("<unk>", "</s>"):
+                raise ValueError(f"user_defined_symbols: {symbol!r} cannot be one (empty, NUL, or a special piece)")
+        return self
 
 
 class SplitConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """Which text is held out for validation. Part of the dataset's fingerprint."""
 
     rule: Literal["hash", "tail", "given"] = "hash"
-    """`hash`: whole documents by a hash of their text; `tail`: the end of each source's text;
-    `given`: the documents of `files`."""
+    """`hash`: whole documents by a hash of their text (of its first MiB or so if it is longer); `tail`: the end of each
+    source's text; `given`: the documents of `files`."""
     fraction: float = Field(default=0.01, gt=0.0, lt=1.0)
     """Share held out by `hash` (of documents) and `tail` (of UTF-8 bytes)."""
     files: list[str] = []
-    """Validation files for `given`."""
+    """Validation files for `given`: as `paths` of a source."""
+    text_key: str = "text"
+    """Key of the text in the JSONL objects of `files`."""
+
+    @model_validator(mode="after")
+    def _files_belong_to_given(self) -> Self:
+        if (self.rule == "given") != bool(self.files):
+            raise ValueError(f"files and rule=given need each other; here rule={self.rule}, {len(self.files)} files")
+        return self
 
 
 class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
@@ -50,7 +67,7 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     split: SplitConfig = SplitConfig()
     errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: an error that names file and offset, or U+FFFD in their place."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds the tokenizer's sample and the hash split."""
     shard_tokens: int = Field(default=128 * 2**20, ge=1024)
-    """Tokens a shard holds at most."""
+    """Tokens in a shard (the last of a split may hold fewer)."""

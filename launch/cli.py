@@ -11,7 +11,9 @@ from launch import checkpoint, data, tracking
 
 ConfigArgs = Annotated[
     list[str],
-    typer.Argument(metavar="CONFIG… KEY=VALUE…", help="YAML files or presets, then overrides such as optimizer.lr=3e-4."),
+    typer.Argument(
+        metavar="CONFIG… KEY=VALUE…", help="YAML files or presets, then overrides such as optimizer.lr=3e-4."
+    ),
 ]
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 StepOption = Annotated[int | None, typer.Option("--step", help="Use the checkpoint of this step, not the newest.")]
@@ -105,7 +107,7 @@ def report(
 
 @app.command()
 def quickstart(
-    folder: Annotated[Path, typer.Option("--dir", help="Where data and run go.")] = Path("."),
+    folder: Annotated[Path, typer.Option("--dir", help="Where data and run go.")] = Path(),
     ranks: Annotated[int, typer.Option(min=1, help="Processes that train.")] = 2,
 ) -> None:
     """From text that is already on this machine to a trained, tracked model, in a few minutes.

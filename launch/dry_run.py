@@ -15,7 +15,7 @@ def describe(config: Config, ranks: int) -> str:
 
     dataset = Dataset.open(config.data.path)
     windows = len(dataset.windows("train", config.model.context))
-    if not len(dataset.windows("validation", config.model.context)):
+    if not len(dataset.windows("validation", config.model.context, partial=True)):
         raise DataError(f"{config.data.path}: no validation text")
     import torch
 
@@ -31,7 +31,8 @@ def describe(config: Config, ranks: int) -> str:
             f"model      {config.model.architecture}, {sum(p.numel() for p in model.parameters()):,} parameters",
             f"data       {config.data.path}: {windows:,} windows of {config.model.context} tokens",
             f"batch      {config.batch.tokens:,} tokens = {ranks} rank(s) x {accumulation} x {micro_batch} sequences",
-            f"steps      {config.train.steps:,}: {samples * config.model.context:,} tokens, {samples / windows:.2f} epochs",
+            f"steps      {config.train.steps:,}: {samples * config.model.context:,} tokens, "
+            f"{samples / windows:.2f} epochs",
             f"engine     ZeRO {config.engine.zero_stage}, {config.engine.precision}",
         ]
     )

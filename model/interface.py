@@ -26,7 +26,7 @@ class Batch:
 
 
 class ModelOutput(NamedTuple):
-    """Result of a forward pass."""
+    """Result of a forward pass. A tuple, so that ZeRO-3's hooks find the loss inside."""
 
     loss: Tensor
     """0-d: the objective, penalties included."""

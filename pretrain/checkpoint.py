@@ -84,7 +84,9 @@ class Checkpoint:
             if size is None:
                 raise CheckpointError(f"{shard_file}: missing")
             if size != shard.bytes:
-                raise CheckpointError(f"{shard_file}: {size} bytes, the manifest says {shard.bytes}: truncated or altered")
+                raise CheckpointError(
+                    f"{shard_file}: {size} bytes, the manifest says {shard.bytes}: truncated or altered"
+                )
         self._check_coverage()
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
@@ -153,7 +155,9 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path}: incomplete: {name} is not covered from element {end}")
 
 
-def save(engine: Engine, root: Path, step: int, state: dict[str, Any], ranks: Ranks, still_ours: Callable[[], None]) -> Path:
+def save(
+    engine: Engine, root: Path, step: int, state: dict[str, Any], ranks: Ranks, still_ours: Callable[[], None]
+) -> Path:
     """Write a checkpoint with all ranks; it exists when this returns, and not before.
 
     `still_ours` raises when the run folder was taken over; it is called just before the manifest is written.

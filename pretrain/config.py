@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError
@@ -74,7 +74,7 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     keep_checkpoints: int = Field(default=3, ge=1)
     """Newest checkpoints that stay on disk."""
     sample_tokens: int = Field(default=100, ge=0)
-    """Tokens of the text that is generated at each validation; none at zero_stage=3."""
+    """Tokens of the text that is generated at each validation."""
 
 
 class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
@@ -103,6 +103,11 @@ class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     uri: str | None = None
     """Tracking server or store; the sqlite file `mlflow.db` beside the run folder unless given."""
     experiment: str = "duet"
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
 class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):

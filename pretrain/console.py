@@ -26,10 +26,22 @@ COLUMNS = (
     ("system/memory_gib", "GiB", 7),
 )
 """Metric, title, width."""
-SHOWN_DIGITS = {"time/tokens_per_second": ",.0f", "optim/lr": ".2e", "system/memory_gib": ".2f", "optim/grad_norm": ".3f"}
+SHOWN_DIGITS = {
+    "time/tokens_per_second": ",.0f",
+    "optim/lr": ".2e",
+    "system/memory_gib": ".2f",
+    "optim/grad_norm": ".3f",
+}
 LEFT_WIDTH = 9
 VALIDATION_LABEL = "validation"
-STYLES = {"header": "bold", "step": "", "validation": "bold green", "note": "cyan", "warning": "bold yellow", "bad": "bold red"}
+STYLES = {
+    "header": "bold",
+    "step": "",
+    "validation": "bold green",
+    "note": "cyan",
+    "warning": "bold yellow",
+    "bad": "bold red",
+}
 
 
 class Console:
@@ -68,7 +80,9 @@ class Console:
 
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         """A line of a validation's results."""
-        shown = [(name.rsplit("/", 1)[-1].removeprefix("val_").replace("_", " "), value) for name, value in metrics.items()]
+        shown = [
+            (name.rsplit("/", 1)[-1].removeprefix("val_").replace("_", " "), value) for name, value in metrics.items()
+        ]
         text = "   ".join(f"{'loss' if name == 'val' else name} {value:.4f}" for name, value in shown)
         self._print(f"{self._position(step)}  {VALIDATION_LABEL}   {text}", "validation")
 
@@ -85,9 +99,10 @@ class Console:
     def summary(self, rows: list[tuple[str, str]]) -> None:
         """What is left to say at the end: (label, text), the first ten."""
         self.close()
+        rows = rows[:10]
         width = max((len(label) for label, _ in rows), default=0)
         self._print("", "note")
-        for label, text in rows[:10]:
+        for label, text in rows:
             self._print(f"{label:<{width}}  {text}", "step")
 
     def close(self) -> None:

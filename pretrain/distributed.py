@@ -89,11 +89,9 @@ def join(timeout_minutes: float) -> Iterator[Ranks]:
     local_rank = int(_variable("LOCAL_RANK", "SLURM_LOCALID", "0"))
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)}
     timeout = timedelta(minutes=timeout_minutes)
-    store: dist.Store | None = None
+    store = dist.HashStore() if world_size == 1 else None
     where = os.environ.get("DUET_RENDEZVOUS")
-    if world_size == 1:
-        store = dist.HashStore()
-    elif not where and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if world_size > 1 and not where and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise ConfigError(f"{world_size} ranks, but MASTER_ADDR and MASTER_PORT do not say where they meet")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")

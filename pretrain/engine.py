@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.interface import Batch, ModelOutput
+from model.language_model import LanguageModel
 from pretrain.config import Config, EngineConfig
 from pretrain.distributed import Ranks
 
@@ -45,7 +46,7 @@ def bootstrap() -> None:
 class Engine:
     """A model under ZeRO with AdamW: one optimizer step at a time, and its state as fragments."""
 
-    def __init__(self, model: nn.Module, config: Config, ranks: Ranks) -> None:
+    def __init__(self, model: LanguageModel, config: Config, ranks: Ranks) -> None:
         """Partition the model over the ranks.
 
         Raises:
@@ -76,9 +77,10 @@ class Engine:
         self._create_moments()
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> LanguageModel:
         """The model; call it for evaluation."""
-        return self._deepspeed.module
+        model: LanguageModel = self._deepspeed.module
+        return model
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> tuple[list[dict[str, Tensor]], Tensor, bool]:
         """One optimizer step over all micro-batches of this rank.
@@ -90,7 +92,7 @@ class Engine:
         self._deepspeed.train()
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        metrics = []
+        metrics: list[dict[str, Tensor]] = []
         for batch in micro_batches:
             output: ModelOutput = self._deepspeed(batch)
             self._deepspeed.backward(output.loss)

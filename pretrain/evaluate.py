@@ -28,7 +28,8 @@ def evaluate(model: nn.Module, windows: Windows, text_bytes: int, batch: int, ra
         batch: windows of a forward pass on each rank.
 
     Returns:
-        `loss/val` (nats a token), `loss/val_bits_per_byte`, and the gates' means under evaluation rounding as `gate/val_…`.
+        `loss/val` (nats a token), `loss/val_bits_per_byte`, and the gates' means under evaluation rounding as
+        `gate/val_…`.
     """
     model.eval()
     # Every rank makes the same number of forward passes (ZeRO-3 gathers in each); what is missing counts for nothing.

@@ -121,11 +121,9 @@ def read_from(path: Path, offset: int) -> Iterator[tuple[Record, int]]:
     Raises:
         RunError: there is no journal, or a line in it is broken; names the line.
     """
-    try:
-        file = open(path, "rb")
-    except FileNotFoundError as error:
-        raise RunError(f"{path}: there is no journal; a run folder has one once training has started") from error
-    with file:
+    if not path.is_file():
+        raise RunError(f"{path}: there is no journal; a run folder has one once training has started")
+    with open(path, "rb") as file:
         file.seek(offset)
         for line in file:
             if not line.endswith(b"\n"):

@@ -123,7 +123,7 @@ def _alive(owner: dict[str, Any], path: Path) -> bool:
 
 def _pid_space() -> str:
     """Where a process number has a meaning: this boot of this machine, in this container."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
 
 
 def _process_start(pid: int) -> str | None:

@@ -1,7 +1,9 @@
 """Metrics of the training steps: kept on the device, fetched once in a while."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -34,13 +36,13 @@ class Meter:
     def __init__(self, ranks: Ranks, tokens_per_step: int) -> None:
         self._ranks = ranks
         self._tokens_per_step = tokens_per_step
-        self._steps: list[tuple[int, dict[str, Tensor], dict[str, float]]] = []
+        self._steps: list[tuple[int, dict[str, Tensor], Mapping[str, Any]]] = []
         self._since = time.perf_counter()
 
-    def add(self, step: int, micro_batches: list[dict[str, Tensor]], known: dict[str, float | Tensor]) -> None:
-        """Take one step: the model's metrics of each micro-batch, and what every rank already agrees on."""
+    def add(self, step: int, micro_batches: list[dict[str, Tensor]], known: Mapping[str, Any]) -> None:
+        """Take one step: the model's metrics of each micro-batch, and numbers (or 0-d tensors) that all ranks share."""
         means = {name: torch.stack([m[name].float() for m in micro_batches]).mean() for name in micro_batches[0]}
-        self._steps.append((step, means, known))  # type: ignore[arg-type]
+        self._steps.append((step, means, known))
 
     def flush(self) -> list[StepMetrics]:
         """All steps since the last flush, averaged over the ranks; the last one carries speed and memory.

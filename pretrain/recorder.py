@@ -52,7 +52,10 @@ class Recorder:
                 experiment=config.tracking.experiment,
                 run_name=config.run.name,
                 params=config.model_dump(mode="json"),
-                tags={"restarts": str(self.attempt - 1), "dataset": self._folder.facts()["dataset"]["fingerprint"][:12]},
+                tags={
+                    "restarts": str(self.attempt - 1),
+                    "dataset": self._folder.facts()["dataset"]["fingerprint"][:12],
+                },
                 warn=self.warning,
             )
             self._tracker.start()
@@ -123,7 +126,9 @@ class Recorder:
     def _close_tracker(self, timeout: float) -> bool:
         return self._tracker.close(timeout) if self._tracker else True
 
-    def _summary(self, step: int, signal: int, seconds: float, report_file: Path, shipped: bool) -> list[tuple[str, str]]:
+    def _summary(
+        self, step: int, signal: int, seconds: float, report_file: Path, shipped: bool
+    ) -> list[tuple[str, str]]:
         config, path = self._config, self._folder.path
         points = series(read(self._folder.journal))
         facts = self._folder.facts()
@@ -146,4 +151,3 @@ class Recorder:
             rows.append(("open it", f"mlflow ui --backend-store-uri {self._tracker.uri}"))
         rows.append(("resume", f"duet train {path}/config.yaml --ranks {facts['world_size']}"))
         return rows
-

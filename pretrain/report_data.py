@@ -15,7 +15,7 @@ BITS_PER_BYTE = "loss/val_bits_per_byte"
 
 @dataclass(frozen=True)
 class RunData:
-    """A run folder as read. `points` holds no superseded ones; `facts` is run.json, `config` the text of config.yaml."""
+    """A run folder as read. `points` holds no superseded ones, `facts` is run.json, `config` is config.yaml's text."""
 
     path: Path
     facts: dict[str, Any]
@@ -76,7 +76,7 @@ def load(run_dir: Path) -> RunData:
         points=series(records),
         starts=kinds.get("start", []),
         end=ends[-1] if ends else None,
-        samples=kinds.get("sample", []),
+        samples=list({sample.step: sample for sample in kinds.get("sample", [])}.values()),
         warnings=kinds.get("warning", []),
     )
 
@@ -105,11 +105,10 @@ def _validation(run: RunData) -> str:
         return "It was never validated."
     if order0 is None:
         return f"Validation: {bits:.4f} bits per byte."
-    below = bits < order0
-    return (
-        f"Validation: {bits:.4f} bits per byte, {'' if below else 'not '}below the {order0:.4f} of byte frequencies alone"
-        + (f" ({1 - bits / order0:.0%} less)." if below else ": it has not learned more than those.")
-    )
+    said = f"Validation: {bits:.4f} bits per byte"
+    if bits < order0:
+        return f"{said}, {1 - bits / order0:.0%} below the {order0:.4f} of byte frequencies alone."
+    return f"{said}, not below the {order0:.4f} of byte frequencies alone: it has not learned more than those."
 
 
 def _facts(path: Path) -> dict[str, Any]:

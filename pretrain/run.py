@@ -69,7 +69,9 @@ class RunFolder:
             raise RunError(f"{self.path}: not a run folder (no run.json); `duet train` makes one")
         facts: dict[str, Any] = json.loads(self.run_file.read_text())
         if facts.get("format") != FORMAT:
-            raise RunError(f"{self.run_file}: format {facts.get('format')} is not known here; this version reads {FORMAT}")
+            raise RunError(
+                f"{self.run_file}: format {facts.get('format')} is not known here; this version reads {FORMAT}"
+            )
         return facts
 
     def config(self) -> Config:
@@ -90,9 +92,7 @@ class RunFolder:
                 "give the old data.path, or start a new run with another run.name"
             )
         changed = {
-            key: values
-            for key, values in differences(self.config(), config).items()
-            if not key.startswith(MAY_CHANGE)
+            key: values for key, values in differences(self.config(), config).items() if not key.startswith(MAY_CHANGE)
         }
         if changed:
             lines = "\n".join(f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in changed.items())

@@ -28,7 +28,8 @@ POLL_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 60.0
 METRICS_A_CALL = 1000
 PARAMS_A_CALL = 100
-PARAM_LENGTH = 6000
+TEXT_LENGTH = 6000
+"""Of a param's value; tags may be a little longer."""
 SHIPPED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. :-]*(/[A-Za-z0-9_][A-Za-z0-9_. :-]*)?")
 """Names that MLflow accepts, of one section at most: per-layer values would bury the loss on its page."""
 KEY_TAG = "duet.key"
@@ -66,8 +67,6 @@ class State:
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     """A tag that finds the run again when a crash came between its creation and its id reaching the disk."""
     run_id: str | None = None
-    described: dict[str, str] | None = None
-    """The params that the server has; they never change there."""
     pending: bool = True
     """Params and tags of this attempt are still to be sent."""
     offset: int = 0
@@ -77,7 +76,7 @@ class State:
 class Tracker:
     """Mirrors a run to MLflow from a daemon thread; the training thread makes no call and waits for none.
 
-    `params` may be nested. `warn` is called from the thread: once when MLflow cannot be reached and once when it is back.
+    `params` may be nested. `warn` is called from the thread: once when MLflow fails and once when it is back.
 
     Raises:
         ConfigError: the URI is of no use, or holds a password.
@@ -101,7 +100,7 @@ class Tracker:
         before = _load_state(run_dir) if _state_path(run_dir).exists() else None
         if before and (before.uri, before.experiment) == (state.uri, state.experiment):
             state.created, state.key, state.run_id = before.created, before.key, before.run_id
-            state.described, state.offset = before.described, before.offset
+            state.offset = before.offset
         self._mirror = _Mirror(run_dir, state)
         self._mirror.save()
         self._warn = warn
@@ -133,11 +132,11 @@ class Tracker:
                 self._mirror.ship()
             except Exception as error:  # whatever it is, training goes on
                 if not failing:
-                    self._say(f"MLflow at {self.uri} cannot be reached; the journal keeps all of it: {_brief(error)}")
+                    self._say(f"MLflow at {self.uri} failed and is tried again; the journal keeps all: {_brief(error)}")
                 pause, failing = min(2 * pause, LONGEST_PAUSE_SECONDS), True
             else:
                 if failing:
-                    self._say(f"MLflow at {self.uri} is back and has all of the journal")
+                    self._say(f"MLflow at {self.uri} is back and has all")
                 pause, failing = POLL_SECONDS, False
             if last:
                 self._complete = not failing
@@ -182,12 +181,12 @@ def check_uri(uri: str) -> str:
     """
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
-    parts = urlsplit(uri)
-    if "@" in parts.netloc:
+    if "@" in uri:
         raise ConfigError(
             "tracking.uri: a name and password do not belong into a file; "
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
+    parts = urlsplit(uri)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ConfigError(f"tracking.uri={uri}: expected http://HOST:PORT, https://HOST or sqlite:///PATH/mlflow.db")
     return uri
@@ -197,7 +196,7 @@ class _Mirror:
     """Brings MLflow up to date with the journal, in the calling thread. Any call may raise; calling again goes on."""
 
     def __init__(self, run_dir: Path, state: State) -> None:
-        self.run_dir = run_dir
+        self.run_dir = run_dir.resolve()
         self.state = state
         self.uri = state.uri or default_uri(run_dir)
         self.num_metrics = 0
@@ -245,9 +244,9 @@ class _Mirror:
         from mlflow.exceptions import MlflowException
 
         name = self.state.experiment
-        artifacts = _artifacts(self.uri).as_uri() if self.uri.startswith("sqlite") else None
         if found := self._client.get_experiment_by_name(name):
             return str(found.experiment_id)
+        artifacts = _artifacts(self.uri).as_uri() if self.uri.startswith("sqlite") else None  # a server has its own
         try:
             return str(self._client.create_experiment(name, artifact_location=artifacts))
         except MlflowException:
@@ -257,24 +256,20 @@ class _Mirror:
             return str(found.experiment_id)
 
     def _describe(self) -> None:
-        """Params the first time; later, what has changed becomes tags."""
+        """Send params and tags. MLflow never changes a param: one that differs from an earlier attempt's is a tag."""
         from mlflow.entities import Param, RunTag
 
-        state, run_id = self.state, self.state.run_id
-        tags = dict(state.tags)
-        if state.described is None:
-            params = [Param(name, value[:PARAM_LENGTH]) for name, value in state.params.items()]
-            for first in range(0, len(params), PARAMS_A_CALL):
-                self._client.log_batch(run_id, params=params[first : first + PARAMS_A_CALL])
-            state.described = state.params
-        for name in sorted(state.described.keys() | state.params.keys()):
-            old, new = state.described.get(name), state.params.get(name)
-            if old != new:
-                tags[f"drift/{name}"] = f"{old} → {new}"
-        for first in range(0, len(tags), PARAMS_A_CALL):
-            items = list(tags.items())[first : first + PARAMS_A_CALL]
-            self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in items])
-        state.pending = False
+        run_id, params, tags = self.state.run_id, self.state.params, dict(self.state.tags)
+        there = self._client.get_run(run_id).data.params
+        tags |= {
+            f"drift/{name}": f"{old} → {params.get(name)}" for name, old in there.items() if old != params.get(name)
+        }
+        missing = [Param(name, value) for name, value in params.items() if name not in there]
+        for chunk in _chunks(missing, PARAMS_A_CALL):
+            self._client.log_batch(run_id, params=chunk)
+        for chunk in _chunks([RunTag(name, value) for name, value in tags.items()], PARAMS_A_CALL):
+            self._client.log_batch(run_id, tags=chunk)
+        self.state.pending = False
         self.save()
 
     def _send(self, records: list[Record]) -> None:
@@ -283,17 +278,18 @@ class _Mirror:
 
         client, run_id, record = self._client, self.state.run_id, records[0]
         if record.kind == "metrics":
-            metrics = [Metric(name, value, r.time, r.step) for r in records for name, value in _shipped(r).items()]
-            for first in range(0, len(metrics), METRICS_A_CALL):
-                client.log_batch(run_id, metrics=metrics[first : first + METRICS_A_CALL])
+            metrics = [Metric(name, value, r.time, r.step or 0) for r in records for name, value in _shipped(r).items()]
+            for chunk in _chunks(metrics, METRICS_A_CALL):
+                client.log_batch(run_id, metrics=chunk)
             self.num_metrics += len(metrics)
         elif record.kind == "start":
             client.update_run(run_id, status="RUNNING")
             client.set_tag(run_id, "restarts", str(record.attempt - 1))
+            client.set_tag(run_id, "mlflow.note.content", f"Attempt {record.attempt} is running, or was killed.")
         elif record.kind == "checkpoint":
             client.set_tag(run_id, "checkpoint/last", f"step {record.step}: {record.fields.get('path')}")
         elif record.kind == "end":
-            client.set_tag(run_id, "end/reason", str(record.fields.get("reason", ""))[:PARAM_LENGTH])
+            client.set_tag(run_id, "end/reason", str(record.fields.get("reason", ""))[:TEXT_LENGTH])
             client.set_terminated(run_id, record.fields["status"], record.time)
             self.send_files()
 
@@ -314,6 +310,10 @@ def _batches(journal: Path, offset: int) -> Iterator[tuple[list[Record], int]]:
             yield [record], offset
     if batch:
         yield batch, offset
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def _shipped(record: Record) -> dict[str, float]:
@@ -382,11 +382,11 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = str(value)
+            flat[f"{prefix}{name}"] = str(value)[:TEXT_LENGTH]
     return flat
 
 
 def _brief(error: Exception) -> str:
-    """The last cause in one line: MLflow wraps a refused connection in a page of text."""
+    """What went wrong in one line of bounded length; MLflow's own messages fill a page."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"

@@ -119,10 +119,12 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
             ]
             lr = learning_rate(config, step)
             metrics, grad_norm, applied = engine.train_step(batches, lr)
-            data = data.advance(config.global_batch, config.model.context)
+            data = data.after(config.global_batch, config.batch.tokens)
             skipped = 0 if applied else skipped + 1
-            known = {"optim/lr": lr, "optim/grad_norm": grad_norm, "data/tokens_seen": float(data.tokens_seen)}
-            meter.add(step, metrics, known if applied else known | {"optim/skipped": 1.0})
+            known = {"optim/lr": lr, "optim/grad_norm": grad_norm, "data/tokens_seen": data.tokens_seen}
+            if not applied:
+                known["optim/skipped"] = 1
+            meter.add(step, metrics, known)
             if skipped == MAX_SKIPPED_IN_A_ROW:
                 recorder.steps(meter.flush())
                 raise RunError(
@@ -148,11 +150,11 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
 def validation(session: Session, step: int) -> None:
     """Validate over all held-out text and write a sample; a collective."""
     config, dataset = session.config, session.dataset
-    windows = dataset.windows("validation", config.model.context)
+    windows = dataset.windows("validation", config.model.context, partial=True)
     batch = max(1, 8192 // config.model.context)
     text_bytes = dataset.manifest.splits["validation"].bytes
     session.recorder.validation(step, evaluate(session.engine.module, windows, text_bytes, batch, session.ranks))
-    if config.train.sample_tokens and session.engine.stage < 3:  # a ZeRO-3 model is whole on no rank
+    if config.train.sample_tokens:
         session.recorder.sample(step, sample_text(session.engine.module, dataset, config, session.ranks.device))
 
 
@@ -163,9 +165,7 @@ def save_checkpoint(session: Session, step: int, data: DataState) -> None:
         "tokenizer": session.dataset.manifest.tokenizer.sha256,
         "attempt": session.recorder.attempt,
     }
-    path = checkpoint.save(
-        session.engine, session.folder.checkpoints, step, state, session.ranks, session.check_lease
-    )
+    path = checkpoint.save(session.engine, session.folder.checkpoints, step, state, session.ranks, session.check_lease)
     session.recorder.checkpoint(step, path)
     if session.ranks.is_first:
         checkpoint.prune(session.folder.checkpoints, session.config.train.keep_checkpoints)
@@ -195,7 +195,7 @@ def _claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
             "path": config.data.path,
             "fingerprint": manifest.fingerprint,
             "tokens": manifest.splits["train"].tokens,
-            "order0_entropy": manifest.order0_entropy(),
+            "order0_entropy": manifest.splits["validation"].order0_entropy(),
         },
     )
     return config

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import CheckpointError
 from data_pipeline.tokenizer import Tokenizer
 from model import registry
 from model.generate import generate
+from model.language_model import LanguageModel
 from pretrain.checkpoint import Checkpoint, complete, step_path
 from pretrain.config import Config
 from pretrain.distributed import join
@@ -18,7 +18,7 @@ from pretrain.evaluate import evaluate
 from pretrain.run import RunFolder
 
 
-def load_model(run: Path, step: int | None) -> tuple[nn.Module, Config, Checkpoint]:
+def load_model(run: Path, step: int | None) -> tuple[LanguageModel, Config, Checkpoint]:
     """The model of a run's newest checkpoint, or of that of `step`, in fp32 and evaluation mode.
 
     Raises:
@@ -45,7 +45,7 @@ def evaluate_run(run: Path, step: int | None) -> dict[str, float]:
     """Validation metrics of a checkpoint over all held-out text."""
     model, config, _ = load_model(run, step)
     dataset = Dataset.open(config.data.path)
-    windows = dataset.windows("validation", config.model.context)
+    windows = dataset.windows("validation", config.model.context, partial=True)
     with join(config.engine.timeout_minutes) as ranks:
         text_bytes = dataset.manifest.splits["validation"].bytes
         batch = max(1, 8192 // config.model.context)

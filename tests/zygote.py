@@ -23,8 +23,9 @@ def serve() -> None:
     from pretrain.engine import bootstrap
 
     bootstrap()
-    import deepspeed.runtime.zero.muon.muon_optimizer
-    import torch._dynamo
+    for name in ("deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"):  # else each rank imports them
+        importlib.import_module(name)
+    import torch
 
     torch.set_num_threads(1)
     print("ready", flush=True)

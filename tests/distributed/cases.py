@@ -1,11 +1,17 @@
 """What ranks do in the tests of engine and checkpoint; started through the fixture `ranks`."""
 
 import hashlib
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data_pipeline.errors import CheckpointError
 from model import registry
 from model.interface import Batch
 from pretrain import checkpoint
@@ -91,7 +97,9 @@ def train_and_save(
     return {"losses": before + after, "saved": saved, "final": digest(engine, ranks)}
 
 
-def resume(ranks: Ranks, root: str, stage: int, precision: str, until: int, micro_batch: int | None = None) -> dict[str, Any]:
+def resume(
+    ranks: Ranks, root: str, stage: int, precision: str, until: int, micro_batch: int | None = None
+) -> dict[str, Any]:
     """Load the newest checkpoint into an engine with other first weights, and train on."""
     config = small_config(stage, precision, micro_batch)
     engine = make_engine(ranks, config, seed=99)
@@ -113,3 +121,127 @@ def resume(ranks: Ranks, root: str, stage: int, precision: str, until: int, micr
 def _tokens(sample: int, context: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(sample)
     return torch.randint(VOCABULARY, (context + 1,), generator=generator)
+
+
+def killed_while_saving(ranks: Ranks, root: str, phase: str) -> None:
+    """Save at step 2, then be killed (rank 1, or rank 0 around the manifest) while saving at step 4."""
+    config = small_config(1, "fp32")
+    engine = make_engine(ranks, config)
+    train_steps(engine, ranks, config, 1, 2)
+    checkpoint.save(engine, Path(root), 2, {}, ranks, lambda: None)
+    train_steps(engine, ranks, config, 3, 4)
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    victim = 0 if "manifest" in phase else 1
+    if ranks.rank == victim:
+        if phase == "before shard":
+            _before(checkpoint, "_write_shard", die)
+        elif phase == "after shard":
+            _before(checkpoint, "_hash", die)  # written, and flushed to disk
+        elif phase == "before manifest":
+            _before(checkpoint, "write_atomic", die)
+        else:
+            original = checkpoint.write_atomic
+
+            def write_and_die(path: Path, content: str | bytes) -> None:
+                original(path, content)
+                die()
+
+            checkpoint.write_atomic = write_and_die
+    checkpoint.save(engine, Path(root), 4, {}, ranks, lambda: None)
+
+
+def _before(module: Any, name: str, action: Callable[[], None]) -> None:
+    original = getattr(module, name)
+
+    def wrapped(*args: Any) -> Any:
+        action()
+        return original(*args)
+
+    setattr(module, name, wrapped)
+
+
+def disk_full(ranks: Ranks, root: str) -> dict[str, Any]:
+    """Rank 1's file system refuses files above 2 KB, as a full disk would, at the second save."""
+    config = small_config(1, "fp32")
+    engine = make_engine(ranks, config)
+    train_steps(engine, ranks, config, 1, 2)
+    checkpoint.save(engine, Path(root), 2, {}, ranks, lambda: None)
+    if ranks.rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    try:
+        checkpoint.save(engine, Path(root), 3, {}, ranks, lambda: None)
+    except CheckpointError as error:
+        return {"error": str(error), "complete": [path.name for path in checkpoint.complete(Path(root))]}
+    raise AssertionError("the disk was not full")
+
+
+def poisoned(ranks: Ranks, stage: int) -> dict[str, Any]:
+    """Rank 0's loss is not finite in the second of three steps."""
+    config = small_config(stage, "fp32")
+    engine = make_engine(ranks, config)
+    applied, losses, unchanged = [], [], False
+    parameter = next(p for p in engine.module.parameters())
+    for step in (1, 2, 3):
+        before = digest(engine, ranks)
+        handle = None
+        if step == 2 and ranks.rank == 0:
+            handle = engine.module.register_forward_hook(
+                lambda module, inputs, output: output._replace(loss=output.loss * float("nan"))
+            )
+        positions = torch.arange(ranks.rank, config.global_batch, ranks.world_size) + step * 100
+        tokens = torch.stack([_tokens(int(s), config.model.context) for s in positions])
+        batch = Batch(tokens[:, :-1], tokens[:, 1:], positions, torch.tensor(step), seed=5)
+        metrics, _, done = engine.train_step([batch], lr=1e-2)
+        if handle:
+            handle.remove()
+        applied.append(done)
+        losses.append(float(ranks.sum(metrics[0]["loss"])))
+        if step == 2:
+            unchanged = digest(engine, ranks) == before
+    assert torch.isfinite(parameter).all()
+    return {"applied": applied, "losses": losses, "unchanged": unchanged}
+
+
+def train_run(
+    ranks: Ranks,
+    args: list[str],
+    die_at: int | None = None,
+    signal_at: tuple[int, int] | None = None,
+    sabotage: str | None = None,
+) -> int:
+    """A whole training run; rank 1 can be killed or get a signal in the middle of a step."""
+    from pretrain import trainer
+
+    original_step = Engine.train_step
+    original_lr = trainer.learning_rate
+    now = 0
+
+    def remember_step(config: Config, step: int) -> float:
+        nonlocal now
+        now = step
+        return original_lr(config, step)
+
+    def step(engine: Engine, batches: Any, lr: float) -> Any:
+        if ranks.rank == 1 and now == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if ranks.rank == 1 and signal_at and now == signal_at[0]:
+            os.kill(os.getpid(), signal_at[1])
+        return original_step(engine, batches, lr)
+
+    trainer.learning_rate = remember_step
+    Engine.train_step = step  # type: ignore[method-assign,assignment]
+    if sabotage == "load nothing":
+        checkpoint.Checkpoint.load = lambda self, engine: None  # type: ignore[method-assign]
+    elif sabotage == "find nothing":
+        checkpoint.newest = lambda root, ranks, warn: None
+    elif sabotage == "forget the moments":
+        checkpoint.STATES = ("fp32",)  # type: ignore[assignment]
+    elif sabotage == "forget the data position":
+        trainer.DataState.model_validate = classmethod(  # type: ignore[method-assign,assignment]
+            lambda cls, content: cls(**(content | {"samples_seen": 0}))
+        )
+    return trainer.train(load(args), ranks, time.time())

@@ -1,0 +1,165 @@
+"""What a finished dataset is: published last, so that a dataset exists only when its manifest does."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ValidationError
+
+from data_pipeline.atomic import write_file
+from data_pipeline.corpus import Split
+from data_pipeline.errors import DataError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+class TokenizerFacts(BaseModel, frozen=True):
+    """The tokenizer that made the tokens."""
+
+    sha256: str
+    vocab_size: int
+    type: str
+    eos_id: int
+    unk_id: int
+
+
+class InputFile(BaseModel, frozen=True):
+    """A file of text, as it lay on disk."""
+
+    path: str
+    bytes: int
+    xxh3: str
+
+
+class SourceFacts(BaseModel, frozen=True):
+    """What one source came to."""
+
+    name: str
+    inputs: list[InputFile]
+    documents: int
+    """Documents that went into the dataset."""
+    bytes: int
+    """UTF-8 bytes of their text."""
+    dropped: dict[str, int]
+    """Documents left out, by reason."""
+    replaced: int
+    """Undecodable bytes that became U+FFFD."""
+
+
+class ShardFacts(BaseModel, frozen=True):
+    """One shard; `path` is relative to the dataset, `documents` are those that start in it."""
+
+    path: str
+    split: Split
+    tokens: int
+    documents: int
+    batches: int
+    bytes: int
+    xxh3_128: str
+
+
+class SplitFacts(BaseModel, frozen=True):
+    """Totals of one split."""
+
+    tokens: int
+    documents: int
+    """Documents with text in this split; a document cut by `tail` counts in both."""
+    bytes: int
+    """UTF-8 bytes of text: what bits per byte divide by."""
+    unknown: int
+    """Tokens <unk>: runs of characters that a `char` tokenizer does not know."""
+    byte_counts: list[int] | None = None
+    """How often each of the 256 byte values occurs (validation only)."""
+
+    def order0_entropy(self) -> float:
+        """Bits per byte of a model that knows only how frequent each byte is (NaN where it was not counted)."""
+        if self.byte_counts is None:
+            return math.nan
+        shares = [count / self.bytes for count in self.byte_counts if count]
+        return -sum(share * math.log2(share) for share in shares)
+
+
+class Manifest(BaseModel, frozen=True):
+    """The contents of manifest.json. No time, host or output path in it: a rebuild is byte-identical."""
+
+    format: Literal[1] = 1
+    fingerprint: str
+    """Names the two token streams exactly: what the order of samples depends on."""
+    identity: dict[str, Any]
+    """The configuration and the hashes of the inputs it was built from."""
+    tokenizer: TokenizerFacts
+    dtype: str
+    """uint16 or int32."""
+    batch_tokens: int
+    """Tokens of each record batch but a shard's last."""
+    shard_tokens: int
+    """Tokens of each shard but a split's last."""
+    sources: list[SourceFacts]
+    shards: list[ShardFacts]
+    splits: dict[Split, SplitFacts]
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Raises DataError when there is none, it is damaged, or its format is unknown."""
+        path = folder / MANIFEST
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(
+                f"{folder} is not a dataset: it has no {MANIFEST}. `duet data build` makes one there "
+                "(after an interrupted build, run it again)"
+            ) from None
+        try:
+            data = json.loads(content)
+            found = data.get("format") if isinstance(data, dict) else None
+            if found != FORMAT:
+                raise DataError(
+                    f"{path} has format {found!r}, this version reads format {FORMAT}: use the version of duet that "
+                    "built it, or build again with --overwrite"
+                )
+            return cls.model_validate(data)
+        except (ValueError, ValidationError) as error:
+            raise DataError(f"{path} is damaged: {error}; restore it, or build again with --overwrite") from None
+
+    def save(self, folder: Path) -> None:
+        """Publishes the dataset."""
+        write_file(folder / MANIFEST, (self.model_dump_json(indent=1) + "\n").encode())
+
+    def shards_of(self, split: Split) -> list[ShardFacts]:
+        """The shards of a split in stream order."""
+        return [shard for shard in self.shards if shard.split == split]
+
+
+def fingerprint(tokenizer: TokenizerFacts, dtype: str, split_rule: dict[str, Any], shards: list[ShardFacts]) -> str:
+    """sha256 of everything the order and content of samples depend on; free of paths and times."""
+    facts = {
+        "format": FORMAT,
+        "tokenizer": tokenizer.model_dump(),
+        "dtype": dtype,
+        "split": split_rule,
+        "shards": [shard.model_dump(exclude={"path"}) for shard in shards],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What differs between two identities, a line each: `key: value there, value here`."""
+    old, new = dict(_flat(there)), dict(_flat(here))
+    keys = [*old, *(key for key in new if key not in old)]
+    return [
+        f"{key}: {old.get(key, 'nothing')} there, {new.get(key, 'nothing')} here"
+        for key in keys
+        if old.get(key, ...) != new.get(key, ...)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

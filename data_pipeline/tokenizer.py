@@ -1,0 +1,160 @@
+"""SentencePiece: training on a bounded sample, and a lossless encoder."""
+
+import hashlib
+import heapq
+import io
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import sentencepiece
+import xxhash
+
+from data_pipeline.config import TokenizerConfig
+from data_pipeline.errors import DataError
+from data_pipeline.sources import cut
+
+UNK_ID = 0
+EOS_ID = 1
+_SPACE_MARK = "\u2581"
+"""SentencePiece's stand-in for a space. In text it would come back as a space, so it never reaches the model."""
+_UNKNOWN_MARK = "\u2585"
+"""SentencePiece's trainer silently skips a sentence that holds it, and takes NUL for a bad encoding."""
+_RESERVED = re.compile(f"[\0{_SPACE_MARK}{_UNKNOWN_MARK}]+")
+_THREADS = 16  # A constant: the trainer's floating-point sums depend on it.
+
+
+def sample(texts: Iterable[str], limit: int, seed: int) -> list[str]:
+    """At most `limit` UTF-8 bytes of `texts`, in segments of 2 to 4 KiB (cut at newlines where there are some).
+
+    A segment is in if its hash, of (seed, number of the segment), is among the smallest: uniform, in one pass and in
+    bounded memory. Order is kept.
+    """
+    kept: list[tuple[int, int, str]] = []
+    size = number = 0
+    for text in texts:
+        for segment in cut([text], after=2**11, limit=2**12):
+            rank = xxhash.xxh3_64_intdigest(number.to_bytes(8, "little"), seed=seed)
+            heapq.heappush(kept, (-rank, number, segment.text))
+            number += 1
+            size += len(segment.text.encode())
+            while size > limit:
+                size -= len(heapq.heappop(kept)[2].encode())
+    return [text for _, _, text in sorted(kept, key=lambda item: item[1])]
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, seed: int) -> bytes:
+    """Trains on a sample of `texts`; returns the model file. The same texts, config and seed give the same bytes.
+
+    Raises DataError when the text cannot support `vocab_size`, or `vocab_size` is too small for its characters.
+    """
+    segments = [part for text in sample(texts, config.sample_bytes, seed) for part in _RESERVED.split(text) if part]
+    if not segments:
+        raise DataError("there is no text to train a tokenizer on: every document of the training split is empty")
+    if config.type == "char":
+        model = _train(segments, config, len(set().union(*segments)) + 2 + len(config.user_defined_symbols))
+        needed = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
+        if needed > config.vocab_size:
+            raise DataError(
+                f"data.tokenizer.vocab_size={config.vocab_size} is too small for the characters of the text: set it "
+                f"to at least {needed}, or lower data.tokenizer.character_coverage"
+            )
+        return model
+    return _train(segments, config, config.vocab_size)
+
+
+def _train(segments: list[str], config: TokenizerConfig, vocab_size: int) -> bytes:
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(segments),
+            model_writer=model,
+            model_type=config.type,
+            vocab_size=vocab_size,
+            character_coverage=config.character_coverage,
+            user_defined_symbols=config.user_defined_symbols,
+            byte_fallback=config.type != "char",
+            # Text goes in and comes out as it is.
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            # Longer sentences would be skipped; ours are 4 KiB at most.
+            max_sentence_length=2**20,
+            unk_id=UNK_ID,
+            eos_id=EOS_ID,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(_explain(str(error), config)) from error
+    return model.getvalue()
+
+
+def _explain(message: str, config: TokenizerConfig) -> str:
+    asked = f"data.tokenizer.vocab_size={config.vocab_size}"
+    if match := re.search(r"Please set it to a value <= (\d+)", message):
+        return f"{asked} is more than this text supports: set it to at most {match[1]}"
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"{asked} is too small for the characters of the text (with 256 byte pieces, special pieces and "
+            f"user_defined_symbols): set it above {match[1]}, or lower data.tokenizer.character_coverage"
+        )
+    return f"SentencePiece cannot train with data.tokenizer {config.model_dump()}: {message}"
+
+
+class Tokenizer:
+    """A trained model. `decode(encode(text)) == text` unless the type is `char` and a character is unknown."""
+
+    def __init__(self, model: bytes, name: str = "tokenizer") -> None:
+        """`model`: the bytes of a model file; `name`: what errors call it. Raises DataError if it is unfit."""
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise DataError(f"{name} is not a SentencePiece model: {error}") from None
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.vocab_size: int = self._processor.vocab_size()
+        self.unk_id: int = self._processor.unk_id()
+        self.eos_id: int = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise DataError(f"{name} has no end-of-text piece </s>; train one with `duet data tokenizer`")
+        mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        self._space_mark = np.array([self.unk_id] if self.unk_id in mark else mark, np.int32)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads a model file. Raises DataError if it is missing or no SentencePiece model."""
+        try:
+            model = Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"no tokenizer at {path}: {error.strerror}; `duet data tokenizer` trains one") from None
+        return cls(model, str(path))
+
+    def encode(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
+        """Ids of each text, int32 [tokens], without EOS. The number of threads makes no difference to them."""
+        encoded = self._encode(texts, num_threads)
+        for index, text in enumerate(texts):
+            if _SPACE_MARK in text:
+                parts = self._encode(text.split(_SPACE_MARK), num_threads)
+                joined = [array for part in parts for array in (self._space_mark, part)]
+                encoded[index] = np.concatenate(joined[1:])
+        return encoded
+
+    def _encode(self, texts: list[str], num_threads: int) -> list[np.ndarray]:
+        return self._processor.encode(texts, return_type="numpy", num_threads=num_threads)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of `ids`; EOS has none, an unknown character reads ' \u2047 ', cut-off bytes U+FFFD."""
+        return self._processor.decode(np.asarray(ids).tolist())
+
+    def piece(self, token: int) -> str:
+        """The piece `token` as SentencePiece spells it."""
+        return self._processor.id_to_piece(token)
+
+    def is_byte(self, token: int) -> bool:
+        """Whether `token` is one of the 256 pieces that spell characters outside the vocabulary."""
+        return self._processor.is_byte(token)

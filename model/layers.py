@@ -1,0 +1,70 @@
+"""Linear maps, tables, norms and feed forward, each with its own initialisation (docs/model.md A8, A9).
+
+Weights are drawn from torch's global generator when a module is made: seed it with `torch.manual_seed`, alike on
+every rank, before building.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.config import ModelConfig
+
+INIT_STD = 0.02
+
+
+class Linear(nn.Linear):
+    """A linear layer that starts at N(0, std), bias 0."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, std: float = INIT_STD) -> None:
+        """Weight [outputs, inputs]; std of its start."""
+        self.std = std  # read by reset_parameters, which the constructor below calls
+        super().__init__(inputs, outputs, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Start anew."""
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """A table [rows, C] that starts at N(0, 0.02)."""
+
+    def reset_parameters(self) -> None:
+        """Start anew."""
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+
+class TiedEmbedding(Embedding):
+    """The token table [V, C], which is also the output head.
+
+    One module for both, so that ZeRO-3 gathers the table where it is used.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """ids [B, T] int64 -> vectors [B, T, C]; vectors [B, T, C] -> logits [B, T, V]."""
+        return functional.linear(inputs, self.weight) if inputs.is_floating_point() else super().forward(inputs)
+
+
+def layer_norm(config: ModelConfig) -> nn.LayerNorm:
+    """LayerNorm over C, eps 1e-5, with a bias only where the model has biases."""
+    return nn.LayerNorm(config.width, eps=1e-5, bias=config.bias)
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Start of every map that writes to the residual stream: 0.02 / sqrt(2 layers) (GPT-2, section 2.3)."""
+    return INIT_STD / (2 * config.layers) ** 0.5
+
+
+class FeedForward(nn.Module):
+    """C -> 4C -> C with the exact GELU, position by position."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Maps [4C, C] up and [C, 4C] down, which writes to the residual stream."""
+        super().__init__()
+        self.up = Linear(config.width, 4 * config.width, bias=config.bias)
+        self.down = Linear(4 * config.width, config.width, bias=config.bias, std=residual_std(config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
+        return self.down(functional.gelu(self.up(x)))

@@ -1,0 +1,61 @@
+"""Cross entropy, the penalties on masks, and the schedule of their weights."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.config import PenaltyConfig
+from model.interface import IGNORE
+
+_EPS = 1e-6
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labels that are not IGNORE, in nats, in fp32; 0 when there is none.
+
+    Args:
+        logits: [B, T, V], any float type.
+        labels: [B, T] int64.
+
+    Returns:
+        0-d float32.
+    """
+    total = functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return total / (labels != IGNORE).sum().clamp(min=1)
+
+
+def entropy(mask: Tensor, kind: Literal["shannon", "complement", "binary"]) -> Tensor:
+    """Mean entropy in bits of mask values in [0, 1], before rounding (docs/model.md B4).
+
+    `shannon` is -m log2 m, `complement` the same of 1 - m, `binary` their sum. Gradients are finite at 0 and 1,
+    where they vanish.
+
+    Args:
+        mask: any shape, float32.
+
+    Returns:
+        0-d float32.
+    """
+    m = mask.clamp(_EPS, 1.0 - _EPS)
+    bits = torch.zeros((), device=m.device)
+    if kind in ("shannon", "binary"):
+        bits = bits - (m * m.log2()).mean()
+    if kind in ("complement", "binary"):
+        bits = bits - ((1.0 - m) * (1.0 - m).log2()).mean()
+    return bits
+
+
+def l1(mask: Tensor, kind: Literal["linear", "squared"]) -> Tensor:
+    """Mean of m, or of m²/2, over mask values before rounding (docs/model.md B5). Any shape -> 0-d float32."""
+    return mask.mean() if kind == "linear" else mask.square().mean() / 2
+
+
+def weight_at(step: Tensor, penalty: PenaltyConfig) -> Tensor:
+    """Weight of a penalty at an optimizer step (0-d int64) as 0-d float32, without waiting for the device."""
+    since = step - penalty.start_step
+    share = (since / penalty.ramp_steps).clamp(0.0, 1.0) if penalty.ramp_steps else since >= 0
+    return share.float() * penalty.weight

@@ -1,0 +1,66 @@
+"""Uniform noise as a pure function of (seed, step, global sample, site, element).
+
+It knows nothing of ranks, batch layout or history: a run resumed on other machines meets the same noise, and a
+recomputed layer meets it again. SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number
+Generators", OOPSLA 2014) in int64, whose arithmetic wraps alike on every device.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _signed(value: int) -> int:
+    """The int64 with the low 64 bits of `value`."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+_GAMMA = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: the step from one state to the next
+_GAMMA_INT64 = _signed(_GAMMA)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _fold(z: Tensor, bits: int) -> Tensor:
+    """z ^ (z >>> bits); torch's own shift keeps the sign, so the copies of the sign bit are masked off."""
+    return ((z >> bits) & (2 ** (64 - bits) - 1)).bitwise_xor_(z)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser: a bijection of int64 in which every input bit reaches every output bit."""
+    z = _fold(z, 30).mul_(_MIX_1)
+    z = _fold(z, 27).mul_(_MIX_2)
+    return _fold(z, 31)
+
+
+def sample_keys(seed: int, step: Tensor, samples: Tensor) -> Tensor:
+    """One key for each sequence of a batch.
+
+    Args:
+        step: 0-d int64.
+        samples: [B] int64, global positions in the data order.
+
+    Returns:
+        [B] int64.
+    """
+    key = _mix(torch.full_like(step, _signed(seed)))
+    key = _mix(key + step * _GAMMA_INT64)
+    return _mix(key + samples * _GAMMA_INT64)
+
+
+def uniform(keys: Tensor, site: int, shape: tuple[int, int]) -> Tensor:
+    """Noise in [0, 1) for one site, in steps of 2^-24.
+
+    Args:
+        keys: [B] int64, from `sample_keys`.
+        site: number of the place in the model.
+        shape: (T, C); element (t, c) draws number t C + c, so a shorter sequence meets the same noise.
+
+    Returns:
+        [B, T, C] float32.
+    """
+    count = shape[0] * shape[1]
+    stream = _mix(keys + _signed(site * _GAMMA))
+    # Two numbers come from each 64-bit state: half the work.
+    states = torch.arange(1, count // 2 + count % 2 + 1, device=keys.device) * _GAMMA_INT64
+    bits = _mix(stream[:, None] + states).view(torch.int32)[:, :count]
+    return ((bits >> 8) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24).view(-1, *shape)

@@ -1,0 +1,25 @@
+"""From a configuration to a model."""
+
+from data_pipeline.errors import ConfigError
+from model.architectures.decoder_only import DecoderOnly
+from model.architectures.parallel_encoder_decoder import ParallelEncoderDecoder
+from model.config import Architecture, ModelConfig
+from model.language_model import LanguageModel
+
+ARCHITECTURES: dict[Architecture, type[LanguageModel]] = {
+    "parallel_encoder_decoder": ParallelEncoderDecoder,
+    "decoder_only": DecoderOnly,
+}
+
+
+def build(config: ModelConfig) -> LanguageModel:
+    """A freshly initialised model, on torch's default device.
+
+    Weights come from torch's global generator: call `torch.manual_seed` first, with the same seed on every rank.
+
+    Raises:
+        ConfigError: `vocab_size` is not known yet.
+    """
+    if config.vocab_size is None:
+        raise ConfigError("model.vocab_size is not set: take it from the dataset's tokenizer, or give it")
+    return ARCHITECTURES[config.architecture](config)

@@ -1,0 +1,145 @@
+"""The report of a run or of several: one HTML page that needs nothing else, and a picture beside it."""
+
+import math
+from pathlib import Path
+
+from data_pipeline.errors import RunError
+from pretrain import report_html as html
+from pretrain.files import write_atomic
+from pretrain.report_data import BITS_PER_BYTE, LOSS, VALIDATION, RunData, load, verdict
+from pretrain.report_plots import overview_png, panel_png, panels
+
+SAMPLES_OPEN = 1
+MOST_WARNINGS = 50
+
+
+def write_report(run_dirs: list[Path], out: Path | None) -> Path:
+    """Write a page about the runs, and a picture of the same name ending in .png.
+
+    Args:
+        run_dirs: run folders; several are laid over each other and sorted by validation loss.
+        out: the page; without it `report.html` in the run folder, or beside it for several.
+
+    Returns:
+        the page's path.
+
+    Raises:
+        RunError: a folder is not a run folder; says what was expected.
+    """
+    if not run_dirs:
+        raise RunError("a report needs at least one run folder")
+    runs = sorted((load(path) for path in run_dirs), key=_validation_loss)
+    if out is None:
+        out = (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].resolve().parent) / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [html.Picture(panel.title, panel_png(panel, runs), panel.single) for panel in panels(runs)]
+    content = _one_run(runs[0], pictures) if len(runs) == 1 else _several_runs(runs, pictures)
+    write_atomic(out.with_suffix(".png"), overview_png(runs))
+    write_atomic(out, content)
+    return out
+
+
+def _one_run(run: RunData, pictures: list[html.Picture]) -> str:
+    body = [html.heading(run.name, _status(run), verdict(run)), html.tiles(_tiles(run))]
+    if pictures:
+        body.append(html.section("Course", html.plots(pictures)))
+    if run.points:
+        body.append(
+            html.section("Numbers", html.table(["metric", "first", "last", "lowest", "at step"], _numbers(run)))
+        )
+    if run.samples:
+        newest = sorted(run.samples, key=lambda sample: sample.step or 0, reverse=True)
+        texts = (
+            html.folded(
+                f"after step {sample.step}", html.text_block(str(sample.fields.get("text"))), opened=i < SAMPLES_OPEN
+            )
+            for i, sample in enumerate(newest)
+        )
+        body.append(html.section("Text it wrote", "\n".join(texts)))
+    if run.warnings:
+        texts_ = [str(warning.fields.get("text")) for warning in run.warnings]
+        body.append(html.section("Warnings", html.listing(texts_[-MOST_WARNINGS:])))
+    about = []
+    if run.config:
+        about.append(html.folded("config.yaml", html.text_block(run.config)))
+    if run.facts:
+        about.append(html.folded("Environment", html.facts(run.facts), opened=True))
+    if about:
+        body.append(html.section("How it was made", "\n".join(about)))
+    return html.page(f"{run.name}: training report", body)
+
+
+def _several_runs(runs: list[RunData], pictures: list[html.Picture]) -> str:
+    columns = ["run", "status", "step", "training loss", "validation loss", "bits/byte", "tokens/s", "parameters"]
+    rows = [
+        [
+            run.name,
+            _status(run).lower(),
+            f"{run.last_step:,}",
+            *(_number(run.last(name)) for name in (LOSS, VALIDATION, BITS_PER_BYTE, "time/tokens_per_second")),
+            _number(run.facts.get("parameters")),
+        ]
+        for run in runs
+    ]
+    best = f"Lowest validation loss: {runs[0].name}, {_number(runs[0].last(VALIDATION))} nats per token."
+    lines = (best,) if runs[0].last(VALIDATION) is not None else ()
+    body = [html.heading(f"{len(runs)} runs", None, lines), html.section("Runs", html.table(columns, rows))]
+    if pictures:
+        body.append(html.section("Course", html.plots(pictures)))
+    body.append(html.section("Verdicts", html.listing([f"{run.name}: {' '.join(verdict(run))}" for run in runs])))
+    configs = [html.folded(f"{run.name}: config.yaml", html.text_block(run.config)) for run in runs if run.config]
+    if configs:
+        body.append(html.section("How they were made", "\n".join(configs)))
+    return html.page(f"{len(runs)} runs: training report", body)
+
+
+def _validation_loss(run: RunData) -> float:
+    loss = run.last(VALIDATION)
+    return loss if loss is not None and not math.isnan(loss) else math.inf
+
+
+def _status(run: RunData) -> str:
+    return str(run.end.fields.get("status")) if run.end else "RUNNING"
+
+
+def _tiles(run: RunData) -> list[tuple[str, str]]:
+    values = [
+        ("training loss, nats/token", run.last(LOSS)),
+        ("validation, bits/byte", run.last(BITS_PER_BYTE)),
+        ("tokens per second", run.last("time/tokens_per_second")),
+        ("tokens seen", run.last("data/tokens_seen")),
+        ("parameters", run.facts.get("parameters")),
+        ("ranks", run.facts.get("world_size")),
+        ("attempts", len(run.starts) or None),
+    ]
+    return [(label, _number(value)) for label, value in values if value is not None]
+
+
+def _numbers(run: RunData) -> list[list[str]]:
+    """One row a metric; the gates' single sites are in the picture."""
+    rows = []
+    for name in sorted(name for name in run.points if name.count("/") <= 1):
+        points = run.points[name]
+        finite = [point for point in points if math.isfinite(point.value)]
+        lowest = min(finite, key=lambda point: point.value, default=None)
+        rows.append(
+            [
+                name,
+                _number(points[0].value),
+                _number(points[-1].value),
+                _number(lowest.value if lowest else None),
+                f"{lowest.step:,}" if lowest else "–",
+            ]
+        )
+    return rows
+
+
+def _number(value: object) -> str:
+    """A number for people: counts with separators, others with what matters of their digits."""
+    if value is None:
+        return "–"
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return str(value)
+    if isinstance(value, int) or value == 0 or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if abs(value) >= 1e-2 else f"{value:.2e}"

@@ -1,0 +1,168 @@
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline import readers
+from data_pipeline.config import SourceConfig
+from data_pipeline.errors import DataError
+from data_pipeline.readers import ReadCounts, read_jsonl, read_plain
+from data_pipeline.sources import Source, cut
+
+
+def texts_of(source: Source, errors: readers.Errors = "strict") -> tuple[list[str], ReadCounts]:
+    counts = ReadCounts()
+    documents: list[str] = []
+    open_document = False
+    for piece in source.pieces(errors, counts):
+        if open_document:
+            documents[-1] += piece.text
+        else:
+            documents.append(piece.text)
+        open_document = piece.continues
+    return documents, counts
+
+
+def source_of(*paths: Path | str, text_key: str = "text") -> Source:
+    return Source("s", "data.sources.s.paths", SourceConfig(paths=[str(path) for path in paths], text_key=text_key))
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_text_arrives_as_it_is(tmp_path: Path, suffix: str) -> None:
+    text = "\ufeffa\r\nb\rc\n\n \t\0漢😀\u2028" * 40_000 + "no newline at the end"
+    (tmp_path / f"a.txt{suffix}").write_bytes(PACKERS[suffix](text.encode()))
+    lines = "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in (text, "", "b"))
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(PACKERS[suffix](lines.encode()))
+    documents, counts = texts_of(source_of(tmp_path))
+    assert documents == [text, text, "b"]
+    assert counts.dropped == {"empty": 1}
+    assert counts.documents == 3
+    assert counts.bytes == 2 * len(text.encode()) + 1
+    assert counts.input_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_files_of_several_members_are_read_to_the_end(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a.txt{suffix}"
+    file.write_bytes(b"".join(PACKERS[suffix](part) for part in (b"one ", b"", b"two ", b"three" * 100_000)))
+    assert texts_of(source_of(file))[0] == ["one two " + "three" * 100_000]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("kept", [0.3, 0.9, 0.9999])
+def test_truncated_archives_are_errors(tmp_path: Path, suffix: str, kept: float) -> None:
+    import random
+
+    data = PACKERS[suffix](random.Random(0).randbytes(60_000).hex().encode())
+    file = tmp_path / f"a.txt{suffix}"
+    file.write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(DataError, match=rf"a\.txt\{suffix}: damaged or truncated"):
+        texts_of(source_of(file))
+
+
+def test_damaged_archives_are_errors(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt.zst"
+    file.write_bytes(b"plain text")
+    with pytest.raises(DataError, match=r"damaged or truncated .zst"):
+        texts_of(source_of(file))
+
+
+@pytest.mark.parametrize("at", [0, 5, readers.CHUNK_BYTES - 2, readers.CHUNK_BYTES - 1, 2 * readers.CHUNK_BYTES + 7])
+def test_bytes_that_are_not_utf8_are_named_by_file_and_offset(tmp_path: Path, at: int) -> None:
+    file = tmp_path / "latin.txt"
+    file.write_bytes(b"x" * at + "é".encode("latin-1") + b" fin")
+    with pytest.raises(DataError, match=rf"latin\.txt: byte {at} \(0xe9\).*data\.errors=replace"):
+        list(read_plain(file, "strict", ReadCounts()))
+    counts = ReadCounts()
+    assert "".join(read_plain(file, "replace", counts)) == "x" * at + "\ufffd fin"
+    assert counts.replaced == 1
+
+
+def test_a_character_cut_off_at_the_end_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes("ab漢".encode()[:-1])
+    with pytest.raises(DataError, match="byte 2"):
+        list(read_plain(file, "strict", ReadCounts()))
+
+
+@given(st.binary(max_size=60), st.integers(0, 20))
+def test_replacing_counts_every_undecodable_byte(data: bytes, junk: int) -> None:
+    counts = ReadCounts()
+    text, used = readers._decode(data + b"\xff" * junk, True, "replace", "here", 0, counts)
+    assert used == len(data) + junk
+    assert counts.replaced == text.count("\ufffd") - data.count("\ufffd".encode())
+    assert counts.replaced >= junk
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"not json", r"line 2 is not a JSON object.*'not json"),
+        (b"[1]", "line 2 is not a JSON object but a list"),
+        (b'{"title": "t", "body": "b"}', "line 2 has no key 'text'; its keys: 'title', 'body'"),
+        (b'{"text": 5, "body": "b"}', "line 2: 'text' is a int, not a string; keys with strings: 'body'"),
+        (b'{"text": "\xe9"}', r"line 2: byte 25 \(0xe9\)"),
+        (b'{"text": "\\ud83d"}', r"line 2: 'text' holds half a surrogate pair \(\\ud83d\)"),
+        (b'{"text": "' + b"x" * 200 + b'"}', "line 2 .at byte 15. is longer than 100 bytes"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: bytes, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 100)
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "ok"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=message) as raised:
+        list(read_jsonl(file, "text", "strict", ReadCounts()))
+    assert str(file) in str(raised.value)
+
+
+def test_half_surrogates_can_be_replaced_and_blank_lines_are_none(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf\n  \n{"text": "a\\ud83d\\ude00 \\ud83d"}')
+    counts = ReadCounts()
+    assert list(read_jsonl(file, "text", "replace", counts)) == ["a😀 \ufffd"]
+    assert counts.replaced == 1
+
+
+def test_paths_are_sorted_once_each_and_missing_ones_are_errors(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "sub/c.txt", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    source = source_of(tmp_path / "b.txt", tmp_path, tmp_path / "*.txt")
+    assert [file.name for file in source.files] == ["a.txt", "b.txt", "c.txt"]
+    (tmp_path / "none").mkdir()
+    for path, message in (("gone.txt", "does not exist"), ("*.md", "no file matches"), ("none", "directory without")):
+        with pytest.raises(DataError, match=f"data.sources.s.paths: .*{message}"):
+            source_of(tmp_path / path)
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    source = source_of(file)
+    file.write_text("one more")
+    with pytest.raises(DataError, match="changed while it was read"):
+        source.check_unchanged()
+
+
+@given(st.lists(st.text("ab\n漢😀", max_size=30), max_size=8), st.integers(0, 2**32))
+def test_cutting_loses_nothing_and_ignores_chunks(chunks: list[str], seed: int) -> None:
+    pieces = list(cut(chunks, after=10, limit=20))
+    text = "".join(chunks)
+    assert "".join(piece.text for piece in pieces) == text
+    assert pieces == list(cut([text], after=10, limit=20)) == list(cut(text, after=10, limit=20))
+    assert [piece.continues for piece in pieces] == [True] * (len(pieces) - 1) + [False] * bool(pieces)
+    for piece in pieces[:-1]:
+        size = len(piece.text.encode())
+        assert (
+            10 < size <= 20
+            and piece.text.endswith("\n")
+            and "\n" not in piece.text.encode()[10:-1].decode(errors="ignore")
+        ) or 16 < size <= 20

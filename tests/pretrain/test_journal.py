@@ -1,0 +1,163 @@
+"""The journal: nothing whole is lost, whatever a crash leaves behind."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import RunError
+from pretrain.journal import Journal, read, read_from, series
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+def write(path: Path, attempt: int, steps: range, resumed_from: int | None = None) -> None:
+    journal = Journal(path, attempt)
+    journal.event("start", resumed_from=resumed_from, world_size=1)
+    for step in steps:
+        journal.metrics(step, {"loss/train": attempt + step / 100})
+    journal.close()
+
+
+def test_records_come_back_as_written(path: Path) -> None:
+    before = time.time_ns() // 1_000_000
+    journal = Journal(path, 3)
+    journal.event("start", resumed_from=7, world_size=2, host="n1")
+    journal.metrics(8, {"loss/train": 1 / 3, "data/tokens_seen": 2**53})
+    journal.event("checkpoint", step=8, path="checkpoints/step-000000008")
+    journal.event("sample", step=8, text="first\nsecond \u2028 ünï \ud800")
+    journal.event("end", status="FINISHED", reason="all steps done")
+    journal.close()
+    start, metrics, checkpoint, sample, end = read(path)
+    assert start.kind == "start"
+    assert start.fields == {"resumed_from": 7, "world_size": 2, "host": "n1"}
+    assert (metrics.step, metrics.attempt) == (8, 3)
+    assert metrics.metrics == {"loss/train": 1 / 3, "data/tokens_seen": 2.0**53}
+    assert before <= metrics.time <= time.time() * 1000 + 1
+    assert (checkpoint.step, checkpoint.fields["path"]) == (8, "checkpoints/step-000000008")
+    assert sample.fields["text"] == "first\nsecond \u2028 ünï \ud800"
+    assert end.fields == {"status": "FINISHED", "reason": "all steps done"}
+    assert len(path.read_bytes().splitlines()) == 5
+
+
+def test_a_line_torn_at_any_byte_is_taken_out_and_all_before_it_stays(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    write(whole, 1, range(1, 4))
+    content = whole.read_bytes()
+    last_line = content.rindex(b"\n", 0, -1) + 1
+    for cut in range(last_line, len(content)):
+        path = tmp_path / f"cut-{cut}"
+        path.write_bytes(content[:cut])
+        assert [r.step for r in read(path)] == [None, 1, 2], "a reader leaves the torn line alone"
+        assert path.read_bytes() == content[:cut]
+        Journal(path, 2).metrics(9, {"loss/train": 9.0})
+        records = list(read(path))
+        assert [r.step for r in records if r.kind == "metrics"] == [1, 2, 9]
+        notices = [r for r in records if r.kind == "warning"]
+        assert [r.fields["torn"] for r in notices] == ([content[last_line:cut].decode()] if cut > last_line else [])
+
+
+def test_a_journal_that_is_one_long_torn_line(path: Path) -> None:
+    path.write_bytes(b'{"format": 1, "x": "' + b"\0\xff" * 100_000)
+    Journal(path, 1).metrics(1, {"a": 1.0})
+    assert [r.kind for r in read(path)] == ["warning", "metrics"]
+
+
+def test_what_a_killed_process_wrote_is_whole_and_the_next_attempt_goes_on(path: Path) -> None:
+    script = (
+        "import sys, pathlib; from pretrain.journal import Journal\n"
+        "j = Journal(pathlib.Path(sys.argv[1]), 1)\n"
+        "for step in range(10**9): j.metrics(step, {f'gate/{i}': step + i / 7 for i in range(50)})\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=ROOT)
+    deadline = time.monotonic() + 30
+    while not path.exists() or path.stat().st_size < 1_000_000:
+        assert time.monotonic() < deadline
+        assert child.poll() is None
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    Journal(path, 2).metrics(-1, {"gate/0": 0.0})
+    steps = [r.step for r in read(path) if r.kind == "metrics"]
+    assert steps == [*range(len(steps) - 1), -1]
+
+
+def test_a_full_disk_raises_and_leaves_no_half_line(path: Path) -> None:
+    script = (
+        "import sys, pathlib, resource; from pretrain.journal import Journal\n"
+        "j = Journal(pathlib.Path(sys.argv[1]), 1)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        "    for step in range(100): j.metrics(step, {'loss/train': 1.0})\n"
+        "except OSError as error: print(step, error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    failed_at, message = done.stdout.split(" ", 1)
+    assert "could be written" in message
+    assert path.read_bytes().endswith(b"\n")
+    assert [r.step for r in read(path)] == list(range(int(failed_at)))
+
+
+def test_a_rollback_supersedes_the_older_attempts_points_after_it(path: Path) -> None:
+    write(path, 1, range(1, 8))
+    write(path, 2, range(5, 7), resumed_from=4)
+    write(path, 3, range(7, 9), resumed_from=6)
+    points = series(read(path))["loss/train"]
+    assert [(p.step, p.attempt) for p in points] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2), (7, 3), (8, 3)]
+    assert points[4].value == 2.05
+    write(path, 4, range(0))
+    assert series(read(path)) == {}, "an attempt from scratch supersedes all"
+
+
+def test_nonfinite_values_are_strict_json_and_come_back(path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    journal = Journal(path, 1)
+    journal.metrics(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.5})
+    assert journal.num_nonfinite == 3
+    json.loads(path.read_text(), parse_constant=refuse)
+    (record,) = read(path)
+    assert math.isnan(record.metrics["a"])
+    assert (record.metrics["b"], record.metrics["c"], record.metrics["d"]) == (math.inf, -math.inf, 1.5)
+
+
+@pytest.mark.parametrize("broken", ["{nonsense", "[]", '{"format": 1}', "", '{"format": 99, "kind": "metrics"}'])
+def test_a_broken_line_in_the_middle_is_named(path: Path, broken: str) -> None:
+    write(path, 1, range(1, 3))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], broken, lines[2], ""]))
+    with pytest.raises(RunError, match=r"metrics\.jsonl:3: "):
+        list(read(path))
+    second = len(lines[0]) + 1
+    with pytest.raises(RunError, match=r"metrics\.jsonl:3: "):
+        list(read_from(path, second))
+
+
+def test_no_journal(path: Path) -> None:
+    with pytest.raises(RunError, match="there is no journal"):
+        list(read(path))
+
+
+def test_a_follower_goes_on_from_its_offset(path: Path) -> None:
+    write(path, 1, range(1, 4))
+    offsets = [offset for _, offset in read_from(path, 0)]
+    assert offsets[-1] == path.stat().st_size
+    for index, offset in enumerate(offsets):
+        assert [r for r, _ in read_from(path, offset)] == list(read(path))[index + 1 :]
+
+
+def test_import_is_free_of_torch_and_mlflow() -> None:
+    script = "import sys, pretrain.journal, pretrain.console; assert not {'torch', 'mlflow'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

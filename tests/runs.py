@@ -1,0 +1,144 @@
+"""Small real runs for tests, and what their journals must prove."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain.journal import Record, read
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "model.layers=1",
+    "model.width=16",
+    "model.heads=2",
+    "model.context=16",
+    "model.learned_dropout.entropy.start_step=0",
+    "batch.tokens=128",
+    "schedule.warmup_steps=3",
+    "optimizer.lr=0.01",
+    "engine.precision=fp32",
+    "tracking.mode=off",
+    "train.log_every=1",
+    "train.sample_tokens=0",
+]
+"""A model and a batch that take milliseconds a step; noise and both penalties on."""
+
+
+def duet(
+    *args: str, cwd: Path | None = None, timeout: float = 240, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "launch.cli", *args],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def start_duet(*args: str, log: Path) -> subprocess.Popen[bytes]:
+    """Start the command line in a session of its own."""
+    with open(log, "ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "launch.cli", *args],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+
+
+def wait_for_step(journal: Path, step: int, process: subprocess.Popen[bytes], timeout: float = 120) -> None:
+    """Until the journal holds a step."""
+    end = time.monotonic() + timeout
+    while not (journal.exists() and any((r.step or 0) >= step for r in read(journal) if r.kind == "metrics")):
+        assert process.poll() is None, f"the run ended early with code {process.returncode}"
+        assert time.monotonic() < end, f"step {step} not reached"
+        time.sleep(0.02)
+
+
+def ranks_of(run_dir: Path) -> list[int]:
+    """Live rank processes of a run folder, found by their command line."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            if b"pretrain" in words and f"run.dir={run_dir}".encode() in words and state not in "ZX":
+                found.append(int(process.name))
+    return found
+
+
+def wait_until_gone(run_dir: Path, timeout: float = 20) -> None:
+    """Until no rank of a run is alive."""
+    end = time.monotonic() + timeout
+    while alive := ranks_of(run_dir):
+        assert time.monotonic() < end, f"ranks {alive} outlived their launcher"
+        time.sleep(0.02)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL, and reap."""
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def attempts(journal: Path) -> list[tuple[int | None, dict[int, dict[str, float]]]]:
+    """Of each attempt: the step it resumed from, and the metrics of each training step it took."""
+    result: list[tuple[int | None, dict[int, dict[str, float]]]] = []
+    for record in read(journal):
+        if record.kind == "start":
+            result.append((record.fields["resumed_from"], {}))
+        elif record.kind == "metrics" and "loss/train" in record.metrics:
+            assert record.step is not None
+            result[-1][1][record.step] = record.metrics
+    return result
+
+
+def check_resumed(journal: Path, reference: Path, interval: int) -> int:
+    """Prove from its journal that a run resumed and that it learned what the uninterrupted reference did.
+
+    Every step's loss is bit for bit the reference's, in every attempt; each later attempt began right after the
+    newest checkpoint, and computed at most `interval` steps twice. Returns the number of attempts.
+    """
+    [(_, expected)] = attempts(reference)
+    found = attempts(journal)
+    done: dict[int, dict[str, float]] = {}
+    for number, (resumed_from, steps) in enumerate(found):
+        if number:
+            assert resumed_from is not None, "an attempt started over"
+            assert resumed_from >= 1
+            assert resumed_from % interval == 0
+            assert resumed_from == _newest_checkpoint(read(journal), number), "not from the newest checkpoint"
+            if steps:
+                assert min(steps) == resumed_from + 1 > 1
+            assert len(steps.keys() & done.keys()) <= interval
+        for step, metrics in steps.items():
+            for name in ("loss/total", "loss/train", "penalty/entropy", "penalty/l1", "optim/grad_norm"):
+                assert metrics[name] == expected[step][name], f"step {step}: {name} differs"
+        done |= steps
+    assert done.keys() == expected.keys()
+    return len(found)
+
+
+def _newest_checkpoint(records: Any, attempt: int) -> int | None:
+    """Step of the last checkpoint written before the start of attempt number `attempt` (from 0)."""
+    starts, newest = -1, None
+    record: Record
+    for record in records:
+        if record.kind == "start":
+            starts += 1
+            if starts == attempt:
+                return newest
+        elif record.kind == "checkpoint":
+            newest = record.step
+    return newest

@@ -1,0 +1,85 @@
+"""The rules of the house: who may import whom, and what a login node must not need."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("data_pipeline", "model", "pretrain", "launch")
+MAY_IMPORT = {
+    "data_pipeline": {"data_pipeline"},
+    "model": {"model", "data_pipeline.errors"},
+    "pretrain": {"pretrain", "model", "data_pipeline"},
+    "launch": {"launch", "pretrain", "model", "data_pipeline"},
+}
+ONLY_IN = {
+    "deepspeed": ("pretrain/engine.py",),
+    "mlflow": ("pretrain/tracking.py",),
+    "pyarrow": ("data_pipeline/",),
+    "sentencepiece": ("data_pipeline/",),
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+FILES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_keep_to_the_rules(file: Path) -> None:
+    name = str(file.relative_to(ROOT))
+    room = name.split("/")[0]
+    for imported in imports(file):
+        top = imported.split(".")[0]
+        if top in ROOMS and imported != top:
+            allowed = MAY_IMPORT[room]
+            assert top in allowed or any(imported == a or imported.startswith(f"{a}.") for a in allowed), (
+                f"{name} imports {imported}"
+            )
+        for library, places in ONLY_IN.items():
+            if top == library:
+                assert name.startswith(places), f"{name} imports {library}; only {places} may"
+
+
+def test_the_rules_see_a_breach(tmp_path: Path) -> None:
+    breach = tmp_path / "breach.py"
+    breach.write_text("def f():\n    from pretrain import engine\n    import deepspeed.comm\n")
+    assert {"pretrain", "pretrain.engine", "deepspeed.comm"} <= set(imports(breach))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["data", "build", "--help"],
+        ["checkpoint", "ls", "--help"],
+        ["config", "show", "model/tiny"],
+        ["config", "presets"],
+    ],
+    ids=" ".join,
+)
+def test_login_node_commands_need_no_heavy_library(arguments: list[str]) -> None:
+    blocked = "import sys\nfor name in ('torch', 'mlflow', 'pyarrow', 'deepspeed', 'sentencepiece', 'matplotlib'):\n"
+    blocked += "    sys.modules[name] = None\n"
+    program = f"{blocked}sys.argv = ['duet', *{arguments!r}]\nfrom launch.cli import main\nmain()\n"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_files_stay_readable() -> None:
+    long = {str(f.relative_to(ROOT)): n for f in FILES if (n := len(f.read_text().splitlines())) > 420}
+    assert not long, f"one idea a file, about 400 lines: {long}"

@@ -1,0 +1,226 @@
+"""The promise of the whole: killed at any step and started again, a run ends as if nothing had happened."""
+
+import json
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.journal import read
+from tests.conftest import RanksFailed
+from tests.runs import (
+    ROOT,
+    SMALL,
+    attempts,
+    check_resumed,
+    duet,
+    kill,
+    ranks_of,
+    start_duet,
+    wait_for_step,
+    wait_until_gone,
+)
+
+Ranks = Callable[..., list[Any]]
+STEPS, INTERVAL = 24, 5
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A character-level dataset of the licence's text."""
+    path = tmp_path_factory.mktemp("data") / "licence"
+    done = duet(
+        "data", "build", "data/characters", f"data.sources.text.paths=[{ROOT / 'LICENSE'}]", f"data.path={path}"
+    )
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def arguments(dataset: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        *SMALL,
+        f"data.path={dataset}",
+        f"run.dir={run_dir}",
+        f"train.steps={STEPS}",
+        f"train.checkpoint_every={INTERVAL}",
+        "train.eval_every=12",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(ranks: Ranks, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The journal of a run that was never interrupted: ZeRO 1, two ranks, fp32, noise on."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    ranks("tests.distributed.cases:train_run", 2, args=arguments(dataset, run_dir))
+    [(resumed_from, steps)] = attempts(run_dir / "metrics.jsonl")
+    assert resumed_from is None
+    assert sorted(steps) == list(range(1, STEPS + 1))
+    assert 0 < steps[STEPS]["gate/density"] < 1, "the noise is on"
+    assert steps[STEPS]["loss/train"] < steps[1]["loss/train"]
+    return run_dir / "metrics.jsonl"
+
+
+def test_killed_at_a_random_step_and_started_again(dataset: Path, reference: Path, tmp_path: Path) -> None:
+    """With the real command line: SIGKILL to the launcher ends every rank, and the same command goes on."""
+    run_dir = tmp_path / "run"
+    command = ["train", *arguments(dataset, run_dir), "--ranks", "2"]
+    step = random.Random().randrange(INTERVAL + 1, STEPS - 2)
+    process = start_duet(*command, log=tmp_path / "log")
+    wait_for_step(run_dir / "metrics.jsonl", step, process)
+    assert len(ranks_of(run_dir)) == 2
+    kill(process)
+    wait_until_gone(run_dir)
+    done = duet(*command)
+    assert done.returncode == 0, done.stderr
+    assert check_resumed(run_dir / "metrics.jsonl", reference, INTERVAL) == 2
+    assert f"step {STEPS} of {STEPS}" in done.stdout
+
+
+@pytest.mark.parametrize("step", [1, 4, 6, 8, 11, 23])
+def test_killed_at_each_kind_of_step(ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path, step: int) -> None:
+    """Rank 1 is killed in the middle of a step; twice, so that a resumed run is killed, too."""
+    args = arguments(dataset, tmp_path / "run")
+    with pytest.raises(RanksFailed, match="-9"):
+        ranks("tests.distributed.cases:train_run", 2, args=args, die_at=step)
+    if step < STEPS - 1:
+        with pytest.raises(RanksFailed, match="-9"):
+            ranks("tests.distributed.cases:train_run", 2, args=args, die_at=step + 1)
+    ranks("tests.distributed.cases:train_run", 2, args=args)
+    journal = tmp_path / "run" / "metrics.jsonl"
+    if step < INTERVAL:
+        assert attempts(journal)[1][0] is None, "there was no checkpoint yet"
+        [*_, (_, last)] = attempts(journal)
+        [(_, expected)] = attempts(reference)
+        assert {s: m["loss/total"] for s, m in last.items()} == {
+            s: m["loss/total"] for s, m in expected.items() if s in last
+        }
+    else:
+        assert check_resumed(journal, reference, INTERVAL) == (3 if step < STEPS - 1 else 2)
+
+
+@pytest.mark.parametrize("sabotage", ["load nothing", "find nothing", "forget the data position", "forget the moments"])
+def test_the_proof_of_resuming_fails_when_loading_is_sabotaged(
+    ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path, sabotage: str
+) -> None:
+    args = arguments(dataset, tmp_path / "run")
+    with pytest.raises(RanksFailed, match="-9"):
+        ranks("tests.distributed.cases:train_run", 2, args=args, die_at=12)
+    ranks("tests.distributed.cases:train_run", 2, args=args, sabotage=sabotage)
+    with pytest.raises(AssertionError):
+        check_resumed(tmp_path / "run" / "metrics.jsonl", reference, INTERVAL)
+
+
+def test_resumed_on_another_number_of_ranks_and_stage(
+    ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path
+) -> None:
+    args = arguments(dataset, tmp_path / "run")
+    with pytest.raises(RanksFailed, match="-9"):
+        ranks("tests.distributed.cases:train_run", 2, args=args, die_at=12)
+    ranks("tests.distributed.cases:train_run", 1, args=[*args, "engine.zero_stage=3", "batch.micro_batch=2"])
+    [_, (resumed_from, steps)] = attempts(tmp_path / "run" / "metrics.jsonl")
+    [(_, expected)] = attempts(reference)
+    assert resumed_from == 10
+    for step, metrics in steps.items():
+        # The same data, weights and noise; sums are taken in another order, and a rounding that flips costs a little.
+        assert metrics["loss/total"] == pytest.approx(expected[step]["loss/total"], abs=1e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_the_next_start_goes_on(
+    ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path, number: int
+) -> None:
+    args = arguments(dataset, tmp_path / "run")
+    [received, other] = ranks("tests.distributed.cases:train_run", 2, args=args, signal_at=[7, number])
+    assert received == other == number
+    ranks("tests.distributed.cases:train_run", 2, args=args)
+    [(_, first), (resumed_from, second)] = attempts(tmp_path / "run" / "metrics.jsonl")
+    [(_, expected)] = attempts(reference)
+    assert max(first) == resumed_from == 7
+    assert {s: m["loss/total"] for s, m in (first | second).items()} == {
+        s: m["loss/total"] for s, m in expected.items()
+    }
+    ends = [r.fields["status"] for r in read(tmp_path / "run" / "metrics.jsonl") if r.kind == "end"]
+    assert ends == ["KILLED", "FINISHED"]
+
+
+def test_two_starts_on_one_run_folder_cannot_both_train(dataset: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = ["train", *arguments(dataset, run_dir, "train.steps=100000", "train.checkpoint_every=50000")]
+    process = start_duet(*command, log=tmp_path / "log")
+    try:
+        wait_for_step(run_dir / "metrics.jsonl", 1, process)
+        second = duet(*command)
+        assert second.returncode == 2
+        assert "another start owns this run folder (attempt 1: process" in second.stderr
+        assert "Traceback" not in second.stderr
+        assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    assert ranks_of(run_dir) == []
+
+
+def test_a_finished_run_says_so_and_changes_nothing(ranks: Ranks, dataset: Path, reference: Path) -> None:
+    run_dir = reference.parent
+    before = sorted(str(path) for path in (run_dir / "checkpoints").rglob("*"))
+    done = duet("train", *arguments(dataset, run_dir))
+    assert done.returncode == 0, done.stderr
+    assert f"step {STEPS} of {STEPS}" in done.stdout
+    assert sorted(str(path) for path in (run_dir / "checkpoints").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["optimizer.lr=0.02"], "optimizer.lr: 0.01 in the run, 0.02 now"),
+        (["data.path=/nowhere"], "/nowhere is not a dataset"),
+        (["train.stpes=3"], "nearest valid key: train.steps"),
+        (["batch.tokens=48"], "which 2 ranks cannot share evenly"),
+    ],
+)
+def test_mistakes_end_with_one_message_and_code_2(
+    dataset: Path, reference: Path, tmp_path: Path, change: list[str], message: str
+) -> None:
+    done = duet("train", *arguments(dataset, reference.parent), *change, "--ranks", "2")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_using_a_finished_run(dataset: Path, reference: Path, tmp_path: Path) -> None:
+    run_dir = str(reference.parent)
+    validated = duet("eval", run_dir)
+    assert validated.returncode == 0, validated.stderr
+    recorded = [r.metrics["loss/val"] for r in read(reference) if "loss/val" in r.metrics][-1]
+    assert f"{recorded:.5f}"[:-1] in validated.stdout, "another number of ranks, the same validation"
+    first, second = (duet("generate", run_dir, "--prompt", "License", "--tokens", "20") for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    assert first.stdout.startswith("License")
+    assert len(first.stdout) > len("License\n")
+    listed = duet("checkpoint", "ls", run_dir)
+    assert [line.split("step ")[1].split()[0] for line in listed.stdout.splitlines()] == ["24", "20", "15"]
+    assert "token_embed.weight" in duet("checkpoint", "inspect", run_dir).stdout
+    assert duet("checkpoint", "verify", run_dir).stdout.count("whole") == 3
+    report = duet("report", run_dir, "--out", str(tmp_path / "r.html"))
+    assert report.returncode == 0, report.stderr
+    assert "<html" in (tmp_path / "r.html").read_text()
+    plan = duet("train", *arguments(dataset, tmp_path / "new"), "--dry-run", "--ranks", "2")
+    assert plan.returncode == 0, plan.stderr
+    assert "2 rank(s) x 1 x 4 sequences" in plan.stdout
+    assert not (tmp_path / "new").exists()
+
+
+def test_validation_does_not_depend_on_the_number_of_ranks(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
+    results = []
+    for world in (1, 2, 4):
+        run_dir = tmp_path / str(world)
+        args = arguments(dataset, run_dir, "train.steps=1", "optimizer.lr=1e-9")
+        ranks("tests.distributed.cases:train_run", world, args=args)
+        records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        results.append([r["metrics"]["loss/val"] for r in records if "loss/val" in r.get("metrics", {})][-1])
+    assert results == pytest.approx([results[0]] * 3, abs=1e-6)
