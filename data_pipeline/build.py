@@ -32,7 +32,7 @@ from data_pipeline.manifest import (
 )
 from data_pipeline.readers import ReadCounts
 from data_pipeline.shards import BATCH_TOKENS, ShardWriter, WrittenShard, token_dtype
-from data_pipeline.sources import CUT_RULE
+from data_pipeline.sources import CUT_RULE, kind
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 
 META = "meta.json"
@@ -103,7 +103,10 @@ def _identity(config: DataConfig, corpus: Corpus, inputs: Inputs) -> dict[str, A
         "cut": CUT_RULE,
         "shard_tokens": config.shard_tokens,
         "sources": {
-            source.name: {"text_key": source.text_key, "inputs (xxh3)": [digest for _, _, digest in files]}
+            source.name: {
+                "text_key": source.text_key,
+                "inputs (xxh3)": [f"{kind(Path(path))} {digest}" for path, _, digest in files],
+            }
             for source, files in zip(corpus.sources, inputs, strict=True)
         },
     }
@@ -171,11 +174,11 @@ def _load_tokenizer(folder: Path, identity: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _tokenizer_facts(tokenizer: Tokenizer, kind: str) -> TokenizerFacts:
+def _tokenizer_facts(tokenizer: Tokenizer, model_type: str) -> TokenizerFacts:
     return TokenizerFacts(
         sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
-        type=kind,
+        type=model_type,
         eos_id=tokenizer.eos_id,
         unk_id=tokenizer.unk_id,
     )

@@ -51,6 +51,12 @@ def _cut_point(buffer: bytearray, start: int, after: int, limit: int) -> int | N
     return end
 
 
+def kind(file: Path) -> str:
+    """How a file is read, which its name says: `jsonl` or `plain`."""
+    inner = file.with_suffix("") if file.suffix in (".gz", ".zst") else file
+    return "jsonl" if inner.suffix == ".jsonl" else "plain"
+
+
 class Source:
     """The files of one source: sorted by path, each once."""
 
@@ -99,8 +105,7 @@ class Source:
                     counts.documents += 1
 
     def _documents(self, file: Path, errors: Errors, counts: ReadCounts) -> Iterator[Iterable[str]]:
-        packed = file.suffix in (".gz", ".zst")
-        if (file.with_suffix("") if packed else file).suffix == ".jsonl":
+        if kind(file) == "jsonl":
             for text in read_jsonl(file, self.text_key, errors, counts):
                 yield (text,)
         else:

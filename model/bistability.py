@@ -10,7 +10,7 @@ from model.config import LearnedDropoutConfig
 
 _GRID = 1000
 _ANGLE_PER_LEARNING_RATE = 4.0
-"""How far the mean angle moves a step under AdamW, in learning rates: measured on the `tiny` preset's first 150 steps."""
+"""How far the mean angle moves a step under AdamW: measured over the first 150 steps of the `tiny` preset."""
 
 
 def _penalty(m: float, config: LearnedDropoutConfig) -> float:

@@ -1,9 +1,12 @@
 """All that rank 0 tells the world about a run: journal, MLflow, terminal, report. Silent on the other ranks."""
 
+import shutil
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from model.bistability import warnings_for
 from pretrain import report
 from pretrain.config import Config
 from pretrain.console import Console
@@ -24,20 +27,21 @@ class Recorder:
         self.attempt = attempt
         self._config = config
         self._folder = folder
-        self._first_step = 0
         self._active = ranks.is_first
         self._ended = False
         self._tracker: Tracker | None = None
+        self._sample = ""
         if self._active:
+            self._first_step = 0
             self._journal = Journal(folder.journal, attempt)
             self._console = Console(config.train.steps)
 
     def start(self, step: int, facts: dict[str, Any]) -> None:
         """The attempt begins after `step` (0: from scratch)."""
-        self._first_step = step
         if not self._active:
             return
         config = self._config
+        self._first_step = step
         self._folder.describe(**facts)
         self._journal.event("start", resumed_from=step or None, **facts)
         self._console.note(
@@ -45,6 +49,8 @@ class Recorder:
             f"{facts['world_size']} rank(s), ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
             + (f"resumed from step {step}" if step else "from scratch")
         )
+        for warning in warnings_for(config.model.learned_dropout, config.optimizer.lr):
+            self.warning(warning)
         if config.tracking.mode == "online":
             self._tracker = Tracker(
                 self._folder.path,
@@ -81,6 +87,7 @@ class Recorder:
     def sample(self, step: int, text: str) -> None:
         """A generated text."""
         if self._active:
+            self._sample = text
             self._journal.event("sample", step=step, text=text)
 
     def checkpoint(self, step: int, path: Path) -> None:
@@ -95,13 +102,15 @@ class Recorder:
             self._journal.event("warning", text=text)
             self._console.warning(text)
 
-    def finish(self, step: int, signal: int, parameters: int, seconds: float) -> None:
+    def finish(self, step: int, signal: int, seconds: float) -> None:
         """The loop is over: all steps done, or stopped by a signal after a save."""
         if not self._active:
             return
         self._end("KILLED" if signal else "FINISHED", f"signal {signal}" if signal else "all steps done")
         report_file = report.write_report([self._folder.path], self._folder.report)
         shipped = self._close_tracker(CLOSE_SECONDS_AFTER_SIGNAL if signal else CLOSE_SECONDS)
+        if self._sample:
+            self._console.note(f"sample: {self._sample}")
         self._console.summary(self._summary(step, signal, seconds, report_file, shipped))
 
     def __enter__(self) -> "Recorder":
@@ -146,8 +155,16 @@ class Recorder:
         rows.append(("checkpoint", last_checkpoint))
         rows.append(("report", str(report_file)))
         if self._tracker:
-            late = "" if shipped else f"  (not all there yet: duet track sync {path})"
+            late = "" if shipped else f" (not all there yet: {_program('duet')} track sync {path})"
             rows.append(("mlflow", self._tracker.uri + late))
-            rows.append(("open it", f"mlflow ui --backend-store-uri {self._tracker.uri}"))
-        rows.append(("resume", f"duet train {path}/config.yaml --ranks {facts['world_size']}"))
+            rows.append(("open it", f"{_program('mlflow')} ui --backend-store-uri {self._tracker.uri}"))
+        rows.append(("resume", f"{_program('duet')} train {path}/config.yaml --ranks {facts['world_size']}"))
         return rows
+
+
+def _program(name: str) -> str:
+    """How to call a program of this environment from the shell the user is in."""
+    if shutil.which(name):
+        return name
+    path = Path(sys.executable).parent / name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -130,6 +130,8 @@ class Tracker:
             last = self._closing.is_set()
             try:
                 self._mirror.ship()
+                if last:  # the report is written by now
+                    self._mirror.send_files()
             except Exception as error:  # whatever it is, training goes on
                 if not failing:
                     self._say(f"MLflow at {self.uri} failed and is tried again; the journal keeps all: {_brief(error)}")
@@ -291,7 +293,6 @@ class _Mirror:
         elif record.kind == "end":
             client.set_tag(run_id, "end/reason", str(record.fields.get("reason", ""))[:TEXT_LENGTH])
             client.set_terminated(run_id, record.fields["status"], record.time)
-            self.send_files()
 
 
 def _batches(journal: Path, offset: int) -> Iterator[tuple[list[Record], int]]:

@@ -86,7 +86,7 @@ def train(config: Config, ranks: Ranks, started: float) -> int:
 
         session = Session(config, ranks, folder, dataset, engine, recorder, check_lease, stop)
         step, signal = run_steps(session, step, data)
-        recorder.finish(step, signal, parameters, time.time() - started)
+        recorder.finish(step, signal, time.time() - started)
         return signal
 
 
