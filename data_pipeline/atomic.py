@@ -1,12 +1,14 @@
-"""Files that are whole or absent: temporary name, fsync, rename, fsync of the folder."""
+"""Files that are either the old or the new, whatever happens in between. Standard library only."""
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, UserError
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
@@ -14,42 +16,48 @@ _DISK_ERRORS = {
     errno.EFBIG: "the file size limit is reached (see `ulimit -f`)",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
+    errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.EEXIST: "a file stands where a folder is needed",
 }
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns what a disk can refuse while `path` is written into a DataError that names it."""
+def disk_errors(path: Path, kind: type[UserError] = DataError) -> Iterator[None]:
+    """Turns what a disk can refuse while `path` is written into an error of `kind` that names it."""
     try:
         yield
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        raise DataError(
-            f"cannot write {path}: {_DISK_ERRORS[error.errno]}. Nothing incomplete was published; "
-            "make room (or choose another data.path) and run the same command again"
+        raise kind(
+            f"cannot write {path}: {_DISK_ERRORS[error.errno]}. What was complete before still is; "
+            "make room (or choose another place) and run the same command again"
         ) from error
 
 
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replaces a file: a temporary one beside it, flushed to disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replaces a file by JSON, indented for people."""
+    write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
 def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` durable."""
+    """Makes names that were created in, renamed in or removed from `folder` survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes `path` atomically. Raises DataError when the disk refuses."""
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    try:
-        with disk_errors(path):
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.atomic import disk_errors, sync_folder, write_file
+from data_pipeline.atomic import disk_errors, sync_folder, write_atomic, write_json
 from data_pipeline.config import DataConfig
 from data_pipeline.corpus import SPLITS, Corpus, Progress, Split, SplitPiece
 from data_pipeline.dataset import MODEL, TOKENIZER, Dataset
@@ -150,8 +150,8 @@ def _prepare_tokenizer(home: Path, work: Path, corpus: Corpus, inputs: Inputs) -
     new = work / "new-tokenizer"
     with disk_errors(folder):
         new.mkdir()
-        write_file(new / MODEL, model)
-        write_file(new / META, (json.dumps(meta, indent=1) + "\n").encode())
+        write_atomic(new / MODEL, model)
+        write_json(new / META, meta)
         new.rename(folder)
         sync_folder(home)
     return tokenizer

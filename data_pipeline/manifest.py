@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ValidationError
 
-from data_pipeline.atomic import write_file
+from data_pipeline.atomic import disk_errors, write_atomic
 from data_pipeline.corpus import Split
 from data_pipeline.errors import DataError
 
@@ -127,7 +127,8 @@ class Manifest(BaseModel, frozen=True):
 
     def save(self, folder: Path) -> None:
         """Publishes the dataset."""
-        write_file(folder / MANIFEST, (self.model_dump_json(indent=1) + "\n").encode())
+        with disk_errors(folder / MANIFEST):
+            write_atomic(folder / MANIFEST, self.model_dump_json(indent=1) + "\n")
 
     def shards_of(self, split: Split) -> list[ShardFacts]:
         """The shards of a split in stream order."""

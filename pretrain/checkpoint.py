@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data_pipeline.atomic import sync_folder, write_atomic
 from data_pipeline.errors import CheckpointError
 from pretrain.distributed import Ranks
 from pretrain.engine import STATES, Engine, Fragment
-from pretrain.files import sync_directory, write_atomic
 
 FORMAT = 1
 
@@ -189,9 +189,9 @@ def save(
 
     def publish() -> None:
         still_ours()
-        sync_directory(path)
+        sync_folder(path)
         write_atomic(path / "manifest.json", manifest.model_dump_json(indent=1))
-        sync_directory(root)
+        sync_folder(root)
 
     ranks.together(_disk_errors(path, publish), only_first=True)
     return path
@@ -233,7 +233,7 @@ def prune(root: Path, keep: int) -> None:
 def remove(path: Path) -> None:
     """Remove a checkpoint: first what makes it one, then the rest."""
     (path / "manifest.json").unlink(missing_ok=True)
-    sync_directory(path)
+    sync_folder(path)
     shutil.rmtree(path)
 
 

@@ -3,6 +3,7 @@
 A line counts once its newline is on disk. Kinds: metrics, start, end, checkpoint, sample, warning.
 """
 
+import errno
 import json
 import math
 import os
@@ -90,7 +91,7 @@ class Journal:
         written = os.write(self._descriptor, line + b"\n")
         if written <= len(line):  # the disk is full
             os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
-            raise OSError(f"journal: only {written} of {len(line) + 1} bytes could be written; is the disk full?")
+            raise OSError(errno.ENOSPC, f"only {written} of {len(line) + 1} bytes of a journal line could be written")
 
     def _cut_torn_line(self) -> None:
         """A crash can leave the beginning of a line at the end: take it out, and keep its text in a warning."""

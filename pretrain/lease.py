@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from data_pipeline.atomic import write_json
 from data_pipeline.errors import RunError
-from pretrain.files import write_json
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0

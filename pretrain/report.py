@@ -3,9 +3,9 @@
 import math
 from pathlib import Path
 
+from data_pipeline.atomic import write_atomic
 from data_pipeline.errors import RunError
 from pretrain import report_html as html
-from pretrain.files import write_atomic
 from pretrain.report_data import BITS_PER_BYTE, LOSS, VALIDATION, RunData, load, verdict
 from pretrain.report_plots import overview_png, panel_png, panels
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.atomic import write_atomic, write_json
 from data_pipeline.errors import RunError
 from pretrain.config import Config, differences, dump
-from pretrain.files import write_atomic, write_json
 
 FORMAT = 1
 MAY_CHANGE = (

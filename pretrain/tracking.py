@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from data_pipeline.atomic import write_json
 from data_pipeline.errors import ConfigError, RunError
-from pretrain.files import write_json
 from pretrain.journal import Record, read_from
 from pretrain.report_data import load, verdict
 

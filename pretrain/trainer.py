@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.atomic import disk_errors
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import RunError
 from data_pipeline.loader import DataState, Loader
@@ -62,7 +63,7 @@ def train(config: Config, ranks: Ranks, started: float) -> int:
     stop = StopRequest()
     folder = RunFolder(config.run_dir)
     config.micro_batches(ranks.world_size)
-    with ExitStack() as stack:
+    with disk_errors(folder.path, RunError), ExitStack() as stack:
         dataset = ranks.together(lambda: Dataset.open(config.data.path))
         lost: list[bool] = []
         lease = ranks.together(lambda: _own(folder, lost, stack), only_first=True)
