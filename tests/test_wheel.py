@@ -33,7 +33,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--no-build-isolation",
         "-w",
         str(folder),
-        source,
+        str(source),
     ]
     subprocess.run(command, check=True)
     [built] = folder.glob("*.whl")

@@ -1,6 +1,5 @@
 """What the tests of the data pipeline share: real text, and datasets built from it."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +11,6 @@ from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset, Windows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def corpora(name: str) -> Path:
-    """A file of the real corpora; skips the test where they are not."""
-    root = Path(os.environ.get("DUET_CORPORA", REPOSITORY.parent / "shared" / "corpora"))
-    if not (root / name).exists():
-        pytest.skip(f"no corpus {root / name}; DUET_CORPORA names the folder")
-    return root / name
 
 
 def prose(words: int, seed: int = 0) -> str:

@@ -19,7 +19,8 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.inspection import documents
 from data_pipeline.manifest import Manifest
-from tests.data_pipeline.conftest import REPOSITORY, config, contents, corpora, prose, stream
+from tests.corpora import corpora
+from tests.data_pipeline.conftest import REPOSITORY, config, contents, prose, stream
 
 WriteJsonl = Callable[[str, list[str]], Path]
 

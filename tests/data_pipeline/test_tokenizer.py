@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import DataError
 from data_pipeline.tokenizer import Tokenizer, sample, train_tokenizer
-from tests.data_pipeline.conftest import corpora, prose
+from tests.corpora import corpora
+from tests.data_pipeline.conftest import prose
 
 
 @cache

@@ -1,0 +1,101 @@
+"""Write docs/config.md from the typed configuration: every key, its kind, its default and what it means.
+
+python docs/make_config_reference.py
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from pretrain.config import Config
+
+OUT = Path(__file__).with_name("config.md")
+HEAD = """# Configuration reference
+
+Generated from the code by `python docs/make_config_reference.py`; a test holds that it is up to date.
+
+Defaults come first, then YAML files and presets in the order given, then `key=value` overrides. An unknown key is an
+error that names the nearest valid one. How stacking works and what may change when a run goes on:
+[training.md](training.md).
+`duet config show …` prints the result, `duet config presets` lists the presets that are shipped.
+"""
+SIGNS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
+
+
+def main() -> None:
+    """Write the file."""
+    OUT.write_text(reference(), encoding="utf-8")
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type)
+        assert issubclass(section, BaseModel)
+        parts.append(f"## {name}\n\n{_prose(section.__doc__)}\n")
+        parts.append("| key | kind | default | meaning |\n|---|---|---|---|")
+        parts.extend(_row(key, leaf) for key, leaf in _leaves(name, section))
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _leaves(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if get_origin(inner) is dict:
+            yield from _leaves(f"{prefix}.{name}.NAME", get_args(inner)[1])
+        elif isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _leaves(f"{prefix}.{name}", inner)
+        else:
+            yield f"{prefix}.{name}", field
+
+
+def _row(key: str, field: FieldInfo) -> str:
+    default = "**must be given**" if field.is_required() else f"`{_value(field.default)}`"
+    return f"| `{key}` | {_kind(field.annotation)}{_bounds(field)} | {default} | {_prose(field.description)} |"
+
+
+def _kind(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(_kind(argument) for argument in arguments if argument is not type(None))
+    if origin is list:
+        return f"list of {_kind(arguments[0])}"
+    if origin is tuple:
+        return f"{len(arguments)} × {_kind(arguments[0])}"
+    return {str: "text", int: "integer", float: "number", bool: "true or false"}[annotation]
+
+
+def _bounds(field: FieldInfo) -> str:
+    found = [f"{SIGNS[type(m)]} {_limit(m):g}" for m in field.metadata if type(m) in SIGNS]
+    found += [f"at least {m.min_length}" for m in field.metadata if isinstance(m, MinLen)]
+    return f", {' and '.join(found)}" if found else ""
+
+
+def _limit(bound: Any) -> float:
+    return float(next(iter(vars(bound).values())) if hasattr(bound, "__dict__") else getattr(bound, bound.__slots__[0]))
+
+
+def _value(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, list | tuple):
+        return f"[{', '.join(repr(value).replace(chr(39), chr(34)) for value in default)}]"
+    return "none" if default is None else str(default)
+
+
+def _prose(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    main()
