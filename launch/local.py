@@ -11,6 +11,11 @@ from types import FrameType
 
 GRACE_SECONDS = 15.0
 """What a rank gets to end by itself after another one failed."""
+WHAT_CTRL_C_DOES = (
+    "stopping: the run saves at the end of this step (Ctrl-C again: end without saving)",
+    "ending without saving (Ctrl-C again: kill)",
+    "killed",
+)
 
 
 def run_ranks(args: list[str], ranks: int, logs: Path) -> int:
@@ -31,7 +36,15 @@ def run_ranks(args: list[str], ranks: int, logs: Path) -> int:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
         processes: list[subprocess.Popen[bytes]] = []
 
+        interrupts = 0
+
         def forward(number: int, frame: FrameType | None) -> None:
+            nonlocal interrupts
+            if number == signal.SIGINT:
+                interrupts += 1
+                print(f"\n{WHAT_CTRL_C_DOES[min(interrupts, 3) - 1]}", file=sys.stderr)
+                if interrupts >= 3:
+                    number = signal.SIGKILL
             for process in processes:
                 if process.poll() is None:
                     process.send_signal(number)

@@ -22,9 +22,12 @@ def main(args: list[str]) -> int:
     if parent := os.environ.pop("DUET_PARENT", None):
         die_with(int(parent))
 
+    from pretrain.signals import EXIT_CODES, StopRequest
+
+    stop = StopRequest()  # first of all: Ctrl-C during the imports below is a request, too
+
     from data_pipeline.errors import UserError
     from pretrain.config import load
-    from pretrain.signals import EXIT_CODES
 
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
@@ -34,11 +37,16 @@ def main(args: list[str]) -> int:
         from pretrain.trainer import train
 
         with join(config.engine.timeout_minutes) as ranks:
-            return EXIT_CODES.get(signal.Signals(received), 1) if (received := train(config, ranks, started)) else 0
+            received = train(config, ranks, stop, started)
+            return EXIT_CODES[signal.Signals(received)] if received else 0
     except UserError as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if first:
+            print("ended at once; what came after the newest checkpoint is not saved", file=sys.stderr)
+        return EXIT_CODES[signal.SIGINT]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 from model.bistability import warnings_for
 from pretrain import report
+from pretrain.checkpoint import complete
 from pretrain.config import Config
 from pretrain.console import Console
 from pretrain.distributed import Ranks
@@ -141,7 +142,6 @@ class Recorder:
         config, path = self._config, self._folder.path
         points = series(read(self._folder.journal))
         facts = self._folder.facts()
-        last_checkpoint = f"{path}/checkpoints/step-{step:09d}"
         rows = [("run", f"{config.run.name}: step {step} of {config.train.steps}" + (" (stopped)" if signal else ""))]
         if loss := points.get("loss/train"):
             rows.append(("loss", f"{loss[0].value:.4f} → {loss[-1].value:.4f} nats/token"))
@@ -152,7 +152,8 @@ class Recorder:
         if steps:
             rate = points["time/tokens_per_second"][-1].value
             rows.append(("speed", f"{rate:,.0f} tokens/s; {steps} steps in {seconds:.0f} s, start-up included"))
-        rows.append(("checkpoint", last_checkpoint))
+        if saved := complete(self._folder.checkpoints):
+            rows.append(("checkpoint", str(saved[0])))
         rows.append(("report", str(report_file)))
         if self._tracker:
             late = "" if shipped else f" (not all there yet: {_program('duet')} track sync {path})"

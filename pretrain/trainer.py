@@ -49,7 +49,7 @@ class Session:
     stop: StopRequest
 
 
-def train(config: Config, ranks: Ranks, started: float) -> int:
+def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> int:
     """Train to `train.steps`, from the newest checkpoint of the run folder when there is one.
 
     `started` is when the program began (`time.time()`), for the summary.
@@ -60,7 +60,6 @@ def train(config: Config, ranks: Ranks, started: float) -> int:
     Raises:
         UserError: on every rank, with the same message.
     """
-    stop = StopRequest()
     folder = RunFolder(config.run_dir)
     config.micro_batches(ranks.world_size)
     with disk_errors(folder.path, RunError), ExitStack() as stack:
@@ -107,7 +106,7 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
     )
     meter = Meter(ranks, config.batch.tokens)
     skipped = 0
-    signal = 0
+    signal = ranks.any(session.stop.signal)
     with loader:
         while step < config.train.steps and not signal:
             step += 1

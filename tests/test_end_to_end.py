@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def test_killed_at_a_random_step_and_started_again(dataset: Path, reference: Pat
     run_dir = tmp_path / "run"
     command = ["train", *arguments(dataset, run_dir), "--ranks", "2"]
     step = random.Random().randrange(INTERVAL + 1, STEPS - 2)
+    print(f"killed at step {step}")
     process = start_duet(*command, log=tmp_path / "log")
     wait_for_step(run_dir / "metrics.jsonl", step, process)
     assert len(ranks_of(run_dir)) == 2
@@ -224,3 +226,17 @@ def test_validation_does_not_depend_on_the_number_of_ranks(ranks: Ranks, dataset
         records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         results.append([r["metrics"]["loss/val"] for r in records if "loss/val" in r.get("metrics", {})][-1])
     assert results == pytest.approx([results[0]] * 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("delay", [0.5, 2.5])
+def test_ctrl_c_while_starting_up_is_clean(dataset: Path, tmp_path: Path, delay: float) -> None:
+    """The delay only spreads the interrupts over interpreter start, imports and opening; each must end alike."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    command = ["train", *arguments(dataset, run_dir, "train.steps=100000"), "--ranks", "2"]
+    process = start_duet(*command, log=log)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3 + delay)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    wait_until_gone(run_dir)
+    assert "Traceback" not in log.read_text()

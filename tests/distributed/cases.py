@@ -18,6 +18,7 @@ from pretrain import checkpoint
 from pretrain.config import Config, load
 from pretrain.distributed import Ranks
 from pretrain.engine import STATES, Engine
+from pretrain.signals import StopRequest
 
 VOCABULARY = 41
 
@@ -244,4 +245,4 @@ def train_run(
         trainer.DataState.model_validate = classmethod(  # type: ignore[method-assign,assignment]
             lambda cls, content: cls(**(content | {"samples_seen": 0}))
         )
-    return trainer.train(load(args), ranks, time.time())
+    return trainer.train(load(args), ranks, StopRequest(), time.time())
