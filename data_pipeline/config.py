@@ -19,6 +19,7 @@ class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     """How the SentencePiece tokenizer is trained. It sees training text only."""
 
     type: Literal["unigram", "bpe", "char"] = "unigram"
+    """Model of SentencePiece; `unigram` and `bpe` spell unknown characters in bytes."""
     vocab_size: int = Field(default=8192, ge=3)
     """Pieces in the vocabulary; an upper bound for type `char`."""
     character_coverage: float = Field(default=1.0, gt=0.9, le=1.0)

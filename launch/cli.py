@@ -94,7 +94,10 @@ def generate(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders; several are compared.")],
-    out: Annotated[Path | None, typer.Option(help="The HTML file; RUN/report.html unless given.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The HTML file; unless given, report.html in the run folder, or beside it for several."),
+    ] = None,
 ) -> None:
     """Write a self-contained HTML report, and a picture beside it.
 

@@ -1,6 +1,5 @@
 """What `duet train --dry-run` says: everything is checked, nothing is written."""
 
-from data_pipeline.errors import DataError
 from pretrain.config import Config
 
 
@@ -10,24 +9,27 @@ def describe(config: Config, ranks: int) -> str:
     Raises:
         UserError: what would stop the run at its start.
     """
+    import torch
+
     from data_pipeline.dataset import Dataset
     from model import registry
+    from pretrain.dataset_identity import complete, identity
+    from pretrain.run import RunFolder
 
     dataset = Dataset.open(config.data.path)
     windows = len(dataset.windows("train", config.model.context))
-    if not len(dataset.windows("validation", config.model.context, partial=True)):
-        raise DataError(f"{config.data.path}: no validation text")
-    import torch
-
-    vocabulary = dataset.manifest.tokenizer.vocab_size
+    dataset.windows("validation", config.model.context, partial=True)
+    config = complete(config, dataset)
+    folder = RunFolder(config.run_dir)
+    if folder.run_file.exists():
+        folder.check(config, identity(dataset))
     with torch.device("meta"):
-        model = registry.build(config.model.model_copy(update={"vocab_size": vocabulary}))
+        model = registry.build(config.model)
     micro_batch, accumulation = config.micro_batches(ranks)
     samples = config.global_batch * config.train.steps
-    folder = config.run_dir
     return "\n".join(
         [
-            f"run        {folder}" + (" (goes on)" if (folder / "run.json").exists() else " (new)"),
+            f"run        {folder.path}" + (" (goes on)" if folder.run_file.exists() else " (new)"),
             f"model      {config.model.architecture}, {sum(p.numel() for p in model.parameters()):,} parameters",
             f"data       {config.data.path}: {windows:,} windows of {config.model.context} tokens",
             f"batch      {config.batch.tokens:,} tokens = {ranks} rank(s) x {accumulation} x {micro_batch} sequences",

@@ -21,4 +21,5 @@ def sync(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder."
     """
     from pretrain.tracking import sync as sync_run
 
-    typer.echo(str(sync_run(run)))
+    done = sync_run(run)
+    typer.echo(f"{done.uri} has all of {run} as run {done.run_id}; {done.num_metrics:,} values were sent now")

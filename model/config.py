@@ -18,7 +18,9 @@ class PenaltyConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstr
     """Weight of a penalty term: 0 before `start_step`, then linear over `ramp_steps` up to `weight`."""
 
     weight: float = Field(ge=0.0)
+    """Factor of the mean over all mask elements, from the end of the ramp on."""
     start_step: int = Field(default=0, ge=0)
+    """First step at which the term counts."""
     ramp_steps: int = Field(default=0, ge=0)
     """0 switches the whole weight on at `start_step`."""
 
@@ -29,8 +31,11 @@ class EntropyConfig(PenaltyConfig, frozen=True):
     kind: Literal["shannon", "complement", "binary"] = "shannon"
     """-m log2 m, the same of 1 - m, or their sum, which treats 0 and 1 alike."""
     weight: float = Field(default=0.02, ge=0.0)
+    """Factor of the mean entropy in bits, from the end of the ramp on."""
     start_step: int = Field(default=1000, ge=0)
+    """First step at which the term counts."""
     ramp_steps: int = Field(default=1000, ge=0)
+    """Steps of linear rise; 0 switches the whole weight on at `start_step`."""
 
 
 class L1Config(PenaltyConfig, frozen=True):
@@ -39,12 +44,14 @@ class L1Config(PenaltyConfig, frozen=True):
     kind: Literal["linear", "squared"] = "linear"
     """m, or m²/2."""
     weight: float = Field(default=0.01, ge=0.0)
+    """Factor of the mean, from the end of the ramp on."""
 
 
 class LearnedDropoutConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """A mask computed from the input by causal attention: m = 0.5 cos(angle) + 0.5 (docs/model.md B)."""
 
     enabled: bool = True
+    """Off: no masks, no penalties."""
     sites: list[Site] | None = Field(default=None, min_length=1)
     """Which outputs are masked; all that the architecture has unless given."""
     shift_init: float = Field(default=0.5, ge=0.0, le=3.1416)
@@ -61,6 +68,7 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """One of the architectures, and its shape."""
 
     architecture: Architecture = "parallel_encoder_decoder"
+    """Two causal streams side by side, or the plain baseline."""
     layers: int = Field(default=3, ge=1)
     """Layers of each stream."""
     width: int = Field(default=128, ge=1)

@@ -45,8 +45,11 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     lr: float = Field(default=9e-4, gt=0.0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running means of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0.0)
+    """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0.0)
+    """Decoupled: the weights shrink by lr × weight_decay a step."""
     clip: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; 0 switches clipping off."""
 
@@ -55,7 +58,9 @@ class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     """Learning rate over the steps: linear warm-up, then the kind's curve down to `final_lr` at the last step."""
 
     kind: Literal["cosine", "constant"] = "cosine"
+    """Half a cosine from the peak to `final_lr`, or the peak to the end."""
     warmup_steps: int = Field(default=100, ge=0)
+    """Steps of linear rise from 0 to the peak."""
     final_lr: float = Field(default=0.0, ge=0.0)
     """Learning rate at the end of `cosine`."""
 
@@ -100,9 +105,11 @@ class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     """MLflow, the mirror of the run's journal."""
 
     mode: Literal["online", "off"] = "online"
+    """`off`: the journal only, no MLflow."""
     uri: str | None = None
     """Tracking server or store; the sqlite file `mlflow.db` beside the run folder unless given."""
     experiment: str = "duet"
+    """Name of the MLflow experiment."""
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -175,6 +182,8 @@ def _nearest_divisors(number: int, near: int) -> str:
 def load(args: list[str]) -> Config:
     """Stack the configurations that `args` names: YAML files, presets (`run/quickstart`), dotted overrides.
 
+    The `config.yaml` of a run folder means that folder, wherever it was moved; with `run.name=…`, a new run like it.
+
     Raises:
         ConfigError: a file that is not there or cannot be read, an unknown key, a value of the wrong kind.
     """
@@ -182,9 +191,11 @@ def load(args: list[str]) -> Config:
     for arg in sorted(args, key=lambda a: "=" in a and not Path(a).is_file()):
         stack.append((arg, _parse(arg)))
     try:
-        merged = OmegaConf.to_container(OmegaConf.merge({}, *(tree for _, tree in stack)), resolve=True)
+        merged: Any = OmegaConf.to_container(OmegaConf.merge({}, *(tree for _, tree in stack)), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"configuration: {error}") from error
+    if any(arg.startswith("run.name=") for arg in args) and not any(arg.startswith("run.dir=") for arg in args):
+        merged["run"]["dir"] = None  # a new name asks for the folder of that name
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -234,6 +245,8 @@ def _parse(arg: str) -> dict[str, Any]:
         tree = OmegaConf.to_container(OmegaConf.create(text))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{arg}: cannot be read as YAML: {error}") from error
+    if path.is_file() and isinstance(tree, dict) and path.with_name("run.json").is_file():
+        tree["run"] = {**tree.get("run", {}), "dir": str(path.parent)}  # of a run folder, wherever that is now
     if not isinstance(tree, dict):
         raise ConfigError(f"{arg}: holds a list; expected keys and values, such as `train: {{steps: 100}}`")
     return {str(key): value for key, value in tree.items()}

@@ -26,7 +26,10 @@ MAY_CHANGE = (
     "train.log_every",
     "train.sample_tokens",
 )
-"""Keys that do not alter what is learned: where the data lies (its fingerprint is checked), how it is computed."""
+"""Keys that do not alter what is learned: where the data lies (its fingerprint is checked), how it is computed.
+
+With a constant learning rate `train.steps` may change, too.
+"""
 
 
 class RunFolder:
@@ -50,7 +53,7 @@ class RunFolder:
             RunError: the folder belongs to another configuration or another dataset; names the keys.
         """
         if self.run_file.exists():
-            self._check(config, dataset)
+            self.check(config, dataset)
         else:
             write_json(self.run_file, {"format": FORMAT, "name": config.run.name, "dataset": dataset})
         write_atomic(self.config_file, dump(config))
@@ -83,7 +86,12 @@ class RunFolder:
         self.facts()
         return Config.model_validate(yaml.safe_load(self.config_file.read_text()))
 
-    def _check(self, config: Config, dataset: dict[str, Any]) -> None:
+    def check(self, config: Config, dataset: dict[str, Any]) -> None:
+        """Whether a run of this configuration and dataset may go on in this folder.
+
+        Raises:
+            RunError: it may not; names what differs.
+        """
         recorded = self.facts()["dataset"]
         if recorded["fingerprint"] != dataset["fingerprint"]:
             raise RunError(
@@ -92,7 +100,9 @@ class RunFolder:
                 "give the old data.path, or start a new run with another run.name"
             )
         changed = {
-            key: values for key, values in differences(self.config(), config).items() if not key.startswith(MAY_CHANGE)
+            key: values
+            for key, values in differences(self.config(), config).items()
+            if not key.startswith(MAY_CHANGE) and not (key == "train.steps" and config.schedule.kind == "constant")
         }
         if changed:
             lines = "\n".join(f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in changed.items())

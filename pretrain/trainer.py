@@ -19,6 +19,7 @@ from data_pipeline.order import SampleOrder
 from model import registry
 from pretrain import checkpoint
 from pretrain.config import Config
+from pretrain.dataset_identity import complete, identity
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.evaluate import evaluate, to_batch
@@ -178,26 +179,11 @@ def _own(folder: RunFolder, lost: list[bool], stack: ExitStack) -> int:
 
 def _claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     """Complete the configuration by the dataset's vocabulary and tie the run folder to both."""
-    manifest = dataset.manifest
-    vocabulary = manifest.tokenizer.vocab_size
-    if config.model.vocab_size not in (None, vocabulary):
-        raise RunError(
-            f"model.vocab_size={config.model.vocab_size}, but the tokenizer of {config.data.path} has {vocabulary} "
-            "pieces; leave model.vocab_size out"
-        )
-    config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocabulary})})
+    config = complete(config, dataset)
     first = not folder.run_file.exists()
-    if first and sum(shard.bytes for shard in manifest.shards) <= VERIFY_UP_TO_BYTES:
+    if first and sum(shard.bytes for shard in dataset.manifest.shards) <= VERIFY_UP_TO_BYTES:
         dataset.verify()
-    folder.claim(
-        config,
-        {
-            "path": config.data.path,
-            "fingerprint": manifest.fingerprint,
-            "tokens": manifest.splits["train"].tokens,
-            "order0_entropy": manifest.splits["validation"].order0_entropy(),
-        },
-    )
+    folder.claim(config, identity(dataset))
     return config
 
 

@@ -88,3 +88,13 @@ def test_batch_layout_is_exact_or_an_error_that_names_one(sequences: int, world:
     else:
         with pytest.raises(ConfigError, match=r"(nearest that do|ranks that can): \d"):
             config.micro_batches(world)
+
+
+def test_the_config_of_a_run_folder_means_that_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump(load(["run.name=a", "run.dir=/elsewhere/a"])))
+    (folder / "run.json").write_text("{}")
+    assert load([str(folder / "config.yaml")]).run_dir == folder
+    assert load([str(folder / "config.yaml"), "run.name=b"]).run_dir == Path("runs/b")
+    assert load([str(folder / "config.yaml"), "run.name=b", "run.dir=c"]).run_dir == Path("c")

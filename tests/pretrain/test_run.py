@@ -135,6 +135,15 @@ def test_what_may_change_at_a_resume(tmp_path: Path, change: str, fine: bool) ->
         assert folder.config() == load([])
 
 
+def test_a_run_of_constant_learning_rate_may_become_longer(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    dataset = {"fingerprint": "f" * 64, "path": "data/x"}
+    folder.claim(load(["schedule.kind=constant", "train.steps=10"]), dataset)
+    folder.claim(load(["schedule.kind=constant", "train.steps=20"]), dataset)
+    with pytest.raises(RunError, match="schedule.kind"):
+        folder.claim(load(["train.steps=20"]), dataset)
+
+
 def test_another_dataset_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.claim(load([]), {"fingerprint": "a" * 64, "path": "data/x"})

@@ -1,0 +1,36 @@
+"""What ties a run to its dataset: the vocabulary in its configuration and the fingerprint in its folder."""
+
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.dataset import Dataset
+from data_pipeline.errors import RunError
+from pretrain.config import Config
+
+
+def complete(config: Config, dataset: Dataset) -> Config:
+    """The configuration with the dataset's vocabulary, and with its place as an absolute path.
+
+    Raises:
+        RunError: the configuration asks for another vocabulary.
+    """
+    vocabulary = dataset.manifest.tokenizer.vocab_size
+    if config.model.vocab_size not in (None, vocabulary):
+        raise RunError(
+            f"model.vocab_size={config.model.vocab_size}, but the tokenizer of {config.data.path} has {vocabulary} "
+            "pieces; leave model.vocab_size out"
+        )
+    model = config.model.model_copy(update={"vocab_size": vocabulary})
+    data = config.data.model_copy(update={"path": str(Path(config.data.path).resolve())})
+    return config.model_copy(update={"model": model, "data": data})
+
+
+def identity(dataset: Dataset) -> dict[str, Any]:
+    """What a run folder records of its dataset; `order0_entropy` in bits per byte of the validation text."""
+    manifest = dataset.manifest
+    return {
+        "path": str(dataset.path),
+        "fingerprint": manifest.fingerprint,
+        "tokens": manifest.splits["train"].tokens,
+        "order0_entropy": manifest.splits["validation"].order0_entropy(),
+    }
