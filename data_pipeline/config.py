@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 
-class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """One named body of text."""
 
     paths: list[str] = Field(min_length=1)
@@ -15,7 +15,7 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     """Key of the text in a JSONL object."""
 
 
-class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """How the SentencePiece tokenizer is trained. It sees training text only."""
 
     type: Literal["unigram", "bpe", "char"] = "unigram"
@@ -37,7 +37,7 @@ class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
         return self
 
 
-class SplitConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class SplitConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """Which text is held out for validation. Part of the dataset's fingerprint."""
 
     rule: Literal["hash", "tail", "given"] = "hash"
@@ -57,7 +57,7 @@ class SplitConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
         return self
 
 
-class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """A dataset: where it is, and what it is built from."""
 
     path: str = "data/dataset"

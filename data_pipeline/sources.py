@@ -66,7 +66,8 @@ class Source:
         Raises DataError for a path that does not exist, a glob without a match and an empty directory."""
         self.name = name
         self.text_key = config.text_key
-        self.files = sorted({file for path in config.paths for file in _expand(key, path)})
+        found = {file.resolve(): file for path in config.paths for file in _expand(key, path)}
+        self.files = sorted(found.values())
         self._stamps = [self._stamp(file) for file in self.files]
 
     @property

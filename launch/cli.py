@@ -74,9 +74,9 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     step: StepOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
+    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 always takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0: among all.")] = 50,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")] = 0,
 ) -> None:
     """Continue a text.
 

@@ -9,8 +9,13 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from data_pipeline.atomic import disk_errors
+from data_pipeline.errors import RunError
+
 GRACE_SECONDS = 15.0
 """What a rank gets to end by itself after another one failed."""
+LINES_SHOWN = 5
+"""Of the log of a rank that failed."""
 WHAT_CTRL_C_DOES = (
     "stopping: the run saves at the end of this step (Ctrl-C again: end without saving)",
     "ending without saving (Ctrl-C again: kill)",
@@ -45,12 +50,15 @@ def run_ranks(args: list[str], ranks: int, logs: Path) -> int:
                 print(f"\n{WHAT_CTRL_C_DOES[min(interrupts, 3) - 1]}", file=sys.stderr)
                 if interrupts >= 3:
                     number = signal.SIGKILL
+            elif number == signal.SIGHUP:  # the terminal is gone
+                number = signal.SIGTERM
             for process in processes:
                 if process.poll() is None:
                     process.send_signal(number)
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, forward)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, forward)
         for rank in range(ranks):
             processes.append(_start(rank, args, environment, logs))
         return _wait(processes, logs)
@@ -62,7 +70,8 @@ def _start(rank: int, args: list[str], environment: dict[str, str], logs: Path) 
     ours = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     if rank == 0:
         return subprocess.Popen(command, env=ours, start_new_session=True)
-    logs.mkdir(parents=True, exist_ok=True)
+    with disk_errors(logs, RunError):
+        logs.mkdir(parents=True, exist_ok=True)
     with open(_log(logs, rank), "ab") as log:
         return subprocess.Popen(command, env=ours, stdout=log, stderr=log, start_new_session=True)
 
@@ -70,22 +79,24 @@ def _start(rank: int, args: list[str], environment: dict[str, str], logs: Path) 
 def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
     failed: int | None = None
     deadline = 0.0
-    while any(process.poll() is None for process in processes):
+    while None in (codes := [process.poll() for process in processes]):
         if failed is None:
-            failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
+            failed = next((rank for rank, code in enumerate(codes) if code), None)
             deadline = time.monotonic() + GRACE_SECONDS
         elif time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
-    codes = [process.returncode for process in processes]
     if failed is None:
         failed = next((rank for rank, code in enumerate(codes) if code), None)
     if failed is None:
         return 0
-    code = codes[failed]
-    if failed and code not in (2, 130, 143):  # these say their own message on rank 0
-        print(f"error: rank {failed} ended with code {code}; see {_log(logs, failed)}", file=sys.stderr)
+    code = codes[failed] or 0
+    told = code == codes[0] and code in (2, 130, 143)  # rank 0 said the same on the terminal
+    if failed and not told:
+        print(f"error: rank {failed} ended with code {code}; the end of {_log(logs, failed)}:", file=sys.stderr)
+        for line in _log(logs, failed).read_text(errors="replace").splitlines()[-LINES_SHOWN:]:
+            print(f"  {line}", file=sys.stderr)
     return code if code > 0 else 128 - code
 
 

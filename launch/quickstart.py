@@ -1,5 +1,6 @@
 """The main job on text that is already on the machine: collect, tokenize, train, validate, report."""
 
+import json
 from pathlib import Path
 
 import typer
@@ -22,11 +23,12 @@ def run(folder: Path, ranks: int) -> int:
         "data/python-docs",
         "model/tiny",
         "run/quickstart",
-        f"data.path={folder / 'data' / 'python-docs'}",
-        f"data.sources.python.paths=[{corpus}]",
-        f"run.dir={folder / 'runs' / 'quickstart'}",
+        f"data.path={_quoted(folder / 'data' / 'python-docs')}",
+        f"data.sources.python.paths=[{_quoted(corpus)}]",
+        f"run.dir={_quoted(folder / 'runs' / 'quickstart')}",
     ]
     config = load(args)
+    config.micro_batches(ranks)
     if not corpus.exists():
         typer.echo(f"1/3 collecting Python's own documentation into {corpus}")
         collect(corpus)
@@ -35,3 +37,8 @@ def run(folder: Path, ranks: int) -> int:
         build(config.data, progress)
     typer.echo(f"3/3 training on {ranks} ranks: ZeRO {config.engine.zero_stage}, {config.train.steps} steps")
     return run_ranks(args, ranks, config.run_dir / "logs")
+
+
+def _quoted(path: Path) -> str:
+    """A path in an override, whatever is in its name."""
+    return json.dumps(str(path), ensure_ascii=False)

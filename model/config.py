@@ -14,7 +14,7 @@ SITES: dict[Architecture, tuple[Site, ...]] = {
 """Where learned dropout can stand in a layer of each architecture."""
 
 
-class PenaltyConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class PenaltyConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """Weight of a penalty term: 0 before `start_step`, then linear over `ramp_steps` up to `weight`."""
 
     weight: float = Field(ge=0.0)
@@ -47,7 +47,7 @@ class L1Config(PenaltyConfig, frozen=True):
     """Factor of the mean, from the end of the ramp on."""
 
 
-class LearnedDropoutConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class LearnedDropoutConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """A mask computed from the input by causal attention: m = 0.5 cos(angle) + 0.5 (docs/model.md B)."""
 
     enabled: bool = True
@@ -64,7 +64,7 @@ class LearnedDropoutConfig(BaseModel, extra="forbid", frozen=True, use_attribute
     l1: L1Config = L1Config()
 
 
-class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """One of the architectures, and its shape."""
 
     architecture: Architecture = "parallel_encoder_decoder"

@@ -40,8 +40,7 @@ def main(args: list[str]) -> int:
             received = train(config, ranks, stop, started)
             return EXIT_CODES[signal.Signals(received)] if received else 0
     except UserError as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)  # of the other ranks into their logs
         return 2
     except KeyboardInterrupt:
         if first:

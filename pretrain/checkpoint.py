@@ -22,6 +22,7 @@ from torch import Tensor
 
 from data_pipeline.atomic import sync_folder, write_atomic
 from data_pipeline.errors import CheckpointError
+from data_pipeline.loader import DataState
 from pretrain.distributed import Ranks
 from pretrain.engine import STATES, Engine, Fragment
 
@@ -98,6 +99,20 @@ class Checkpoint:
         for shard in self.manifest.shards[part::parts]:
             if _hash(self.path / shard.file) != shard.xxh3_128:
                 raise CheckpointError(f"{self.path / shard.file}: altered: its hash is not the manifest's")
+
+    def data_state(self, seed: int) -> DataState:
+        """Where the data stood.
+
+        Raises:
+            CheckpointError: the manifest does not say, or the run had another seed.
+        """
+        try:
+            data = DataState.model_validate(self.manifest.state["data"])
+        except (KeyError, ValidationError) as error:
+            raise CheckpointError(f"{self.path}: the manifest does not say where the data stood: {error!r}") from None
+        if data.seed != seed:
+            raise CheckpointError(f"{self.path}: of a run with run.seed={data.seed}; this one has run.seed={seed}")
+        return data
 
     def load(self, engine: Engine) -> None:
         """Copy parameters and moments into an engine of any stage and number of ranks, bit for bit.
@@ -203,10 +218,10 @@ def complete(root: Path) -> list[Path]:
 
 
 def newest(root: Path, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint, the same on every rank; None when there never was one.
+    """The newest whole checkpoint, the same on every rank; None when none has a manifest.
 
     Raises:
-        CheckpointError: checkpoints are there, but every one is damaged. A run never starts over silently.
+        CheckpointError: checkpoints are there, but every one is damaged.
     """
     paths = ranks.broadcast(complete(root) if ranks.is_first else None)
     damage = []
@@ -225,9 +240,11 @@ def newest(root: Path, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint 
 
 
 def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for path in complete(root)[keep:]:
-        remove(path)
+    """Remove all but the newest `keep` checkpoints, and what interrupted saves of earlier steps left."""
+    kept = complete(root)[:keep]
+    for path in root.glob("step-*"):
+        if path not in kept and _step_of(path) <= _step_of(kept[0]):
+            remove(path)
 
 
 def remove(path: Path) -> None:

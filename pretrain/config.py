@@ -7,7 +7,8 @@ import difflib
 from importlib import resources
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 from omegaconf import OmegaConf
@@ -18,19 +19,28 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError
 from model.config import ModelConfig
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
-class RunConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True):
+
+class RunConfig(
+    BaseModel,
+    extra="forbid",
+    frozen=True,
+    use_attribute_docstrings=True,
+    allow_inf_nan=False,
+    coerce_numbers_to_str=True,
+):
     """Identity of a run."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the folder and the MLflow run."""
     dir: str | None = None
     """The run folder; `runs/<name>` unless given."""
-    seed: int = Field(default=1337, ge=0)
+    seed: int = Field(default=1337, ge=0, lt=2**63)
     """Seeds the weights, the data order and the noise."""
 
 
-class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """The global batch of one optimizer step."""
 
     tokens: int = Field(default=8192, ge=1)
@@ -39,12 +49,12 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Sequences a rank holds at once; the rank's whole share of the batch unless given."""
 
 
-class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """AdamW. Weight decay acts on tensors of two and more dimensions only."""
 
-    lr: float = Field(default=9e-4, gt=0.0)
+    lr: float = Field(default=9e-4, gt=0.0, le=100.0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay of the running means of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0.0)
     """Added to the root of the second moment."""
@@ -54,7 +64,7 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     """Largest global gradient norm; 0 switches clipping off."""
 
 
-class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """Learning rate over the steps: linear warm-up, then the kind's curve down to `final_lr` at the last step."""
 
     kind: Literal["cosine", "constant"] = "cosine"
@@ -65,7 +75,7 @@ class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     """Learning rate at the end of `cosine`."""
 
 
-class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """How long to train and how often to do what."""
 
     steps: int = Field(default=1000, ge=1)
@@ -82,13 +92,13 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Tokens of the text that is generated at each validation."""
 
 
-class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """DeepSpeed ZeRO."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 keeps fp32 master weights and accumulates gradients in fp32."""
-    timeout_minutes: float = Field(default=10.0, gt=0.0)
+    timeout_minutes: float = Field(default=10.0, gt=0.0, le=10080.0)
     """A collective that hangs longer ends the run."""
 
     @model_validator(mode="after")
@@ -101,7 +111,7 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
         return self
 
 
-class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """MLflow, the mirror of the run's journal."""
 
     mode: Literal["online", "off"] = "online"
@@ -111,13 +121,26 @@ class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     experiment: str = "duet"
     """Name of the MLflow experiment."""
 
+    @field_validator("uri")
+    @classmethod
+    def _a_store_without_a_password(cls, uri: str | None) -> str | None:
+        parts = urlsplit(uri or "")
+        if "@" in parts.netloc:
+            raise ValueError(
+                "a name and password do not belong into a file; "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        if uri and not uri.startswith("sqlite:///") and not (parts.scheme in ("http", "https") and parts.netloc):
+            raise ValueError("expected http://HOST:PORT, https://HOST or sqlite:///PATH/mlflow.db")
+        return uri
+
     @field_validator("mode", mode="before")
     @classmethod
     def _off_is_a_word(cls, value: Any) -> Any:
         return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
-class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """All of a run."""
 
     run: RunConfig = RunConfig()
@@ -190,12 +213,13 @@ def load(args: list[str]) -> Config:
     stack: list[tuple[str, dict[str, Any]]] = []
     for arg in sorted(args, key=lambda a: "=" in a and not Path(a).is_file()):
         stack.append((arg, _parse(arg)))
+        if Path(arg).is_file() and Path(arg).with_name("run.json").is_file():
+            named = any(other.startswith("run.name=") for other in args)
+            stack.append((arg, {"run": {"dir": None if named else str(Path(arg).parent)}}))
     try:
         merged: Any = OmegaConf.to_container(OmegaConf.merge({}, *(tree for _, tree in stack)), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"configuration: {error}") from error
-    if any(arg.startswith("run.name=") for arg in args) and not any(arg.startswith("run.dir=") for arg in args):
-        merged["run"]["dir"] = None  # a new name asks for the folder of that name
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -242,13 +266,11 @@ def _parse(arg: str) -> dict[str, Any]:
             near = difflib.get_close_matches(arg, presets(), n=3)
             hint = f"did you mean {', '.join(near)}? " if near else ""
             raise ConfigError(f"{arg}: no such file or preset; {hint}presets: {', '.join(presets())}")
-        tree = OmegaConf.to_container(OmegaConf.create(text))
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        tree = OmegaConf.to_container(OmegaConf.create(text)) if isinstance(yaml.safe_load(text), dict) else None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:
         raise ConfigError(f"{arg}: cannot be read as YAML: {error}") from error
-    if path.is_file() and isinstance(tree, dict) and path.with_name("run.json").is_file():
-        tree["run"] = {**tree.get("run", {}), "dir": str(path.parent)}  # of a run folder, wherever that is now
     if not isinstance(tree, dict):
-        raise ConfigError(f"{arg}: holds a list; expected keys and values, such as `train: {{steps: 100}}`")
+        raise ConfigError(f"{arg}: expected keys and values, such as `train: {{steps: 100}}`")
     return {str(key): value for key, value in tree.items()}
 
 
@@ -257,6 +279,8 @@ def _explain(detail: Any, stack: list[tuple[str, dict[str, Any]]]) -> str:
     location = [str(part) for part in detail["loc"]]
     key = ".".join(location)
     origin = next((name for name, tree in reversed(stack) if _holds(tree, location)), "configuration")
+    if "=" in origin:  # an override may hold a password
+        origin = "command line"
     if detail["type"] == "extra_forbidden":
         valid = _valid_keys(location[:-1])
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
@@ -264,7 +288,9 @@ def _explain(detail: Any, stack: list[tuple[str, dict[str, Any]]]) -> str:
         hint = f"; nearest valid key: {'.'.join(filter(None, (prefix, near[0])))}" if near else ""
         return f"{origin}: unknown key {key}{hint}"
     message = detail["msg"].removeprefix("Value error, ")
-    given = f" (given: {detail['input']!r})" if not isinstance(detail["input"], dict | BaseModel) else ""
+    # Our own messages name what they want named: a value may be a password.
+    show = detail["type"] != "value_error" and not isinstance(detail["input"], dict | BaseModel)
+    given = f" (given: {detail['input']!r})" if show else ""
     return f"{origin}: {key + ': ' if key else ''}{message}{given}"
 
 

@@ -60,6 +60,7 @@ class Console:
         self._lines_since_header = 0
         self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._warned: set[str] = set()
+        self._gone = False
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """A line of a step's metrics: of the known ones, those that are there."""
@@ -147,12 +148,17 @@ class Console:
             self._live.update(bar, refresh=True)
 
     def _print(self, text: str, style: str) -> None:
+        if self._gone:
+            return
         text = _printable(text, self._file)
-        if self._terminal:
-            self._terminal.print(Text(text, style=STYLES[style]))
-        else:
-            self._file.write(text + "\n")
-            self._file.flush()
+        try:
+            if self._terminal:
+                self._terminal.print(Text(text, style=STYLES[style]))
+            else:
+                self._file.write(text + "\n")
+                self._file.flush()
+        except OSError:  # a closed pipe or terminal is no reason to stop training; the journal has it all
+            self._gone = True
 
 
 def duration(seconds: float) -> str:

@@ -23,6 +23,8 @@ def to_batch(tokens: torch.Tensor, samples: torch.Tensor, step: int, seed: int, 
 def evaluate(model: nn.Module, windows: Windows, text_bytes: int, batch: int, ranks: Ranks) -> dict[str, float]:
     """Predict every token of the held-out text but its first, in non-overlapping windows.
 
+    The gates are averaged over windows; in the last one what lies behind the end of the text counts, too.
+
     Args:
         text_bytes: UTF-8 bytes of that text, for bits per byte.
         batch: windows of a forward pass on each rank.
@@ -34,15 +36,14 @@ def evaluate(model: nn.Module, windows: Windows, text_bytes: int, batch: int, ra
     model.eval()
     # Every rank makes the same number of forward passes (ZeRO-3 gathers in each); what is missing counts for nothing.
     rounds = math.ceil(len(windows) / (batch * ranks.world_size))
+    nothing = torch.full((1, windows.context + 1), -1, dtype=torch.int64)
     totals: dict[str, float] = {}
     count = 0
     for index in range(rounds):
         first = (index * ranks.world_size + ranks.rank) * batch
         indices = np.arange(first, min(first + batch, len(windows)))
-        tokens = torch.full((batch, windows.context + 1), -1, dtype=torch.int64)
-        if len(indices):
-            tokens[: len(indices)] = torch.from_numpy(windows.read(indices))
-        samples = torch.arange(first, first + batch)
+        tokens = torch.from_numpy(windows.read(indices)) if len(indices) else nothing
+        samples = torch.arange(first, first + len(tokens))
         inputs = to_batch(tokens, samples, step=0, seed=0, device=ranks.device)
         metrics = model(inputs).metrics
         predicted = int((inputs.labels != IGNORE).sum())

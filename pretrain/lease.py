@@ -10,7 +10,6 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,25 +21,29 @@ HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 
 
+class LeaseLost(RunError):
+    """Another start owns the run folder now; this one must not write to it any more."""
+
+
 class Lease:
     """Ownership of a run folder from `acquire` to `release`, kept alive by a heartbeat thread."""
 
-    def __init__(self, folder: Path, attempt: int, record: dict[str, Any], on_lost: Callable[[], None]) -> None:
+    def __init__(self, run_dir: Path, attempt: int, record: dict[str, Any]) -> None:
+        folder = run_dir / "attempts"
         self.attempt = attempt
+        self.lost = False
+        """Another attempt took over (this one was frozen for longer than STALE_SECONDS), or the folder is gone."""
+        self._run_dir = run_dir
         self._path = _attempt_path(folder, attempt)
         self._next = _attempt_path(folder, attempt + 1)
         self._record = record
-        self._on_lost = on_lost
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
         self._thread.start()
 
     @classmethod
-    def acquire(cls, run_dir: Path, on_lost: Callable[[], None]) -> "Lease":
+    def acquire(cls, run_dir: Path) -> "Lease":
         """Own a run folder, or take over from an owner that is gone.
-
-        `on_lost` is called from the heartbeat thread when another attempt took over, which happens to an owner that
-        was frozen for longer than STALE_SECONDS.
 
         Raises:
             RunError: another attempt owns it; names job, host and process.
@@ -52,7 +55,7 @@ class Lease:
             owner = json.loads(_attempt_path(folder, attempt).read_text())
             if "ended" not in owner and _alive(owner, _attempt_path(folder, attempt)):
                 raise RunError(_refusal(run_dir, owner))
-        record = _identity() | {"attempt": attempt + 1, "started": time.time()}
+        record = _identity() | {"attempt": attempt + 1, "started": time.time(), "nonce": uuid.uuid4().hex}
         path = _attempt_path(folder, attempt + 1)
         temporary = folder / f".{uuid.uuid4().hex}.tmp"
         write_json(temporary, record)
@@ -62,13 +65,24 @@ class Lease:
             raise RunError(_refusal(run_dir, json.loads(path.read_text()))) from None
         finally:
             temporary.unlink()
-        return cls(folder, attempt + 1, record, on_lost)
+        return cls(run_dir, attempt + 1, record)
+
+    def check(self) -> None:
+        """Look at the folder itself, not at the last heartbeat.
+
+        Raises:
+            LeaseLost: it is no longer ours.
+        """
+        self.lost = self.lost or not self._is_ours()
+        if self.lost:
+            raise LeaseLost(f"{self._run_dir}: taken over by another start, or removed; this one writes nothing more")
 
     def release(self, reason: str) -> None:
         """Let the next attempt begin at once; `reason` says how this one ended."""
         self._stop.set()
         self._thread.join()
-        write_json(self._path, self._record | {"ended": time.time(), "reason": reason})
+        if self._is_ours():
+            write_json(self._path, self._record | {"ended": time.time(), "reason": reason})
 
     def __enter__(self) -> "Lease":
         return self
@@ -80,10 +94,20 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            if self._next.exists():
-                self._on_lost()
-                return
-            os.utime(self._path)
+            try:
+                if not self._is_ours():
+                    self.lost = True
+                    return
+                os.utime(self._path)
+            except OSError:  # a file server that stumbles; the next beat will tell
+                continue
+
+    def _is_ours(self) -> bool:
+        """Our file is still the one that was made, and the newest."""
+        try:
+            return self._record["nonce"] in self._path.read_text() and not self._next.exists()
+        except FileNotFoundError:
+            return False
 
 
 def latest_attempt(run_dir: Path) -> int:

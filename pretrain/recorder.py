@@ -13,6 +13,7 @@ from pretrain.config import Config
 from pretrain.console import Console
 from pretrain.distributed import Ranks
 from pretrain.journal import Journal, read, series
+from pretrain.lease import LeaseLost
 from pretrain.metrics import StepMetrics
 from pretrain.run import RunFolder
 from pretrain.tracking import Tracker, default_uri
@@ -122,7 +123,7 @@ class Recorder:
     ) -> None:
         if not self._active:
             return
-        if error is not None and not self._ended:
+        if error is not None and not self._ended and not isinstance(error, LeaseLost):
             self._end("FAILED", f"{type(error).__name__}: {error}")
             self._close_tracker(CLOSE_SECONDS_AFTER_SIGNAL)
         self._journal.close()
@@ -158,7 +159,8 @@ class Recorder:
         if self._tracker:
             late = "" if shipped else f" (not all there yet: {_program('duet')} track sync {path})"
             rows.append(("mlflow", self._tracker.uri + late))
-            rows.append(("open it", f"{_program('mlflow')} ui --backend-store-uri {self._tracker.uri}"))
+            if self._tracker.uri.startswith("sqlite"):
+                rows.append(("open it", f"{_program('mlflow')} ui --backend-store-uri {self._tracker.uri}"))
         rows.append(("resume", f"{_program('duet')} train {path}/config.yaml --ranks {facts['world_size']}"))
         return rows
 

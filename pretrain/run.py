@@ -4,14 +4,16 @@ config.yaml  run.json  metrics.jsonl  attempts/  checkpoints/  logs/  report.htm
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from data_pipeline.atomic import write_atomic, write_json
-from data_pipeline.errors import RunError
+from data_pipeline.errors import CheckpointError, RunError
 from pretrain.config import Config, differences, dump
+from pretrain.journal import read
 
 FORMAT = 1
 MAY_CHANGE = (
@@ -47,16 +49,32 @@ class RunFolder:
     def claim(self, config: Config, dataset: dict[str, Any]) -> None:
         """Write the run's identity, or check that the folder belongs to this very run.
 
-        `dataset` holds at least `fingerprint`. Call it as the owner of the lease.
+        `dataset` holds at least `fingerprint`. Call it as the owner of the lease. A folder whose run never took a
+        step belongs to nobody yet.
 
         Raises:
             RunError: the folder belongs to another configuration or another dataset; names the keys.
         """
-        if self.run_file.exists():
+        if self.run_file.exists() and self._has_trained():
             self.check(config, dataset)
-        else:
+            write_atomic(self.config_file, dump(config))
+        else:  # the run file last: what it stands for is whole
+            write_atomic(self.config_file, dump(config))
             write_json(self.run_file, {"format": FORMAT, "name": config.run.name, "dataset": dataset})
-        write_atomic(self.config_file, dump(config))
+
+    def check_never_saved(self) -> None:
+        """Whether a run without a checkpoint may start from scratch.
+
+        Raises:
+            CheckpointError: the journal tells of checkpoints that are gone. A run never starts over silently.
+        """
+        if self.journal.exists():
+            saved = [record.step for record in read(self.journal) if record.kind == "checkpoint"]
+            if saved:
+                raise CheckpointError(
+                    f"{self.checkpoints}: the journal tells of a checkpoint of step {saved[-1]}, but none is "
+                    "there any more; restore it from a copy, or start a new run with another run.name"
+                )
 
     def describe(self, **facts: Any) -> None:
         """Add facts about the run (parameters, versions, …) to run.json."""
@@ -70,7 +88,7 @@ class RunFolder:
         """
         if not self.run_file.is_file():
             raise RunError(f"{self.path}: not a run folder (no run.json); `duet train` makes one")
-        facts: dict[str, Any] = json.loads(self.run_file.read_text())
+        facts = _parsed(self.run_file, json.loads)
         if facts.get("format") != FORMAT:
             raise RunError(
                 f"{self.run_file}: format {facts.get('format')} is not known here; this version reads {FORMAT}"
@@ -84,7 +102,11 @@ class RunFolder:
             RunError: the folder is not a run folder.
         """
         self.facts()
-        return Config.model_validate(yaml.safe_load(self.config_file.read_text()))
+        config: Config = _parsed(self.config_file, lambda text: Config.model_validate(yaml.safe_load(text)))
+        return config
+
+    def _has_trained(self) -> bool:
+        return self.journal.exists() and any(record.kind == "metrics" for record in read(self.journal))
 
     def check(self, config: Config, dataset: dict[str, Any]) -> None:
         """Whether a run of this configuration and dataset may go on in this folder.
@@ -110,3 +132,10 @@ class RunFolder:
                 f"{self.path}: this run folder belongs to another configuration:\n{lines}\n"
                 "give the old values, or start a new run with another run.name"
             )
+
+
+def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunError(f"{file}: damaged or missing: {error}; restore it from a copy") from error

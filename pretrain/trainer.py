@@ -3,7 +3,6 @@
 import os
 import platform
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from pretrain.dataset_identity import complete, identity
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.evaluate import evaluate, to_batch
-from pretrain.lease import Lease
+from pretrain.lease import Lease, LeaseLost
 from pretrain.metrics import Meter
 from pretrain.recorder import Recorder
 from pretrain.run import RunFolder
@@ -34,6 +33,8 @@ from pretrain.signals import StopRequest
 VERIFY_UP_TO_BYTES = 10 * 2**30
 """A dataset up to this size is hashed in full at a run's first start."""
 MAX_SKIPPED_IN_A_ROW = 10
+LOST = 255
+"""Greater than any signal: what rank 0 reports when the run folder is no longer its own."""
 
 
 @dataclass
@@ -46,8 +47,18 @@ class Session:
     dataset: Dataset
     engine: Engine
     recorder: Recorder
-    check_lease: Callable[[], None]
+    lease: Lease | None
+    """Rank 0's."""
     stop: StopRequest
+
+    def request(self) -> int:
+        """What this rank knows of: the number of a stop signal, LOST, or 0. Costs nothing."""
+        return LOST if self.lease and self.lease.lost else self.stop.signal
+
+    def check_lease(self) -> None:
+        """Raises LeaseLost on rank 0 when the run folder is no longer ours."""
+        if self.lease:
+            self.lease.check()
 
 
 def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> int:
@@ -65,27 +76,16 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
     config.micro_batches(ranks.world_size)
     with disk_errors(folder.path, RunError), ExitStack() as stack:
         dataset = ranks.together(lambda: Dataset.open(config.data.path))
-        lost: list[bool] = []
-        lease = ranks.together(lambda: _own(folder, lost, stack), only_first=True)
+        lease = ranks.together(lambda: _own(folder, stack) if ranks.is_first else None)
         config = ranks.together(lambda: _claim(folder, config, dataset), only_first=True)
         torch.manual_seed(config.run.seed)
         model = registry.build(config.model)
         parameters = sum(p.numel() for p in model.parameters())
         engine = Engine(model, config, ranks)
-        recorder = stack.enter_context(Recorder(config, folder, ranks, lease))
-        found = checkpoint.newest(folder.checkpoints, ranks, recorder.warning)
-        data = _new_data_state(config, dataset)
-        step = 0
-        if found:
-            ranks.together(lambda: found.load(engine))
-            step, data = found.manifest.step, DataState.model_validate(found.manifest.state["data"])
+        recorder = stack.enter_context(Recorder(config, folder, ranks, lease.attempt if lease else 0))
+        session = Session(config, ranks, folder, dataset, engine, recorder, lease, stop)
+        step, data = _restore(session)
         recorder.start(step, _facts(config, ranks, dataset, parameters))
-
-        def check_lease() -> None:
-            if lost:
-                raise RunError(f"{folder.path}: taken over by another start; this one saves nothing more")
-
-        session = Session(config, ranks, folder, dataset, engine, recorder, check_lease, stop)
         step, signal = run_steps(session, step, data)
         recorder.finish(step, signal, time.time() - started)
         return signal
@@ -107,7 +107,7 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
     )
     meter = Meter(ranks, config.batch.tokens)
     skipped = 0
-    signal = ranks.any(session.stop.signal)
+    signal = ranks.any(session.request())
     with loader:
         while step < config.train.steps and not signal:
             step += 1
@@ -130,10 +130,12 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
                 recorder.steps(meter.flush())
                 raise RunError(
                     f"the gradients were not finite {skipped} steps in a row, up to step {step}: the run has diverged; "
-                    "start again from an earlier checkpoint with a lower optimizer.lr"
+                    "start a new run with a lower optimizer.lr, or a longer schedule.warmup_steps"
                 )
 
-            signal = ranks.any(session.stop.signal)
+            signal = ranks.any(session.request())
+            if signal == LOST:
+                raise LeaseLost(f"{session.folder.path}: taken over by another start, or removed; this one ends")
             last = step == config.train.steps
             validate = last or step % config.train.eval_every == 0
             save = last or bool(signal) or step % config.train.checkpoint_every == 0
@@ -172,14 +174,16 @@ def save_checkpoint(session: Session, step: int, data: DataState) -> None:
         checkpoint.prune(session.folder.checkpoints, session.config.train.keep_checkpoints)
 
 
-def _own(folder: RunFolder, lost: list[bool], stack: ExitStack) -> int:
+def _own(folder: RunFolder, stack: ExitStack) -> Lease:
     folder.path.mkdir(parents=True, exist_ok=True)
-    return stack.enter_context(Lease.acquire(folder.path, on_lost=lambda: lost.append(True))).attempt
+    return stack.enter_context(Lease.acquire(folder.path))
 
 
 def _claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     """Complete the configuration by the dataset's vocabulary and tie the run folder to both."""
     config = complete(config, dataset)
+    dataset.windows("train", config.model.context)  # both must be large enough for one window
+    dataset.windows("validation", config.model.context, partial=True)
     first = not folder.run_file.exists()
     if first and sum(shard.bytes for shard in dataset.manifest.shards) <= VERIFY_UP_TO_BYTES:
         dataset.verify()
@@ -187,8 +191,27 @@ def _claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     return config
 
 
-def _new_data_state(config: Config, dataset: Dataset) -> DataState:
-    return DataState(fingerprint=dataset.manifest.fingerprint, seed=config.run.seed, samples_seen=0, tokens_seen=0)
+def _restore(session: Session) -> tuple[int, DataState]:
+    """Load the newest checkpoint: the step it was made at and where the data stand. Step 0 when there never was one.
+
+    Raises:
+        CheckpointError: none is whole, or those that the journal tells of are gone.
+        DataError: it was trained on other data.
+    """
+    config, ranks, folder = session.config, session.ranks, session.folder
+    fingerprint = session.dataset.manifest.fingerprint
+    found = checkpoint.newest(folder.checkpoints, ranks, session.recorder.warning)
+    if not found:
+        ranks.together(folder.check_never_saved)
+        return 0, DataState(fingerprint=fingerprint, seed=config.run.seed)
+
+    def load() -> DataState:
+        data = found.data_state(config.run.seed)
+        data.check(fingerprint)
+        found.load(session.engine)
+        return data
+
+    return found.manifest.step, ranks.together(load)
 
 
 def _facts(config: Config, ranks: Ranks, dataset: Dataset, parameters: int) -> dict[str, Any]:

@@ -1,9 +1,13 @@
 """The promise of the whole: killed at any step and started again, a run ends as if nothing had happened."""
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,3 +244,76 @@ def test_ctrl_c_while_starting_up_is_clean(dataset: Path, tmp_path: Path, delay:
     assert process.wait(60) == 130
     wait_until_gone(run_dir)
     assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize("moment", ["starting", "training"])
+def test_a_rank_that_dies_ends_the_run_with_a_word_about_it(dataset: Path, tmp_path: Path, moment: str) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    process = start_duet("train", *arguments(dataset, run_dir, "train.steps=100000"), "--ranks", "2", log=log)
+    if moment == "training":
+        wait_for_step(run_dir / "metrics.jsonl", 1, process)
+    victim = wait_for_rank_1(run_dir)
+    os.kill(victim, signal.SIGKILL)
+    assert process.wait(60) != 0
+    assert ranks_of(run_dir) == []
+    assert "rank 1 ended with code -9" in log.read_text()
+
+
+def wait_for_rank_1(run_dir: Path) -> int:
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        for pid in ranks_of(run_dir):
+            if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
+                return pid
+        time.sleep(0.01)
+    raise AssertionError("rank 1 did not start")
+
+
+def test_a_run_that_was_taken_over_stops_and_writes_nothing_more(
+    ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    with pytest.raises(RanksFailed, match="taken over by another start"):
+        ranks("tests.distributed.cases:train_run", 2, args=arguments(dataset, run_dir), taken_over_at=7)
+    records = list(read(run_dir / "metrics.jsonl"))
+    assert max(r.step or 0 for r in records) <= 8
+    assert not [r for r in records if r.kind == "end"]
+    assert not (run_dir / "checkpoints" / "step-000000010").exists()
+
+
+def test_the_gates_of_a_validation_do_not_depend_on_its_batches(
+    ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path
+) -> None:
+    results = ranks("tests.distributed.cases:validate_in_batches_of", 1, run=str(reference.parent), sizes=[1, 7, 10000])
+    [[first, *others]] = results
+    assert 0 < first["gate/val_density"] < 1
+    for other in others:
+        assert other == pytest.approx(first, abs=1e-3)  # what pads the very last window
+
+
+def test_without_its_checkpoints_a_run_does_not_start_over(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
+    args = arguments(dataset, tmp_path / "run")
+    with pytest.raises(RanksFailed, match="-9"):
+        ranks("tests.distributed.cases:train_run", 2, args=args, die_at=8)
+    for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(RanksFailed, match="the journal tells of a checkpoint of step 5"):
+        ranks("tests.distributed.cases:train_run", 2, args=args)
+
+
+def test_checkpoints_of_another_run_are_refused(ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference.parent / "checkpoints", tmp_path / "run" / "checkpoints")
+    with pytest.raises(RanksFailed, match=r"of a run with run\.seed=1337; this one has run\.seed=99"):
+        ranks("tests.distributed.cases:train_run", 2, args=arguments(dataset, tmp_path / "run", "run.seed=99"))
+
+
+def test_a_closed_pipe_does_not_stop_training(dataset: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-P", "-m", "launch.cli", "train", *arguments(dataset, run_dir)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert process.stdout
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert max(attempts(run_dir / "metrics.jsonl")[0][1]) == STEPS

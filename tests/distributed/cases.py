@@ -4,6 +4,7 @@ import hashlib
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.dataset import Dataset
 from data_pipeline.errors import CheckpointError
 from model import registry
 from model.interface import Batch
@@ -18,6 +20,8 @@ from pretrain import checkpoint
 from pretrain.config import Config, load
 from pretrain.distributed import Ranks
 from pretrain.engine import STATES, Engine
+from pretrain.evaluate import evaluate
+from pretrain.run import RunFolder
 from pretrain.signals import StopRequest
 
 VOCABULARY = 41
@@ -213,9 +217,10 @@ def train_run(
     die_at: int | None = None,
     signal_at: tuple[int, int] | None = None,
     sabotage: str | None = None,
+    taken_over_at: int | None = None,
 ) -> int:
     """A whole training run; rank 1 can be killed or get a signal in the middle of a step."""
-    from pretrain import trainer
+    from pretrain import lease, trainer
 
     original_step = Engine.train_step
     original_lr = trainer.learning_rate
@@ -231,14 +236,21 @@ def train_run(
             os.kill(os.getpid(), signal.SIGKILL)
         if ranks.rank == 1 and signal_at and now == signal_at[0]:
             os.kill(os.getpid(), signal_at[1])
+        if ranks.rank == 0 and now == taken_over_at:
+            (load(args).run_dir / "attempts" / "000002.json").write_text("{}")
+            heart = next(t for t in threading.enumerate() if t.name == "lease-heartbeat")
+            heart.join(30)  # it ends when it has noticed
+            assert not heart.is_alive()
         return original_step(engine, batches, lr)
 
+    lease.HEARTBEAT_SECONDS = 0.1
     trainer.learning_rate = remember_step
     Engine.train_step = step  # type: ignore[method-assign,assignment]
     if sabotage == "load nothing":
         checkpoint.Checkpoint.load = lambda self, engine: None  # type: ignore[method-assign]
     elif sabotage == "find nothing":
         checkpoint.newest = lambda root, ranks, warn: None
+        RunFolder.check_never_saved = lambda self: None  # type: ignore[method-assign]
     elif sabotage == "forget the moments":
         checkpoint.STATES = ("fp32",)  # type: ignore[assignment]
     elif sabotage == "forget the data position":
@@ -246,3 +258,12 @@ def train_run(
             lambda cls, content: cls(**(content | {"samples_seen": 0}))
         )
     return trainer.train(load(args), ranks, StopRequest(), time.time())
+
+
+def validate_in_batches_of(ranks: Ranks, run: str, sizes: list[int]) -> list[dict[str, float]]:
+    """Validation of a run's newest checkpoint, with several numbers of windows a forward pass."""
+    from pretrain.use import load_model
+
+    model, config, _ = load_model(Path(run), None)
+    windows = Dataset.open(config.data.path).windows("validation", config.model.context, partial=True)
+    return [evaluate(model, windows, 1000, size, ranks) for size in sizes]

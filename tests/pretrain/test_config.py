@@ -22,7 +22,7 @@ def test_later_files_win_and_overrides_win_over_files_wherever_they_stand(tmp_pa
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["optimizer.lrr=1"], "optimizer.lrr=1: unknown key optimizer.lrr; nearest valid key: optimizer.lr"),
+        (["optimizer.lrr=1"], "command line: unknown key optimizer.lrr; nearest valid key: optimizer.lr"),
         (["modle.width=3"], "nearest valid key: model"),
         (["model.learned_dropout.l1.wieght=1"], "nearest valid key: model.learned_dropout.l1.weight"),
         (["data.sources.a.path=x"], "nearest valid key: data.sources.a.paths"),
@@ -32,6 +32,9 @@ def test_later_files_win_and_overrides_win_over_files_wherever_they_stand(tmp_pa
         (["model.width=130"], "heads=4 does not divide width=130"),
         (["engine.zero_stage=0"], "use engine.zero_stage=1"),
         (["run.name=../x"], "run.name"),
+        (["optimizer.betas=[2,3]"], "optimizer.betas.0"),
+        (["optimizer.lr=.inf"], "optimizer.lr"),
+        (["tracking.uri=ftp://host"], "expected http://HOST:PORT"),
         (["nowhere.yaml"], "nowhere.yaml: no such file or preset"),
         (["model/tinny"], "did you mean model/tiny"),
     ],
@@ -42,7 +45,9 @@ def test_mistakes_name_key_place_and_way_on(args: list[str], message: str) -> No
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["train: {steps: 1}\ntrain: {steps: 2}\n", "train: [", "- a\n"])
+@pytest.mark.parametrize(
+    "text", ["train: {steps: 1}\ntrain: {steps: 2}\n", "train: [", "- a\n", "42\n", "a: &a [*a]\n"]
+)
 def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(text)
@@ -98,3 +103,9 @@ def test_the_config_of_a_run_folder_means_that_folder(tmp_path: Path) -> None:
     assert load([str(folder / "config.yaml")]).run_dir == folder
     assert load([str(folder / "config.yaml"), "run.name=b"]).run_dir == Path("runs/b")
     assert load([str(folder / "config.yaml"), "run.name=b", "run.dir=c"]).run_dir == Path("c")
+
+
+def test_a_password_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+        load(["tracking.uri=http://me:geheim@host"])
+    assert "geheim" not in str(caught.value)

@@ -3,25 +3,28 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_pipeline.errors import RunError
+from data_pipeline.errors import CheckpointError, RunError
 from pretrain import lease as lease_module
 from pretrain.config import load
-from pretrain.lease import STALE_SECONDS, Lease, latest_attempt
+from pretrain.journal import Journal
+from pretrain.lease import STALE_SECONDS, Lease, LeaseLost, latest_attempt
 from pretrain.run import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = (
     "import sys, time; from pathlib import Path; from pretrain.lease import Lease; "
-    "Lease.acquire(Path(sys.argv[1]), lambda: None); print('held', flush=True); time.sleep(600)"
+    "Lease.acquire(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
 )
 
 
@@ -35,13 +38,13 @@ def test_a_second_start_refuses_and_names_the_owner_until_it_is_killed(tmp_path:
     owner = hold(tmp_path)
     try:
         with pytest.raises(RunError, match=rf"attempt 1: process {owner.pid} on"):
-            Lease.acquire(tmp_path, lambda: None)
+            Lease.acquire(tmp_path)
     finally:
         owner.kill()
         owner.wait()
-    with Lease.acquire(tmp_path, lambda: None) as lease:
+    with Lease.acquire(tmp_path) as lease:
         assert lease.attempt == 2
-    with Lease.acquire(tmp_path, lambda: None) as lease:
+    with Lease.acquire(tmp_path) as lease:
         assert lease.attempt == 3
 
 
@@ -50,7 +53,7 @@ def test_a_stopped_owner_still_owns(tmp_path: Path) -> None:
     try:
         owner.send_signal(signal.SIGSTOP)
         with pytest.raises(RunError):
-            Lease.acquire(tmp_path, lambda: None)
+            Lease.acquire(tmp_path)
     finally:
         owner.kill()
         owner.wait()
@@ -59,7 +62,7 @@ def test_a_stopped_owner_still_owns(tmp_path: Path) -> None:
 def _race(run_dir: str, barrier: Any, won: Any) -> None:
     barrier.wait()
     try:
-        Lease.acquire(Path(run_dir), lambda: None)
+        Lease.acquire(Path(run_dir))
     except RunError:
         won.put(0)
     else:
@@ -85,27 +88,102 @@ def test_of_many_simultaneous_takeovers_one_wins(tmp_path: Path) -> None:
 
 
 def test_an_owner_on_another_machine_is_judged_by_its_heartbeat(tmp_path: Path) -> None:
-    with Lease.acquire(tmp_path, lambda: None):
+    with Lease.acquire(tmp_path):
         pass
     record_file = tmp_path / "attempts" / "000001.json"
     record = json.loads(record_file.read_text()) | {"pid_space": "elsewhere", "host": "n7"}
     del record["ended"]
     record_file.write_text(json.dumps(record))
     with pytest.raises(RunError, match="on n7"):
-        Lease.acquire(tmp_path, lambda: None)
+        Lease.acquire(tmp_path)
     old = record_file.stat().st_mtime - STALE_SECONDS - 1
     os.utime(record_file, (old, old))
-    with Lease.acquire(tmp_path, lambda: None) as lease:
+    with Lease.acquire(tmp_path) as lease:
         assert lease.attempt == 2
 
 
-def test_an_owner_that_was_taken_over_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def taken_over(run_dir: Path) -> None:
+    (run_dir / "attempts" / "000002.json").write_text("{}")
+
+
+def removed(run_dir: Path) -> None:
+    shutil.rmtree(run_dir)
+
+
+def removed_and_owned_by_another(run_dir: Path) -> None:
+    shutil.rmtree(run_dir)
+    other = hold(run_dir)
+    other.kill()
+    other.wait()
+
+
+@pytest.mark.parametrize("what", [taken_over, removed, removed_and_owned_by_another])
+def test_an_owner_that_lost_its_folder_notices_and_leaves_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: Callable[[Path], None]
+) -> None:
     monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.01)
-    lost = threading.Event()
-    lease = Lease.acquire(tmp_path, lost.set)
-    (tmp_path / "attempts" / "000002.json").write_text("{}")
-    assert lost.wait(10)
-    lease.release("taken over")
+    run_dir = tmp_path / "run"
+    lease = Lease.acquire(run_dir)
+    lease.check()
+    what(run_dir)
+    with pytest.raises(LeaseLost):
+        lease.check()
+    wait_for(lambda: lease.lost)
+    before = sorted((p, p.read_text()) for p in run_dir.rglob("*.json"))
+    lease.release("lost")
+    assert sorted((p, p.read_text()) for p in run_dir.rglob("*.json")) == before
+
+
+def test_the_heartbeat_keeps_the_lease_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.01)
+    with Lease.acquire(tmp_path) as lease:
+        file = tmp_path / "attempts" / "000001.json"
+        os.utime(file, (0, 0))
+        wait_for(lambda: file.stat().st_mtime > 0)
+        assert not lease.lost
+
+
+def wait_for(condition: Callable[[], bool], timeout: float = 10) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def trained(path: Path, *args: str) -> RunFolder:
+    """A run folder whose run has taken a step."""
+    folder = RunFolder(path)
+    folder.claim(load(list(args)), {"fingerprint": "f" * 64, "path": "data/x"})
+    journal = Journal(folder.journal, 1)
+    journal.metrics(1, {"loss/train": 1.0})
+    journal.close()
+    return folder
+
+
+def test_a_folder_whose_run_took_no_step_belongs_to_nobody(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.claim(load([]), {"fingerprint": "a" * 64, "path": "data/x"})
+    folder.claim(load(["optimizer.lr=1"]), {"fingerprint": "b" * 64, "path": "data/y"})
+    assert folder.config() == load(["optimizer.lr=1"])
+    assert folder.facts()["dataset"]["fingerprint"] == "b" * 64
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.yaml"])
+def test_a_damaged_run_folder_is_an_error_that_names_the_file(tmp_path: Path, name: str) -> None:
+    folder = trained(tmp_path)
+    (tmp_path / name).write_text("{")
+    with pytest.raises(RunError, match=name):
+        folder.config()
+
+
+def test_checkpoints_that_are_gone_are_missed(tmp_path: Path) -> None:
+    folder = trained(tmp_path)
+    folder.check_never_saved()
+    journal = Journal(folder.journal, 1)
+    journal.event("checkpoint", step=7, path="checkpoints/step-000000007")
+    journal.close()
+    with pytest.raises(CheckpointError, match="a checkpoint of step 7"):
+        folder.check_never_saved()
 
 
 @pytest.mark.parametrize(
@@ -122,9 +200,7 @@ def test_an_owner_that_was_taken_over_is_told(tmp_path: Path, monkeypatch: pytes
     ],
 )
 def test_what_may_change_at_a_resume(tmp_path: Path, change: str, fine: bool) -> None:
-    folder = RunFolder(tmp_path)
-    dataset = {"fingerprint": "f" * 64, "path": "data/x"}
-    folder.claim(load([]), dataset)
+    folder, dataset = trained(tmp_path), {"fingerprint": "f" * 64, "path": "data/x"}
     folder.claim(load([]), dataset)
     if fine:
         folder.claim(load([change]), dataset)
@@ -136,18 +212,16 @@ def test_what_may_change_at_a_resume(tmp_path: Path, change: str, fine: bool) ->
 
 
 def test_a_run_of_constant_learning_rate_may_become_longer(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
     dataset = {"fingerprint": "f" * 64, "path": "data/x"}
-    folder.claim(load(["schedule.kind=constant", "train.steps=10"]), dataset)
+    folder = trained(tmp_path, "schedule.kind=constant", "train.steps=10")
     folder.claim(load(["schedule.kind=constant", "train.steps=20"]), dataset)
     with pytest.raises(RunError, match="schedule.kind"):
         folder.claim(load(["train.steps=20"]), dataset)
 
 
 def test_another_dataset_is_refused(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.claim(load([]), {"fingerprint": "a" * 64, "path": "data/x"})
-    with pytest.raises(RunError, match="aaaaaaaaaaaa .*bbbbbbbbbbbb"):
+    folder = trained(tmp_path)
+    with pytest.raises(RunError, match="ffffffffffff .*bbbbbbbbbbbb"):
         folder.claim(load([]), {"fingerprint": "b" * 64, "path": "data/x"})
 
 
