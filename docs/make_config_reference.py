@@ -6,7 +6,7 @@ python docs/make_config_reference.py
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
@@ -60,6 +60,8 @@ def _leaves(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, FieldI
 def _row(key: str, field: FieldInfo) -> str:
     default = "**must be given**" if field.is_required() else f"`{_value(field.default)}`"
     return f"| `{key}` | {_kind(field.annotation)}{_bounds(field)} | {default} | {_prose(field.description)} |"
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
 
 
 def _kind(annotation: Any) -> str:
