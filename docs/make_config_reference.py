@@ -60,12 +60,12 @@ def _leaves(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, FieldI
 def _row(key: str, field: FieldInfo) -> str:
     default = "**must be given**" if field.is_required() else f"`{_value(field.default)}`"
     return f"| `{key}` | {_kind(field.annotation)}{_bounds(field)} | {default} | {_prose(field.description)} |"
-    if get_origin(annotation) is Annotated:
-        return _kind(get_args(annotation)[0])
 
 
 def _kind(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(arguments[0])
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (Union, UnionType):
