@@ -51,9 +51,16 @@ class Session:
     """Rank 0's."""
     stop: StopRequest
 
-    def request(self) -> int:
-        """What this rank knows of: the number of a stop signal, LOST, or 0. Costs nothing."""
-        return LOST if self.lease and self.lease.lost else self.stop.signal
+    def agreed_request(self) -> int:
+        """The stop signal that any rank has seen, 0 for none; a collective.
+
+        Raises:
+            LeaseLost: on every rank, when the run folder is no longer ours.
+        """
+        request = self.ranks.any(LOST if self.lease and self.lease.lost else self.stop.signal)
+        if request == LOST:
+            raise LeaseLost(f"{self.folder.path}: taken over by another start, or removed; this one ends")
+        return request
 
     def check_lease(self) -> None:
         """Raises LeaseLost on rank 0 when the run folder is no longer ours."""
@@ -107,7 +114,7 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
     )
     meter = Meter(ranks, config.batch.tokens)
     skipped = 0
-    signal = ranks.any(session.request())
+    signal = session.agreed_request()
     with loader:
         while step < config.train.steps and not signal:
             step += 1
@@ -133,9 +140,7 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
                     "start a new run with a lower optimizer.lr, or a longer schedule.warmup_steps"
                 )
 
-            signal = ranks.any(session.request())
-            if signal == LOST:
-                raise LeaseLost(f"{session.folder.path}: taken over by another start, or removed; this one ends")
+            signal = session.agreed_request()
             last = step == config.train.steps
             validate = last or step % config.train.eval_every == 0
             save = last or bool(signal) or step % config.train.checkpoint_every == 0
