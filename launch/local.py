@@ -18,10 +18,11 @@ WHAT_CTRL_C_DOES = (
 )
 
 
-def run_ranks(args: list[str], ranks: int, logs: Path) -> int:
+def run_ranks(args: list[str], ranks: int, logs: Path, *, verbose: bool = False) -> int:
     """Start `python -m pretrain ARGS` on each rank and wait; rank 0 has the terminal, the others write to `logs`.
 
-    Signals go to every rank once. When this process dies, even by SIGKILL, the kernel ends the ranks.
+    With `verbose` the libraries have rank 0's terminal, too. Signals go to every rank once. When this process dies,
+    even by SIGKILL, the kernel ends the ranks.
 
     Returns:
         the exit code: 0, or that of the first rank that failed.
@@ -33,6 +34,8 @@ def run_ranks(args: list[str], ranks: int, logs: Path) -> int:
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
         }
+        if verbose:
+            environment["DUET_VERBOSE"] = "1"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
         processes: list[subprocess.Popen[bytes]] = []
 
@@ -84,7 +87,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
     if failed is None:
         return 0
     code = codes[failed]
-    if failed and code not in (2, 130, 143):  # these say their own message on rank 0
+    if (failed or code < 0) and code not in (2, 130, 143):  # these say their own message on rank 0
         print(f"error: rank {failed} ended with code {code}; see {_log(logs, failed)}", file=sys.stderr)
     return code if code > 0 else 128 - code
 

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 from omegaconf import OmegaConf
@@ -104,8 +105,8 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
 class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """MLflow, the mirror of the run's journal."""
 
-    mode: Literal["online", "off"] = "online"
-    """`off`: the journal only, no MLflow."""
+    mode: Literal["online", "offline", "off"] = "online"
+    """`offline`: `duet track sync` sends it later; `off`: the journal only, no MLflow."""
     uri: str | None = None
     """Tracking server or store; the sqlite file `mlflow.db` beside the run folder unless given."""
     experiment: str = "duet"
@@ -115,6 +116,34 @@ class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     @classmethod
     def _off_is_a_word(cls, value: Any) -> Any:
         return "off" if value is False else value  # YAML reads a bare `off` as false
+
+    @field_validator("uri")
+    @classmethod
+    def _is_a_store(cls, value: str | None) -> str | None:
+        if value is None or value.startswith("sqlite:///"):
+            return value
+        if "@" in value:  # a ConfigError at once: other errors are shown with the value that was given
+            raise ConfigError(
+                "tracking.uri: a name and password do not belong into a file; "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            )
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError("expected http://HOST:PORT, https://HOST or sqlite:///PATH/mlflow.db")
+        return value
+
+
+class ProfileConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """torch's profiler on rank 0; what it writes is in the run folder's `profile/`."""
+
+    steps: tuple[int, int] | None = None
+    """First and last step to trace; a traced step is slower. None unless given."""
+
+    @model_validator(mode="after")
+    def _first_before_last(self) -> "ProfileConfig":
+        if self.steps and not 1 <= self.steps[0] <= self.steps[1]:
+            raise ValueError(f"steps={list(self.steps)}: expected [first, last] with 1 <= first <= last")
+        return self
 
 
 class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
@@ -129,6 +158,7 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
     train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
     def _batch_holds_whole_sequences(self) -> "Config":
@@ -139,6 +169,12 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
                 f"batch.tokens={tokens} is not a multiple of model.context={context}; "
                 f"nearest: {' or '.join(map(str, near))}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _profiled_steps_are_trained(self) -> "Config":
+        if self.profile.steps and self.profile.steps[1] > self.train.steps:
+            raise ValueError(f"profile.steps={list(self.profile.steps)} goes beyond train.steps={self.train.steps}")
         return self
 
     @property

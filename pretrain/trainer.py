@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,19 +18,22 @@ from data_pipeline.errors import RunError
 from data_pipeline.loader import DataState, Loader
 from data_pipeline.order import SampleOrder
 from model import registry
-from pretrain import checkpoint
+from pretrain import checkpoint, journal
 from pretrain.config import Config
 from pretrain.dataset_identity import complete, identity
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.evaluate import evaluate, to_batch
+from pretrain.goodput import Goodput, earlier_goodput
 from pretrain.lease import Lease
 from pretrain.metrics import Meter
+from pretrain.profiling import Profile
 from pretrain.recorder import Recorder
 from pretrain.run import RunFolder
 from pretrain.sample import sample_text
 from pretrain.schedule import learning_rate
 from pretrain.signals import StopRequest
+from pretrain.system import SystemSampler
 
 VERIFY_UP_TO_BYTES = 10 * 2**30
 """A dataset up to this size is hashed in full at a run's first start."""
@@ -46,6 +50,8 @@ class Session:
     dataset: Dataset
     engine: Engine
     recorder: Recorder
+    goodput: Goodput
+    system: SystemSampler
     check_lease: Callable[[], None]
     stop: StopRequest
 
@@ -53,7 +59,7 @@ class Session:
 def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> int:
     """Train to `train.steps`, from the newest checkpoint of the run folder when there is one.
 
-    `started` is when the program began (`time.time()`), for the summary.
+    `started` is when the program began (`time.time()`), for the summary and the goodput.
 
     Returns:
         the signal that ended the run early, else 0.
@@ -79,14 +85,18 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
         if found:
             ranks.together(lambda: found.load(engine))
             step, data = found.manifest.step, DataState.model_validate(found.manifest.state["data"])
-        recorder.start(step, _facts(config, ranks, dataset, parameters))
+        goodput = ranks.together(lambda: earlier_goodput(journal.read(folder.journal), step, started), only_first=True)
+        recorder.start(step, _facts(config, ranks, dataset, parameters) | {"started": started})
+        warn = recorder.warning if ranks.is_first else _warn_in_log
+        system = SystemSampler(folder.logs, lease, step, os.environ["LOCAL_RANK"] == "0", warn)
 
         def check_lease() -> None:
             if lost:
                 raise RunError(f"{folder.path}: taken over by another start; this one saves nothing more")
 
-        session = Session(config, ranks, folder, dataset, engine, recorder, check_lease, stop)
-        step, signal = run_steps(session, step, data)
+        session = Session(config, ranks, folder, dataset, engine, recorder, goodput, system, check_lease, stop)
+        with system:
+            step, signal = run_steps(session, step, data)
         recorder.finish(step, signal, time.time() - started)
         return signal
 
@@ -105,12 +115,16 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
         world_size=ranks.world_size,
         start=data.samples_seen,
     )
-    meter = Meter(ranks, config.batch.tokens)
+    meter = Meter(config, engine, ranks, session.goodput, restarts=recorder.attempt - 1)
+    profile_steps = config.profile.steps if ranks.is_first else None
+    profile = Profile(profile_steps, session.folder.path / "profile", ranks.device, recorder.profile)
     skipped = 0
     signal = ranks.any(session.stop.signal)
-    with loader:
+    with loader, profile:
         while step < config.train.steps and not signal:
             step += 1
+            profile.before(step)
+            engine.stopwatch.start()
             samples = next(loader)
             batches = [
                 to_batch(tokens, positions, step, config.run.seed, ranks.device)
@@ -118,11 +132,20 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
                     samples.tokens.split(micro_batch), samples.positions.split(micro_batch), strict=True
                 )
             ]
+            engine.stopwatch.lap("data")
             lr = learning_rate(config, step)
             metrics, grad_norm, applied = engine.train_step(batches, lr)
             data = data.after(config.global_batch, config.batch.tokens)
             skipped = 0 if applied else skipped + 1
-            known = {"optim/lr": lr, "optim/grad_norm": grad_norm, "data/tokens_seen": data.tokens_seen}
+            profile.after(step)
+            session.system.step = step
+            known = {
+                "data/tokens_seen": data.tokens_seen,
+                "data/samples_seen": data.samples_seen,
+                "data/epoch": data.samples_seen / len(windows),
+                "optim/lr": lr,
+                "optim/grad_norm": grad_norm,
+            }
             if not applied:
                 known["optim/skipped"] = 1
             meter.add(step, metrics, known)
@@ -166,10 +189,16 @@ def save_checkpoint(session: Session, step: int, data: DataState) -> None:
         "tokenizer": session.dataset.manifest.tokenizer.sha256,
         "attempt": session.recorder.attempt,
     }
+    since = time.perf_counter()
     path = checkpoint.save(session.engine, session.folder.checkpoints, step, state, session.ranks, session.check_lease)
-    session.recorder.checkpoint(step, path)
+    session.recorder.checkpoint(step, path, seconds=time.perf_counter() - since)
     if session.ranks.is_first:
         checkpoint.prune(session.folder.checkpoints, session.config.train.keep_checkpoints)
+
+
+def _warn_in_log(text: str) -> None:
+    """The recorder is silent on this rank."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def _own(folder: RunFolder, lost: list[bool], stack: ExitStack) -> int:
