@@ -2,14 +2,19 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: setup quickstart test lint drills help
+.PHONY: setup system-deps quickstart test lint drills bench help
 
 help:  ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/'
 
 setup:  ## A virtual environment with everything, pinned
 	@$(PYTHON) .ci/make_venv.py $(VENV) --torch-index "$(TORCH_INDEX)"
+
+system-deps:  ## Chromium and its driver for the browser tests, from Debian's packages
+	@$(SUDO) apt-get update -qq
+	@$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver
 
 quickstart: setup  ## Collect text, train a tokenizer and a small model, evaluate, report
 	@$(BIN)/duet quickstart
@@ -22,3 +27,6 @@ lint: setup  ## Style, format and types
 
 drills: setup  ## Long proofs
 	@$(BIN)/python -m pytest -m drill
+
+bench: setup  ## Measure what is claimed about speed
+	@failed=0; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || failed=1; done; exit $$failed

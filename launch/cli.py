@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import UserError
-from launch import checkpoint, data, tracking
+from launch import checkpoint, data, runs, tracking
 
 ConfigArgs = Annotated[
     list[str],
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(runs.app, name="runs")
 app.add_typer(tracking.app, name="track")
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
@@ -37,6 +38,7 @@ def train(
     config: ConfigArgs,
     ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine: one for each GPU.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what DeepSpeed and torch print, too.")] = False,
 ) -> None:
     """Train, or go on from the newest checkpoint of the run folder.
 
@@ -53,7 +55,7 @@ def train(
         return
     from launch.local import run_ranks
 
-    raise typer.Exit(run_ranks(config, ranks, loaded.run_dir / "logs"))
+    raise typer.Exit(run_ranks(config, ranks, loaded.run_dir / "logs", verbose=verbose))
 
 
 @app.command("eval")

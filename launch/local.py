@@ -23,10 +23,11 @@ WHAT_CTRL_C_DOES = (
 )
 
 
-def run_ranks(args: list[str], ranks: int, logs: Path) -> int:
+def run_ranks(args: list[str], ranks: int, logs: Path, *, verbose: bool = False) -> int:
     """Start `python -m pretrain ARGS` on each rank and wait; rank 0 has the terminal, the others write to `logs`.
 
-    Signals go to every rank once. When this process dies, even by SIGKILL, the kernel ends the ranks.
+    With `verbose` the libraries have rank 0's terminal, too. Signals go to every rank once. When this process dies,
+    even by SIGKILL, the kernel ends the ranks.
 
     Returns:
         the exit code: 0, or that of the first rank that failed.
@@ -38,6 +39,8 @@ def run_ranks(args: list[str], ranks: int, logs: Path) -> int:
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
         }
+        if verbose:
+            environment["DUET_VERBOSE"] = "1"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
         processes: list[subprocess.Popen[bytes]] = []
 
@@ -93,7 +96,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
         return 0
     code = codes[failed] or 0
     told = code == codes[0] and code in (2, 130, 143)  # rank 0 said the same on the terminal
-    if failed and not told:
+    if (failed or code < 0) and not told:
         print(f"error: rank {failed} ended with code {code}; the end of {_log(logs, failed)}:", file=sys.stderr)
         for line in _log(logs, failed).read_text(errors="replace").splitlines()[-LINES_SHOWN:]:
             print(f"  {line}", file=sys.stderr)

@@ -15,11 +15,13 @@ def _group() -> None:
 
 @app.command("sync")
 def sync(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """Send what MLflow does not have yet, from wherever it is reachable.
+    """Send what MLflow does not have yet, from wherever it is reachable; a run that died is KILLED there.
 
     Example: `duet track sync runs/quickstart`
     """
     from pretrain.tracking import sync as sync_run
 
     done = sync_run(run)
-    typer.echo(f"{done.uri} has all of {run} as run {done.run_id}; {done.num_metrics:,} values were sent now")
+    typer.echo(
+        f"{done.uri} has all of {run} as run {done.run_id}, {done.status}; {done.num_metrics:,} values were sent now"
+    )

@@ -25,5 +25,6 @@ def objective(
             loss = ce + entropy_weight * mean.entropy + l1_weight * mean.l1
         metrics |= mean._asdict() | {"entropy_weight": entropy_weight, "l1_weight": l1_weight}
         metrics |= {f"density/{name}": mask.density for name, mask in statistics.items()}
+        metrics |= {f"entropy/{name}": mask.entropy for name, mask in statistics.items()}
     metrics["loss"] = loss
     return ModelOutput(loss, {name: value.detach() for name, value in metrics.items()})

@@ -1,4 +1,7 @@
-"""What torchrun, srun and `duet train` start on each rank: `python -m pretrain CONFIG… key=value…`."""
+"""What torchrun, srun and `duet train` start on each rank: `python -m pretrain CONFIG… key=value…`.
+
+With DUET_VERBOSE set, rank 0 shows what the libraries print, too.
+"""
 
 import ctypes
 import os
@@ -26,12 +29,16 @@ def main(args: list[str]) -> int:
 
     stop = StopRequest()  # first of all: Ctrl-C during the imports below is a request, too
 
-    from data_pipeline.errors import UserError
+    from data_pipeline.atomic import disk_errors
+    from data_pipeline.errors import RunError, UserError
     from pretrain.config import load
+    from pretrain.console import fail, take_over
 
-    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     try:
         config = load(args)
+        with disk_errors(config.run_dir, RunError):
+            take_over(config.run_dir / "logs", rank, verbose=bool(os.environ.get("DUET_VERBOSE")))
 
         from pretrain.distributed import join
         from pretrain.trainer import train
@@ -40,11 +47,11 @@ def main(args: list[str]) -> int:
             received = train(config, ranks, stop, started)
             return EXIT_CODES[signal.Signals(received)] if received else 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)  # of the other ranks into their logs
+        fail(f"error: {error}")  # of the other ranks into their logs
         return 2
     except KeyboardInterrupt:
-        if first:
-            print("ended at once; what came after the newest checkpoint is not saved", file=sys.stderr)
+        if rank == 0:
+            fail("ended at once; what came after the newest checkpoint is not saved")
         return EXIT_CODES[signal.SIGINT]
 
 

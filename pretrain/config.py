@@ -114,8 +114,8 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
 class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """MLflow, the mirror of the run's journal."""
 
-    mode: Literal["online", "off"] = "online"
-    """`off`: the journal only, no MLflow."""
+    mode: Literal["online", "offline", "off"] = "online"
+    """`offline`: `duet track sync` sends it later; `off`: the journal only, no MLflow."""
     uri: str | None = None
     """Tracking server or store; the sqlite file `mlflow.db` beside the run folder unless given."""
     experiment: str = "duet"
@@ -128,7 +128,7 @@ class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
         if "@" in parts.netloc:
             raise ValueError(
                 "a name and password do not belong into a file; "
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             )
         if uri and not uri.startswith("sqlite:///") and not (parts.scheme in ("http", "https") and parts.netloc):
             raise ValueError("expected http://HOST:PORT, https://HOST or sqlite:///PATH/mlflow.db")
@@ -138,6 +138,19 @@ class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     @classmethod
     def _off_is_a_word(cls, value: Any) -> Any:
         return "off" if value is False else value  # YAML reads a bare `off` as false
+
+
+class ProfileConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+    """torch's profiler on rank 0; what it writes is in the run folder's `profile/`."""
+
+    steps: tuple[int, int] | None = None
+    """First and last step to trace; a traced step is slower. None unless given."""
+
+    @model_validator(mode="after")
+    def _first_before_last(self) -> "ProfileConfig":
+        if self.steps and not 1 <= self.steps[0] <= self.steps[1]:
+            raise ValueError(f"steps={list(self.steps)}: expected [first, last] with 1 <= first <= last")
+        return self
 
 
 class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
@@ -152,6 +165,7 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
     train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
     def _batch_holds_whole_sequences(self) -> "Config":
@@ -162,6 +176,12 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
                 f"batch.tokens={tokens} is not a multiple of model.context={context}; "
                 f"nearest: {' or '.join(map(str, near))}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _profiled_steps_are_trained(self) -> "Config":
+        if self.profile.steps and self.profile.steps[1] > self.train.steps:
+            raise ValueError(f"profile.steps={list(self.profile.steps)} goes beyond train.steps={self.train.steps}")
         return self
 
     @property

@@ -1,9 +1,16 @@
-"""What rank 0 shows: lines that align. Colour and a status line on a terminal, plain lines in a file."""
+"""What rank 0 shows: lines that align. Colour and a status line on a terminal, plain lines in a file.
+
+Only rank 0 has the screen, and only with its own words: `take_over` sends all else into the run folder's logs.
+"""
 
 import math
+import os
 import sys
+import threading
 import time
+import traceback
 from collections import deque
+from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
@@ -23,11 +30,13 @@ COLUMNS = (
     ("optim/grad_norm", "grad", 8),
     ("optim/lr", "lr", 9),
     ("time/tokens_per_second", "tok/s", 9),
+    ("time/mfu", "mfu", 7),
     ("system/memory_gib", "GiB", 7),
 )
 """Metric, title, width."""
 SHOWN_DIGITS = {
     "time/tokens_per_second": ",.0f",
+    "time/mfu": ".1%",
     "optim/lr": ".2e",
     "system/memory_gib": ".2f",
     "optim/grad_norm": ".3f",
@@ -44,15 +53,73 @@ STYLES = {
 }
 
 
+class Screen:
+    """Rank 0's way to the user, and a plain copy of all that goes there in its log."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.out, self.err = (_duplicate(stream) for stream in (sys.stdout, sys.stderr))
+        self._copy = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._size = self._length()
+
+    def others_wrote(self) -> bool:
+        """Whether somebody else has written to the log since this was asked, or since the last copy."""
+        before, self._size = self._size, self._length()
+        return before != self._size
+
+    def copy(self, text: str) -> None:
+        """Append lines to the log."""
+        os.write(self._copy, f"{text}\n".encode("utf-8", "backslashreplace"))
+        self._size = self._length()
+
+    def _length(self) -> int:
+        return os.fstat(self._copy).st_size
+
+
+_screen: Screen | None = None
+
+
+def take_over(logs: Path, rank: int, *, verbose: bool) -> None:
+    """Send all that this process prints, C++ included, to `logs/rank-N.log`; `Console` and `fail` keep the screen.
+
+    With `verbose` the libraries keep rank 0's screen, too.
+
+    Raises:
+        OSError: the log cannot be written.
+    """
+    global _screen
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"rank-{rank}.log"
+    if rank == 0:
+        _screen = Screen(log)
+        sys.excepthook = lambda kind, error, trace: fail(
+            "".join(traceback.format_exception(kind, error, trace)).rstrip()
+        )
+    if rank or not verbose:
+        with open(log, "ab") as file:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+                os.dup2(file.fileno(), stream.fileno())
+                stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def fail(text: str) -> None:
+    """Say what ends the run, on the error stream and in the log."""
+    print(text, file=_screen.err if _screen else sys.stderr, flush=True)
+    if _screen:
+        _screen.copy(text)
+
+
 class Console:
     """Shows a run of `total_steps` steps. Close it, or use it as a context: the status line hides the cursor.
 
-    Safe to call from several threads.
+    Writes to `file`, or else to the screen with a copy in the log of rank 0. Safe to call from several threads.
     """
 
     def __init__(self, total_steps: int, file: TextIO | None = None) -> None:
         self._total = total_steps
-        self._file = file or sys.stdout
+        self._screen = None if file else _screen
+        self._file = file or (_screen.out if _screen else sys.stdout)
         terminal = Terminal(file=self._file, highlight=False, soft_wrap=True)
         self._terminal = terminal if terminal.is_terminal and not terminal.is_dumb_terminal else None
         self._live: Live | None = None
@@ -61,6 +128,7 @@ class Console:
         self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._warned: set[str] = set()
         self._gone = False
+        self._printing = threading.RLock()
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """A line of a step's metrics: of the known ones, those that are there."""
@@ -74,7 +142,7 @@ class Console:
             self._print(f"{'step':>{self._step_width}}{titles}{'left':>{LEFT_WIDTH}}", "header")
         self._lines_since_header += 1
         values = "".join(f"{_number(name, metrics[name]):>{width}}" for name, _, width in columns)
-        left = self._time_left(step)
+        left = self._time_left(step, metrics)
         finite = all(math.isfinite(metrics[name]) for name, _, _ in columns)
         self._print(f"{self._position(step)}{values}{left:>{LEFT_WIDTH}}", "step" if finite else "bad")
         self._show_status(step, left)
@@ -127,11 +195,13 @@ class Console:
     def _position(self, step: int) -> str:
         return f"{f'{step}/{self._total}':>{self._step_width}}"
 
-    def _time_left(self, step: int) -> str:
+    def _time_left(self, step: int, metrics: dict[str, float]) -> str:
         (first, since), (last, now) = self._times[0], self._times[-1]
-        if last <= first:
-            return "-"
-        return duration((self._total - step) * (now - since) / (last - first))
+        if last > first:
+            return duration((self._total - step) * (now - since) / (last - first))
+        if "time/step_ms" in metrics:
+            return duration((self._total - step) * metrics["time/step_ms"] / 1e3)
+        return "-"
 
     def _show_status(self, step: int, left: str) -> None:
         if self._terminal is None:
@@ -140,7 +210,14 @@ class Console:
         full = round(30 * share)
         bar = Text.assemble(("━" * full, "green"), ("━" * (30 - full), "bright_black"), f"  {share:4.0%}  {left} left")
         if self._live is None and step < self._total:
-            self._live = Live(bar, console=self._terminal, auto_refresh=False, transient=True)
+            self._live = Live(
+                bar,
+                console=self._terminal,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,  # else it brings back to the screen what `take_over` keeps from it
+                redirect_stderr=False,
+            )
             self._live.start()
         elif self._live and step >= self._total:
             self.close()
@@ -151,14 +228,19 @@ class Console:
         if self._gone:
             return
         text = _printable(text, self._file)
-        try:
-            if self._terminal:
-                self._terminal.print(Text(text, style=STYLES[style]))
-            else:
-                self._file.write(text + "\n")
-                self._file.flush()
-        except OSError:  # a closed pipe or terminal is no reason to stop training; the journal has it all
-            self._gone = True
+        with self._printing:
+            if self._screen:
+                if self._screen.others_wrote():
+                    self.warning(f"the libraries' own messages are in {self._screen.log}; --verbose shows them here")
+                self._screen.copy(text)
+            try:
+                if self._terminal:
+                    self._terminal.print(Text(text, style=STYLES[style]))
+                else:
+                    self._file.write(text + "\n")
+                    self._file.flush()
+            except OSError:  # a closed pipe or terminal is no reason to stop training; the journal has it all
+                self._gone = True
 
 
 def duration(seconds: float) -> str:
@@ -171,6 +253,10 @@ def duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def _duplicate(stream: TextIO) -> TextIO:
+    return open(os.dup(stream.fileno()), "w", encoding=stream.encoding, errors="backslashreplace")
 
 
 def _number(name: str, value: float) -> str:

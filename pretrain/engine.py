@@ -15,9 +15,12 @@ from model.interface import Batch, ModelOutput
 from model.language_model import LanguageModel
 from pretrain.config import Config, EngineConfig
 from pretrain.distributed import Ranks
+from pretrain.profiling import Stopwatch
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 """What a parameter is made of: the fp32 master weight and Adam's two moments."""
+CHUNK = 2**24
+"""Elements whose update is recomputed at once: 64 MiB for each temporary tensor."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,12 @@ class Engine:
         self.stage = config.engine.zero_stage
         self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         self._ranks = ranks
-        self._clip = config.optimizer.clip
+        self._adamw = config.optimizer
+        self._applied = False
+        self.stopwatch = Stopwatch(ranks.device)
+        # The table of tokens is first in the forward pass, so its gradient is the last; hooks run in order of
+        # registration, and DeepSpeed's, which may wait for other ranks, come later.
+        model.token_embed.weight.register_post_accumulate_grad_hook(lambda _: self.stopwatch.lap("backward"))
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.optimizer.weight_decay),
             lr=config.optimizer.lr,
@@ -70,7 +78,7 @@ class Engine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config.engine, self._clip, micro_batch, accumulation),
+            config=deepspeed_config(config.engine, config.optimizer.clip, micro_batch, accumulation),
             dist_init_required=False,
         )
         self._names: dict[Any, str] = self._deepspeed.param_names
@@ -85,6 +93,11 @@ class Engine:
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> tuple[list[dict[str, Tensor]], Tensor, bool]:
         """One optimizer step over all micro-batches of this rank.
 
+        Laps of the stopwatch: `forward`, `backward` up to the last gradient, `reduce` until the backward pass returns,
+        `optimizer`. At stages 0 and 1 the first two wait for no other rank; at stage 2 only when gradients fill a
+        bucket of DeepSpeed's; at stage 3 in each layer. Stage 0 waits for the device once a step, in its check of the
+        norm; at the other stages only DeepSpeed does.
+
         Returns:
             metrics of each micro-batch (0-d tensors), the global gradient norm before clipping (0-d), and whether
             the update was applied: DeepSpeed skips it on all ranks when a gradient is not finite.
@@ -95,18 +108,48 @@ class Engine:
         metrics: list[dict[str, Tensor]] = []
         for batch in micro_batches:
             output: ModelOutput = self._deepspeed(batch)
+            self.stopwatch.lap("forward")
             self._deepspeed.backward(output.loss)
+            self.stopwatch.lap("reduce")
             if batch is micro_batches[-1] and self.stage == 0:
                 norm = self._gradient_norm()
                 if not torch.isfinite(norm):  # the one stage that DeepSpeed does not guard in fp32
                     self._deepspeed.optimizer.zero_grad()
                     self._deepspeed.micro_steps += 1  # what step() would have counted
+                    self.stopwatch.lap("optimizer")
+                    self._applied = False
                     return [*metrics, output.metrics], norm, False
             self._deepspeed.step()
+            self.stopwatch.lap("optimizer")
             metrics.append(output.metrics)
         if self.stage:
             norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32)
-        return metrics, norm, self._deepspeed.was_step_applied()
+        self._applied = self._deepspeed.was_step_applied()
+        return metrics, norm, self._applied
+
+    def squared_norms(self) -> tuple[float, float]:
+        """Squares summed over the parameters, and over the last step's update of them; waits for the device.
+
+        Of what this rank owns: the sums over the ranks are ‖θ‖² and ‖Δθ‖². The update is found from the parameter θ
+        and the moments m, v after step t ("Decoupled Weight Decay Regularization", arXiv:1711.05101, algorithm 2):
+
+            a = lr · m / (1 - β₁ᵗ) / (sqrt(v / (1 - β₂ᵗ)) + eps)
+            Δθ = -(a + lr · λ · θ) / (1 - lr · λ)
+
+        since θ = (1 - lr · λ) θ_before - a, with weight decay λ. It is 0 for a step that applied no update.
+        """
+        lr, (beta_1, beta_2) = self._deepspeed.optimizer.param_groups[0]["lr"], self._adamw.betas
+        steps = self.optimizer_steps
+        norms, update_norms = [], []
+        for fragment in self.owned_fragments():
+            decay = lr * self._adamw.weight_decay if len(self.shapes[fragment.name]) >= 2 else 0.0
+            for theta, m, v in zip(*(fragment.states[state].split(CHUNK) for state in STATES), strict=True):
+                norms.append(torch.linalg.vector_norm(theta))
+                if self._applied:
+                    root = v.sqrt().div_((1 - beta_2**steps) ** 0.5).add_(self._adamw.eps)
+                    update = torch.addcdiv(theta * decay, m, root, value=lr / (1 - beta_1**steps))
+                    update_norms.append(torch.linalg.vector_norm(update) / (1 - decay))
+        return _sum_of_squares(norms), _sum_of_squares(update_norms)
 
     @property
     def optimizer_steps(self) -> int:
@@ -142,7 +185,8 @@ class Engine:
         """Make the model compute with what was written into the fragments' views."""
         optimizer = self._deepspeed.optimizer
         for state in self._adam.state.values():
-            state["step"] = torch.tensor(float(optimizer_steps))  # one tensor each: a shared one would count too fast
+            # One tensor each, since a shared one would count too fast; in place, so that it stays on its device.
+            state["step"].fill_(float(optimizer_steps))
         with torch.no_grad():
             if self.stage == 3:
                 optimizer.checkpoint_event_prologue()
@@ -194,7 +238,7 @@ class Engine:
         """Adam's state before its first step, so that a checkpoint can be written and read at any time."""
         for flat in {id(piece[3]): piece[3] for piece in self._layout()}.values():
             self._adam.state[flat] = {
-                "step": torch.tensor(0.0),
+                "step": torch.tensor(0.0, device=flat.device),  # fused AdamW wants it there
                 "exp_avg": torch.zeros_like(flat, dtype=torch.float32),
                 "exp_avg_sq": torch.zeros_like(flat, dtype=torch.float32),
             }
@@ -202,6 +246,10 @@ class Engine:
     def _gradient_norm(self) -> Tensor:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients).float()
+
+
+def _sum_of_squares(norms: list[Tensor]) -> float:
+    return float(torch.stack(norms).double().square().sum()) if norms else 0.0
 
 
 def deepspeed_config(engine: EngineConfig, clip: float, micro_batch: int, accumulation: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def to_batch(tokens: torch.Tensor, samples: torch.Tensor, step: int, seed: int, 
     tokens = tokens.to(device, non_blocking=True)
     inputs, labels = tokens[:, :-1].clamp(min=0), tokens[:, 1:]
     labels = torch.where(labels < 0, IGNORE, labels)
-    return Batch(inputs, labels, samples.to(device), torch.tensor(step, device=device), seed)
+    return Batch(inputs, labels, samples.to(device, non_blocking=True), torch.full((), step, device=device), seed)
 
 
 @torch.no_grad()

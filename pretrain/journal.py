@@ -1,6 +1,7 @@
 """The journal of a run: `metrics.jsonl`, append-only, one JSON object a line. It is the truth; all else mirrors it.
 
-A line counts once its newline is on disk. Kinds: metrics, start, end, checkpoint, sample, warning.
+A line counts once its newline is on disk. Kinds: metrics, start, end, checkpoint, sample, warning, slowest,
+profile.
 """
 
 import errno

@@ -34,8 +34,8 @@ class Lease:
         self.lost = False
         """Another attempt took over (this one was frozen for longer than STALE_SECONDS), or the folder is gone."""
         self._run_dir = run_dir
-        self._path = _attempt_path(folder, attempt)
-        self._next = _attempt_path(folder, attempt + 1)
+        self._path = attempt_path(folder, attempt)
+        self._next = attempt_path(folder, attempt + 1)
         self._record = record
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
@@ -52,11 +52,11 @@ class Lease:
         folder.mkdir(parents=True, exist_ok=True)
         attempt = latest_attempt(run_dir)
         if attempt:
-            owner = json.loads(_attempt_path(folder, attempt).read_text())
-            if "ended" not in owner and _alive(owner, _attempt_path(folder, attempt)):
+            owner = json.loads(attempt_path(folder, attempt).read_text())
+            if alive(owner, attempt_path(folder, attempt)):
                 raise RunError(_refusal(run_dir, owner))
         record = _identity() | {"attempt": attempt + 1, "started": time.time(), "nonce": uuid.uuid4().hex}
-        path = _attempt_path(folder, attempt + 1)
+        path = attempt_path(folder, attempt + 1)
         temporary = folder / f".{uuid.uuid4().hex}.tmp"
         write_json(temporary, record)
         try:
@@ -118,7 +118,8 @@ def latest_attempt(run_dir: Path) -> int:
     return max((int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit()), default=0)
 
 
-def _attempt_path(folder: Path, attempt: int) -> Path:
+def attempt_path(folder: Path, attempt: int) -> Path:
+    """The file of an attempt in a run's folder `attempts`."""
     return folder / f"{attempt:06d}.json"
 
 
@@ -133,16 +134,22 @@ def _identity() -> dict[str, Any]:
     }
 
 
-def _alive(owner: dict[str, Any], path: Path) -> bool:
+def alive(owner: dict[str, Any], path: Path, clock: float | None = None) -> bool:
+    """Whether the owner that an attempt's file tells of still has the run folder.
+
+    On another machine its heartbeat decides: against `clock` (seconds since the epoch), or else against a file that
+    is touched beside it, so that only the file system's own clock counts.
+    """
+    if "ended" in owner:
+        return False
     if owner["pid_space"] == _pid_space():
-        return owner["pid_started"] == _process_start(owner["pid"])
-    # Another machine: compare with a file touched now, so that only the file system's own clock counts.
-    probe = path.with_name(f".{uuid.uuid4().hex}.probe")
-    probe.touch()
-    try:
-        return probe.stat().st_mtime - path.stat().st_mtime < STALE_SECONDS
-    finally:
+        return bool(owner["pid_started"] == _process_start(owner["pid"]))
+    if clock is None:
+        probe = path.with_name(f".{uuid.uuid4().hex}.probe")
+        probe.touch()
+        clock = probe.stat().st_mtime
         probe.unlink()
+    return clock - path.stat().st_mtime < STALE_SECONDS
 
 
 def _pid_space() -> str:

@@ -1,5 +1,7 @@
 """Metrics of the training steps: kept on the device, fetched once in a while."""
 
+import platform
+import resource
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +11,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from model.flops import utilisation_per_token
+from pretrain.config import Config
 from pretrain.distributed import Ranks
+from pretrain.engine import Engine
+from pretrain.goodput import Goodput
 
 NAMES = {
     "cross_entropy": "loss/train",
@@ -20,67 +26,144 @@ NAMES = {
     "l1_weight": "penalty/l1_weight",
 }
 """What the model calls a metric and where a reader finds it; all others are the gates'."""
+SLOW = 1.2
+"""A rank whose own work takes this many times the mean is worth a record."""
+
+
+@dataclass(frozen=True)
+class Slowest:
+    """A rank that holds up the others, by the factor `ratio`."""
+
+    rank: int
+    host: str
+    ratio: float
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One step's line of the journal."""
+    """One step's line of the journal, and who held it up when that is news."""
 
     step: int
     values: dict[str, float]
+    slowest: Slowest | None = None
 
 
 class Meter:
     """Collects each step's metrics without waiting for the device; `flush` averages them over the ranks."""
 
-    def __init__(self, ranks: Ranks, tokens_per_step: int) -> None:
+    def __init__(self, config: Config, engine: Engine, ranks: Ranks, goodput: Goodput, restarts: int) -> None:
+        """A collective. `goodput` and `restarts`: what earlier attempts leave to this one."""
+        self._engine = engine
         self._ranks = ranks
-        self._tokens_per_step = tokens_per_step
-        self._steps: list[tuple[int, dict[str, Tensor], Mapping[str, Any]]] = []
+        self._goodput = goodput
+        self._restarts = restarts
+        self._tokens_per_step = config.batch.tokens
+        device_name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+        self._utilisation_per_token = utilisation_per_token(config.model, device_name, ranks.world_size)
+        self._hosts = ranks.gather(platform.node())
+        self._slowest_rank: int | None = None
+        self._names: list[str] = []
+        self._steps: list[tuple[int, Tensor, Mapping[str, Any]]] = []
         self._since = time.perf_counter()
 
     def add(self, step: int, micro_batches: list[dict[str, Tensor]], known: Mapping[str, Any]) -> None:
         """Take one step: the model's metrics of each micro-batch, and numbers (or 0-d tensors) that all ranks share."""
-        means = {name: torch.stack([m[name].float() for m in micro_batches]).mean() for name in micro_batches[0]}
-        self._steps.append((step, means, known))
+        self._names = list(micro_batches[0])
+        table = torch.stack([metrics[name].float() for name in self._names for metrics in micro_batches])
+        self._steps.append((step, table.view(len(self._names), -1).mean(dim=-1), known))
 
     def flush(self) -> list[StepMetrics]:
-        """All steps since the last flush, averaged over the ranks; the last one carries speed and memory.
+        """All steps since the last flush, averaged over the ranks; the last one carries what is told of them all.
 
         A collective: every rank calls it at the same steps.
         """
         if not self._steps:
             return []
-        names = list(self._steps[0][1])
-        table = torch.stack([torch.stack([means[name] for name in names]) for _, means, _ in self._steps])
+        table = torch.stack([means for _, means, _ in self._steps])
         rows = (self._ranks.sum(table) / self._ranks.world_size).tolist()
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
         lines = [
-            StepMetrics(step, _named(dict(zip(names, row, strict=True))) | {k: float(v) for k, v in known.items()})
+            StepMetrics(step, _named(self._names, row) | {name: float(value) for name, value in known.items()})
             for (step, _, known), row in zip(self._steps, rows, strict=True)
         ]
-        seconds = time.perf_counter() - self._since
-        lines[-1].values.update(
-            {
-                "time/tokens_per_second": self._tokens_per_step * len(lines) / seconds,
-                "time/step_ms": 1e3 * seconds / len(lines),
-                "system/memory_gib": _memory_gib(self._ranks.device),
-            }
-        )
         self._steps.clear()
-        self._since = time.perf_counter()
+        last, parts = lines[-1], self._engine.stopwatch.read()
+        about_ranks, slowest = self._compare_ranks(parts)
+        skipped = sum("optim/skipped" in line.values for line in lines)
+        self._goodput.add(seconds * (1 - skipped / len(lines)))
+        values = last.values | self._times(seconds, len(lines), parts) | about_ranks | self._health(last.step)
+        lines[-1] = StepMetrics(last.step, values, slowest)
         return lines
 
     def resume_clock(self) -> None:
         """Leave out of the speed what happened since the last flush: validation, a checkpoint."""
         self._since = time.perf_counter()
 
+    def _times(self, seconds: float, steps: int, parts: dict[str, float]) -> dict[str, float]:
+        """Speed, means over the window's steps, and shares.
 
-def _named(values: dict[str, float]) -> dict[str, float]:
-    return {NAMES.get(name, f"gate/{name}"): value for name, value in values.items()}
+        The step is timed by the clock, its parts by rank 0's stopwatch. They leave out what is neither: agreement on
+        signals, logging. `time/backward_ms` includes the reduction of gradients. `time/mfu` is a share of the dense
+        bf16 peak, in fp32, too.
+        """
+        speed = self._tokens_per_step * steps / seconds
+        milliseconds = {part: 1e3 * parts[part] / steps for part in parts}
+        values = {
+            "time/tokens_per_second": speed,
+            "time/tokens_per_second_per_device": speed / self._ranks.world_size,
+            "time/step_ms": 1e3 * seconds / steps,
+            "time/data_ms": milliseconds["data"],
+            "time/forward_ms": milliseconds["forward"],
+            "time/backward_ms": milliseconds["backward"] + milliseconds["reduce"],
+            "time/optimizer_ms": milliseconds["optimizer"],
+            "time/goodput": self._goodput.share(),
+        }
+        if self._utilisation_per_token:
+            values["time/mfu"] = speed * self._utilisation_per_token
+        return values
+
+    def _compare_ranks(self, parts: dict[str, float]) -> tuple[dict[str, float], Slowest | None]:
+        """Norms over all ranks, the largest memory of one, and how far the slowest is behind.
+
+        `optim/update_ratio` is ‖Δθ‖ / ‖θ‖ of the window's last step, θ after it (`Engine.squared_norms`).
+        `time/rank_spread` is the slowest rank's own work over the mean, from 1; own work is forward and backward up
+        to the last gradient. That tells a slow device or host apart at ZeRO 0 and 1. At ZeRO 2 with gradients beyond
+        one bucket, and at ZeRO 3, ranks wait for each other in between, and the spread comes out too small.
+        """
+        mine = (parts["forward"] + parts["backward"], *self._engine.squared_norms(), *_memory_gib(self._ranks.device))
+        work, theta, update, memory, peak = zip(*self._ranks.gather(mine), strict=True)
+        values = {
+            "optim/param_norm": sum(theta) ** 0.5,
+            "optim/update_ratio": (sum(update) / sum(theta)) ** 0.5,
+            "system/memory_gib": max(memory),
+            "system/peak_memory_gib": max(peak),
+        }
+        if self._ranks.world_size == 1:
+            return values, None
+        values["time/rank_spread"] = ratio = max(work) * len(work) / sum(work)
+        rank = work.index(max(work))
+        if ratio <= SLOW or rank == self._slowest_rank:
+            return values, None
+        self._slowest_rank = rank
+        return values, Slowest(rank, self._hosts[rank], ratio)
+
+    def _health(self, step: int) -> dict[str, float]:
+        """`health/skipped` counts the steps of the whole run that applied no update, once there is one."""
+        values = {"health/restarts": float(self._restarts)}
+        if skipped := step - self._engine.optimizer_steps:
+            values["health/skipped"] = float(skipped)
+        return values
 
 
-def _memory_gib(device: torch.device) -> float:
-    """Peak of the allocator on a GPU, resident memory of this rank on a CPU; in GiB."""
+def _named(names: list[str], values: list[float]) -> dict[str, float]:
+    return {NAMES.get(name, f"gate/{name}"): value for name, value in zip(names, values, strict=True)}
+
+
+def _memory_gib(device: torch.device) -> tuple[float, float]:
+    """Now and at most, in GiB: torch's allocations on a GPU, resident memory of this process on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
+        return torch.cuda.memory_allocated(device) / 2**30, torch.cuda.max_memory_allocated(device) / 2**30
+    now = psutil.Process().memory_info().rss / 2**30
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB on Linux, which counts a little behind
+    return now, max(now, peak_kib / 2**20)

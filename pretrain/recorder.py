@@ -2,12 +2,14 @@
 
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from data_pipeline.manifest import Manifest
 from model.bistability import warnings_for
-from pretrain import report
+from pretrain import provenance, report
 from pretrain.checkpoint import complete
 from pretrain.config import Config
 from pretrain.console import Console
@@ -16,7 +18,7 @@ from pretrain.journal import Journal, read, series
 from pretrain.lease import LeaseLost
 from pretrain.metrics import StepMetrics
 from pretrain.run import RunFolder
-from pretrain.tracking import Tracker, default_uri
+from pretrain.tracking import Tracker, assign
 
 CLOSE_SECONDS = 10.0
 CLOSE_SECONDS_AFTER_SIGNAL = 2.0
@@ -32,6 +34,7 @@ class Recorder:
         self._active = ranks.is_first
         self._ended = False
         self._tracker: Tracker | None = None
+        self._mlflow = ""
         self._sample = ""
         if self._active:
             self._first_step = 0
@@ -45,7 +48,9 @@ class Recorder:
         config = self._config
         self._first_step = step
         self._folder.describe(**facts)
-        self._journal.event("start", resumed_from=step or None, **facts)
+        self._journal.event(
+            "start", resumed_from=step or None, config=config.model_dump(mode="json"), tags=self._tags(), **facts
+        )
         self._console.note(
             f"run {config.run.name}: {facts['parameters']:,} parameters, {config.batch.tokens:,} tokens a step, "
             f"{facts['world_size']} rank(s), ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
@@ -53,19 +58,13 @@ class Recorder:
         )
         for warning in warnings_for(config.model.learned_dropout, config.optimizer.lr):
             self.warning(warning)
-        if config.tracking.mode == "online":
-            self._tracker = Tracker(
-                self._folder.path,
-                uri=config.tracking.uri or default_uri(self._folder.path),
-                experiment=config.tracking.experiment,
-                run_name=config.run.name,
-                params=config.model_dump(mode="json"),
-                tags={
-                    "restarts": str(self.attempt - 1),
-                    "dataset": self._folder.facts()["dataset"]["fingerprint"][:12],
-                },
-                warn=self.warning,
+        tracking = config.tracking
+        if tracking.mode != "off":
+            self._mlflow = assign(
+                self._folder.path, uri=tracking.uri, experiment=tracking.experiment, run_name=config.run.name
             )
+        if tracking.mode == "online":
+            self._tracker = Tracker(self._folder.path, self.warning)
             self._tracker.start()
 
     def steps(self, lines: list[StepMetrics]) -> None:
@@ -74,6 +73,8 @@ class Recorder:
             return
         for line in lines:
             self._journal.metrics(line.step, line.values)
+            if line.slowest:
+                self._journal.event("slowest", step=line.step, **asdict(line.slowest))
         shown = dict(lines[-1].values)
         for name in shown:
             if name.startswith(("loss/", "penalty/", "gate/")):
@@ -92,11 +93,17 @@ class Recorder:
             self._sample = text
             self._journal.event("sample", step=step, text=text)
 
-    def checkpoint(self, step: int, path: Path) -> None:
-        """A checkpoint is complete; what the journal says up to here is on disk, too."""
+    def checkpoint(self, step: int, path: Path, seconds: float) -> None:
+        """A checkpoint is complete, after `seconds`; what the journal says up to here is on disk, too."""
         if self._active:
+            self._journal.metrics(step, {"time/checkpoint_ms": 1e3 * seconds})
             self._journal.event("checkpoint", step=step, path=str(path.relative_to(self._folder.path)))
             self._journal.sync()
+
+    def profile(self, step: int, path: Path) -> None:
+        """A trace, or a memory snapshot, that begins with this step is written."""
+        if self._active:
+            self._journal.event("profile", step=step, path=str(path.relative_to(self._folder.path)))
 
     def warning(self, text: str) -> None:
         """Something the user should know."""
@@ -135,7 +142,15 @@ class Recorder:
         self._ended = True
 
     def _close_tracker(self, timeout: float) -> bool:
-        return self._tracker.close(timeout) if self._tracker else True
+        return self._tracker.close(timeout) if self._tracker else False
+
+    def _tags(self) -> dict[str, str]:
+        """What this attempt is made of, in short."""
+        manifest = Manifest.load(Path(self._config.data.path))
+        return {
+            "dataset/fingerprint": manifest.fingerprint,
+            "dataset/tokenizer": manifest.tokenizer.sha256,
+        } | provenance.record(self._folder.path / "code", self.attempt)
 
     def _summary(
         self, step: int, signal: int, seconds: float, report_file: Path, shipped: bool
@@ -156,11 +171,11 @@ class Recorder:
         if saved := complete(self._folder.checkpoints):
             rows.append(("checkpoint", str(saved[0])))
         rows.append(("report", str(report_file)))
-        if self._tracker:
+        if self._mlflow:
             late = "" if shipped else f" (not all there yet: {_program('duet')} track sync {path})"
-            rows.append(("mlflow", self._tracker.uri + late))
-            if self._tracker.uri.startswith("sqlite"):
-                rows.append(("open it", f"{_program('mlflow')} ui --backend-store-uri {self._tracker.uri}"))
+            rows.append(("mlflow", self._mlflow + late))
+            if self._mlflow.startswith("sqlite"):
+                rows.append(("open it", f"{_program('mlflow')} ui --backend-store-uri {self._mlflow}"))
         rows.append(("resume", f"{_program('duet')} train {path}/config.yaml --ranks {facts['world_size']}"))
         return rows
 

@@ -10,7 +10,7 @@ from pretrain.report_data import BITS_PER_BYTE, LOSS, VALIDATION, RunData, load,
 from pretrain.report_plots import overview_png, panel_png, panels
 
 SAMPLES_OPEN = 1
-MOST_WARNINGS = 50
+MOST_LINES = 50
 
 
 def write_report(run_dirs: list[Path], out: Path | None) -> Path:
@@ -32,7 +32,7 @@ def write_report(run_dirs: list[Path], out: Path | None) -> Path:
     if out is None:
         out = (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].resolve().parent) / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [html.Picture(panel.title, panel_png(panel, runs), panel.single) for panel in panels(runs)]
+    pictures = [html.Picture(panel.title, panel_png(panel, runs), panel.wide) for panel in panels(runs)]
     content = _one_run(runs[0], pictures) if len(runs) == 1 else _several_runs(runs, pictures)
     write_atomic(out.with_suffix(".png"), overview_png(runs))
     write_atomic(out, content)
@@ -58,7 +58,14 @@ def _one_run(run: RunData, pictures: list[html.Picture]) -> str:
         body.append(html.section("Text it wrote", "\n".join(texts)))
     if run.warnings:
         texts_ = [str(warning.fields.get("text")) for warning in run.warnings]
-        body.append(html.section("Warnings", html.listing(texts_[-MOST_WARNINGS:])))
+        body.append(html.section("Warnings", html.listing(texts_[-MOST_LINES:])))
+    if run.slowest:
+        lines = [
+            f"step {record.step:,}: rank {record.fields['rank']} on "
+            f"{record.fields['host']} took {record.fields['ratio']:.2f} times the mean"
+            for record in run.slowest
+        ]
+        body.append(html.section("Ranks that held up the others", html.listing(lines[-MOST_LINES:])))
     about = []
     if run.config:
         about.append(html.folded("config.yaml", html.text_block(run.config)))
@@ -107,6 +114,7 @@ def _tiles(run: RunData) -> list[tuple[str, str]]:
         ("training loss, nats/token", run.last(LOSS)),
         ("validation, bits/byte", run.last(BITS_PER_BYTE)),
         ("tokens per second", run.last("time/tokens_per_second")),
+        ("model FLOPs utilisation", run.last("time/mfu")),
         ("tokens seen", run.last("data/tokens_seen")),
         ("parameters", run.facts.get("parameters")),
         ("ranks", run.facts.get("world_size")),
@@ -140,6 +148,6 @@ def _number(value: object) -> str:
         return "–"
     if not isinstance(value, int | float) or not math.isfinite(value):
         return str(value)
-    if isinstance(value, int) or value == 0 or abs(value) >= 1000:
+    if isinstance(value, int) or value == 0 or abs(value) >= 1000 or (value.is_integer() and abs(value) >= 10):
         return f"{value:,.0f}"
     return f"{value:.4f}" if abs(value) >= 1e-2 else f"{value:.2e}"

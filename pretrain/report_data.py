@@ -26,6 +26,8 @@ class RunData:
     """How the latest attempt ended; None while it runs, and after a kill that left it no time."""
     samples: list[Record]
     warnings: list[Record]
+    slowest: list[Record]
+    """Each time another rank than before held up the others."""
 
     @property
     def name(self) -> str:
@@ -78,6 +80,7 @@ def load(run_dir: Path) -> RunData:
         end=ends[-1] if ends else None,
         samples=list({sample.step: sample for sample in kinds.get("sample", [])}.values()),
         warnings=kinds.get("warning", []),
+        slowest=kinds.get("slowest", []),
     )
 
 

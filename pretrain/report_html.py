@@ -18,16 +18,17 @@ h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; } h2 { margin: 2.4re
 .FINISHED { color: var(--good); } .FAILED { color: var(--bad); } .KILLED, .RUNNING { color: var(--wait); }
 .verdict { font-size: 1.05rem; margin: .7rem 0 0; overflow-wrap: anywhere; }
 .tiles, .plots { display: grid; gap: .8rem; }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); margin-top: 1.4rem; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); margin-top: 1.4rem; }
 .plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
 .tile, figure, pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .tile { padding: .7rem .9rem; } .tile b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 .tile span, figcaption, .dim { color: var(--dim); font-size: .85rem; }
-figure { margin: 0; padding: .7rem .8rem; } figcaption { font-weight: 600; } .wide { grid-column: 1 / -1; }
- img { display: block; width: 100%; }
+figure { margin: 0; padding: .7rem .8rem; } figcaption { font-weight: 600; } img { display: block; width: 100%; }
+.wide { grid-column: 1 / -1; overflow-x: auto; } .wide img { min-width: 640px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: anywhere; }
+td:first-child, th:first-child { min-width: 9rem; }
 th { color: var(--dim); font-size: .8rem; font-weight: 600; } .num { text-align: right; white-space: nowrap; }
 pre { padding: .8rem 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
   font-size: .85rem; margin: .4rem 0; }

@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "batch.micro_batch",
     "data.",
     "engine.",
+    "profile.",
     "run.dir",
     "tracking.",
     "train.checkpoint_every",

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,19 +17,22 @@ from data_pipeline.errors import RunError
 from data_pipeline.loader import DataState, Loader
 from data_pipeline.order import SampleOrder
 from model import registry
-from pretrain import checkpoint
+from pretrain import checkpoint, journal
 from pretrain.config import Config
 from pretrain.dataset_identity import complete, identity
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.evaluate import evaluate, to_batch
+from pretrain.goodput import Goodput, earlier_goodput
 from pretrain.lease import Lease, LeaseLost
 from pretrain.metrics import Meter
+from pretrain.profiling import Profile
 from pretrain.recorder import Recorder
 from pretrain.run import RunFolder
 from pretrain.sample import sample_text
 from pretrain.schedule import learning_rate
 from pretrain.signals import StopRequest
+from pretrain.system import SystemSampler
 
 VERIFY_UP_TO_BYTES = 10 * 2**30
 """A dataset up to this size is hashed in full at a run's first start."""
@@ -47,6 +51,8 @@ class Session:
     dataset: Dataset
     engine: Engine
     recorder: Recorder
+    goodput: Goodput
+    system: SystemSampler
     lease: Lease | None
     """Rank 0's."""
     stop: StopRequest
@@ -71,7 +77,7 @@ class Session:
 def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> int:
     """Train to `train.steps`, from the newest checkpoint of the run folder when there is one.
 
-    `started` is when the program began (`time.time()`), for the summary.
+    `started` is when the program began (`time.time()`), for the summary and the goodput.
 
     Returns:
         the signal that ended the run early, else 0.
@@ -84,16 +90,21 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
     with disk_errors(folder.path, RunError), ExitStack() as stack:
         dataset = ranks.together(lambda: Dataset.open(config.data.path))
         lease = ranks.together(lambda: _own(folder, stack) if ranks.is_first else None)
+        attempt = ranks.broadcast(lease.attempt if lease else None)
         config = ranks.together(lambda: _claim(folder, config, dataset), only_first=True)
         torch.manual_seed(config.run.seed)
         model = registry.build(config.model)
         parameters = sum(p.numel() for p in model.parameters())
         engine = Engine(model, config, ranks)
-        recorder = stack.enter_context(Recorder(config, folder, ranks, lease.attempt if lease else 0))
-        session = Session(config, ranks, folder, dataset, engine, recorder, lease, stop)
-        step, data = _restore(session)
-        recorder.start(step, _facts(config, ranks, dataset, parameters))
-        step, signal = run_steps(session, step, data)
+        recorder = stack.enter_context(Recorder(config, folder, ranks, attempt))
+        step, data = _restore(config, ranks, folder, dataset, engine, recorder)
+        goodput = ranks.together(lambda: earlier_goodput(journal.read(folder.journal), step, started), only_first=True)
+        recorder.start(step, _facts(config, ranks, dataset, parameters) | {"started": started})
+        warn = recorder.warning if ranks.is_first else _warn_in_log
+        system = SystemSampler(folder.logs, attempt, step, os.environ["LOCAL_RANK"] == "0", warn)
+        session = Session(config, ranks, folder, dataset, engine, recorder, goodput, system, lease, stop)
+        with system:
+            step, signal = run_steps(session, step, data)
         recorder.finish(step, signal, time.time() - started)
         return signal
 
@@ -112,12 +123,16 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
         world_size=ranks.world_size,
         start=data.samples_seen,
     )
-    meter = Meter(ranks, config.batch.tokens)
+    meter = Meter(config, engine, ranks, session.goodput, restarts=recorder.attempt - 1)
+    profile_steps = config.profile.steps if ranks.is_first else None
+    profile = Profile(profile_steps, session.folder.path / "profile", ranks.device, recorder.profile)
     skipped = 0
     signal = session.agreed_request()
-    with loader:
+    with loader, profile:
         while step < config.train.steps and not signal:
             step += 1
+            profile.before(step)
+            engine.stopwatch.start()
             samples = next(loader)
             batches = [
                 to_batch(tokens, positions, step, config.run.seed, ranks.device)
@@ -125,11 +140,20 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
                     samples.tokens.split(micro_batch), samples.positions.split(micro_batch), strict=True
                 )
             ]
+            engine.stopwatch.lap("data")
             lr = learning_rate(config, step)
             metrics, grad_norm, applied = engine.train_step(batches, lr)
             data = data.after(config.global_batch, config.batch.tokens)
             skipped = 0 if applied else skipped + 1
-            known = {"optim/lr": lr, "optim/grad_norm": grad_norm, "data/tokens_seen": data.tokens_seen}
+            profile.after(step)
+            session.system.step = step
+            known = {
+                "data/tokens_seen": data.tokens_seen,
+                "data/samples_seen": data.samples_seen,
+                "data/epoch": data.samples_seen / len(windows),
+                "optim/lr": lr,
+                "optim/grad_norm": grad_norm,
+            }
             if not applied:
                 known["optim/skipped"] = 1
             meter.add(step, metrics, known)
@@ -173,10 +197,16 @@ def save_checkpoint(session: Session, step: int, data: DataState) -> None:
         "tokenizer": session.dataset.manifest.tokenizer.sha256,
         "attempt": session.recorder.attempt,
     }
+    since = time.perf_counter()
     path = checkpoint.save(session.engine, session.folder.checkpoints, step, state, session.ranks, session.check_lease)
-    session.recorder.checkpoint(step, path)
+    session.recorder.checkpoint(step, path, seconds=time.perf_counter() - since)
     if session.ranks.is_first:
         checkpoint.prune(session.folder.checkpoints, session.config.train.keep_checkpoints)
+
+
+def _warn_in_log(text: str) -> None:
+    """The recorder is silent on this rank."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def _own(folder: RunFolder, stack: ExitStack) -> Lease:
@@ -196,16 +226,17 @@ def _claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     return config
 
 
-def _restore(session: Session) -> tuple[int, DataState]:
+def _restore(
+    config: Config, ranks: Ranks, folder: RunFolder, dataset: Dataset, engine: Engine, recorder: Recorder
+) -> tuple[int, DataState]:
     """Load the newest checkpoint: the step it was made at and where the data stand. Step 0 when there never was one.
 
     Raises:
         CheckpointError: none is whole, or those that the journal tells of are gone.
         DataError: it was trained on other data.
     """
-    config, ranks, folder = session.config, session.ranks, session.folder
-    fingerprint = session.dataset.manifest.fingerprint
-    found = checkpoint.newest(folder.checkpoints, ranks, session.recorder.warning)
+    fingerprint = dataset.manifest.fingerprint
+    found = checkpoint.newest(folder.checkpoints, ranks, recorder.warning)
     if not found:
         ranks.together(folder.check_never_saved)
         return 0, DataState(fingerprint=fingerprint, seed=config.run.seed)
@@ -213,7 +244,7 @@ def _restore(session: Session) -> tuple[int, DataState]:
     def load() -> DataState:
         data = found.data_state(config.run.seed)
         data.check(fingerprint)
-        found.load(session.engine)
+        found.load(engine)
         return data
 
     return found.manifest.step, ranks.together(load)

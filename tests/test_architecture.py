@@ -18,7 +18,7 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "deepspeed": ("pretrain/engine.py",),
-    "mlflow": ("pretrain/tracking.py",),
+    "mlflow": ("pretrain/mirror.py",),
     "pyarrow": ("data_pipeline/",),
     "sentencepiece": ("data_pipeline/",),
 }

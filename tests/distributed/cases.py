@@ -4,8 +4,10 @@ import hashlib
 import os
 import resource
 import signal
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.errors import CheckpointError
 from model import registry
 from model.interface import Batch
+from model.language_model import LanguageModel
 from pretrain import checkpoint
 from pretrain.config import Config, load
 from pretrain.distributed import Ranks
@@ -267,3 +270,111 @@ def validate_in_batches_of(ranks: Ranks, run: str, sizes: list[int]) -> list[dic
     model, config, _ = load_model(Path(run), None)
     windows = Dataset.open(config.data.path).windows("validation", config.model.context, partial=True)
     return [evaluate(model, windows, 1000, size, ranks) for size in sizes]
+
+
+def update_ratio(ranks: Ranks, stage: int, precision: str) -> dict[str, Any]:
+    """Of a few steps, the last one skipped: ‖Δθ‖ and ‖θ‖ as the engine tells them and as the parameters changed."""
+    config = small_config(stage, precision)
+    engine = make_engine(ranks, config)
+
+    def over_ranks(squares: list[float]) -> list[float]:
+        return [sum(values) ** 0.5 for values in zip(*ranks.gather(squares), strict=True)]
+
+    told, measured = [], []
+    for step in range(1, 6):
+        before = [f.states["fp32"].double() for f in engine.owned_fragments()]
+        handle = None
+        if step == 5:
+            handle = engine.module.register_forward_hook(
+                lambda module, inputs, output: output._replace(loss=output.loss * float("nan"))
+            )
+        train_steps(engine, ranks, config, step, step)
+        if handle:
+            handle.remove()
+        after = [f.states["fp32"].double() for f in engine.owned_fragments()]
+        change = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))
+        measured.append(over_ranks([sum(float(a.square().sum()) for a in after), change]))
+        told.append(over_ranks(list(engine.squared_norms())))
+    return {
+        "told": [x for pair in told for x in pair],
+        "measured": [x for pair in measured for x in pair],
+        "laps": engine.stopwatch.read(),
+    }
+
+
+def slow_rank(ranks: Ranks, args: list[str], slow: int, seconds: float) -> int:
+    """A run in which one rank's forward pass takes longer."""
+    from pretrain import trainer
+
+    original = LanguageModel.predict
+
+    def predict(model: LanguageModel, *rest: Any) -> Any:
+        time.sleep(seconds if ranks.rank == slow else 0.0)
+        return original(model, *rest)
+
+    LanguageModel.predict = predict  # type: ignore[method-assign,assignment]
+    return trainer.train(load(args), ranks, StopRequest(), time.time())
+
+
+WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+"""Methods of a tensor that need its value on the host."""
+
+
+def host_waits(ranks: Ranks, args: list[str], sabotage: bool = False) -> list[str]:
+    """Train, and tell where our own files wait for the device between flushes, as `file:function`.
+
+    Every call of WAITS counts, on a CPU, too; on CUDA also what torch itself sees as a synchronisation.
+    """
+    from pretrain import trainer
+
+    root = Path(trainer.__file__).parent.parent
+    found: set[str] = set()
+    between_flushes = False
+
+    def note(file: str, place: object) -> None:
+        path = Path(file)
+        if between_flushes and path.is_relative_to(root) and path.relative_to(root).parts[0] in ("pretrain", "model"):
+            found.add(f"{path.name}:{place}")
+
+    def watch(name: str) -> None:
+        original = getattr(torch.Tensor, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1)
+            note(caller.f_code.co_filename, caller.f_code.co_name)
+            return original(*args, **kwargs)
+
+        setattr(torch.Tensor, name, watched)
+
+    def exempt(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def exempted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal between_flushes
+            between_flushes = False
+            try:
+                return original(*args, **kwargs)
+            finally:
+                between_flushes = True
+
+        setattr(owner, name, exempted)
+
+    for name in WAITS:
+        watch(name)
+    for owner, name in ((trainer.Meter, "__init__"), (trainer.Meter, "flush")):
+        exempt(owner, name)
+    for name in ("validation", "save_checkpoint"):
+        exempt(trainer, name)
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("warn")
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: (
+            note(filename, lineno) if "synchroniz" in str(message) else None
+        )
+    if sabotage:
+        source = "def learning_rate(config, step):\n    return float(tensor(original(config, step)))\n"
+        scope: dict[str, Any] = {"tensor": torch.tensor, "original": trainer.learning_rate}
+        exec(compile(source, str(root / "pretrain" / "sabotage.py"), "exec"), scope)
+        trainer.learning_rate = scope["learning_rate"]
+    trainer.train(load(args), ranks, StopRequest(), time.time())
+    return sorted(found)

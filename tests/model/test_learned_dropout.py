@@ -112,6 +112,8 @@ def test_training_adds_the_weighted_penalties_averaged_over_masks() -> None:
     expected = metrics["cross_entropy"] + 0.01 * metrics["entropy"] + 0.01 * metrics["l1"]
     torch.testing.assert_close(output.loss.detach(), expected)
     sites = [value for name, value in metrics.items() if name.startswith("density/")]
-    assert {name for name in metrics if "/" in name} == {f"density/{s}_ff/0{n}" for s in ("enc", "dec") for n in (0, 1)}
+    assert {name for name in metrics if "/" in name} == {
+        f"{kind}/{s}_ff/0{n}" for kind in ("density", "entropy") for s in ("enc", "dec") for n in (0, 1)
+    }
     torch.testing.assert_close(torch.stack(sites).mean(), metrics["density"])
     assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())

@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -110,3 +111,70 @@ def test_a_terminal_gets_colour_a_status_line_and_its_cursor_back() -> None:
     assert plain.count("   ce     left\r\n") == 3, "a header again every 20 lines"
     assert "half way" in plain
     assert "\x1b[1;31m" in text, "a loss that is not finite is red"
+
+
+def test_the_time_left_comes_from_the_last_lines_and_from_the_step_time_at_the_first() -> None:
+    file = io.StringIO()
+    with Console(100, file) as console:
+        console.step(10, {"time/step_ms": 2000.0})
+    assert file.getvalue().splitlines()[-1].split() == ["10/100", "3m00s"]
+
+
+NOISY = """
+import ctypes, os, sys, warnings
+from pathlib import Path
+from pretrain.console import Console, fail, take_over
+rank = int(sys.argv[2])
+take_over(Path(sys.argv[1]), rank, verbose=sys.argv[3] == "verbose")
+print("python noise")
+warnings.warn("a library's warning")
+libc = ctypes.CDLL(None)
+libc.puts(b"C noise")
+libc.fflush(None)
+if rank == 0:
+    console = Console(10)
+    for step in (1, 2):
+        console.step(step, {"loss/train": 2.0})
+        os.system("echo noise of a child")
+    fail("error: a mistake")
+raise RuntimeError("the end")
+"""
+
+
+def noisy(logs: Path, rank: int, mode: str) -> tuple[str, str, str]:
+    """What a real process prints to the screen and into its log: (output, error stream, log)."""
+    command = [sys.executable, "-c", NOISY, str(logs), str(rank), mode]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    return done.stdout, done.stderr, (logs / f"rank-{rank}.log").read_text()
+
+
+def test_rank_0_shows_its_own_words_and_one_line_about_the_noise(tmp_path: Path) -> None:
+    output, errors, log = noisy(tmp_path / "logs", 0, "quiet")
+    lines = output.splitlines()
+    assert [line.split()[0] for line in lines] == ["warning:", "step", "1/10", "2/10"]
+    assert lines[0].startswith(f"warning: the libraries' own messages are in {tmp_path}/logs/rank-0.log;")
+    assert errors.splitlines()[0] == "error: a mistake"
+    assert errors.splitlines()[-1] == "RuntimeError: the end", "a bug keeps its traceback"
+    for line in lines + errors.splitlines():
+        assert line in log.splitlines(), "the log is a plain copy"
+    for noise in ("python noise", "a library's warning", "C noise", "noise of a child"):
+        assert noise in log
+        assert noise not in output + errors
+
+
+def test_verbose_shows_the_noise(tmp_path: Path) -> None:
+    output, errors, log = noisy(tmp_path / "logs", 0, "verbose")
+    assert [n for n in ("python noise", "C noise", "noise of a child") if n not in output] == []
+    assert "a library's warning" in errors
+    assert "messages are in" not in output
+    assert [line for line in log.splitlines() if "noise" in line] == []
+    assert "2/10" in log
+
+
+@pytest.mark.parametrize("mode", ["quiet", "verbose"])
+def test_other_ranks_are_in_their_logs_only(tmp_path: Path, mode: str) -> None:
+    output, errors, log = noisy(tmp_path / "logs", 1, mode)
+    assert output == errors == ""
+    assert "python noise" in log
+    assert log.endswith("RuntimeError: the end\n")

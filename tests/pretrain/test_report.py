@@ -13,6 +13,7 @@ from data_pipeline.errors import RunError
 from pretrain.journal import Journal
 from pretrain.report import write_report
 from pretrain.report_data import load, verdict
+from pretrain.report_plots import PANELS
 
 FACTS = {
     "format": 1,
@@ -35,9 +36,19 @@ def journal_steps(run_dir: Path, attempt: int, first: int, last: int, *, resumed
             "gate/density": 0.5,
             "optim/lr": 1e-3,
             "optim/grad_norm": math.nan if step == 7 else 1.0,
-            "time/tokens_per_second": 43_210.9,
+            "data/tokens_seen": 4096 * step,
         }
-        metrics |= {f"gate/density/{site}/{layer:02d}": 0.5 for site in ("enc_ff", "dec_ff") for layer in range(3)}
+        if step % 2 == 0:
+            metrics |= {"time/tokens_per_second": 43_210.9, "time/mfu": 0.41, "time/step_ms": 90 + noise.random()}
+            metrics |= {"time/data_ms": 2, "time/forward_ms": 30, "time/backward_ms": 40, "time/optimizer_ms": 10}
+            metrics |= {"system/memory_gib": 11.5, "system/peak_memory_gib": 12.5, "optim/update_ratio": 1e-3}
+            metrics |= {"time/goodput": 0.9, "time/rank_spread": 1.05}
+        if step % 20 == 0:
+            metrics["time/checkpoint_ms"] = 20
+        for site in ("enc_ff", "dec_ff"):
+            for layer in range(3):
+                metrics[f"gate/density/{site}/{layer:02d}"] = 1 - step / 200 - layer / 10
+                metrics[f"gate/entropy/{site}/{layer:02d}"] = step / 200 + layer / 10
         journal.metrics(step, metrics)
         if step % 20 == 0:
             journal.metrics(step, {"loss/val": 2.25 - attempt / 8, "loss/val_bits_per_byte": 1.75 - attempt / 8})
@@ -54,6 +65,7 @@ def run_dir(tmp_path: Path) -> Path:
     journal_steps(folder, 1, 0, 70).close()
     journal = journal_steps(folder, 2, 60, 100, resumed=True)
     journal.event("warning", text="odd <thing>")
+    journal.event("slowest", step=88, rank=3, host="node<7>", ratio=1.456)
     journal.event("end", status="FINISHED", reason="all steps done")
     journal.close()
     return folder
@@ -71,14 +83,16 @@ def test_a_report_tells_the_numbers_and_escapes_all_text(run_dir: Path) -> None:
     run = load(run_dir)
     assert f"Finished at step 100, resumed once: training loss {run.points['loss/train'][0].value:.4f}" in text
     assert "Validation: 1.5000 bits per byte, 66% below the 4.4673 of byte frequencies alone." in text
+    assert "step 88: rank 3 on node&lt;7&gt; took 1.46 times the mean" in text
     for number in ("10,123,456", "43,211", "1.00e-03", "2.0000"):
         assert number in text
     assert "attempt 2: &lt;b&gt;bold&lt;/b&gt; &amp; $x_1$ ⟶ text" in text
     for escaped in ("tiny &lt;&amp;&gt; run", "a&lt;i&gt;b", "odd &lt;thing&gt;", "&lt;script&gt;alert(1)"):
         assert escaped in text
     assert "<script" not in text
-    assert text.count("data:image/png;base64,") == 7
-    assert "Gate density by site and layer" in text
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert titles == [panel.title for panel in PANELS], "the journal has all that can be drawn"
+    assert text.count("data:image/png;base64,") == len(PANELS)
 
 
 def test_a_page_asks_for_nothing_from_anywhere(run_dir: Path) -> None:

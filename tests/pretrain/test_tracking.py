@@ -1,310 +1,244 @@
-"""MLflow, late or away: training never waits for it, and in the end it has all of the journal, once."""
+"""MLflow beside a run: one run for all attempts, with all that was journaled, once, and what the run is made of."""
 
 import json
-import math
-import os
-import signal
-import socket
+import shutil
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_pipeline.errors import ConfigError, RunError
-from pretrain import tracking
+from pretrain import mirror, provenance
+from pretrain.config import load
 from pretrain.journal import Journal, read
-from pretrain.tracking import SHIPPED, Tracker, check_uri, default_uri, sync
-from tests.conftest import ROOT
+from pretrain.mirror import SHIPPED, State, default_uri
+from pretrain.tracking import assign, sync
+from tests.faults.tracked import Writer, assert_mirrors, run_of
+from tests.runs import ROOT, SMALL, duet
 
-TRAIN = """
-import json, os, pathlib, signal, sys, time
-from pretrain.journal import Journal
-from pretrain.tracking import Tracker, default_uri
-from tests.pretrain.test_tracking import until, values
-run_dir, attempt, first, last, lr, kill, uri, timeout = json.loads(sys.argv[1])
-run_dir = pathlib.Path(run_dir)
-run_dir.mkdir(exist_ok=True, parents=True)
-journal = Journal(run_dir / "metrics.jsonl", attempt)
-journal.event("start", resumed_from=first or None, world_size=1)
-tracker = Tracker(
-    run_dir, uri=uri or default_uri(run_dir), experiment="duet", run_name="run", params={"optimizer": {"lr": lr}},
-    tags={"git/commit": "abc"}, warn=lambda text: print("WARNING", text, flush=True),
-)
-tracker.start()
-longest = 0.0
-for step in range(first + 1, last + 1):
-    since = time.perf_counter()
-    journal.metrics(step, values(step, attempt))
-    longest = max(longest, time.perf_counter() - since)
-    if step % 10 == 0:
-        journal.event("checkpoint", step=step, path=f"checkpoints/step-{step}")
-    if kill and step == last // 2:
-        until(lambda: json.loads((run_dir / "tracking.json").read_text())["offset"] > 0, 60)
-if kill:
-    os.kill(os.getpid(), signal.SIGKILL)
-journal.event("end", status="FINISHED", reason="all steps done")
-journal.close()
-print(json.dumps({"longest": longest, "complete": tracker.close(timeout), "closed": time.time()}), flush=True)
-"""
+Ranks = Callable[..., list[Any]]
 
 
-def values(step: int, attempt: int) -> dict[str, float]:
-    return {
-        "loss/train": 5.0 / step + attempt,
-        "optim/grad_norm": math.inf if step == 3 else 1.0,
-        "gate/density/enc_ff/00": 0.5,
-    }
-
-
-def until(condition: Callable[[], Any], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.02)
-
-
-def train(
-    run_dir: Path,
-    attempt: int,
-    first: int,
-    last: int,
-    *,
-    lr: float = 1e-3,
-    kill: bool = False,
-    uri: str | None = None,
-    timeout: float = 30.0,
-) -> "subprocess.Popen[str]":
-    arguments = json.dumps([str(run_dir), attempt, first, last, lr, kill, uri, timeout])
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    return subprocess.Popen(
-        [sys.executable, "-c", TRAIN, arguments], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def client(uri: str) -> Any:
-    return tracking._connect(uri)
-
-
-def run_of(run_dir: Path, uri: str) -> Any:
-    return client(uri).get_run(json.loads((run_dir / "tracking.json").read_text())["run_id"])
-
-
-def assert_mirrors(run_dir: Path, uri: str) -> None:
-    """Every finite point of the journal is in MLflow once, and nothing else is."""
-    expected: dict[str, Counter[tuple[int, int, float]]] = {}
-    for record in read(run_dir / "metrics.jsonl"):
-        for name, value in record.metrics.items():
-            if name.count("/") == 1 and math.isfinite(value):
-                expected.setdefault(name, Counter())[(record.step or 0, record.time, value)] += 1
-            elif name.count("/") == 1:
-                expected.setdefault("health/nonfinite", Counter())[(record.step or 0, record.time, 1.0)] += 1
-    run = run_of(run_dir, uri)
-    assert set(run.data.metrics) == set(expected)
-    for name, points in expected.items():
-        history = client(uri).get_metric_history(run.info.run_id, name)
-        assert Counter((m.step, m.timestamp, m.value) for m in history) == points
-
-
-def test_killed_and_resumed_is_one_run_with_every_point_once(tmp_path: Path) -> None:
+def test_killed_while_writing_and_resumed_100_steps_back_is_one_run(tmp_path: Path) -> None:
+    """A rollback, a torn line, a status that is mended, and a neighbour that makes the new store at the same time."""
     run_dir, neighbour = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
-    uri = default_uri(run_dir)
-    killed, beside = train(run_dir, 1, 0, 60, kill=True), train(neighbour, 1, 0, 20)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    output, _ = beside.communicate()
-    assert json.loads(output)["complete"], "two runs made the new store at once"
+    first, beside = Writer(run_dir), Writer(neighbour)
+    beside.tell("steps 1 20")
+    first.tell("steps 1 200")
+    first.tell("shipped")
+    first.tell("steps 201 300")
+    first.die()
+    assert beside.end(), "two runs made the new store at once"
     assert not list(run_dir.parent.glob(".*.tmp"))
-    assert_mirrors(neighbour, uri)
-    assert run_of(run_dir, uri).info.status == "RUNNING"
-    second = train(run_dir, 2, 40, 80, lr=5e-4)
-    output, _ = second.communicate()
-    assert second.returncode == 0, output
-    assert len(output.splitlines()) == 1, "MLflow and its migrations say nothing on the terminal"
-    assert json.loads(output)["complete"]
+    assert_mirrors(neighbour)
+    assert run_of(run_dir).info.status == "RUNNING"
+    assert sync(run_dir).status == "KILLED"
+    assert run_of(run_dir).info.end_time == list(read(run_dir / "metrics.jsonl"))[-1].time
+    assert_mirrors(run_dir)
 
-    assert_mirrors(run_dir, uri)
-    run = run_of(run_dir, uri)
-    assert run.info.experiment_id == run_of(neighbour, uri).info.experiment_id
+    second = Writer(run_dir, lr=5e-4, resumed_from=200)
+    second.tell("steps 201 400")
+    second.tell("shipped")
+    assert run_of(run_dir).info.status == "RUNNING", "the next attempt mends what sync said"
+    assert sync(run_dir).status == "RUNNING", "a live run's status is left alone"
+    assert second.end()
+    points = assert_mirrors(run_dir)
+
+    run = run_of(run_dir)
+    assert run.info.experiment_id == run_of(neighbour).info.experiment_id
     assert run.info.status == "FINISHED"
-    assert run.data.params == {"optimizer.lr": "0.001"}
+    assert run.data.params == {"optimizer.lr": "0.001", "a": "None"}
     tags = run.data.tags
-    assert tags["drift/optimizer.lr"] == "0.001 → 0.0005"
-    assert (tags["restarts"], tags["git/commit"]) == ("1", "abc")
-    assert tags["checkpoint/last"] == "step 80: checkpoints/step-80"
-    assert tags["mlflow.note.content"].startswith("Finished at step 80, resumed once: training loss 6.0000 → 2.0625")
+    assert tags["drift/optimizer.lr"] == "0.001 → 0.0005 (attempt 2)"
+    assert (tags["restarts"], tags["git/commit"]) == ("1", "c2")
+    assert tags["checkpoint/last"] == "step 400: checkpoints/step-400"
+    assert tags["mlflow.note.content"].startswith("Finished at step 400, resumed once: training loss 6.0000 → 2.0125")
+    assert sorted({name.split("/")[0] for name in run.data.metrics})[0] == "loss", "the first section of the page"
 
     # A crash after the server said yes and before that was on disk: the same run, nothing twice.
-    path = run_dir / "tracking.json"
-    state = json.loads(path.read_text())
-    path.write_text(json.dumps(state | {"offset": 0, "run_id": None, "pending": True}))
-    (run_dir / "report.html").write_text("a report")
+    state = State.load(run_dir)
+    assert state
+    State(state.uri, state.experiment, state.run_name, state.created, state.key).save(run_dir)
     synced = sync(run_dir)
-    assert synced.run_id == state["run_id"]
-    assert synced.num_metrics > 0
-    assert_mirrors(run_dir, uri)
-    assert run_of(run_dir, uri).info.status == "FINISHED"
-    assert [f.path for f in client(uri).list_artifacts(synced.run_id)] == ["report.html"]
-    assert (tmp_path / "runs" / "mlartifacts").is_dir()
+    assert (synced.run_id, synced.status) == (state.run_id, "FINISHED")
+    assert synced.num_metrics == points == assert_mirrors(run_dir)
     assert sync(run_dir).num_metrics == 0
 
-
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+    Journal(run_dir / "metrics.jsonl", 1).event("end", status="FAILED", reason="taken over")
+    assert sync(run_dir).status == "FINISHED", "what an older attempt writes late is not the run's end"
 
 
-@pytest.fixture
-def server(tmp_path: Path, port: int) -> Iterator[Callable[[], int]]:
-    """Starts `mlflow server` when called, and returns its process group once it answers."""
-    started: list[subprocess.Popen[bytes]] = []
+def test_offline_and_synced_later_from_another_place(tmp_path: Path) -> None:
+    """Attempts that never had a way to MLflow: the folder is moved, and the command line sends all of both."""
+    made = tmp_path / "node" / "a"
+    for attempt, resumed_from in enumerate([None, 100], start=1):
+        writer = Writer(made, mode="offline", lr=1e-3 / attempt, resumed_from=resumed_from)
+        writer.tell(f"steps {(resumed_from or 0) + 1} 200")
+        writer.tell("system n1 1 10")
+        if attempt == 1:
+            writer.die()
+    result = writer.tell("end FINISHED 1")
+    assert result == {"complete": False, "callers": {}}, "offline makes no call"
+    assert writer.process.wait(30) == 0
+    assert not (tmp_path / "node" / "mlflow.db").exists()
+    (made / "code").mkdir()
+    (made / "code" / "attempt-000001.diff").write_text("a change\n")
+    (made / "report.html").write_text("a report")
 
-    def start() -> int:
-        folder = tmp_path / "server"
-        folder.mkdir()
-        client(f"sqlite:///{folder}/mlflow.db")
-        command = [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts",
-        ]  # fmt: skip
-        with open(tmp_path / "server.log", "wb") as log:
-            process = subprocess.Popen(
-                command, cwd=folder, stdout=log, stderr=log, start_new_session=True,
-                env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            )  # fmt: skip
-        started.append(process)
-        until(lambda: process.poll() is not None or _answers(port), 60)
-        assert process.poll() is None, (tmp_path / "server.log").read_text()
-        return process.pid
+    (tmp_path / "node").rename(tmp_path / "login")
+    run_dir = tmp_path / "login" / "a"
+    done = duet("track", "sync", str(run_dir))
+    assert done.returncode == 0, done.stderr
+    assert ", FINISHED; " in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == "", "MLflow and its migrations say nothing on the terminal"
+    assert assert_mirrors(run_dir) > 1500
+    run = run_of(run_dir)
+    assert run.data.tags["drift/optimizer.lr"] == "0.001 → 0.0005 (attempt 2)"
+    client = mirror.connect(default_uri(run_dir))
+    assert [f.path for f in client.list_artifacts(run.info.run_id)] == ["code", "report.html"]
+    assert [f.path for f in client.list_artifacts(run.info.run_id, "code")] == ["code/attempt-000001.diff"]
 
-    yield start
-    for process in started:
-        os.killpg(process.pid, signal.SIGCONT)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def test_a_server_that_comes_late_and_one_that_hangs(
-    tmp_path: Path, port: int, server: Callable[[], int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tracking, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(tracking, "LONGEST_PAUSE_SECONDS", 0.2)
-    uri = f"http://127.0.0.1:{port}"
-    late = tmp_path / "late"
-    late.mkdir()
-    (late / "config.yaml").write_text("a: 1\n")
-    journal = Journal(late / "metrics.jsonl", 1)
-    warnings: list[str] = []
-    tracker = Tracker(
-        late, uri=uri, experiment="duet", run_name="late", params={"a": None}, tags={}, warn=warnings.append
-    )
-    journal.event("start", resumed_from=None)
-    tracker.start()
-    for step in range(1, 1500):
-        journal.metrics(step, values(step, 1))
-    until(lambda: warnings, 30)
-    assert "is tried again" in warnings[0]
-
-    group = server()
-    until(lambda: len(warnings) == 2, 30)
-    assert "is back" in warnings[1]
-    journal.event("end", status="KILLED", reason="signal 15")
-    assert tracker.close(30.0)
-    assert len(warnings) == 2, "an outage is said once, however often it was tried"
-    assert_mirrors(late, uri)
-    run = run_of(late, uri)
-    assert run.info.status == "KILLED"
-    assert [f.path for f in client(uri).list_artifacts(run.info.run_id)] == ["config.yaml"]
-
-    os.killpg(group, signal.SIGSTOP)
-    hung = tmp_path / "hung"
-    process = train(hung, 1, 0, 500, uri=uri, timeout=2.0)
-    output, _ = process.communicate(timeout=30)
-    exited = time.time()
-    assert process.returncode == 0, output
-    result = json.loads(output.splitlines()[-1])
-    assert not result["complete"]
-    assert result["longest"] < 2.0, "the training thread waited for the server"
-    assert exited - result["closed"] < 3.0, "the exit waited for the server"
-    os.killpg(group, signal.SIGCONT)
-    until(lambda: _answers(port), 30)
-    assert sync(hung).uri == uri
-    assert_mirrors(hung, uri)
-    assert run_of(hung, uri).info.status == "FINISHED"
+    # Moved once more, store and all: the curves come along, files stay where the store says.
+    (tmp_path / "login").rename(tmp_path / "moved")
+    moved = tmp_path / "moved" / "a"
+    assert sync(moved).num_metrics == 0
+    assert_mirrors(moved)
+    assert (tmp_path / "login" / "mlartifacts").is_dir(), "what was sent now went to the old place"
+    shutil.rmtree(tmp_path / "login")
+    (tmp_path / "login").symlink_to(tmp_path / "moved")
+    client = mirror.connect(default_uri(moved))
+    assert [f.path for f in client.list_artifacts(run.info.run_id)] == ["code", "report.html"]
 
 
-def test_a_server_that_is_never_there(tmp_path: Path, port: int) -> None:
-    run_dir = tmp_path / "a"
-    process = train(run_dir, 1, 0, 100, uri=f"http://127.0.0.1:{port}", timeout=10.0)
-    output, _ = process.communicate(timeout=30)
-    warning, result = output.splitlines()
-    assert warning.startswith("WARNING")
-    assert "is tried again" in warning
-    assert not json.loads(result)["complete"]
-    assert time.time() - json.loads(result)["closed"] < 3.0
-    with pytest.raises(RunError, match="nothing is lost"):
-        sync(run_dir)
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "licence"
+    source = f"data.sources.text.paths=[{ROOT / 'LICENSE'}]"
+    assert duet("data", "build", "data/characters", source, f"data.path={path}").returncode == 0
+    return path
 
 
-def test_a_run_folder_that_moved_takes_the_default_store_beside_it(tmp_path: Path) -> None:
-    run_dir = tmp_path / "old" / "a"
-    run_dir.mkdir(parents=True)
-    Tracker(run_dir, uri=default_uri(run_dir), experiment="e", run_name="a", params={}, tags={}, warn=print)
-    assert json.loads((run_dir / "tracking.json").read_text())["uri"] is None
-    (tmp_path / "old").rename(tmp_path / "new")
-    moved = tmp_path / "new" / "a"
-    assert tracking._Mirror(moved, tracking._load_state(moved)).uri == f"sqlite:///{tmp_path}/new/mlflow.db"
+def test_a_training_run_is_in_mlflow_with_all_that_it_is_made_of(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "a"
+    args = [*SMALL, f"data.path={dataset}", f"run.dir={run_dir}", "train.steps=12", "train.checkpoint_every=5"]
+    ranks("tests.distributed.cases:train_run", 2, args=[*args, "tracking.mode=offline"], signal_at=[7, 15])
+    ranks("tests.distributed.cases:train_run", 2, args=[*args, "tracking.mode=online", "train.log_every=2"])
+    sync(run_dir)  # what 10 s were not enough for on a busy machine
+    assert_mirrors(run_dir)
+    run = run_of(run_dir)
+    assert run.info.status == "FINISHED"
+    flat = load([*args, "tracking.mode=offline"]).model_dump(mode="json")
+    assert run.data.params["optimizer.lr"] == str(flat["optimizer"]["lr"])
+    assert run.data.params["model.learned_dropout.entropy.start_step"] == "0"
+    tags = run.data.tags
+    assert tags["drift/train.log_every"] == "1 → 2 (attempt 2)"
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    assert tags["dataset/fingerprint"] == manifest["fingerprint"]
+    assert tags["dataset/tokenizer"] == manifest["tokenizer"]["sha256"]
+    assert (tags["restarts"], tags["python"]) == ("1", sys.version.split()[0])
+    assert tags["checkpoint/last"].startswith("step 12: checkpoints/")
+    if (ROOT / ".git").exists():
+        assert len(tags["git/commit"]) == 40
+    sections = sorted({name.split("/")[0] for name in run.data.metrics if "/" in name})
+    assert sections == ["loss", "mask", "optim", "progress", "system", "time"]
+    client = mirror.connect(default_uri(run_dir))
+    assert {"config.yaml", "run.json", "code", "report.html"} <= {
+        f.path for f in client.list_artifacts(run.info.run_id)
+    }
+    code = {f.path for f in client.list_artifacts(run.info.run_id, "code")}
+    assert {"code/attempt-000001.json", "code/attempt-000002.json"} <= code
+    environment = json.loads((run_dir / "code" / "attempt-000002.json").read_text())
+    assert environment["packages"]["mlflow"].startswith("3.")
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+
+
+def test_the_source_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = tmp_path / "checkout"
+    package = checkout / "venv" / "package"
+    package.mkdir(parents=True)
+    assert provenance.source(checkout) == ({}, b"")
+    git(checkout, "init")
+    tags, _ = provenance.source(checkout)
+    assert tags["git/commit"].startswith("unknown: fatal: "), "nothing is committed yet"
+    (checkout / "a.py").write_text("a = 1\n")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-m", "one")
+    tags, diff = provenance.source(checkout)
+    assert (len(tags["git/commit"]), tags["git/changed_files"], diff) == (40, "0", b"")
+    assert provenance.source(package) == ({}, b""), "the checkout is somebody else's"
+    (checkout / "a.py").write_text("a = 2\n")
+    (checkout / "new.py").write_text("b = 1\n")
+    tags, diff = provenance.source(checkout)
+    assert tags["git/changed_files"] == "2"
+    assert b"+a = 2" in diff
+    assert b"# ?? new.py\n" in diff
+    (checkout / "a.py").write_text("x" * 2 * provenance.MAX_DIFF_BYTES)
+    _, diff = provenance.source(checkout)
+    assert provenance.MAX_DIFF_BYTES < len(diff) < provenance.MAX_DIFF_BYTES + 100
+    assert diff.endswith(b" bytes\n")
+
+    monkeypatch.setattr(provenance, "SOURCE", checkout)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "hush")
+    tags = provenance.record(tmp_path / "code", 3)
+    assert (tags["slurm/job_id"], tags["slurm/nodes"]) == ("17", "n[1-2]")
+    assert sorted(f.name for f in (tmp_path / "code").iterdir()) == ["attempt-000003.diff", "attempt-000003.json"]
+    assert not any(b"hush" in f.read_bytes() for f in (tmp_path / "code").iterdir())
 
 
 def test_another_server_gets_a_run_of_its_own_from_the_start(tmp_path: Path) -> None:
-    def state(uri: str) -> dict[str, Any]:
-        Tracker(tmp_path, uri=uri, experiment="e", run_name="a", params={}, tags={}, warn=print)
-        return json.loads((tmp_path / "tracking.json").read_text())
+    def state(uri: str | None) -> State:
+        assert assign(tmp_path, uri=uri, experiment="e", run_name="a") == (uri or default_uri(tmp_path))
+        found = State.load(tmp_path)
+        assert found
+        return found
 
     first = state("http://one:5000")
-    path = tmp_path / "tracking.json"
-    path.write_text(json.dumps(first | {"run_id": "r1", "offset": 7}))
-    assert state("http://one:5000")["run_id"] == "r1"
+    first.run_id, first.offsets = "r1", {"metrics.jsonl": 7}
+    first.save(tmp_path)
+    assert state("http://one:5000") == first
     other = state("http://two:5000")
-    assert (other["run_id"], other["offset"]) == (None, 0)
-    assert other["key"] != first["key"]
+    assert (other.run_id, other.offsets) == (None, {})
+    assert other.key != first.key
+    assert state(None).uri is None, "the store beside the run folder may move with it"
+    assert state(default_uri(tmp_path)).uri is None
+
+
+def test_a_tracking_state_of_format_1_goes_on_where_it_was(tmp_path: Path) -> None:
+    old = {"uri": None, "experiment": "duet", "run_name": "first", "params": {"a": "1"}, "tags": {}, "format": 1,
+           "created": 1763000000000, "key": "k", "run_id": "r", "pending": False, "offset": 4711}  # fmt: skip
+    (tmp_path / "tracking.json").write_text(json.dumps(old))
+    assert State.load(tmp_path) == State(None, "duet", "first", 1763000000000, "k", "r", {"metrics.jsonl": 4711})
 
 
 @pytest.mark.parametrize(
-    "uri", ["localhost:5000", "./mlruns", "http://", "ftp://host/x", "", "https://me:secret@host/", "me:secret@host"]
+    "uri", ["localhost:5000", "./mlruns", "http://", "ftp://host/x", "https://me:secret@host/", "me:secret@host"]
 )
 def test_uris_of_no_use_are_refused_without_telling_the_password(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"tracking\.uri") as refused:
-        check_uri(uri)
+        load([f"tracking.uri={uri}"])
     assert "secret" not in str(refused.value)
 
 
 def test_an_untracked_run_and_a_newer_state(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a tracked run"):
         sync(tmp_path)
-    (tmp_path / "tracking.json").write_text('{"format": 2}')
-    with pytest.raises(RunError, match="format 2 is not known"):
+    (tmp_path / "tracking.json").write_text('{"format": 3}')
+    with pytest.raises(RunError, match="format 3 is not known"):
         sync(tmp_path)
 
 
 def test_names_that_are_shipped() -> None:
-    shipped = ["loss/train", "loss", "time/step_ms", "gate/val_density"]
+    shipped = ["loss/train", "loss", "time/step_ms", "gate/val_density", "system/node-1.cpu_percent"]
     kept = ["gate/density/enc_ff/00", "a//b", "/a", "a/", "a%", "../a", "a/.b", ""]
     assert [name for name in shipped + kept if SHIPPED.fullmatch(name)] == shipped
+    assert mirror._flatten({"a": {"b%(c)/": [1], "d": {}}}) == {"a.b__c__": "[1]"}

@@ -1,0 +1,61 @@
+"""`duet runs`: what runs there are."""
+
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pretrain.runs import RunState
+
+app = typer.Typer(no_args_is_help=True, help="Look at runs.")
+COLUMNS = ("RUN", "STATE", "STEP", "LOSS", "TOKENS/S", "JOB", "AGE")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `ls` a word of its own."""
+
+
+@app.command("ls")
+def ls(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where the run folders are.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> None:
+    """List the runs in a folder, the newest first.
+
+    Example: `duet runs ls runs`
+    """
+    from pretrain.runs import list_runs
+
+    runs = list_runs(folder)
+    if as_json:
+        typer.echo(json.dumps([_strict(asdict(run)) for run in runs], indent=1))
+        return
+    rows = [COLUMNS, *(_row(run) for run in runs)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    for row in rows:
+        typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _row(run: "RunState") -> tuple[str, ...]:
+    from pretrain.console import duration
+
+    return (
+        run.path,
+        run.state,
+        "-" if run.step is None else str(run.step),
+        "-" if run.loss is None else f"{run.loss:.4f}",
+        "-" if run.tokens_per_second is None else f"{run.tokens_per_second:.0f}",
+        run.job or "-",
+        duration(max(0.0, time.time() - run.started)),
+    )
+
+
+def _strict(fields: dict[str, object]) -> dict[str, object]:
+    """JSON knows no nan."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}

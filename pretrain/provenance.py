@@ -1,0 +1,69 @@
+"""Where an attempt comes from: its source, its packages, its machine. Holds no secrets and no environment variables
+but Slurm's own."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import distributions
+from pathlib import Path
+
+from data_pipeline.atomic import write_atomic, write_json
+
+SOURCE = Path(__file__).resolve().parent.parent
+MAX_DIFF_BYTES = 1 << 20
+GIT_SECONDS = 30.0
+SLURM = {"slurm/job_id": "SLURM_JOB_ID", "slurm/nodes": "SLURM_JOB_NODELIST", "slurm/restarts": "SLURM_RESTART_COUNT"}
+
+
+def record(folder: Path, attempt: int) -> dict[str, str]:
+    """Write `attempt-NNNNNN.json` into `folder`, and `attempt-NNNNNN.diff` when the source differs from its commit.
+
+    Returns:
+        the short facts, as tags: `git/commit`, `slurm/job_id`, …
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+    folder.mkdir(exist_ok=True)
+    tags = {"host": platform.node(), "python": platform.python_version()}
+    tags |= {tag: os.environ[name] for tag, name in SLURM.items() if name in os.environ}
+    git, diff = source(SOURCE)
+    stem = folder / f"attempt-{attempt:06d}"
+    write_json(
+        stem.with_suffix(".json"),
+        tags | git | {"platform": platform.platform(), "packages": _packages(), "source": str(SOURCE)},
+    )
+    if diff:
+        write_atomic(stem.with_suffix(".diff"), diff)
+    return tags | git
+
+
+def source(root: Path) -> tuple[dict[str, str], bytes]:
+    """Tags and the difference to the commit, cut at MAX_DIFF_BYTES; nothing unless `root` itself is a checkout."""
+    if not (root / ".git").exists():  # an installed package may lie within somebody else's checkout
+        return {}, b""
+    try:
+        commit = _git(root, "rev-parse", "HEAD").decode().strip()
+        changed = _git(root, "status", "--porcelain").splitlines(keepends=True)
+        diff = _git(root, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD")
+        diff = b"".join(b"# " + line for line in changed) + diff  # names the files that git does not know, too
+    except (OSError, subprocess.SubprocessError) as error:  # no git here, not our files, a disk that hangs
+        said = getattr(error, "stderr", None) or str(error).encode()
+        return {"git/commit": f"unknown: {said.decode(errors='replace').strip().splitlines()[0]}"}, b""
+    if len(diff) > MAX_DIFF_BYTES:
+        diff = diff[:MAX_DIFF_BYTES] + b"\n# cut: the difference has %d bytes\n" % len(diff)
+    return {"git/commit": commit, "git/changed_files": str(len(changed))}, diff
+
+
+def _git(root: Path, *arguments: str) -> bytes:
+    return subprocess.run(
+        ["git", "-C", str(root), *arguments],
+        env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},  # a look must not write into the checkout
+        capture_output=True,
+        timeout=GIT_SECONDS,
+        check=True,
+    ).stdout
+
+
+def _packages() -> dict[str, str]:
+    return dict(sorted({str(d.metadata["Name"]): d.version for d in distributions()}.items()))

@@ -1,0 +1,84 @@
+"""The formula against what torch counts while the real model runs."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.config import Architecture, LearnedDropoutConfig, ModelConfig
+from model.flops import (
+    forward_flops_per_token,
+    peak_flops,
+    training_flops_per_token,
+    utilisation_per_token,
+)
+from tests.model.helpers import ARCHITECTURES, build
+
+SHAPES: list[dict[str, Any]] = [
+    {"layers": 3, "width": 64, "heads": 4, "context": 32, "vocab_size": 100},
+    {"layers": 1, "width": 24, "heads": 3, "context": 7, "vocab_size": 31, "bias": True},
+    {"layers": 2, "width": 32, "heads": 2, "context": 48, "vocab_size": 257},
+]
+
+
+def counted(config: ModelConfig, sequences: int, backward: bool) -> int:
+    model = build(config)
+    ids = torch.zeros(sequences, config.context, dtype=torch.int64)
+    # The unfused attention: the fused one's backward pass also computes its forward pass again.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits = model.logits(ids)
+        if backward:
+            logits.sum().backward()
+    return counter.get_total_flops()
+
+
+def dropout(sites: int, architecture: Architecture) -> LearnedDropoutConfig:
+    chosen: Any = ["enc_ff", "dec_ff"][-sites:] if architecture == "parallel_encoder_decoder" else ["dec_ff"]
+    # Without rounding, the masks are in the graph of an evaluation, too.
+    return LearnedDropoutConfig(enabled=sites > 0, sites=chosen if sites else None, eval_rounding="none")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sites", [0, 1, 2])
+def test_the_formula_is_what_torch_counts(architecture: Architecture, shape: dict[str, Any], sites: int) -> None:
+    if architecture == "decoder_only" and sites == 2:
+        pytest.skip("it has one site")
+    config = ModelConfig(architecture=architecture, learned_dropout=dropout(sites, architecture), **shape)
+    tokens = 2 * config.context
+    assert counted(config, 2, backward=False) == forward_flops_per_token(config) * tokens
+    assert counted(config, 2, backward=True) == training_flops_per_token(config) * tokens
+
+
+@pytest.mark.parametrize(("sites", "expected"), [(0, 25_051_136), (2, 31_342_592)])
+def test_known_values(sites: int, expected: int) -> None:
+    config = ModelConfig(learned_dropout=dropout(sites, "parallel_encoder_decoder"), **SHAPES[0])
+    assert forward_flops_per_token(config) * config.context == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("x86_64", None),
+    ],
+)
+def test_an_unknown_device_has_no_peak(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak
+
+
+def test_utilisation() -> None:
+    """10^6 tokens a second of this model on 8 H100 are 0.0297 % of their peak."""
+    config = ModelConfig(learned_dropout=dropout(0, "parallel_encoder_decoder"), **SHAPES[0])
+    share = utilisation_per_token(config, "NVIDIA H100 80GB HBM3", 8)
+    assert share == pytest.approx(3 * 25_051_136 / 32 / (8 * 989e12))
+    assert share is not None
+    assert share * 1e6 == pytest.approx(2.968e-4, rel=1e-3)
+    assert utilisation_per_token(config, "", 1) is None
