@@ -53,8 +53,8 @@ class Writer:
         arguments = json.dumps([str(run_dir), {"optimizer": {"lr": lr}, "a": None}, uri, mode, resumed_from])
         clean = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.writer", arguments], cwd=ROOT, env=clean | dict(environment or {}), text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-m", "tests.faults.writer", arguments], cwd=ROOT, env=clean | dict(environment or {}),
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         self._answer()
 
