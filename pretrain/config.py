@@ -52,7 +52,7 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
 class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """AdamW. Weight decay acts on tensors of two and more dimensions only."""
 
-    lr: float = Field(default=9e-4, gt=0.0, le=100.0)
+    lr: float = Field(default=9e-4, gt=0.0, le=1e30)
     """Peak learning rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay of the running means of the gradient and of its square."""
