@@ -39,7 +39,7 @@ ATTEMPT = "progress/attempt"
 NONFINITE = "progress/nonfinite_values"
 ILLEGAL = re.compile(r"[^A-Za-z0-9_. :-]")
 KEY_TAG = "duet.key"
-ARTIFACTS = ("config.yaml", "run.json", "code/*", "report.html", "report.png")
+ARTIFACTS = ("config.yaml", "run.json", "code/*", "profile/*", "report.html", "report.png")
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the defaults block a call for four minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",

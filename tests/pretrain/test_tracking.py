@@ -126,7 +126,8 @@ def test_a_training_run_is_in_mlflow_with_all_that_it_is_made_of(ranks: Ranks, d
     run_dir = tmp_path / "runs" / "a"
     args = [*SMALL, f"data.path={dataset}", f"run.dir={run_dir}", "train.steps=12", "train.checkpoint_every=5"]
     ranks("tests.distributed.cases:train_run", 2, args=[*args, "tracking.mode=offline"], signal_at=[7, 15])
-    ranks("tests.distributed.cases:train_run", 2, args=[*args, "tracking.mode=online", "train.log_every=2"])
+    second = [*args, "tracking.mode=online", "train.log_every=2", "profile.steps=[9,10]"]
+    ranks("tests.distributed.cases:train_run", 2, args=second)
     sync(run_dir)  # what 10 s were not enough for on a busy machine
     assert_mirrors(run_dir)
     run = run_of(run_dir)
@@ -146,9 +147,8 @@ def test_a_training_run_is_in_mlflow_with_all_that_it_is_made_of(ranks: Ranks, d
     sections = sorted({name.split("/")[0] for name in run.data.metrics if "/" in name})
     assert sections == ["loss", "mask", "optim", "progress", "system", "time"]
     client = mirror.connect(default_uri(run_dir))
-    assert {"config.yaml", "run.json", "code", "report.html"} <= {
-        f.path for f in client.list_artifacts(run.info.run_id)
-    }
+    files = {f.path for f in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "run.json", "code", "profile", "report.html"} <= files
     code = {f.path for f in client.list_artifacts(run.info.run_id, "code")}
     assert {"code/attempt-000001.json", "code/attempt-000002.json"} <= code
     environment = json.loads((run_dir / "code" / "attempt-000002.json").read_text())
