@@ -60,7 +60,7 @@ def run_ranks(args: list[str], ranks: int, logs: Path, *, verbose: bool = False)
                     process.send_signal(number)
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 signal.signal(number, forward)
         for rank in range(ranks):
             processes.append(_start(rank, args, environment, logs))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.runs import ROOT, duet
 
 
 class RanksFailed(AssertionError):
@@ -37,3 +37,13 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
     yield run
     requests.close()
     zygote.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A character-level dataset of the licence's text."""
+    path = tmp_path_factory.mktemp("data") / "licence"
+    source = f"data.sources.text.paths=[{ROOT / 'LICENSE'}]"
+    done = duet("data", "build", "data/characters", source, f"data.path={path}")
+    assert done.returncode == 0, done.stderr
+    return path

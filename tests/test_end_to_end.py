@@ -17,7 +17,6 @@ import pytest
 from pretrain.journal import read
 from tests.conftest import RanksFailed
 from tests.runs import (
-    ROOT,
     SMALL,
     attempts,
     check_resumed,
@@ -31,17 +30,6 @@ from tests.runs import (
 
 Ranks = Callable[..., list[Any]]
 STEPS, INTERVAL = 24, 5
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A character-level dataset of the licence's text."""
-    path = tmp_path_factory.mktemp("data") / "licence"
-    done = duet(
-        "data", "build", "data/characters", f"data.sources.text.paths=[{ROOT / 'LICENSE'}]", f"data.path={path}"
-    )
-    assert done.returncode == 0, done.stderr
-    return path
 
 
 def arguments(dataset: Path, run_dir: Path, *more: str) -> list[str]:
@@ -241,7 +229,10 @@ def test_ctrl_c_while_starting_up_is_clean(dataset: Path, tmp_path: Path, delay:
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.3 + delay)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    try:
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
     wait_until_gone(run_dir)
     assert "Traceback" not in log.read_text()
 

@@ -10,20 +10,10 @@ import pytest
 from data_pipeline.dataset import Dataset
 from pretrain.journal import Record, read
 from tests.conftest import RanksFailed
-from tests.runs import ROOT, SMALL, duet
+from tests.runs import SMALL
 
 Ranks = Callable[..., list[Any]]
 STEPS, LOG_EVERY, SAVE_EVERY, TOKENS, CONTEXT = 12, 4, 6, 128, 16
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "licence"
-    done = duet(
-        "data", "build", "data/characters", f"data.sources.text.paths=[{ROOT / 'LICENSE'}]", f"data.path={path}"
-    )
-    assert done.returncode == 0, done.stderr
-    return path
 
 
 def arguments(dataset: Path, run_dir: Path, *more: str) -> list[str]:

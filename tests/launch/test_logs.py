@@ -5,18 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.runs import ROOT, SMALL, duet
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "licence"
-    source = f"data.sources.text.paths=[{ROOT / 'LICENSE'}]"
-    done = duet("data", "build", "data/characters", source, f"data.path={path}")
-    assert done.returncode == 0, done.stderr
-    return path
+from tests.runs import SMALL, duet
 
 
 def test_the_log_of_rank_0_is_a_plain_copy_of_the_screen(dataset: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from data_pipeline.errors import ConfigError
 from pretrain.config import load
 from pretrain.journal import read
 from pretrain.profiling import Profile
-from tests.distributed.test_metrics import arguments, dataset  # noqa: F401
+from tests.distributed.test_metrics import arguments
 
 
 def run(folder: Path, steps: tuple[int, int] | None, first: int, last: int) -> list[tuple[int, str]]:
@@ -55,7 +55,7 @@ def test_nothing_is_traced_otherwise(tmp_path: Path, steps: tuple[int, int] | No
 
 def test_a_run_writes_its_trace_and_says_so(
     ranks: Callable[..., list[Any]],
-    dataset: Path,  # noqa: F811
+    dataset: Path,
     tmp_path: Path,
 ) -> None:
     run_dir = tmp_path / "run"

@@ -114,14 +114,6 @@ def test_offline_and_synced_later_from_another_place(tmp_path: Path) -> None:
     assert [f.path for f in client.list_artifacts(run.info.run_id)] == ["code", "report.html"]
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "licence"
-    source = f"data.sources.text.paths=[{ROOT / 'LICENSE'}]"
-    assert duet("data", "build", "data/characters", source, f"data.path={path}").returncode == 0
-    return path
-
-
 def test_a_training_run_is_in_mlflow_with_all_that_it_is_made_of(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "a"
     args = [*SMALL, f"data.path={dataset}", f"run.dir={run_dir}", "train.steps=12", "train.checkpoint_every=5"]
