@@ -46,7 +46,8 @@ def start_duet(*args: str, log: Path) -> subprocess.Popen[bytes]:
     """Start the command line in a session of its own."""
     with open(log, "ab") as file:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "launch.cli", *args],
+            # As from a terminal: a shell's background job is born with SIGINT ignored.
+            ["env", "--default-signal=INT", sys.executable, "-P", "-m", "launch.cli", *args],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=file,
             stderr=file,
