@@ -240,8 +240,8 @@ def train_run(
         if ranks.rank == 1 and signal_at and now == signal_at[0]:
             os.kill(os.getpid(), signal_at[1])
         if ranks.rank == 0 and now == taken_over_at:
-            (load(args).run_dir / "attempts" / "000002.json").write_text("{}")
             heart = next(t for t in threading.enumerate() if t.name == "lease-heartbeat")
+            (load(args).run_dir / "attempts" / "000002.json").write_text("{}")
             heart.join(30)  # it ends when it has noticed
             assert not heart.is_alive()
         return original_step(engine, batches, lr)
