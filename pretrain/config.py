@@ -7,150 +7,26 @@ import difflib
 from importlib import resources
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
-from urllib.parse import urlsplit
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError
 from model.config import ModelConfig
-
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class RunConfig(
-    BaseModel,
-    extra="forbid",
-    frozen=True,
-    use_attribute_docstrings=True,
-    allow_inf_nan=False,
-    coerce_numbers_to_str=True,
-):
-    """Identity of a run."""
-
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Names the folder and the MLflow run."""
-    dir: str | None = None
-    """The run folder; `runs/<name>` unless given."""
-    seed: int = Field(default=1337, ge=0, lt=2**63)
-    """Seeds the weights, the data order and the noise."""
-
-
-class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
-    """The global batch of one optimizer step."""
-
-    tokens: int = Field(default=8192, ge=1)
-    """Tokens of a step over all ranks: a multiple of `model.context`."""
-    micro_batch: int | None = Field(default=None, ge=1)
-    """Sequences a rank holds at once; the rank's whole share of the batch unless given."""
-
-
-class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
-    """AdamW. Weight decay acts on tensors of two and more dimensions only."""
-
-    lr: float = Field(default=9e-4, gt=0.0, le=1e30)
-    """Peak learning rate."""
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """Decay of the running means of the gradient and of its square."""
-    eps: float = Field(default=1e-8, gt=0.0)
-    """Added to the root of the second moment."""
-    weight_decay: float = Field(default=0.1, ge=0.0)
-    """Decoupled: the weights shrink by lr × weight_decay a step."""
-    clip: float = Field(default=1.0, ge=0.0)
-    """Largest global gradient norm; 0 switches clipping off."""
-
-
-class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
-    """Learning rate over the steps: linear warm-up, then the kind's curve down to `final_lr` at the last step."""
-
-    kind: Literal["cosine", "constant"] = "cosine"
-    """Half a cosine from the peak to `final_lr`, or the peak to the end."""
-    warmup_steps: int = Field(default=100, ge=0)
-    """Steps of linear rise from 0 to the peak."""
-    final_lr: float = Field(default=0.0, ge=0.0)
-    """Learning rate at the end of `cosine`."""
-
-
-class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
-    """How long to train and how often to do what."""
-
-    steps: int = Field(default=1000, ge=1)
-    """Optimizer steps of the whole run."""
-    log_every: int = Field(default=10, ge=1)
-    """Steps between lines on the terminal; the journal holds every step."""
-    eval_every: int = Field(default=200, ge=1)
-    """Steps between validations; the last step is always validated."""
-    checkpoint_every: int = Field(default=200, ge=1)
-    """Steps between checkpoints; the last step always gets one."""
-    keep_checkpoints: int = Field(default=3, ge=1)
-    """Newest checkpoints that stay on disk."""
-    sample_tokens: int = Field(default=100, ge=0)
-    """Tokens of the text that is generated at each validation."""
-
-
-class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
-    """DeepSpeed ZeRO."""
-
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 keeps fp32 master weights and accumulates gradients in fp32."""
-    timeout_minutes: float = Field(default=10.0, gt=0.0, le=10080.0)
-    """A collective that hangs longer ends the run."""
-
-    @model_validator(mode="after")
-    def _stage_0_has_no_fp32_accumulation(self) -> "EngineConfig":
-        if self.zero_stage == 0 and self.precision == "bf16":
-            raise ValueError(
-                "DeepSpeed cannot accumulate bf16 gradients in fp32 at zero_stage=0; "
-                "use engine.zero_stage=1, or engine.precision=fp32"
-            )
-        return self
-
-
-class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
-    """MLflow, the mirror of the run's journal."""
-
-    mode: Literal["online", "offline", "off"] = "online"
-    """`offline`: `duet track sync` sends it later; `off`: the journal only, no MLflow."""
-    uri: str | None = None
-    """Tracking server or store; the sqlite file `mlflow.db` beside the run folder unless given."""
-    experiment: str = "duet"
-    """Name of the MLflow experiment."""
-
-    @field_validator("uri")
-    @classmethod
-    def _a_store_without_a_password(cls, uri: str | None) -> str | None:
-        parts = urlsplit(uri or "")
-        if "@" in parts.netloc:
-            raise ValueError(
-                "a name and password do not belong into a file; "
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-            )
-        if uri and not uri.startswith("sqlite:///") and not (parts.scheme in ("http", "https") and parts.netloc):
-            raise ValueError("expected http://HOST:PORT, https://HOST or sqlite:///PATH/mlflow.db")
-        return uri
-
-    @field_validator("mode", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML reads a bare `off` as false
-
-
-class ProfileConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
-    """torch's profiler on rank 0; what it writes is in the run folder's `profile/`."""
-
-    steps: tuple[int, int] | None = None
-    """First and last step to trace; a traced step is slower. None unless given."""
-
-    @model_validator(mode="after")
-    def _first_before_last(self) -> "ProfileConfig":
-        if self.steps and not 1 <= self.steps[0] <= self.steps[1]:
-            raise ValueError(f"steps={list(self.steps)}: expected [first, last] with 1 <= first <= last")
-        return self
+from pretrain.sections import (
+    BatchConfig,
+    EngineConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 
 
 class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from model.interface import Batch, ModelOutput
 from model.language_model import LanguageModel
-from pretrain.config import Config, EngineConfig
+from pretrain.config import Config
 from pretrain.distributed import Ranks
 from pretrain.profiling import Stopwatch
+from pretrain.sections import EngineConfig
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 """What a parameter is made of: the fp32 master weight and Adam's two moments."""
