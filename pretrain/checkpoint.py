@@ -1,8 +1,8 @@
 """Sharded checkpoints that any number of ranks and any ZeRO stage can read.
 
-`checkpoints/step-000001000/` holds a safetensors shard from each rank (the fragments it owns, as three flat fp32
-tensors) and `manifest.json`, which says what lies where. The manifest is written last and removed first: a
-checkpoint exists only while its manifest does.
+`checkpoints/step-000001000/` holds a safetensors shard from each rank (the fragments it owns, one flat tensor
+for each kind of state) and `manifest.json`, which says what lies where. The manifest is written last and removed first:
+a checkpoint exists only while its manifest does.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import xxhash
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,9 +24,11 @@ from data_pipeline.atomic import sync_folder, write_atomic
 from data_pipeline.errors import CheckpointError
 from data_pipeline.loader import DataState
 from pretrain.distributed import Ranks
-from pretrain.engine import STATES, Engine, Fragment
+from pretrain.engine import ADAM_STATES, Engine, Fragment
 
-FORMAT = 1
+FORMAT = 2
+OLDEST_FORMAT = 1
+"""Which had AdamW only and did not name the states."""
 
 T = TypeVar("T")
 
@@ -50,9 +52,18 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
     world_size: int
     zero_stage: int
     shapes: dict[str, list[int]]
+    states: dict[str, tuple[str, ...]]
+    """What each parameter is made of: fp32, and what its optimizer keeps."""
     shards: list[Shard]
     state: dict[str, Any]
     """Everything that is not a tensor: data position, fingerprint, tokenizer, attempt."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_states(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("format") == OLDEST_FORMAT and isinstance(raw.get("shapes"), dict):
+            return raw | {"states": dict.fromkeys(raw["shapes"], ADAM_STATES)}
+        return raw
 
 
 class Checkpoint:
@@ -72,9 +83,11 @@ class Checkpoint:
             raise CheckpointError(f"{path}: no complete checkpoint (no manifest.json)") from None
         except ValueError as error:
             raise CheckpointError(f"{file}: damaged, not JSON ({error})") from None
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            found = raw.get("format") if isinstance(raw, dict) else None
-            raise CheckpointError(f"{file}: format {found} is not known here; this version reads format {FORMAT}")
+        found = raw.get("format") if isinstance(raw, dict) else None
+        if found not in range(OLDEST_FORMAT, FORMAT + 1):
+            raise CheckpointError(
+                f"{file}: format {found} is not known here; this version reads {OLDEST_FORMAT} to {FORMAT}"
+            )
         try:
             self.manifest = Manifest.model_validate(raw)
         except ValidationError as error:
@@ -127,33 +140,41 @@ class Checkpoint:
                 f"{self.path}: of another model; first difference: {odd[0]} is {theirs.get(odd[0], 'missing')} here, "
                 f"{ours.get(odd[0], 'missing')} in the run"
             )
-        self._copy(engine.fragments(), STATES)
+        if self.manifest.states != engine.states:
+            wanted, stored = engine.states, self.manifest.states
+            name = next(name for name in sorted(wanted) if wanted[name] != stored.get(name))
+            raise CheckpointError(
+                f"{self.path}: of another optimizer; first difference: {name} has {', '.join(stored.get(name, ()))} "
+                f"here, {', '.join(wanted[name])} in the run"
+            )
+        self._copy(engine.fragments())
         engine.adopt_fragments(self.manifest.optimizer_steps)
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 parameters, whole, by name."""
         tensors = {name: torch.empty(shape) for name, shape in self.manifest.shapes.items()}
         whole = [Fragment(name, 0, t.numel(), {"fp32": t.view(-1)}) for name, t in tensors.items()]
-        self._copy(whole, ("fp32",))
+        self._copy(whole)
         return tensors
 
-    def _copy(self, targets: list[Fragment], states: tuple[str, ...]) -> None:
-        """Fill every target from the stored fragments that overlap it."""
-        stored: dict[str, list[tuple[int, int, int, int]]] = {}
-        for index, shard in enumerate(self.manifest.shards):
-            position = 0
+    def _copy(self, targets: list[Fragment]) -> None:
+        """Fill every state of every target from the stored fragments that overlap it."""
+        stored: dict[tuple[str, str], list[tuple[int, int, Any, int]]] = {}
+        for shard in self.manifest.shards:
+            file = safe_open(self.path / shard.file, framework="pt")
+            slices = {state: file.get_slice(state) for state in file.keys()}  # noqa: SIM118  # not a dict
+            ends = dict.fromkeys(slices, 0)
             for name, start, numel in shard.fragments:
-                stored.setdefault(name, []).append((start, numel, index, position))
-                position += numel
-        files = [safe_open(self.path / shard.file, framework="pt") for shard in self.manifest.shards]
-        for state in states:
-            slices = [file.get_slice(state) for file in files]
-            for target in targets:
-                for start, numel, index, position in stored[target.name]:
+                for state in self.manifest.states[name]:
+                    stored.setdefault((name, state), []).append((start, numel, slices[state], ends[state]))
+                    ends[state] += numel
+        for target in targets:
+            for state, values in target.states.items():
+                for start, numel, source, position in stored[target.name, state]:
                     low, high = max(start, target.start), min(start + numel, target.start + target.numel)
                     if low < high:
-                        source = slices[index][position + low - start : position + high - start]
-                        target.states[state][low - target.start : high - target.start].copy_(source)
+                        piece = source[position + low - start : position + high - start]
+                        values[low - target.start : high - target.start].copy_(piece)
 
     def _check_coverage(self) -> None:
         held: dict[str, list[tuple[int, int]]] = {}
@@ -198,6 +219,7 @@ def save(
         world_size=ranks.world_size,
         zero_stage=engine.stage,
         shapes=engine.shapes,
+        states=engine.states,
         shards=shards,
         state=state,
     )
@@ -270,10 +292,8 @@ def _verified(path: Path, ranks: Ranks) -> Checkpoint:
 
 
 def _write_shard(file: Path, fragments: list[Fragment]) -> Shard:
-    flat = {
-        state: torch.cat([f.states[state].cpu() for f in fragments]) if fragments else torch.empty(0)
-        for state in STATES
-    }
+    kinds = sorted({state for fragment in fragments for state in fragment.states})
+    flat = {state: torch.cat([f.states[state].cpu() for f in fragments if state in f.states]) for state in kinds}
     save_file(flat, file)
     with open(file, "rb") as written:
         os.fsync(written.fileno())

@@ -18,8 +18,8 @@ from pretrain.distributed import Ranks
 from pretrain.profiling import Stopwatch
 from pretrain.sections import EngineConfig
 
-STATES = ("fp32", "exp_avg", "exp_avg_sq")
-"""What a parameter is made of: the fp32 master weight and Adam's two moments."""
+ADAM_STATES = ("fp32", "exp_avg", "exp_avg_sq")
+"""What a parameter under AdamW is made of: the fp32 master weight and the two moments."""
 CHUNK = 2**24
 """Elements whose update is recomputed at once: 64 MiB for each temporary tensor."""
 
@@ -32,7 +32,8 @@ class Fragment:
     start: int
     numel: int
     states: dict[str, Tensor]
-    """Views [numel] fp32 by the names of STATES; writing to them changes the engine."""
+    """Views [numel] by the parameter's names in `Engine.states`; writing to them, and `adopt_fragments`, changes the
+    engine."""
 
 
 def bootstrap() -> None:
@@ -62,6 +63,8 @@ class Engine:
         micro_batch, accumulation = config.micro_batches(ranks.world_size)
         self.stage = config.engine.zero_stage
         self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        self.states: dict[str, tuple[str, ...]] = dict.fromkeys(self.shapes, ADAM_STATES)
+        """What each parameter is made of, alike on every rank."""
         self._ranks = ranks
         self._adamw = config.optimizer
         self._applied = False
@@ -144,7 +147,7 @@ class Engine:
         norms, update_norms = [], []
         for fragment in self.owned_fragments():
             decay = lr * self._adamw.weight_decay if len(self.shapes[fragment.name]) >= 2 else 0.0
-            for theta, m, v in zip(*(fragment.states[state].split(CHUNK) for state in STATES), strict=True):
+            for theta, m, v in zip(*(fragment.states[state].split(CHUNK) for state in ADAM_STATES), strict=True):
                 norms.append(torch.linalg.vector_norm(theta))
                 if self._applied:
                     root = v.sqrt().div_((1 - beta_2**steps) ** 0.5).add_(self._adamw.eps)

@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from model.language_model import LanguageModel
 from pretrain import checkpoint
 from pretrain.config import Config, load
 from pretrain.distributed import Ranks
-from pretrain.engine import STATES, Engine
+from pretrain.engine import Engine
 from pretrain.evaluate import evaluate
 from pretrain.run import RunFolder
 from pretrain.signals import StopRequest
@@ -80,14 +81,16 @@ def digest(engine: Engine, ranks: Ranks) -> dict[str, str]:
     ):
         for name, start, states in rank_pieces:
             whole[name, start] = states
+    pieces: dict[tuple[str, str], list[torch.Tensor]] = {}
+    for name, start in sorted(whole):
+        for state, values in whole[name, start].items():
+            pieces.setdefault((state, name), []).append(values)
     result = {}
-    for state in STATES:
+    for state in {state for state, _ in pieces}:
         sha = hashlib.sha256()
-        by_name: dict[str, list[torch.Tensor]] = {}
-        for name, start in sorted(whole):
-            by_name.setdefault(name, []).append(whole[name, start][state])
-        for name in sorted(by_name):
-            sha.update(name.encode() + torch.cat(by_name[name]).numpy().tobytes())
+        for kind, name in sorted(pieces):
+            if kind == state:
+                sha.update(name.encode() + torch.cat(pieces[kind, name]).numpy().tobytes())
         result[state] = sha.hexdigest()
     return result
 
@@ -255,7 +258,10 @@ def train_run(
         checkpoint.newest = lambda root, ranks, warn: None
         RunFolder.check_never_saved = lambda self: None  # type: ignore[method-assign]
     elif sabotage == "forget the moments":
-        checkpoint.STATES = ("fp32",)  # type: ignore[assignment]
+        copy = checkpoint.Checkpoint._copy
+        checkpoint.Checkpoint._copy = lambda self, targets: copy(  # type: ignore[method-assign]
+            self, [replace(target, states={"fp32": target.states["fp32"]}) for target in targets]
+        )
     elif sabotage == "forget the data position":
         trainer.DataState.model_validate = classmethod(  # type: ignore[method-assign,assignment]
             lambda cls, content: cls(**(content | {"samples_seen": 0}))
