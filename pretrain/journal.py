@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
+
 from data_pipeline.errors import RunError
 
 FORMAT = 1
+MOST_RECORDS = 4000
+"""Of a kind in `series`: a picture has fewer columns."""
 ENVELOPE = ("format", "kind", "time", "attempt", "step", "metrics")
 
 
@@ -138,25 +142,60 @@ def read_from(path: Path, offset: int) -> Iterator[tuple[Record, int]]:
             yield record, offset
 
 
+class _Thinned:
+    """Records of the same metrics, evenly thinned out while they come in: at most `MOST_RECORDS`, and the last."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, Record]] = []
+        self._last: list[tuple[int, Record]] = []
+        self._stride = 1
+        self._count = 0
+
+    def add(self, number: int, record: Record) -> None:
+        if self._count % self._stride == 0:
+            self._kept.append((number, record))
+            if len(self._kept) > MOST_RECORDS:
+                self._kept, self._stride = self._kept[::2], 2 * self._stride
+        self._count += 1
+        self._last = [(number, record)]
+
+    def supersede(self, after: float) -> None:
+        """Forget the steps after one."""
+        kept = [(n, r) for n, r in self.numbered() if r.step is not None and r.step <= after]
+        self._kept, self._last, self._count = kept, kept[-1:], len(kept) * self._stride
+
+    def numbered(self) -> list[tuple[int, Record]]:
+        return self._kept + [last for last in self._last if self._kept[-1:] != [last]]
+
+
 def series(records: Iterable[Record]) -> dict[str, list[Point]]:
     """The points of each metric in the order they were recorded, without those that a rollback superseded.
 
     An attempt that resumed from step s supersedes what older ones recorded after s; one from scratch, all of it.
+    Of more than `MOST_RECORDS` lines that hold the same metrics, an even selection and the last one are kept: a run of
+    a million steps needs no more memory than one of a few thousand.
     """
-    points: dict[str, list[Point]] = {}
-    for record in records:
+    groups: dict[tuple[str, ...], _Thinned] = {}
+    for number, record in enumerate(records):
         if record.kind == "start":
             resumed_from = record.fields.get("resumed_from")
-            for name, kept in points.items():
-                points[name] = [] if resumed_from is None else [p for p in kept if p.step <= resumed_from]
-        elif record.step is not None:
-            for name, value in record.metrics.items():
-                points.setdefault(name, []).append(Point(record.step, value, record.attempt, record.time))
-    return {name: kept for name, kept in points.items() if kept}
+            for group in groups.values():
+                group.supersede(-math.inf if resumed_from is None else resumed_from)
+        elif record.step is not None and record.metrics:
+            groups.setdefault(tuple(record.metrics), _Thinned()).add(number, record)
+    points: dict[str, list[Point]] = {}
+    for _, record in sorted((pair for group in groups.values() for pair in group.numbered()), key=lambda pair: pair[0]):
+        assert record.step is not None
+        for name, value in record.metrics.items():
+            points.setdefault(name, []).append(Point(record.step, value, record.attempt, record.time))
+    return points
 
 
 def _parse(line: bytes) -> Record:
-    content = json.loads(line)
+    try:
+        content = orjson.loads(line)
+    except orjson.JSONDecodeError:  # also half a surrogate pair, which a text may hold; json knows what to do with it
+        content = json.loads(line)
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']} is not known here; this version reads {FORMAT}")
     return Record(

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from data_pipeline.atomic import write_json
@@ -32,6 +33,7 @@ TEXT_LENGTH = 6000
 """Of a param's value; tags may be a little longer."""
 SHIPPED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. :-]*(/[A-Za-z0-9_][A-Za-z0-9_. :-]*)?")
 """Names that MLflow accepts, of one section at most: per-layer values would bury the loss on its page."""
+A_LAYER = re.compile(r"(gate)/(\w+)/(\w+)/\d+")
 SECTIONS = {"data": "progress", "gate": "mask", "health": "progress", "penalty": "mask"}
 """The run's page sorts its sections by name: so few of them, and none before the loss."""
 ATTEMPT = "progress/attempt"
@@ -39,7 +41,7 @@ ATTEMPT = "progress/attempt"
 NONFINITE = "progress/nonfinite_values"
 ILLEGAL = re.compile(r"[^A-Za-z0-9_. :-]")
 KEY_TAG = "duet.key"
-ARTIFACTS = ("config.yaml", "run.json", "code/*", "profile/*", "report.html", "report.png")
+ARTIFACTS = ("config.yaml", "run.json", "code/*", "profile/*", "report.html", "report.png", "report-plots/*")
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the defaults block a call for four minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
@@ -220,11 +222,24 @@ class Mirror:
 def shipped(record: Record) -> dict[str, float]:
     """What MLflow gets of a record: values that are not finite would ruin its axes, so they are counted instead."""
     named = {mirrored(name): value for name, value in record.metrics.items() if SHIPPED.fullmatch(name)}
+    named |= {mirrored(name): value for name, value in _over_layers(record.metrics)}
     finite = {name: value for name, value in named.items() if math.isfinite(value)}
     if len(finite) < len(named):
         finite[NONFINITE] = float(len(named) - len(finite))
     finite[ATTEMPT] = float(record.attempt)
     return finite
+
+
+def _over_layers(metrics: dict[str, float]) -> Iterator[tuple[str, float]]:
+    """Least, mean and greatest over the layers, of each site of the masks; nan where one layer's is not finite."""
+    sites: dict[str, list[float]] = {}
+    for name, value in metrics.items():
+        if part := A_LAYER.fullmatch(name):
+            sites.setdefault(f"{part[1]}/{part[2]}_{part[3]}", []).append(value)
+    for site, values in sites.items():
+        finite = all(map(math.isfinite, values))
+        for word, summary in (("min", min), ("mean", fmean), ("max", max)):
+            yield f"{site}_{word}", summary(values) if finite else math.nan
 
 
 def mirrored(name: str) -> str:

@@ -14,9 +14,10 @@ from pretrain.checkpoint import complete
 from pretrain.config import Config
 from pretrain.console import Console
 from pretrain.distributed import Ranks
-from pretrain.journal import Journal, read, series
+from pretrain.journal import Journal
 from pretrain.lease import LeaseLost
 from pretrain.metrics import StepMetrics
+from pretrain.report_data import RunData, load
 from pretrain.run import RunFolder
 from pretrain.tracking import Tracker, assign
 
@@ -116,11 +117,12 @@ class Recorder:
         if not self._active:
             return
         self._end("KILLED" if signal else "FINISHED", f"signal {signal}" if signal else "all steps done")
-        report_file = report.write_report([self._folder.path], self._folder.report)
+        data = load(self._folder.path)
+        report.write([data], self._folder.report)
         shipped = self._close_tracker(CLOSE_SECONDS_AFTER_SIGNAL if signal else CLOSE_SECONDS)
         if self._sample:
             self._console.note(f"sample: {self._sample}")
-        self._console.summary(self._summary(step, signal, seconds, report_file, shipped))
+        self._console.summary(self._summary(data, step, signal, seconds, shipped))
 
     def __enter__(self) -> "Recorder":
         return self
@@ -152,12 +154,9 @@ class Recorder:
             "dataset/tokenizer": manifest.tokenizer.sha256,
         } | provenance.record(self._folder.path / "code", self.attempt)
 
-    def _summary(
-        self, step: int, signal: int, seconds: float, report_file: Path, shipped: bool
-    ) -> list[tuple[str, str]]:
+    def _summary(self, data: RunData, step: int, signal: int, seconds: float, shipped: bool) -> list[tuple[str, str]]:
         config, path = self._config, self._folder.path
-        points = series(read(self._folder.journal))
-        facts = self._folder.facts()
+        points, facts = data.points, data.facts
         rows = [("run", f"{config.run.name}: step {step} of {config.train.steps}" + (" (stopped)" if signal else ""))]
         if loss := points.get("loss/train"):
             rows.append(("loss", f"{loss[0].value:.4f} → {loss[-1].value:.4f} nats/token"))
@@ -170,7 +169,7 @@ class Recorder:
             rows.append(("speed", f"{rate:,.0f} tokens/s; {steps} steps in {seconds:.0f} s, start-up included"))
         if saved := complete(self._folder.checkpoints):
             rows.append(("checkpoint", str(saved[0])))
-        rows.append(("report", str(report_file)))
+        rows.append(("report", str(self._folder.report)))
         if self._mlflow:
             late = "" if shipped else f" (not all there yet: {_program('duet')} track sync {path})"
             rows.append(("mlflow", self._mlflow + late))

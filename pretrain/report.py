@@ -14,7 +14,7 @@ MOST_LINES = 50
 
 
 def write_report(run_dirs: list[Path], out: Path | None) -> Path:
-    """Write a page about the runs, and a picture of the same name ending in .png.
+    """Read the runs and write a page about them, with pictures, as `write` does.
 
     Args:
         run_dirs: run folders; several are laid over each other and sorted by validation loss.
@@ -28,15 +28,23 @@ def write_report(run_dirs: list[Path], out: Path | None) -> Path:
     """
     if not run_dirs:
         raise RunError("a report needs at least one run folder")
-    runs = sorted((load(path) for path in run_dirs), key=_validation_loss)
     if out is None:
         out = (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].resolve().parent) / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    write([load(path) for path in run_dirs], out)
+    return out
+
+
+def write(runs: list[RunData], out: Path) -> None:
+    """Write the page `out`, a picture of all of it ending in .png, and each plot into a folder ending in -plots."""
+    runs = sorted(runs, key=_validation_loss)
+    plots = out.with_name(f"{out.stem}-plots")
+    plots.mkdir(parents=True, exist_ok=True)
     pictures = [html.Picture(panel.title, panel_png(panel, runs), panel.wide) for panel in panels(runs)]
+    for picture in pictures:
+        write_atomic(plots / f"{picture.title.lower().replace(' ', '-')}.png", picture.png)
     content = _one_run(runs[0], pictures) if len(runs) == 1 else _several_runs(runs, pictures)
     write_atomic(out.with_suffix(".png"), overview_png(runs))
     write_atomic(out, content)
-    return out
 
 
 def _one_run(run: RunData, pictures: list[html.Picture]) -> str:
@@ -106,7 +114,7 @@ def _validation_loss(run: RunData) -> float:
 
 
 def _status(run: RunData) -> str:
-    return str(run.end.fields.get("status")) if run.end else "RUNNING"
+    return str(run.end.fields.get("status")) if run.end else run.state.upper()
 
 
 def _tiles(run: RunData) -> list[tuple[str, str]]:

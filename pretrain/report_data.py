@@ -1,25 +1,28 @@
 """What a run folder says about its run, and the verdict in two lines of words. Free of torch, mlflow, matplotlib."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import RunError
 from pretrain.journal import Point, Record, read, series
+from pretrain.runs import LOSS, run_state
 
-LOSS = "loss/train"
 VALIDATION = "loss/val"
 BITS_PER_BYTE = "loss/val_bits_per_byte"
 
 
 @dataclass(frozen=True)
 class RunData:
-    """A run folder as read. `points` holds no superseded ones, `facts` is run.json, `config` is config.yaml's text."""
+    """A run folder as read. `points` holds no superseded ones, `facts` is run.json, `config` is config.yaml's text,
+    `state` as `duet runs ls` gives it."""
 
     path: Path
     facts: dict[str, Any]
     config: str
+    state: str
     points: dict[str, list[Point]]
     starts: list[Record]
     end: Record | None
@@ -64,18 +67,27 @@ def load(run_dir: Path) -> RunData:
         raise RunError(f"{run_dir}: no such folder; {expected}")
     if not journal.is_file():
         raise RunError(f"{run_dir}: no metrics.jsonl in it; {expected}")
-    records = list(read(journal))
-    if not records:
-        raise RunError(f"{journal}: empty; {expected}")
     kinds: dict[str, list[Record]] = {}
-    for record in records:
-        kinds.setdefault(record.kind, []).append(record)
-    ends = [end for end in kinds.get("end", []) if end.attempt == records[-1].attempt]
+    last: Record | None = None
+
+    def sorted_out() -> Iterator[Record]:
+        """Every record; those that are not metrics are few, and kept."""
+        nonlocal last
+        for last in read(journal):
+            if last.kind != "metrics":
+                kinds.setdefault(last.kind, []).append(last)
+            yield last
+
+    points = series(sorted_out())
+    if last is None:
+        raise RunError(f"{journal}: empty; {expected}")
+    ends = [end for end in kinds.get("end", []) if end.attempt == last.attempt]
     return RunData(
         path=run_dir,
         facts=_facts(run_dir / "run.json"),
         config=_text(run_dir / "config.yaml"),
-        points=series(records),
+        state=run_state(run_dir).state,
+        points=points,
         starts=kinds.get("start", []),
         end=ends[-1] if ends else None,
         samples=list({sample.step: sample for sample in kinds.get("sample", [])}.values()),
@@ -95,7 +107,7 @@ def verdict(run: RunData) -> tuple[str, str]:
 
 def _ending(run: RunData) -> str:
     if run.end is None:
-        return "Still running, or killed without a word,"
+        return "Still running" if run.state == "running" else "Killed without a word"
     reason = run.end.fields.get("reason") or "no reason given"
     words = {"FINISHED": "Finished", "KILLED": f"Stopped ({reason})", "FAILED": f"Failed ({reason})"}
     status = str(run.end.fields.get("status"))

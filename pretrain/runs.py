@@ -12,8 +12,8 @@ from typing import Any
 from data_pipeline.errors import RunError
 from pretrain.journal import Record, read_from
 from pretrain.lease import alive, attempt_path, latest_attempt
-from pretrain.report_data import LOSS
 
+LOSS = "loss/train"
 SPEED = "time/tokens_per_second"
 TAIL_BYTES = 1 << 16
 MOST_TAIL_BYTES = 1 << 22

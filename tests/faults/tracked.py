@@ -15,6 +15,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pretrain import mirror
@@ -235,7 +236,17 @@ def assert_mirrors(run_dir: Path) -> int:
                 continue
             point = (record.get("step") or 0, record["time"])
             bad = 0
+            layers: dict[str, list[float]] = {}
             for name, given in record["metrics"].items():
+                if name.count("/") == 3:  # gate / what / site / layer
+                    _, what, site, _ = name.split("/")
+                    layers.setdefault(f"gate/{what}_{site}", []).append(float(given))
+            summaries = {
+                f"{site}_{word}": str(summary(values)) if all(map(math.isfinite, values)) else "nan"
+                for site, values in layers.items()
+                for word, summary in (("min", min), ("max", max), ("mean", fmean))
+            }
+            for name, given in (record["metrics"] | summaries).items():
                 if not SHIPPED.fullmatch(name):
                     continue
                 section, _, rest = name.partition("/")

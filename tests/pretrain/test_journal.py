@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.errors import RunError
-from pretrain.journal import Journal, read, read_from, series
+from pretrain.journal import MOST_RECORDS, Journal, read, read_from, series
 from tests.conftest import ROOT
 
 
@@ -118,6 +119,33 @@ def test_a_rollback_supersedes_the_older_attempts_points_after_it(path: Path) ->
     assert points[4].value == 2.05
     write(path, 4, range(0))
     assert series(read(path)) == {}, "an attempt from scratch supersedes all"
+
+
+def test_a_long_journal_is_thinned_evenly_and_keeps_its_ends(path: Path) -> None:
+    """Each kind of line by itself: one in ten tells of the time, one in a thousand of a validation."""
+    steps = 5 * MOST_RECORDS
+    with open(path, "w") as file:
+        for step in range(1, steps + 1):
+            metrics = {"loss/train": 1.0 / step} | ({"time/step_ms": 1.0} if step % 10 == 0 else {})
+            lines = [metrics] + ([{"loss/val": 2.0}] if step % 1000 == 0 else [])
+            for line in lines:
+                record = {"format": 1, "kind": "metrics", "time": step, "attempt": 1, "step": step, "metrics": line}
+                file.write(json.dumps(record) + "\n")
+    points = series(read(path))
+    loss = [p.step for p in points["loss/train"]]
+    assert (loss[0], loss[-1], points["time/step_ms"][-1].step) == (1, steps, steps)
+    assert MOST_RECORDS / 2 < len(loss) < 2 * MOST_RECORDS
+    assert loss == sorted(set(loss))
+    assert max(b - a for a, b in pairwise(loss)) <= 10
+    assert [p.step for p in points["loss/val"]] == list(range(1000, steps + 1, 1000))
+
+    back = 3 * MOST_RECORDS
+    write(path, 2, range(back + 1, back + 4), resumed_from=back)
+    points = series(read(path))
+    loss = [p.step for p in points["loss/train"]]
+    assert loss == sorted(set(loss))
+    assert loss[-1] == back + 3
+    assert {p.attempt for p in points["loss/train"] if p.step > back} == {2}
 
 
 def test_nonfinite_values_are_strict_json_and_come_back(path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from data_pipeline.errors import RunError
 from pretrain.journal import Journal
+from pretrain.lease import Lease
 from pretrain.report import write_report
 from pretrain.report_data import load, verdict
 from pretrain.report_plots import PANELS
@@ -93,6 +94,9 @@ def test_a_report_tells_the_numbers_and_escapes_all_text(run_dir: Path) -> None:
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
     assert titles == [panel.title for panel in PANELS], "the journal has all that can be drawn"
     assert text.count("data:image/png;base64,") == len(PANELS)
+    plots = list((run_dir / "report-plots").iterdir())
+    assert len(plots) == len(PANELS)
+    assert all(is_png(plot.read_bytes()) for plot in plots)
 
 
 def test_a_page_asks_for_nothing_from_anywhere(run_dir: Path) -> None:
@@ -116,8 +120,15 @@ def test_missing_pieces_are_left_out(tmp_path: Path, facts: dict[str, Any] | Non
     journal.metrics(1, {"loss/train": math.nan})
     text = write_report([tmp_path], tmp_path / "new" / "page.html").read_text()
     assert is_png((tmp_path / "new" / "page.png").read_bytes())
-    assert "Still running, or killed without a word, at step 1" in text
+    assert "Killed without a word at step 1" in text
     assert "It was never validated." in text
+
+
+def test_a_run_whose_owner_lives_is_said_to_run(tmp_path: Path) -> None:
+    with Lease.acquire(tmp_path):
+        Journal(tmp_path / "metrics.jsonl", 1).event("start", resumed_from=None)
+        assert verdict(load(tmp_path))[0] == "Still running at step 0: no training step."
+        assert ">running</span>" in write_report([tmp_path], None).read_text()
 
 
 def test_a_run_that_failed_before_its_first_step(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """MLflow beside a run: one run for all attempts, with all that was journaled, once, and what the run is made of."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from data_pipeline.errors import ConfigError, RunError
 from pretrain import mirror, provenance
 from pretrain.config import load
-from pretrain.journal import Journal, read
+from pretrain.journal import Journal, Record, read
 from pretrain.mirror import SHIPPED, State, default_uri
 from pretrain.tracking import assign, sync
 from tests.faults.tracked import Writer, assert_mirrors, run_of
@@ -227,6 +228,22 @@ def test_an_untracked_run_and_a_newer_state(tmp_path: Path) -> None:
     (tmp_path / "tracking.json").write_text('{"format": 3}')
     with pytest.raises(RunError, match="format 3 is not known"):
         sync(tmp_path)
+
+
+def test_of_the_layers_the_mirror_gets_least_mean_and_greatest() -> None:
+    density = {"gate/density/enc_ff/0": 0.5, "gate/density/enc_ff/1": 0.25, "gate/density/dec_ff/0": 1.0}
+    values = {"loss/train": 2.0} | density | {"gate/entropy/enc_ff/0": math.nan, "gate/entropy/enc_ff/1": 0.1}
+    assert mirror.shipped(Record("metrics", 0, 3, 1, values, {})) == {
+        "loss/train": 2.0,
+        "mask/density_enc_ff_min": 0.25,
+        "mask/density_enc_ff_mean": 0.375,
+        "mask/density_enc_ff_max": 0.5,
+        "mask/density_dec_ff_min": 1.0,
+        "mask/density_dec_ff_mean": 1.0,
+        "mask/density_dec_ff_max": 1.0,
+        mirror.NONFINITE: 3.0,
+        mirror.ATTEMPT: 3.0,
+    }
 
 
 def test_names_that_are_shipped() -> None:
