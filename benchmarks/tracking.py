@@ -76,7 +76,7 @@ def cost_of_a_step(folder: Path, uri: str) -> dict[str, float]:
         metrics = [Metric(name, value, now, step) for name, value in METRICS.items()]
         client.log_batch(asynchronous, metrics=metrics, synchronous=False)
 
-    ways: dict[str, Callable[[int], None]] = {
+    ways: dict[str, Callable[[int], object]] = {
         "journal": lambda step: journal.metrics(step, METRICS),
         "async MLflow": log_async,
         "log_metrics": lambda step: mlflow.log_metrics(METRICS, step, run_id=synchronous),
