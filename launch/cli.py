@@ -101,7 +101,7 @@ def report(
         typer.Option(help="The HTML file; unless given, report.html in the run folder, or beside it for several."),
     ] = None,
 ) -> None:
-    """Write a self-contained HTML report, and a picture beside it.
+    """Write a self-contained HTML report, a picture beside it, and one of each plot.
 
     Example: `duet report runs/quickstart`
     """
