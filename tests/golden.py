@@ -1,0 +1,102 @@
+"""Golden loss curves: the first 50 steps of each small preset, in fp32 on one rank, on the licence's characters.
+
+After a change that is meant to alter them: `python -m tests.golden`, and the commit says why.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from data_pipeline.dataset import Dataset
+from data_pipeline.order import SampleOrder
+from model import registry
+from pretrain.config import Config, load, presets
+from pretrain.dataset_identity import complete
+from pretrain.distributed import Ranks, join
+from pretrain.engine import Engine
+from pretrain.evaluate import to_batch
+from tests.runs import ROOT, duet
+
+FOLDER = ROOT / "tests" / "golden"
+STEPS = 50
+SEQUENCES = 4
+MOST_PARAMETERS = 3_000_000
+"""Larger models take more than a few seconds for 50 steps."""
+
+
+def golden_file(preset: str) -> Path:
+    """Where a preset's curve is kept."""
+    return FOLDER / f"{preset.removeprefix('model/')}.json"
+
+
+def config_of(preset: str, dataset: Path) -> Config:
+    """The preset's model on the dataset's characters, in small batches."""
+    context = load([preset]).model.context
+    return complete(
+        load(
+            [
+                preset,
+                f"data.path={dataset}",
+                f"batch.tokens={SEQUENCES * context}",
+                "engine.precision=fp32",
+                "engine.zero_stage=1",
+                "optimizer.lr=1e-3",
+            ]
+        ),
+        Dataset.open(str(dataset)),
+    )
+
+
+def small_presets(dataset: Path) -> list[str]:
+    """Presets of models that are small enough."""
+    names = []
+    for preset in presets():
+        if preset.startswith("model/"):
+            with torch.device("meta"):
+                model = registry.build(config_of(preset, dataset).model)
+            if sum(p.numel() for p in model.parameters()) <= MOST_PARAMETERS:
+                names.append(preset)
+    return names
+
+
+def curve(ranks: Ranks, preset: str, dataset: str, seed: int | None = None) -> list[float]:
+    """Cross entropy of each step, in nats per token; `seed` is that of the first weights, the preset's unless given."""
+    config = config_of(preset, Path(dataset))
+    windows = Dataset.open(dataset).windows("train", config.model.context)
+    order = SampleOrder("golden", config.run.seed, len(windows))
+    torch.manual_seed(config.run.seed if seed is None else seed)
+    engine = Engine(registry.build(config.model), config, ranks)
+    losses = []
+    for step in range(1, STEPS + 1):
+        positions = torch.arange((step - 1) * SEQUENCES, step * SEQUENCES)
+        tokens = torch.from_numpy(windows.read(order.windows(positions.numpy())))
+        metrics, _, _ = engine.train_step([to_batch(tokens, positions, step, config.run.seed, ranks.device)], lr=1e-3)
+        losses.append(round(float(metrics[0]["cross_entropy"]), 5))
+    return losses
+
+
+def main() -> None:
+    """Write all curves anew."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = Path(folder) / "licence"
+        source = f"data.sources.text.paths=[{ROOT / 'LICENSE'}]"
+        done = duet("data", "build", "data/characters", source, f"data.path={dataset}")
+        assert done.returncode == 0, done.stderr
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        FOLDER.mkdir(exist_ok=True)
+        with join(timeout_minutes=2) as ranks:
+            for preset in small_presets(dataset):
+                losses = curve(ranks, preset, str(dataset))
+                golden_file(preset).write_text(json.dumps(losses) + "\n")
+                print(f"{preset}: {losses[0]} → {losses[-1]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # an orderly exit aborts now and then in gloo's threads
