@@ -42,7 +42,10 @@ def save_at_every_stage(ranks: Ranks, root: str, precision: str) -> dict[str, An
 
 
 def load_at_every_stage(ranks: Ranks, root: str, precision: str, sabotage: bool = False) -> dict[str, Any]:
-    """Each source into an engine of each stage, which has trained on other weights; then train to LAST."""
+    """Each source into an engine of each stage, which has trained on other weights.
+
+    Then a step; on the stage and number of ranks of the source all steps to LAST.
+    """
     if sabotage:
         Checkpoint.load = lambda self, engine: None  # type: ignore[method-assign]
     results: dict[str, Any] = {}
@@ -50,17 +53,20 @@ def load_at_every_stage(ranks: Ranks, root: str, precision: str, sabotage: bool 
         config = small_config(stage, precision)
         engine = make_engine(ranks, config, seed=99)
         for source in sorted(Path(root).iterdir()):
-            train_steps(engine, ranks, config, 11, 11)
+            if not results:
+                train_steps(engine, ranks, config, 11, 11)
             before = digest(engine, ranks)
             step = _load_newest(engine, ranks, source)
             loaded = digest(engine, ranks)
-            losses = train_steps(engine, ranks, config, step + 1, LAST)
+            same = source.name == f"{stage}-{ranks.world_size}"
+            losses = train_steps(engine, ranks, config, step + 1, LAST if same else step + 1)
+            final = digest(engine, ranks) if same else None
             results[f"{source.name} to {stage}-{ranks.world_size}"] = {
                 "step": step,
                 "before": before,
                 "loaded": loaded,
                 "losses": losses,
-                "final": digest(engine, ranks),
+                "final": final,
             }
     return results
 
@@ -84,8 +90,9 @@ def resume_at_each_step(ranks: Ranks, root: str, precision: str) -> dict[str, An
 def go_on(ranks: Ranks, root: str, stage: int) -> dict[str, Any]:
     """Load the newest checkpoint if there is one, train two steps, save."""
     config = small_config(stage, "fp32")
-    engine = make_engine(ranks, config, seed=ranks.world_size + stage)
-    step = _load_newest(engine, ranks, Path(root)) if list(Path(root).iterdir()) else 0
+    begun = bool(list(Path(root).iterdir()))
+    engine = make_engine(ranks, config, seed=99 if begun else 0)
+    step = _load_newest(engine, ranks, Path(root)) if begun else 0
     loaded = digest(engine, ranks)
     losses = train_steps(engine, ranks, config, step + 1, step + 2)
     save(engine, Path(root), step + 2, ranks)

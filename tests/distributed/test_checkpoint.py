@@ -42,7 +42,7 @@ def test_every_stage_and_number_of_ranks_reads_every_other_bit_for_bit(
                 assert result["losses"] == expected["losses"], way
                 assert result["final"] == expected["final"], way
             elif precision == "fp32":
-                assert result["losses"] == pytest.approx(expected["losses"], abs=2e-5), way
+                assert result["losses"] == pytest.approx(expected["losses"][:1], abs=2e-5), way
     for world in (1, 2):
         [resumed, *_] = ranks(f"{HERE}resume_at_each_step", world, root=str(tmp_path), precision=precision)
         for source, result in resumed.items():
@@ -76,8 +76,7 @@ def test_from_stage_to_stage_and_back(ranks: Ranks, tmp_path: Path) -> None:
     [expected, *_] = ranks(
         f"{CASES}train_and_save", 2, root=str(straight), stage=1, precision="fp32", save_at=10, until=10
     )
-    assert losses[:2] != expected["losses"][:2], "another seed"
-    assert len(losses) == 10
+    assert losses == pytest.approx(expected["losses"], abs=2e-5)
 
 
 def test_gradient_accumulation_gives_the_same_losses(ranks: Ranks, tmp_path: Path) -> None:
