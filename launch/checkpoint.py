@@ -1,24 +1,42 @@
-"""`duet checkpoint`: look at what a run has saved."""
+"""`duet checkpoint`: look at what a run has saved, and keep it in order."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Look at checkpoints.")
+app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, thin them out, export them.")
 PathArg = Annotated[Path, typer.Argument(metavar="PATH", help="A run folder or one checkpoint.")]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 
 @app.command("ls")
-def ls(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """List the complete checkpoints of a run, newest first.
+def ls(run: RunArg) -> None:
+    """List the complete checkpoints of a run, newest first: size, age, validation loss, and why each stays.
 
     Example: `duet checkpoint ls runs/quickstart`
     """
-    for checkpoint in _opened(run):
-        manifest = checkpoint.manifest
+    from data_pipeline.errors import CheckpointError
+    from pretrain.checkpoint import Checkpoint
+    from pretrain.retention import reasons
+    from pretrain.run import RunFolder
+
+    folder = RunFolder(run)
+    train = folder.config().train
+    found = reasons(folder.checkpoints, train.keep_checkpoints, train.keep_every)
+    if not found:
+        raise CheckpointError(f"{run}: no complete checkpoint yet")
+    for path, why in found.items():
+        try:
+            manifest = Checkpoint(path).manifest
+        except CheckpointError as error:
+            typer.echo(f"{path}  DAMAGED: {error}")
+            continue
         size = sum(shard.bytes for shard in manifest.shards) / 2**20
-        typer.echo(f"{checkpoint.path}  step {manifest.step}  {len(manifest.shards)} shard(s)  {size:.1f} MiB")
+        age = f"{_age(time.time() - manifest.saved)} old" if manifest.saved else "age unknown"
+        loss = "not validated" if manifest.validation_loss is None else f"validation {manifest.validation_loss:.4f}"
+        typer.echo(f"{path}  step {manifest.step}  {size:.1f} MiB  {age}  {loss}  {', '.join(why) or 'may go'}")
 
 
 @app.command("inspect")
@@ -30,11 +48,18 @@ def inspect(path: PathArg) -> None:
     checkpoint = _opened(path)[0]
     manifest = checkpoint.manifest
     typer.echo(f"{checkpoint.path}")
-    typer.echo(f"step {manifest.step}, written by {manifest.world_size} rank(s) at ZeRO {manifest.zero_stage}")
+    typer.echo(
+        f"step {manifest.step}, written by {manifest.world_size} rank(s) at ZeRO {manifest.zero_stage}, "
+        f"{manifest.optimizer_steps} updates applied"
+    )
+    if manifest.validation_loss is not None:
+        typer.echo(f"validation loss: {manifest.validation_loss}")
     for key, value in manifest.state.items():
         typer.echo(f"{key}: {value}")
+    for shard in manifest.shards:
+        typer.echo(f"{shard.file}: {shard.bytes} bytes, {len(shard.fragments)} fragments, xxh3_128 {shard.xxh3_128}")
     for name, shape in manifest.shapes.items():
-        typer.echo(f"{name:<60} {shape}")
+        typer.echo(f"{name:<60} {shape!s:<16} {' '.join(manifest.states[name])}")
 
 
 @app.command("verify")
@@ -46,6 +71,80 @@ def verify(path: PathArg) -> None:
     for checkpoint in _opened(path):
         checkpoint.verify()
         typer.echo(f"{checkpoint.path}: whole")
+
+
+@app.command("diff")
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A run folder (its newest checkpoint) or one checkpoint.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+) -> None:
+    """Say how two checkpoints differ: metadata, and of each parameter's states the largest and the relative change.
+
+    Relative: norm of the difference over the norm in A. States that agree bit for bit are only counted.
+
+    Example: `duet checkpoint diff runs/quickstart runs/quickstart/checkpoints/step-000000200`
+    """
+    from pretrain.differences import metadata_differences, shape_differences, tensor_differences
+
+    one, other = _opened(a)[0], _opened(b)[0]
+    for key, (left, right) in metadata_differences(one, other).items():
+        typer.echo(f"{key}: {left} | {right}")
+    for key, (left, right) in shape_differences(one, other).items():
+        typer.echo(f"{key}: {left} | {right}")
+    equal = 0
+    for found in tensor_differences(one, other):
+        if found.largest == 0:
+            equal += 1
+        else:
+            typer.echo(f"{found.name:<50} {found.state:<12} max {found.largest:.3e}  relative {found.relative:.3e}")
+    typer.echo(f"{equal} state(s) of parameters are equal")
+
+
+@app.command("prune")
+def prune(
+    run: RunArg,
+    keep: Annotated[int, typer.Option(min=1, help="Newest checkpoints that stay.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+) -> None:
+    """Remove all but the newest checkpoints of a run, those of `train.keep_every`, and the best by validation loss.
+
+    The newest one is compared with its hashes before anything goes.
+
+    Example: `duet checkpoint prune runs/quickstart --keep 1 --dry-run`
+    """
+    from pretrain import retention
+    from pretrain.lease import check_unowned
+    from pretrain.run import RunFolder
+
+    folder = RunFolder(run)
+    every = folder.config().train.keep_every
+    check_unowned(run)
+    _opened(run)[0].verify()
+    for path in retention.prune(folder.checkpoints, keep, every, dry_run):
+        typer.echo(f"{path}: {'would be removed' if dry_run else 'removed'}")
+
+
+@app.command("export")
+def export(
+    path: PathArg,
+    deepspeed: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder, in DeepSpeed's own layout.")],
+) -> None:
+    """Export a checkpoint (of a run: the newest). Duet does not read what it exports.
+
+    Example: `duet checkpoint export runs/quickstart --deepspeed exported`
+    """
+    from pretrain.export import export_deepspeed
+
+    checkpoint = _opened(path)[0]
+    export_deepspeed(checkpoint, deepspeed)
+    typer.echo(f"{checkpoint.path}: exported to {deepspeed}")
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _opened(path: Path):  # type: ignore[no-untyped-def]  # naming the type would import torch

@@ -7,39 +7,31 @@ a checkpoint exists only while its manifest does.
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import xxhash
 from pydantic import BaseModel, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from data_pipeline.atomic import sync_folder, write_atomic
+from data_pipeline.atomic import sync_folder
 from data_pipeline.errors import CheckpointError
 from data_pipeline.loader import DataState
 from pretrain.distributed import Ranks
 from pretrain.engine import ADAM_STATES, Engine, Fragment
+from pretrain.rng import restore_rng_states
+from pretrain.shard import Shard, hash_file
 
 FORMAT = 2
 OLDEST_FORMAT = 1
 """Which had AdamW only and did not name the states."""
 
-T = TypeVar("T")
-
-
-class Shard(BaseModel, extra="forbid", frozen=True):
-    """One rank's file and the fragments in it, in order: (parameter, start, numel)."""
-
-    file: str
-    bytes: int
-    xxh3_128: str
-    fragments: list[tuple[str, int, int]]
+RNG = "rng/"
+"""Before the name of a shard's tensors that hold the states of its rank's random number generators."""
 
 
 class Manifest(BaseModel, extra="forbid", frozen=True):
@@ -56,7 +48,11 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
     """What each parameter is made of: fp32, and what its optimizer keeps."""
     shards: list[Shard]
     state: dict[str, Any]
-    """Everything that is not a tensor: data position, fingerprint, tokenizer, attempt."""
+    """Everything that is not a tensor: data position, fingerprint, tokenizer, configuration, attempt, commit."""
+    validation_loss: float | None = None
+    """Of this very step, in nats a token, when there was a validation."""
+    saved: float | None = None
+    """Seconds since the epoch, at the copy."""
 
     @model_validator(mode="before")
     @classmethod
@@ -110,7 +106,7 @@ class Checkpoint:
             CheckpointError: names the altered shard.
         """
         for shard in self.manifest.shards[part::parts]:
-            if _hash(self.path / shard.file) != shard.xxh3_128:
+            if hash_file(self.path / shard.file) != shard.xxh3_128:
                 raise CheckpointError(f"{self.path / shard.file}: altered: its hash is not the manifest's")
 
     def data_state(self, seed: int) -> DataState:
@@ -147,34 +143,53 @@ class Checkpoint:
                 f"{self.path}: of another optimizer; first difference: {name} has {', '.join(stored.get(name, ()))} "
                 f"here, {', '.join(wanted[name])} in the run"
             )
-        self._copy(engine.fragments())
+        for fragment in engine.fragments():
+            self.read(fragment)
         engine.adopt_fragments(self.manifest.optimizer_steps)
+
+    def restore_rng(self, ranks: Ranks) -> None:
+        """Set the random number generators as they were, if this is the same number of ranks."""
+        if self.manifest.world_size == ranks.world_size:
+            file = self._open(self.manifest.shards[ranks.rank])
+            names = [name for name in file.keys() if name.startswith(RNG)]  # noqa: SIM118  # not a dict
+            if names:  # there were none in the first format
+                restore_rng_states({name.removeprefix(RNG): file.get_tensor(name) for name in names})
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 parameters, whole, by name."""
         tensors = {name: torch.empty(shape) for name, shape in self.manifest.shapes.items()}
-        whole = [Fragment(name, 0, t.numel(), {"fp32": t.view(-1)}) for name, t in tensors.items()]
-        self._copy(whole)
+        for name, tensor in tensors.items():
+            self.read(Fragment(name, 0, tensor.numel(), {"fp32": tensor.view(-1)}))
         return tensors
 
-    def _copy(self, targets: list[Fragment]) -> None:
-        """Fill every state of every target from the stored fragments that overlap it."""
+    def read(self, target: Fragment) -> None:
+        """Fill every state of a fragment from the stored ones that overlap it."""
+        for state, values in target.states.items():
+            for start, numel, source, position in self._stored[target.name, state]:
+                low, high = max(start, target.start), min(start + numel, target.start + target.numel)
+                if low < high:
+                    piece = source[position + low - start : position + high - start]
+                    values[low - target.start : high - target.start].copy_(piece)
+
+    @cached_property
+    def _stored(self) -> dict[tuple[str, str], list[tuple[int, int, Any, int]]]:
+        """Of each parameter and state the pieces: start, numel, the tensor that holds it, position there."""
         stored: dict[tuple[str, str], list[tuple[int, int, Any, int]]] = {}
         for shard in self.manifest.shards:
-            file = safe_open(self.path / shard.file, framework="pt")
+            file = self._open(shard)
             slices = {state: file.get_slice(state) for state in file.keys()}  # noqa: SIM118  # not a dict
             ends = dict.fromkeys(slices, 0)
             for name, start, numel in shard.fragments:
                 for state in self.manifest.states[name]:
                     stored.setdefault((name, state), []).append((start, numel, slices[state], ends[state]))
                     ends[state] += numel
-        for target in targets:
-            for state, values in target.states.items():
-                for start, numel, source, position in stored[target.name, state]:
-                    low, high = max(start, target.start), min(start + numel, target.start + target.numel)
-                    if low < high:
-                        piece = source[position + low - start : position + high - start]
-                        values[low - target.start : high - target.start].copy_(piece)
+        return stored
+
+    def _open(self, shard: Shard) -> Any:
+        try:
+            return safe_open(self.path / shard.file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.path / shard.file}: damaged: {error}") from error
 
     def _check_coverage(self) -> None:
         held: dict[str, list[tuple[int, int]]] = {}
@@ -191,52 +206,9 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path}: incomplete: {name} is not covered from element {end}")
 
 
-def save(
-    engine: Engine, root: Path, step: int, state: dict[str, Any], ranks: Ranks, still_ours: Callable[[], None]
-) -> Path:
-    """Write a checkpoint with all ranks; it exists when this returns, and not before.
-
-    `still_ours` raises when the run folder was taken over; it is called just before the manifest is written.
-
-    Raises:
-        CheckpointError: on every rank, when one could not write; older checkpoints are untouched.
-    """
-    path = step_path(root, step)
-
-    def prepare() -> None:
-        if path.exists():  # left by a crash, or damaged
-            remove(path)
-        path.mkdir(parents=True)
-
-    def write_shard() -> Shard:
-        return _write_shard(path / f"shard-{ranks.rank:05d}.safetensors", engine.owned_fragments())
-
-    ranks.together(_disk_errors(path, prepare), only_first=True)
-    shards = ranks.gather(ranks.together(_disk_errors(path, write_shard)))
-    manifest = Manifest(
-        step=step,
-        optimizer_steps=engine.optimizer_steps,
-        world_size=ranks.world_size,
-        zero_stage=engine.stage,
-        shapes=engine.shapes,
-        states=engine.states,
-        shards=shards,
-        state=state,
-    )
-
-    def publish() -> None:
-        still_ours()
-        sync_folder(path)
-        write_atomic(path / "manifest.json", manifest.model_dump_json(indent=1))
-        sync_folder(root)
-
-    ranks.together(_disk_errors(path, publish), only_first=True)
-    return path
-
-
 def complete(root: Path) -> list[Path]:
     """Directories with a manifest, newest step first."""
-    return sorted((m.parent for m in root.glob("step-*/manifest.json")), key=_step_of, reverse=True)
+    return sorted((m.parent for m in root.glob("step-*/manifest.json")), key=step_of, reverse=True)
 
 
 def newest(root: Path, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -261,14 +233,6 @@ def newest(root: Path, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint 
     return None
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what interrupted saves of earlier steps left."""
-    kept = complete(root)[:keep]
-    for path in root.glob("step-*"):
-        if path not in kept and _step_of(path) <= _step_of(kept[0]):
-            remove(path)
-
-
 def remove(path: Path) -> None:
     """Remove a checkpoint: first what makes it one, then the rest."""
     (path / "manifest.json").unlink(missing_ok=True)
@@ -281,7 +245,8 @@ def step_path(root: Path, step: int) -> Path:
     return root / f"step-{step:09d}"
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's directory is named after."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -289,40 +254,3 @@ def _verified(path: Path, ranks: Ranks) -> Checkpoint:
     checkpoint = Checkpoint(path)
     checkpoint.verify(ranks.rank, ranks.world_size)
     return checkpoint
-
-
-def _write_shard(file: Path, fragments: list[Fragment]) -> Shard:
-    kinds = sorted({state for fragment in fragments for state in fragment.states})
-    flat = {state: torch.cat([f.states[state].cpu() for f in fragments if state in f.states]) for state in kinds}
-    save_file(flat, file)
-    with open(file, "rb") as written:
-        os.fsync(written.fileno())
-    return Shard(
-        file=file.name,
-        bytes=file.stat().st_size,
-        xxh3_128=_hash(file),
-        fragments=[(f.name, f.start, f.numel) for f in fragments],
-    )
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(4 * 2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _disk_errors(path: Path, work: Callable[[], T]) -> Callable[[], T]:
-    """Turn a disk that is full or read-only into an error that names the checkpoint."""
-
-    def guarded() -> T:
-        try:
-            return work()
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path}: the checkpoint could not be written: {error}; older checkpoints are untouched; "
-                "free space and start the same command again"
-            ) from error
-
-    return guarded

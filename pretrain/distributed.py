@@ -42,11 +42,11 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def any(self, flag: int) -> int:
-        """The largest of all ranks' flags, on every rank."""
-        box = torch.tensor([flag])
+    def largest(self, *flags: int) -> list[int]:
+        """The largest of all ranks' values of each flag, on every rank."""
+        box = torch.tensor(flags)
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.group)
-        return int(box)
+        return box.tolist()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in float64 on the CPU."""

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -203,6 +204,10 @@ class Engine:
                 optimizer.checkpoint_event_epilogue()
             elif self.stage:
                 optimizer.update_lp_params()
+
+    def export_deepspeed(self, folder: Path) -> None:
+        """Save in DeepSpeed's own layout (pickles), below a folder named after the optimizer step; a collective."""
+        self._deepspeed.save_checkpoint(str(folder), tag=f"step-{self.optimizer_steps:09d}", client_state={})
 
     @property
     def _adam(self) -> torch.optim.Optimizer:

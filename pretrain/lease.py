@@ -51,10 +51,7 @@ class Lease:
         folder = run_dir / "attempts"
         folder.mkdir(parents=True, exist_ok=True)
         attempt = latest_attempt(run_dir)
-        if attempt:
-            owner = json.loads(attempt_path(folder, attempt).read_text())
-            if alive(owner, attempt_path(folder, attempt)):
-                raise RunError(_refusal(run_dir, owner))
+        check_unowned(run_dir)
         record = _identity() | {"attempt": attempt + 1, "started": time.time(), "nonce": uuid.uuid4().hex}
         path = attempt_path(folder, attempt + 1)
         temporary = folder / f".{uuid.uuid4().hex}.tmp"
@@ -116,6 +113,15 @@ def latest_attempt(run_dir: Path) -> int:
     if not folder.is_dir():
         return 0
     return max((int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit()), default=0)
+
+
+def check_unowned(run_dir: Path) -> None:
+    """Raises RunError while an attempt owns the run folder; names job, host and process."""
+    if attempt := latest_attempt(run_dir):
+        path = attempt_path(run_dir / "attempts", attempt)
+        owner = json.loads(path.read_text())
+        if alive(owner, path):
+            raise RunError(_refusal(run_dir, owner))
 
 
 def attempt_path(folder: Path, attempt: int) -> Path:

@@ -1,6 +1,7 @@
 """Where an attempt comes from: its source, its packages, its machine. Holds no secrets and no environment variables
 but Slurm's own."""
 
+import json
 import os
 import platform
 import subprocess
@@ -36,6 +37,12 @@ def record(folder: Path, attempt: int) -> dict[str, str]:
     if diff:
         write_atomic(stem.with_suffix(".diff"), diff)
     return tags | git
+
+
+def commit(folder: Path, attempt: int) -> str | None:
+    """The commit that `record` wrote down; None outside a checkout."""
+    commit: str | None = json.loads((folder / f"attempt-{attempt:06d}.json").read_text()).get("git/commit")
+    return commit
 
 
 def source(root: Path) -> tuple[dict[str, str], bytes]:

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.eval_every",
     "train.keep_checkpoints",
+    "train.keep_every",
     "train.log_every",
     "train.sample_tokens",
 )

@@ -71,9 +71,11 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     eval_every: int = Field(default=200, ge=1)
     """Steps between validations; the last step is always validated."""
     checkpoint_every: int = Field(default=200, ge=1)
-    """Steps between checkpoints; the last step always gets one."""
+    """Steps between checkpoints; the first step, to see that the disk works, and the last always get one."""
     keep_checkpoints: int = Field(default=3, ge=1)
-    """Newest checkpoints that stay on disk."""
+    """Newest checkpoints that stay on disk, beside the one with the lowest validation loss."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints of steps that are a multiple of this stay for ever; none unless given."""
     sample_tokens: int = Field(default=100, ge=0)
     """Tokens of the text that is generated at each validation."""
 

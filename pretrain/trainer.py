@@ -1,11 +1,13 @@
 """The training run of one rank: everything is opened in `train`, and the loop below reads top to bottom."""
 
+import json
 import os
 import platform
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -17,7 +19,7 @@ from data_pipeline.errors import RunError
 from data_pipeline.loader import DataState, Loader
 from data_pipeline.order import SampleOrder
 from model import registry
-from pretrain import checkpoint, journal
+from pretrain import checkpoint, journal, provenance
 from pretrain.config import Config
 from pretrain.dataset_identity import complete, identity
 from pretrain.distributed import Ranks
@@ -28,8 +30,10 @@ from pretrain.lease import Lease, LeaseLost
 from pretrain.metrics import Meter
 from pretrain.profiling import Profile
 from pretrain.recorder import Recorder
+from pretrain.retention import prune
 from pretrain.run import RunFolder
 from pretrain.sample import sample_text
+from pretrain.saver import Saver
 from pretrain.schedule import learning_rate
 from pretrain.signals import StopRequest
 from pretrain.system import SystemSampler
@@ -56,22 +60,21 @@ class Session:
     lease: Lease | None
     """Rank 0's."""
     stop: StopRequest
+    saver: Saver
 
     def agreed_request(self) -> int:
-        """The stop signal that any rank has seen, 0 for none; a collective.
+        """The stop signal that any rank has seen, 0 for none; goes on with the save in flight. A collective.
 
         Raises:
             LeaseLost: on every rank, when the run folder is no longer ours.
+            CheckpointError: on every rank, when one could not write.
         """
-        request = self.ranks.any(LOST if self.lease and self.lease.lost else self.stop.signal)
+        mine = LOST if self.lease and self.lease.lost else self.stop.signal
+        request, writing = self.ranks.largest(mine, self.saver.writing)
         if request == LOST:
             raise LeaseLost(f"{self.folder.path}: taken over by another start, or removed; this one ends")
+        self.saver.poll(bool(writing))
         return request
-
-    def check_lease(self) -> None:
-        """Raises LeaseLost on rank 0 when the run folder is no longer ours."""
-        if self.lease:
-            self.lease.check()
 
 
 def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> int:
@@ -102,8 +105,16 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
         recorder.start(step, _facts(config, ranks, dataset, parameters) | {"started": started})
         warn = recorder.warning if ranks.is_first else _warn_in_log
         system = SystemSampler(folder.logs, attempt, step, os.environ["LOCAL_RANK"] == "0", warn)
-        session = Session(config, ranks, folder, dataset, engine, recorder, goodput, system, lease, stop)
-        with system:
+        saver = Saver(
+            engine,
+            folder.checkpoints,
+            ranks,
+            still_ours=lease.check if lease else lambda: None,
+            prune=partial(prune, folder.checkpoints, config.train.keep_checkpoints, config.train.keep_every),
+            published=recorder.checkpoint,
+        )
+        session = Session(config, ranks, folder, dataset, engine, recorder, goodput, system, lease, stop, saver)
+        with system, saver:
             step, signal = run_steps(session, step, data)
         recorder.finish(step, signal, time.time() - started)
         return signal
@@ -167,41 +178,50 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
             signal = session.agreed_request()
             last = step == config.train.steps
             validate = last or step % config.train.eval_every == 0
-            save = last or bool(signal) or step % config.train.checkpoint_every == 0
+            save = last or bool(signal) or step == 1 or step % config.train.checkpoint_every == 0
             if validate or save or step % config.train.log_every == 0:
                 recorder.steps(meter.flush())
-            if validate and (last or not signal):
-                validation(session, step)
+            loss = validation(session, step) if validate and (last or not signal) else None
             if save:
-                save_checkpoint(session, step, data)
+                save_checkpoint(session, step, data, loss)
             if validate or save:
                 meter.resume_clock()
+        session.saver.join()
     return step, signal
 
 
-def validation(session: Session, step: int) -> None:
-    """Validate over all held-out text and write a sample; a collective."""
+def validation(session: Session, step: int) -> float:
+    """Validate over all held-out text and write a sample; a collective. Returns the loss in nats a token."""
     config, dataset = session.config, session.dataset
     windows = dataset.windows("validation", config.model.context, partial=True)
     batch = max(1, 8192 // config.model.context)
     text_bytes = dataset.manifest.splits["validation"].bytes
-    session.recorder.validation(step, evaluate(session.engine.module, windows, text_bytes, batch, session.ranks))
+    metrics = evaluate(session.engine.module, windows, text_bytes, batch, session.ranks)
+    session.recorder.validation(step, metrics)
     if config.train.sample_tokens:
         session.recorder.sample(step, sample_text(session.engine.module, dataset, config, session.ranks.device))
+    return metrics["loss/val"]
 
 
-def save_checkpoint(session: Session, step: int, data: DataState) -> None:
-    """Save with all ranks, then let old checkpoints go; a collective."""
-    state: dict[str, Any] = {
-        "data": data.model_dump(),
-        "tokenizer": session.dataset.manifest.tokenizer.sha256,
-        "attempt": session.recorder.attempt,
-    }
-    since = time.perf_counter()
-    path = checkpoint.save(session.engine, session.folder.checkpoints, step, state, session.ranks, session.check_lease)
-    session.recorder.checkpoint(step, path, seconds=time.perf_counter() - since)
+def save_checkpoint(session: Session, step: int, data: DataState, validation_loss: float | None) -> None:
+    """Begin to save with all ranks; a collective. The checkpoint is there when the recorder is told so."""
+    state: dict[str, Any] = {}
     if session.ranks.is_first:
-        checkpoint.prune(session.folder.checkpoints, session.config.train.keep_checkpoints)
+        state = {
+            "data": data.model_dump(),
+            "tokenizer": session.dataset.manifest.tokenizer.sha256,
+            "attempt": session.recorder.attempt,
+            "config": session.config.model_dump(mode="json"),
+            "commit": provenance.commit(session.folder.path / "code", session.recorder.attempt),
+            "mlflow_run": _mlflow_run(session.folder),
+        }
+    session.saver.start(step, state, validation_loss)
+
+
+def _mlflow_run(folder: RunFolder) -> str | None:
+    """Id of the run in MLflow, if it is there already."""
+    file = folder.path / "tracking.json"
+    return json.loads(file.read_text()).get("run_id") if file.is_file() else None
 
 
 def _warn_in_log(text: str) -> None:
@@ -245,6 +265,7 @@ def _restore(
         data = found.data_state(config.run.seed)
         data.check(fingerprint)
         found.load(engine)
+        found.restore_rng(ranks)
         return data
 
     return found.manifest.step, ranks.together(load)

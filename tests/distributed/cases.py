@@ -2,13 +2,11 @@
 
 import hashlib
 import os
-import resource
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import torch
 
 from data_pipeline.dataset import Dataset
-from data_pipeline.errors import CheckpointError
 from model import registry
 from model.interface import Batch
 from model.language_model import LanguageModel
@@ -25,7 +22,9 @@ from pretrain.config import Config, load
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.evaluate import evaluate
+from pretrain.retention import prune
 from pretrain.run import RunFolder
+from pretrain.saver import Saver
 from pretrain.signals import StopRequest
 
 VOCABULARY = 41
@@ -95,6 +94,24 @@ def digest(engine: Engine, ranks: Ranks) -> dict[str, str]:
     return result
 
 
+def save(engine: Engine, root: Path, step: int, ranks: Ranks) -> None:
+    """Save, and wait until the checkpoint is there."""
+    with a_saver(engine, root, ranks) as saver:
+        saver.start(step, {"who": "test"})
+        saver.join()
+
+
+def a_saver(engine: Engine, root: Path, ranks: Ranks, keep: int = 10) -> Saver:
+    return Saver(
+        engine,
+        root,
+        ranks,
+        still_ours=lambda: None,
+        prune=lambda: prune(root, keep, None),
+        published=lambda step, path, seconds: None,
+    )
+
+
 def train_and_save(
     ranks: Ranks, root: str, stage: int, precision: str, save_at: int, until: int, micro_batch: int | None = None
 ) -> dict[str, Any]:
@@ -102,7 +119,7 @@ def train_and_save(
     config = small_config(stage, precision, micro_batch)
     engine = make_engine(ranks, config)
     before = train_steps(engine, ranks, config, 1, save_at)
-    checkpoint.save(engine, Path(root), save_at, {"who": "test"}, ranks, lambda: None)
+    save(engine, Path(root), save_at, ranks)
     saved = digest(engine, ranks)
     after = train_steps(engine, ranks, config, save_at + 1, until)
     return {"losses": before + after, "saved": saved, "final": digest(engine, ranks)}
@@ -132,62 +149,6 @@ def resume(
 def _tokens(sample: int, context: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(sample)
     return torch.randint(VOCABULARY, (context + 1,), generator=generator)
-
-
-def killed_while_saving(ranks: Ranks, root: str, phase: str) -> None:
-    """Save at step 2, then be killed (rank 1, or rank 0 around the manifest) while saving at step 4."""
-    config = small_config(1, "fp32")
-    engine = make_engine(ranks, config)
-    train_steps(engine, ranks, config, 1, 2)
-    checkpoint.save(engine, Path(root), 2, {}, ranks, lambda: None)
-    train_steps(engine, ranks, config, 3, 4)
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    victim = 0 if "manifest" in phase else 1
-    if ranks.rank == victim:
-        if phase == "before shard":
-            _before(checkpoint, "_write_shard", die)
-        elif phase == "after shard":
-            _before(checkpoint, "_hash", die)  # written, and flushed to disk
-        elif phase == "before manifest":
-            _before(checkpoint, "write_atomic", die)
-        else:
-            original = checkpoint.write_atomic
-
-            def write_and_die(path: Path, content: str | bytes) -> None:
-                original(path, content)
-                die()
-
-            checkpoint.write_atomic = write_and_die
-    checkpoint.save(engine, Path(root), 4, {}, ranks, lambda: None)
-
-
-def _before(module: Any, name: str, action: Callable[[], None]) -> None:
-    original = getattr(module, name)
-
-    def wrapped(*args: Any) -> Any:
-        action()
-        return original(*args)
-
-    setattr(module, name, wrapped)
-
-
-def disk_full(ranks: Ranks, root: str) -> dict[str, Any]:
-    """Rank 1's file system refuses files above 2 KB, as a full disk would, at the second save."""
-    config = small_config(1, "fp32")
-    engine = make_engine(ranks, config)
-    train_steps(engine, ranks, config, 1, 2)
-    checkpoint.save(engine, Path(root), 2, {}, ranks, lambda: None)
-    if ranks.rank == 1:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-    try:
-        checkpoint.save(engine, Path(root), 3, {}, ranks, lambda: None)
-    except CheckpointError as error:
-        return {"error": str(error), "complete": [path.name for path in checkpoint.complete(Path(root))]}
-    raise AssertionError("the disk was not full")
 
 
 def poisoned(ranks: Ranks, stage: int) -> dict[str, Any]:
@@ -258,9 +219,9 @@ def train_run(
         checkpoint.newest = lambda root, ranks, warn: None
         RunFolder.check_never_saved = lambda self: None  # type: ignore[method-assign]
     elif sabotage == "forget the moments":
-        copy = checkpoint.Checkpoint._copy
-        checkpoint.Checkpoint._copy = lambda self, targets: copy(  # type: ignore[method-assign]
-            self, [replace(target, states={"fp32": target.states["fp32"]}) for target in targets]
+        read = checkpoint.Checkpoint.read
+        checkpoint.Checkpoint.read = lambda self, target: read(  # type: ignore[method-assign]
+            self, replace(target, states={"fp32": target.states["fp32"]})
         )
     elif sabotage == "forget the data position":
         trainer.DataState.model_validate = classmethod(  # type: ignore[method-assign,assignment]

@@ -1,0 +1,88 @@
+"""One rank's file of a checkpoint: safetensors, hashed while it is written.
+
+The format is public (https://github.com/huggingface/safetensors#format): the header's length in 8 bytes, a header in
+JSON that gives each tensor's type, shape and place, the tensors.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event
+
+import torch
+import xxhash
+from pydantic import BaseModel
+from torch import Tensor
+
+from data_pipeline.errors import CheckpointError
+
+BLOCK = 8 * 2**20
+"""Bytes that are written, or read, at once."""
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}
+
+
+class Shard(BaseModel, extra="forbid", frozen=True):
+    """One rank's file and the fragments in it, in order: (parameter, start, numel)."""
+
+    file: str
+    bytes: int
+    xxh3_128: str
+    fragments: list[tuple[str, int, int]]
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], abandoned: Event) -> tuple[int, str]:
+    """Write contiguous host tensors [n], flushed to disk. A file that could not be written whole is removed.
+
+    Returns:
+        bytes and hash of the file.
+
+    Raises:
+        CheckpointError: the disk refuses, or `abandoned` was set in the meantime.
+    """
+    digest = xxhash.xxh3_128()
+    try:
+        with open(file, "wb") as written:
+            for block in _blocks(tensors):
+                if abandoned.is_set():
+                    raise CheckpointError(f"{file}: abandoned, since the run ends")
+                written.write(block)
+                digest.update(block)
+            written.flush()
+            os.fsync(written.fileno())
+            return written.tell(), digest.hexdigest()
+    except OSError as error:
+        file.unlink(missing_ok=True)  # it fills the disk
+        raise write_error(file, error) from error
+
+
+def write_error(path: Path, error: OSError) -> CheckpointError:
+    """What a disk that is full or refuses means to the user."""
+    return CheckpointError(
+        f"{path}: the checkpoint could not be written: {error}; older checkpoints are untouched; "
+        "free space and start the same command again"
+    )
+
+
+def hash_file(path: Path) -> str:
+    """As in `Shard.xxh3_128`."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that each is aligned
+    header, end = {}, 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        content = tensor.view(torch.uint8).numpy().data
+        for start in range(0, len(content), BLOCK):
+            yield content[start : start + BLOCK]
