@@ -37,15 +37,29 @@ app.add_typer(config_app, name="config")
 def train(
     config: ConfigArgs,
     ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine: one for each GPU.")] = 1,
+    start_from: Annotated[
+        str | None,
+        typer.Option("--from", metavar="RUN[@STEP]", help="Begin with a checkpoint of another run, or its newest."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what DeepSpeed and torch print, too.")] = False,
 ) -> None:
     """Train, or go on from the newest checkpoint of the run folder.
 
     Example: `duet train model/tiny run/quickstart data.path=data/python-docs --ranks 2`
+
+    With --from it is a new run of the other's configuration, changed by what is given: for instance
+    `duet train --from runs/a@9000 run.name=a-cooled schedule.kind=wsd schedule.cooldown=1000 train.steps=10000`.
     """
     from pretrain.config import load
 
+    if start_from:
+        from pretrain.origin import parse
+        from pretrain.run import RunFolder
+
+        origin = RunFolder(parse(start_from)[0])
+        origin.facts()  # a run folder
+        config = [str(origin.config_file), *config, f"run.start_from={start_from}"]
     loaded = load(config)
     loaded.micro_batches(ranks)
     if dry_run:

@@ -55,6 +55,32 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         return self
 
     @model_validator(mode="after")
+    def _tokens_are_whole_steps(self) -> "Config":
+        total, step = self.train.tokens, self.batch.tokens
+        if total is None:
+            return self
+        if total % step:
+            near = [n for n in (total // step * step, (total // step + 1) * step) if n]
+            raise ValueError(
+                f"train.tokens={total} is not a whole number of steps of batch.tokens={step}; "
+                f"nearest: {' or '.join(map(str, near))}"
+            )
+        # From here on there are steps only: what is written into a run folder says it once.
+        object.__setattr__(self, "train", self.train.model_copy(update={"steps": total // step, "tokens": None}))
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits_the_steps(self) -> "Config":
+        steps, schedule = self.train.steps, self.schedule
+        if schedule.cooldown and schedule.warmup_steps + schedule.cooldown > steps:
+            raise ValueError(
+                f"schedule.warmup_steps={schedule.warmup_steps} and schedule.cooldown={schedule.cooldown} "
+                f"do not fit into train.steps={steps}; the cool-down can be at most "
+                f"{max(0, steps - schedule.warmup_steps)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _profiled_steps_are_trained(self) -> "Config":
         if self.profile.steps and self.profile.steps[1] > self.train.steps:
             raise ValueError(f"profile.steps={list(self.profile.steps)} goes beyond train.steps={self.train.steps}")

@@ -14,6 +14,7 @@ from data_pipeline.atomic import write_atomic, write_json
 from data_pipeline.errors import CheckpointError, RunError
 from pretrain.config import Config, differences, dump
 from pretrain.journal import read
+from pretrain.schedule import decay_start
 
 FORMAT = 1
 MAY_CHANGE = (
@@ -32,7 +33,7 @@ MAY_CHANGE = (
 )
 """Keys that do not alter what is learned: where the data lies (its fingerprint is checked), how it is computed.
 
-With a constant learning rate `train.steps` may change, too.
+`train.steps` may change, too, while the learning rate has not depended on it (`RunFolder._steps_may_change`).
 """
 
 
@@ -57,12 +58,17 @@ class RunFolder:
         Raises:
             RunError: the folder belongs to another configuration or another dataset; names the keys.
         """
-        if self.run_file.exists() and self._has_trained():
+        if self.run_file.exists() and self.has_trained():
             self.check(config, dataset)
             write_atomic(self.config_file, dump(config))
         else:  # the run file last: what it stands for is whole
             write_atomic(self.config_file, dump(config))
             write_json(self.run_file, {"format": FORMAT, "name": config.run.name, "dataset": dataset})
+
+    def saved_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, in order."""
+        found = self.checkpoints.glob("step-*/manifest.json")
+        return sorted(int(manifest.parent.name.removeprefix("step-")) for manifest in found)
 
     def check_never_saved(self) -> None:
         """Whether a run without a checkpoint may start from scratch.
@@ -107,7 +113,8 @@ class RunFolder:
         config: Config = _parsed(self.config_file, lambda text: Config.model_validate(yaml.safe_load(text)))
         return config
 
-    def _has_trained(self) -> bool:
+    def has_trained(self) -> bool:
+        """Whether the run ever took a step."""
         return self.journal.exists() and any(record.kind == "metrics" for record in read(self.journal))
 
     def check(self, config: Config, dataset: dict[str, Any]) -> None:
@@ -123,17 +130,41 @@ class RunFolder:
                 f"data.path={config.data.path} is dataset {dataset['fingerprint'][:12]}; "
                 "give the old data.path, or start a new run with another run.name"
             )
+        ours = self.config()
         changed = {
             key: values
-            for key, values in differences(self.config(), config).items()
-            if not key.startswith(MAY_CHANGE) and not (key == "train.steps" and config.schedule.kind == "constant")
+            for key, values in differences(ours, config).items()
+            if not key.startswith(MAY_CHANGE) and not (key == "train.steps" and self._steps_may_change(ours, config))
         }
         if changed:
-            lines = "\n".join(f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in changed.items())
             raise RunError(
-                f"{self.path}: this run folder belongs to another configuration:\n{lines}\n"
+                f"{self.path}: this run folder belongs to another configuration:\n{told(changed)}\n"
                 "give the old values, or start a new run with another run.name"
             )
+
+    def _steps_may_change(self, ours: Config, config: Config) -> bool:
+        """Whether the steps up to the newest checkpoint had the learning rate that the new `train.steps` gives them.
+
+        Raises:
+            RunError: it is a `wsd` run whose cool-down has begun.
+        """
+        if config.schedule != ours.schedule or config.schedule.kind in ("cosine", "linear"):
+            return False
+        start = min((s for s in (decay_start(ours), decay_start(config)) if s is not None), default=None)
+        saved = self.saved_steps()
+        if start is None or not saved or saved[-1] <= start:
+            return True
+        raise RunError(
+            f"{self.path}: train.steps: {ours.train.steps} in the run, {config.train.steps} now, but the cool-down of "
+            f"schedule.cooldown={config.schedule.cooldown} steps begins after step {start}, and the newest checkpoint "
+            f"is of step {saved[-1]}; give the old value, or start a new run from a checkpoint up to step {start}: "
+            f"duet train --from {self.path}@STEP run.name=NEW train.steps={config.train.steps}"
+        )
+
+
+def told(changed: dict[str, tuple[Any, Any]]) -> str:
+    """A line for each key of which a run has another value than now."""
+    return "\n".join(f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in changed.items())
 
 
 def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:

@@ -24,6 +24,8 @@ class RunConfig(
     """The run folder; `runs/<name>` unless given."""
     seed: int = Field(default=1337, ge=0, lt=2**63)
     """Seeds the weights, the data order and the noise."""
+    start_from: str | None = None
+    """`RUN@STEP`: begin with that checkpoint of another run; its newest if only `RUN` (`duet train --from`)."""
 
 
 class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
@@ -51,14 +53,25 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
 
 
 class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
-    """Learning rate over the steps: linear warm-up, then the kind's curve down to `final_lr` at the last step."""
+    """Learning rate over the steps: linear warm-up to the peak `optimizer.lr`, then the kind's curve."""
 
-    kind: Literal["cosine", "constant"] = "cosine"
-    """Half a cosine from the peak to `final_lr`, or the peak to the end."""
+    kind: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
+    """`cosine` and `linear` fall to `final_lr` at the last step, `wsd` does in its last `cooldown` steps only;
+    `inverse_sqrt` falls as 1/sqrt(step), `constant` stays."""
     warmup_steps: int = Field(default=100, ge=0)
     """Steps of linear rise from 0 to the peak."""
+    cooldown: int = Field(default=0, ge=0)
+    """Last steps of the run, in which `wsd` falls to `final_lr`."""
+    cooldown_shape: Literal["1-sqrt", "linear"] = "1-sqrt"
+    """How `wsd` falls: by 1 - sqrt(share of the cool-down that is done), or in a line."""
     final_lr: float = Field(default=0.0, ge=0.0)
-    """Learning rate at the end of `cosine`."""
+    """Learning rate at the last step of `cosine`, `linear` and a `wsd` with a cool-down."""
+
+    @model_validator(mode="after")
+    def _only_wsd_cools_down(self) -> "ScheduleConfig":
+        if self.cooldown and self.kind != "wsd":
+            raise ValueError(f"cooldown={self.cooldown} is for kind=wsd; {self.kind} has no cool-down of its own")
+        return self
 
 
 class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
@@ -66,6 +79,8 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
 
     steps: int = Field(default=1000, ge=1)
     """Optimizer steps of the whole run."""
+    tokens: int | None = Field(default=None, ge=1)
+    """The same in tokens, instead of `steps`: a multiple of `batch.tokens`. The run's configuration keeps the steps."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines on the terminal; the journal holds every step."""
     eval_every: int = Field(default=200, ge=1)
@@ -78,6 +93,18 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Checkpoints of steps that are a multiple of this stay for ever; none unless given."""
     sample_tokens: int = Field(default=100, ge=0)
     """Tokens of the text that is generated at each validation."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_tokens(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("tokens") is None:
+            return raw
+        if raw.get("steps") is not None:
+            raise ValueError(
+                f"steps={raw['steps']} and tokens={raw['tokens']} both say how long to train; "
+                "take one out, for example with train.steps=null"
+            )
+        return {key: value for key, value in raw.items() if key != "steps"}
 
 
 class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):

@@ -19,7 +19,7 @@ from data_pipeline.errors import RunError
 from data_pipeline.loader import DataState, Loader
 from data_pipeline.order import SampleOrder
 from model import registry
-from pretrain import checkpoint, journal, provenance
+from pretrain import checkpoint, journal, origin, provenance
 from pretrain.config import Config
 from pretrain.dataset_identity import complete, identity
 from pretrain.distributed import Ranks
@@ -152,7 +152,7 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
                 )
             ]
             engine.stopwatch.lap("data")
-            lr = learning_rate(config, step)
+            lr = learning_rate(config, step * config.batch.tokens)
             metrics, grad_norm, applied = engine.train_step(batches, lr)
             data = data.after(config.global_batch, config.batch.tokens)
             skipped = 0 if applied else skipped + 1
@@ -236,12 +236,13 @@ def _own(folder: RunFolder, stack: ExitStack) -> Lease:
 
 def _claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     """Complete the configuration by the dataset's vocabulary and tie the run folder to both."""
-    config = complete(config, dataset)
+    config = origin.resolve(complete(config, dataset))
     dataset.windows("train", config.model.context)  # both must be large enough for one window
     dataset.windows("validation", config.model.context, partial=True)
     first = not folder.run_file.exists()
     if first and sum(shard.bytes for shard in dataset.manifest.shards) <= VERIFY_UP_TO_BYTES:
         dataset.verify()
+    origin.check(config, identity(dataset))
     folder.claim(config, identity(dataset))
     return config
 
@@ -251,6 +252,8 @@ def _restore(
 ) -> tuple[int, DataState]:
     """Load the newest checkpoint: the step it was made at and where the data stand. Step 0 when there never was one.
 
+    A run without one begins with that of `run.start_from`, if it has an origin.
+
     Raises:
         CheckpointError: none is whole, or those that the journal tells of are gone.
         DataError: it was trained on other data.
@@ -259,7 +262,10 @@ def _restore(
     found = checkpoint.newest(folder.checkpoints, ranks, recorder.warning)
     if not found:
         ranks.together(folder.check_never_saved)
-        return 0, DataState(fingerprint=fingerprint, seed=config.run.seed)
+        if config.run.start_from is None:
+            return 0, DataState(fingerprint=fingerprint, seed=config.run.seed)
+        found = ranks.together(lambda: checkpoint.Checkpoint(origin.checkpoint_folder(config)))
+        ranks.together(lambda: found.verify(ranks.rank, ranks.world_size))
 
     def load() -> DataState:
         data = found.data_state(config.run.seed)
@@ -279,5 +285,6 @@ def _facts(config: Config, ranks: Ranks, dataset: Dataset, parameters: int) -> d
         "device": device,
         "host": platform.node(),
         "job": os.environ.get("SLURM_JOB_ID"),
+        "start_from": config.run.start_from,
         "versions": {name: version(name) for name in ("torch", "deepspeed", "mlflow", "pyarrow", "sentencepiece")},
     }

@@ -193,10 +193,10 @@ def train_run(
     original_lr = trainer.learning_rate
     now = 0
 
-    def remember_step(config: Config, step: int) -> float:
+    def remember_step(config: Config, tokens: int) -> float:
         nonlocal now
-        now = step
-        return original_lr(config, step)
+        now = tokens // config.batch.tokens
+        return original_lr(config, tokens)
 
     def step(engine: Engine, batches: Any, lr: float) -> Any:
         if ranks.rank == 1 and now == die_at:

@@ -219,6 +219,33 @@ def test_a_run_of_constant_learning_rate_may_become_longer(tmp_path: Path) -> No
         folder.claim(load(["train.steps=20"]), dataset)
 
 
+def test_the_end_of_a_wsd_run_may_move_until_its_cooldown_has_begun(tmp_path: Path) -> None:
+    dataset = {"fingerprint": "f" * 64, "path": "data/x"}
+    wsd = ["schedule.kind=wsd", "schedule.cooldown=20", "schedule.warmup_steps=5"]
+    folder = trained(tmp_path, *wsd, "train.steps=100")
+
+    def claim(steps: int, *more: str) -> None:
+        folder.claim(load([*wsd, f"train.steps={steps}", *more]), dataset)
+
+    def save(step: int) -> None:
+        checkpoint = folder.checkpoints / f"step-{step:09d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").touch()
+
+    claim(60)
+    save(80)
+    with pytest.raises(RunError, match="begins after step 40, and the newest checkpoint is of step 80"):
+        claim(100)
+    (folder.checkpoints / "step-000000080" / "manifest.json").unlink()
+    claim(100)
+    save(79)
+    claim(120)
+    with pytest.raises(RunError, match=r"step 78, .*step 79; .* duet train --from .* train.steps=98"):
+        claim(98)
+    with pytest.raises(RunError, match="schedule.cooldown: 20 in the run, 10 now"):
+        claim(120, "schedule.cooldown=10")
+
+
 def test_another_dataset_is_refused(tmp_path: Path) -> None:
     folder = trained(tmp_path)
     with pytest.raises(RunError, match="ffffffffffff .*bbbbbbbbbbbb"):
