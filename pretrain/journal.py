@@ -1,7 +1,7 @@
 """The journal of a run: `metrics.jsonl`, append-only, one JSON object a line. It is the truth; all else mirrors it.
 
-A line counts once its newline is on disk. Kinds: metrics, start, end, checkpoint, sample, warning, slowest,
-profile.
+A line counts once its newline is on disk. Kinds: metrics, start, end, checkpoint, sample, warning, slowest, profile,
+rollback, and those in HEALTH.
 """
 
 import errno
@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from data_pipeline.errors import RunError
 
 FORMAT = 1
+HEALTH = ("skipped", "spike", "straggler", "hang", "growth")
+"""Kinds of what a run noticed about itself; each has a `text`, as `warning` and `rollback` do."""
 ENVELOPE = ("format", "kind", "time", "attempt", "step", "metrics")
 
 
@@ -44,11 +46,13 @@ class Point(NamedTuple):
 class Journal:
     """Appends to a run's journal. Each record is a single write, so threads and a crash never mix two lines.
 
-    `num_nonfinite` counts the metric values that were nan or infinite.
+    `num_nonfinite` counts the metric values that were nan or infinite. Once `num_rollbacks` of the run is not 0, it is
+    beside all metrics, to tell superseded points from those that replaced them within one attempt.
     """
 
     def __init__(self, path: Path, attempt: int) -> None:
         self.num_nonfinite = 0
+        self.num_rollbacks = 0
         self._attempt = attempt
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._cut_torn_line()
@@ -67,6 +71,8 @@ class Journal:
             else:  # strict JSON has no nan
                 values[name] = str(number)
                 self.num_nonfinite += 1
+        if self.num_rollbacks:
+            values["health/rollbacks"] = float(self.num_rollbacks)
         self._append({"kind": "metrics", "step": step, "metrics": values})
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -141,11 +147,12 @@ def read_from(path: Path, offset: int) -> Iterator[tuple[Record, int]]:
 def series(records: Iterable[Record]) -> dict[str, list[Point]]:
     """The points of each metric in the order they were recorded, without those that a rollback superseded.
 
-    An attempt that resumed from step s supersedes what older ones recorded after s; one from scratch, all of it.
+    An attempt that resumed from step s supersedes what older ones recorded after s, as does a rollback to s within an
+    attempt; one from scratch, all of it.
     """
     points: dict[str, list[Point]] = {}
     for record in records:
-        if record.kind == "start":
+        if record.kind in ("start", "rollback"):
             resumed_from = record.fields.get("resumed_from")
             for name, kept in points.items():
                 points[name] = [] if resumed_from is None else [p for p in kept if p.step <= resumed_from]
