@@ -20,6 +20,7 @@ from model.config import ModelConfig
 from pretrain.sections import (
     BatchConfig,
     EngineConfig,
+    HealthConfig,
     OptimizerConfig,
     ProfileConfig,
     RunConfig,
@@ -40,6 +41,7 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
+    health: HealthConfig = HealthConfig()
     tracking: TrackingConfig = TrackingConfig()
     profile: ProfileConfig = ProfileConfig()
 
@@ -84,6 +86,21 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
     def _profiled_steps_are_trained(self) -> "Config":
         if self.profile.steps and self.profile.steps[1] > self.train.steps:
             raise ValueError(f"profile.steps={list(self.profile.steps)} goes beyond train.steps={self.train.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _health_fits_the_rest(self) -> "Config":
+        health, timeout, keep = self.health, self.engine.timeout_minutes, self.train.keep_checkpoints
+        if health.hang_minutes >= timeout:
+            raise ValueError(
+                f"health.hang_minutes={health.hang_minutes:g} must be below engine.timeout_minutes={timeout:g}, "
+                f"which ends the run; for example {timeout / 2:g}"
+            )
+        if health.on_spike == "rollback" and health.rollback_checkpoints > keep:
+            raise ValueError(
+                f"health.rollback_checkpoints={health.rollback_checkpoints}, but only train.keep_checkpoints={keep} "
+                "stay on disk; raise the one or lower the other"
+            )
         return self
 
     @property

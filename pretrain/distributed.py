@@ -48,6 +48,12 @@ class Ranks:
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.group)
         return box.tolist()
 
+    def mean_on_device(self, value: torch.Tensor) -> torch.Tensor:
+        """Mean over the ranks, where the values are; queued behind the device's work, the host does not wait for it."""
+        mean = value.detach().float() / self.world_size
+        dist.all_reduce(mean)
+        return mean
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in float64 on the CPU."""
         total = values.detach().to("cpu", torch.float64)

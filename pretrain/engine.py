@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,9 @@ class Engine:
         self._ranks = ranks
         self._adamw = config.optimizer
         self._applied = False
+        self.guard: Callable[[list[dict[str, Tensor]]], Tensor] | None = None
+        """Given the metrics of a step's micro-batches it returns a factor [] of the last one's loss, before that one's
+        backward pass: NaN on any rank makes all of them skip the step."""
         self.stopwatch = Stopwatch(ranks.device)
         # The table of tokens is first in the forward pass, so its gradient is the last; hooks run in order of
         # registration, and DeepSpeed's, which may wait for other ranks, come later.
@@ -114,7 +117,10 @@ class Engine:
         for batch in micro_batches:
             output: ModelOutput = self._deepspeed(batch)
             self.stopwatch.lap("forward")
-            self._deepspeed.backward(output.loss)
+            loss = output.loss
+            if self.guard and batch is micro_batches[-1]:
+                loss = loss * self.guard([*metrics, output.metrics])
+            self._deepspeed.backward(loss)
             self.stopwatch.lap("reduce")
             if batch is micro_batches[-1] and self.stage == 0:
                 norm = self._gradient_norm()
@@ -131,6 +137,35 @@ class Engine:
             norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32)
         self._applied = self._deepspeed.was_step_applied()
         return metrics, norm, self._applied
+
+    def replay(self, micro_batches: Sequence[Batch], lr: float) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """Compute a skipped step again, from the same weights, samples and noise; it is skipped again in any case.
+
+        A collective. Good steps pay nothing for knowing where a bad one went wrong.
+
+        Returns:
+            this rank's loss of each micro-batch (0-d), and for each parameter whether the micro-batch's own gradient
+            was finite (0-d, bool), in the order of `shapes`.
+        """
+        finite: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
+
+        def watch(name: str) -> Callable[[Tensor], Tensor]:
+            def note(gradient: Tensor) -> Tensor:
+                finite[name].append(torch.isfinite(gradient).all())
+                return gradient * math.nan
+
+            return note
+
+        hooks = [parameter.register_hook(watch(name)) for parameter, name in self._names.items()]
+        guard, self.guard = self.guard, None
+        try:
+            metrics, _, applied = self.train_step(micro_batches, lr)
+        finally:
+            self.guard = guard
+            for hook in hooks:
+                hook.remove()
+        assert not applied
+        return [of_one["loss"] for of_one in metrics], finite
 
     def squared_norms(self) -> tuple[float, float]:
         """Squares summed over the parameters, and over the last step's update of them; waits for the device.

@@ -38,7 +38,7 @@ def earlier_goodput(records: Iterable[Record], resumed_from: int, started: float
     windows: list[tuple[int, float]] = []  # (last step, productive seconds) from one flush to the next
     productive_steps = 0
     for record in records:
-        if record.kind == "start":
+        if record.kind in ("start", "rollback"):
             if first_started is None:
                 first_started = record.fields.get("started", record.time / 1e3)
             windows = _up_to(windows, record.fields.get("resumed_from") or 0)

@@ -1,7 +1,7 @@
 """The journal of a run: `metrics.jsonl`, append-only, one JSON object a line. It is the truth; all else mirrors it.
 
-A line counts once its newline is on disk. Kinds: metrics, start, end, checkpoint, sample, warning, slowest,
-profile.
+A line counts once its newline is on disk. Kinds: metrics, start, end, checkpoint, sample, warning, slowest, profile,
+rollback, and those in HEALTH.
 """
 
 import errno
@@ -21,6 +21,8 @@ from data_pipeline.errors import RunError
 FORMAT = 1
 MOST_RECORDS = 4000
 """Of a kind in `series`: a picture has fewer columns."""
+HEALTH = ("skipped", "spike", "straggler", "hang", "growth")
+"""Kinds of what a run noticed about itself; each has a `text`, as `warning` and `rollback` do."""
 ENVELOPE = ("format", "kind", "time", "attempt", "step", "metrics")
 
 
@@ -48,11 +50,13 @@ class Point(NamedTuple):
 class Journal:
     """Appends to a run's journal. Each record is a single write, so threads and a crash never mix two lines.
 
-    `num_nonfinite` counts the metric values that were nan or infinite.
+    `num_nonfinite` counts the metric values that were nan or infinite. Once `num_rollbacks` of the run is not 0, it is
+    beside all metrics, to tell superseded points from those that replaced them within one attempt.
     """
 
     def __init__(self, path: Path, attempt: int) -> None:
         self.num_nonfinite = 0
+        self.num_rollbacks = 0
         self._attempt = attempt
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._cut_torn_line()
@@ -71,6 +75,8 @@ class Journal:
             else:  # strict JSON has no nan
                 values[name] = str(number)
                 self.num_nonfinite += 1
+        if self.num_rollbacks:
+            values["health/rollbacks"] = float(self.num_rollbacks)
         self._append({"kind": "metrics", "step": step, "metrics": values})
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -171,13 +177,14 @@ class _Thinned:
 def series(records: Iterable[Record]) -> dict[str, list[Point]]:
     """The points of each metric in the order they were recorded, without those that a rollback superseded.
 
-    An attempt that resumed from step s supersedes what older ones recorded after s; one from scratch, all of it.
+    An attempt that resumed from step s supersedes what older ones recorded after s, as does a rollback to s within an
+    attempt; one from scratch, all of it.
     Of more than `MOST_RECORDS` lines that hold the same metrics, an even selection and the last one are kept: a run of
     a million steps needs no more memory than one of a few thousand.
     """
     groups: dict[tuple[str, ...], _Thinned] = {}
     for number, record in enumerate(records):
-        if record.kind == "start":
+        if record.kind in ("start", "rollback"):
             resumed_from = record.fields.get("resumed_from")
             for group in groups.values():
                 group.supersede(-math.inf if resumed_from is None else resumed_from)

@@ -41,7 +41,7 @@ class Slowest:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One step's line of the journal, and who held it up when that is news."""
+    """One step's line of the journal; the last one of a window tells who held it up."""
 
     step: int
     values: dict[str, float]
@@ -61,7 +61,6 @@ class Meter:
         device_name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
         self._utilisation_per_token = utilisation_per_token(config.model, device_name, ranks.world_size)
         self._hosts = ranks.gather(platform.node())
-        self._slowest_rank: int | None = None
         self._names: list[str] = []
         self._steps: list[tuple[int, Tensor, Mapping[str, Any]]] = []
         self._since = time.perf_counter()
@@ -124,7 +123,7 @@ class Meter:
         return values
 
     def _compare_ranks(self, parts: dict[str, float]) -> tuple[dict[str, float], Slowest | None]:
-        """Norms over all ranks, the largest memory of one, and how far the slowest is behind.
+        """Norms over all ranks, the largest memory, and how far the slowest is behind; who it is, if that is much.
 
         `optim/update_ratio` is ‖Δθ‖ / ‖θ‖ of the window's last step, θ after it (`Engine.squared_norms`).
         `time/rank_spread` is the slowest rank's own work over the mean, from 1; own work is forward and backward up
@@ -132,21 +131,19 @@ class Meter:
         one bucket, and at ZeRO 3, ranks wait for each other in between, and the spread comes out too small.
         """
         mine = (parts["forward"] + parts["backward"], *self._engine.squared_norms(), *_memory_gib(self._ranks.device))
-        work, theta, update, memory, peak = zip(*self._ranks.gather(mine), strict=True)
+        work, theta, update, memory, peak, host = zip(*self._ranks.gather(mine), strict=True)
         values = {
             "optim/param_norm": sum(theta) ** 0.5,
             "optim/update_ratio": (sum(update) / sum(theta)) ** 0.5,
             "system/memory_gib": max(memory),
             "system/peak_memory_gib": max(peak),
+            "system/host_memory_gib": max(host),
         }
         if self._ranks.world_size == 1:
             return values, None
         values["time/rank_spread"] = ratio = max(work) * len(work) / sum(work)
         rank = work.index(max(work))
-        if ratio <= SLOW or rank == self._slowest_rank:
-            return values, None
-        self._slowest_rank = rank
-        return values, Slowest(rank, self._hosts[rank], ratio)
+        return values, Slowest(rank, self._hosts[rank], ratio) if ratio > SLOW else None
 
     def _health(self, step: int) -> dict[str, float]:
         """`health/skipped` counts the steps of the whole run that applied no update, once there is one."""
@@ -160,10 +157,10 @@ def _named(names: list[str], values: list[float]) -> dict[str, float]:
     return {NAMES.get(name, f"gate/{name}"): value for name, value in zip(names, values, strict=True)}
 
 
-def _memory_gib(device: torch.device) -> tuple[float, float]:
-    """Now and at most, in GiB: torch's allocations on a GPU, resident memory of this process on a CPU."""
+def _memory_gib(device: torch.device) -> tuple[float, float, float]:
+    """Now and at most, and the process's resident memory, in GiB; the first two are torch's allocations on a GPU."""
+    host = psutil.Process().memory_info().rss / 2**30
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 2**30, torch.cuda.max_memory_allocated(device) / 2**30
-    now = psutil.Process().memory_info().rss / 2**30
+        return torch.cuda.memory_allocated(device) / 2**30, torch.cuda.max_memory_allocated(device) / 2**30, host
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB on Linux, which counts a little behind
-    return now, max(now, peak_kib / 2**20)
+    return host, max(host, peak_kib / 2**20), host

@@ -21,6 +21,8 @@ from pretrain.report_data import RunData, load
 from pretrain.run import RunFolder
 from pretrain.tracking import Tracker, assign
 
+COUNTED = {"skipped": "steps without an update", "spikes": "loss spikes", "rollbacks": "rollbacks"}
+"""What the summary tells of `health/…`."""
 CLOSE_SECONDS = 10.0
 CLOSE_SECONDS_AFTER_SIGNAL = 2.0
 
@@ -37,18 +39,20 @@ class Recorder:
         self._tracker: Tracker | None = None
         self._mlflow = ""
         self._sample = ""
+        self._slowest_rank: int | None = None
         if self._active:
             self._first_step = 0
             self._journal = Journal(folder.journal, attempt)
             self._console = Console(config.train.steps)
 
-    def start(self, step: int, facts: dict[str, Any]) -> None:
-        """The attempt begins after `step` (0: from scratch)."""
+    def start(self, step: int, facts: dict[str, Any], num_rollbacks: int = 0) -> None:
+        """The attempt begins after `step` (0: from scratch), and after so many rollbacks of the run."""
         if not self._active:
             return
         config = self._config
         self._first_step = step
         self._folder.describe(**facts)
+        self._journal.num_rollbacks = num_rollbacks
         self._journal.event(
             "start", resumed_from=step or None, config=config.model_dump(mode="json"), tags=self._tags(), **facts
         )
@@ -74,7 +78,8 @@ class Recorder:
             return
         for line in lines:
             self._journal.metrics(line.step, line.values)
-            if line.slowest:
+            if line.slowest and line.slowest.rank != self._slowest_rank:  # news
+                self._slowest_rank = line.slowest.rank
                 self._journal.event("slowest", step=line.step, **asdict(line.slowest))
         shown = dict(lines[-1].values)
         for name in shown:
@@ -111,6 +116,19 @@ class Recorder:
         if self._active:
             self._journal.event("warning", text=text)
             self._console.warning(text)
+
+    def health(self, kind: str, step: int, text: str, **facts: Any) -> None:
+        """Something the run noticed about itself: a kind of `journal.HEALTH`, or a rollback; `facts` are JSON."""
+        if self._active:
+            self._journal.event(kind, step=step, text=text, **facts)
+            self._console.warning(text)
+
+    def rollback(self, step: int, to: int, text: str, data: dict[str, Any]) -> None:
+        """Training goes back from `step` to the checkpoint of step `to`, and on with the data at `data`."""
+        if self._active:
+            self.health("rollback", step, text, resumed_from=to, data=data)
+            self._journal.num_rollbacks += 1
+            self._journal.sync()
 
     def finish(self, step: int, signal: int, seconds: float) -> None:
         """The loop is over: all steps done, or stopped by a signal after a save."""
@@ -167,6 +185,9 @@ class Recorder:
         if steps:
             rate = points["time/tokens_per_second"][-1].value
             rows.append(("speed", f"{rate:,.0f} tokens/s; {steps} steps in {seconds:.0f} s, start-up included"))
+        counts = {name: int(points[f"health/{name}"][-1].value) for name in COUNTED if points.get(f"health/{name}")}
+        if told := [f"{count} {COUNTED[name]}" for name, count in counts.items() if count]:
+            rows.append(("health", f"{', '.join(told)}; see the report"))
         if saved := complete(self._folder.checkpoints):
             rows.append(("checkpoint", str(saved[0])))
         rows.append(("report", str(self._folder.report)))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import RunError
-from pretrain.journal import Point, Record, read, series
+from pretrain.journal import HEALTH, Point, Record, read, series
 from pretrain.runs import LOSS, run_state
 
 VALIDATION = "loss/val"
@@ -29,6 +29,7 @@ class RunData:
     """How the latest attempt ended; None while it runs, and after a kill that left it no time."""
     samples: list[Record]
     warnings: list[Record]
+    """With what the run noticed about itself, and its rollbacks."""
     slowest: list[Record]
     """Each time another rank than before held up the others."""
 
@@ -68,13 +69,16 @@ def load(run_dir: Path) -> RunData:
     if not journal.is_file():
         raise RunError(f"{run_dir}: no metrics.jsonl in it; {expected}")
     kinds: dict[str, list[Record]] = {}
+    warnings: list[Record] = []
     last: Record | None = None
 
     def sorted_out() -> Iterator[Record]:
         """Every record; those that are not metrics are few, and kept."""
         nonlocal last
         for last in read(journal):
-            if last.kind != "metrics":
+            if last.kind in ("warning", "rollback", *HEALTH):
+                warnings.append(last)
+            elif last.kind != "metrics":
                 kinds.setdefault(last.kind, []).append(last)
             yield last
 
@@ -91,7 +95,7 @@ def load(run_dir: Path) -> RunData:
         starts=kinds.get("start", []),
         end=ends[-1] if ends else None,
         samples=list({sample.step: sample for sample in kinds.get("sample", [])}.values()),
-        warnings=kinds.get("warning", []),
+        warnings=warnings,
         slowest=kinds.get("slowest", []),
     )
 
@@ -102,6 +106,8 @@ def verdict(run: RunData) -> tuple[str, str]:
     course = f"training loss {loss[0].value:.4f} → {loss[-1].value:.4f} nats per token" if loss else "no training step"
     resumed = sum(1 for start in run.starts if start.fields.get("resumed_from") is not None)
     times = "" if not resumed else ", resumed once" if resumed == 1 else f", resumed {resumed} times"
+    back = sum(1 for warning in run.warnings if warning.kind == "rollback")
+    times += "" if not back else ", rolled back once" if back == 1 else f", rolled back {back} times"
     return f"{_ending(run)} at step {run.last_step:,}{times}: {course}.", _validation(run)
 
 

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "batch.micro_batch",
     "data.",
     "engine.",
+    "health.",
     "profile.",
     "run.dir",
     "tracking.",

@@ -126,6 +126,28 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
         return self
 
 
+class HealthConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+    """How a run watches itself (docs/health.md)."""
+
+    max_skipped: int = Field(default=10, ge=1)
+    """Steps in a row without an update that end the run."""
+    on_spike: Literal["warn", "skip", "rollback"] = "warn"
+    """What to do about a spike of the loss: only say so; leave out that step's update; or go back to a checkpoint and
+    pass over the data read since."""
+    spike_z: float = Field(default=6.0, gt=0.0)
+    """A loss that is this many robust standard deviations above the recent median is a spike."""
+    spike_window: int = Field(default=100, ge=8)
+    """Steps whose losses are the measure; nothing is a spike before there are so many."""
+    rollback_checkpoints: int = Field(default=1, ge=1)
+    """Checkpoints to go back: 1 is the newest."""
+    max_rollbacks: int = Field(default=3, ge=1)
+    """Rollbacks of the whole run; the next spike ends it."""
+    gc_every: int = Field(default=200, ge=1)
+    """Steps between Python's garbage collections, which all ranks make at the same step."""
+    hang_minutes: float = Field(default=5.0, gt=0.0)
+    """Without progress for so long, each rank writes its stacks into the run folder. Below `engine.timeout_minutes`."""
+
+
 class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """MLflow, the mirror of the run's journal."""
 

@@ -26,11 +26,13 @@ from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.evaluate import evaluate, to_batch
 from pretrain.goodput import Goodput, earlier_goodput
+from pretrain.health import Health
 from pretrain.lease import Lease, LeaseLost
 from pretrain.metrics import Meter
 from pretrain.profiling import Profile
 from pretrain.recorder import Recorder
 from pretrain.retention import prune
+from pretrain.rollback import load_older, read_past
 from pretrain.run import RunFolder
 from pretrain.sample import sample_text
 from pretrain.saver import Saver
@@ -40,7 +42,6 @@ from pretrain.system import SystemSampler
 
 VERIFY_UP_TO_BYTES = 10 * 2**30
 """A dataset up to this size is hashed in full at a run's first start."""
-MAX_SKIPPED_IN_A_ROW = 10
 LOST = 255
 """Greater than any signal: what rank 0 reports when the run folder is no longer its own."""
 
@@ -61,6 +62,7 @@ class Session:
     """Rank 0's."""
     stop: StopRequest
     saver: Saver
+    health: Health
 
     def agreed_request(self) -> int:
         """The stop signal that any rank has seen, 0 for none; goes on with the save in flight. A collective.
@@ -102,7 +104,10 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
         recorder = stack.enter_context(Recorder(config, folder, ranks, attempt))
         step, data = _restore(config, ranks, folder, dataset, engine, recorder)
         goodput = ranks.together(lambda: earlier_goodput(journal.read(folder.journal), step, started), only_first=True)
-        recorder.start(step, _facts(config, ranks, dataset, parameters) | {"started": started})
+        past = ranks.together(lambda: read_past(journal.read(folder.journal), step, config.health), only_first=True)
+        data = DataState.model_validate(past.data) if past.data else data
+        facts = _facts(config, ranks, dataset, parameters) | {"started": started}
+        recorder.start(step, facts, past.num_rollbacks)
         warn = recorder.warning if ranks.is_first else _warn_in_log
         system = SystemSampler(folder.logs, attempt, step, os.environ["LOCAL_RANK"] == "0", warn)
         saver = Saver(
@@ -113,8 +118,9 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
             prune=partial(prune, folder.checkpoints, config.train.keep_checkpoints, config.train.keep_every),
             published=recorder.checkpoint,
         )
-        session = Session(config, ranks, folder, dataset, engine, recorder, goodput, system, lease, stop, saver)
-        with system, saver:
+        health = Health(config, ranks, engine, recorder, folder.logs, past)
+        session = Session(config, ranks, folder, dataset, engine, recorder, goodput, system, lease, stop, saver, health)
+        with system, saver, health:
             step, signal = run_steps(session, step, data)
         recorder.finish(step, signal, time.time() - started)
         return signal
@@ -123,6 +129,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
 def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
     """The training loop. Returns the last finished step and the signal that ended it early, else 0."""
     config, ranks, engine, recorder = session.config, session.ranks, session.engine, session.recorder
+    health = session.health
     micro_batch, _ = config.micro_batches(ranks.world_size)
     windows = session.dataset.windows("train", config.model.context)
     order = SampleOrder(data.fingerprint, data.seed, len(windows))
@@ -137,7 +144,6 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
     meter = Meter(config, engine, ranks, session.goodput, restarts=recorder.attempt - 1)
     profile_steps = config.profile.steps if ranks.is_first else None
     profile = Profile(profile_steps, session.folder.path / "profile", ranks.device, recorder.profile)
-    skipped = 0
     signal = session.agreed_request()
     with loader, profile:
         while step < config.train.steps and not signal:
@@ -155,8 +161,8 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
             lr = learning_rate(config, step * config.batch.tokens)
             metrics, grad_norm, applied = engine.train_step(batches, lr)
             data = data.after(config.global_batch, config.batch.tokens)
-            skipped = 0 if applied else skipped + 1
             profile.after(step)
+            health.after_step(step, batches, lr, applied)
             session.system.step = step
             known = {
                 "data/tokens_seen": data.tokens_seen,
@@ -168,23 +174,22 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
             if not applied:
                 known["optim/skipped"] = 1
             meter.add(step, metrics, known)
-            if skipped == MAX_SKIPPED_IN_A_ROW:
-                recorder.steps(meter.flush())
-                raise RunError(
-                    f"the gradients were not finite {skipped} steps in a row, up to step {step}: the run has diverged; "
-                    "start a new run with a lower optimizer.lr, or a longer schedule.warmup_steps"
-                )
 
             signal = session.agreed_request()
             last = step == config.train.steps
             validate = last or step % config.train.eval_every == 0
             save = last or bool(signal) or step == 1 or step % config.train.checkpoint_every == 0
-            if validate or save or step % config.train.log_every == 0:
-                recorder.steps(meter.flush())
+            if validate or save or step % config.train.log_every == 0 or health.too_many_skipped:
+                health.record(meter.flush())
+            if health.spike and (older := roll_back(session, step, data)) is not None:
+                step = older
+                meter.resume_clock()
+                continue
             loss = validation(session, step) if validate and (last or not signal) else None
             if save:
                 save_checkpoint(session, step, data, loss)
             if validate or save:
+                health.beat()
                 meter.resume_clock()
         session.saver.join()
     return step, signal
@@ -222,6 +227,27 @@ def _mlflow_run(folder: RunFolder) -> str | None:
     """Id of the run in MLflow, if it is there already."""
     file = folder.path / "tracking.json"
     return json.loads(file.read_text()).get("run_id") if file.is_file() else None
+
+
+def roll_back(session: Session, step: int, data: DataState) -> int | None:
+    """Go back to an older checkpoint and on with the data from `data`; a collective.
+
+    Returns:
+        the checkpoint's step; None when there is none and training just goes on.
+
+    Raises:
+        RunError: the run was rolled back too often already.
+    """
+    ranks, health, back = session.ranks, session.health, session.config.health.rollback_checkpoints
+    health.check_may_roll_back()
+    session.saver.join()
+    older = load_older(session.folder.checkpoints, back, session.engine, ranks, session.recorder.warning)
+    health.rolled_back(step, older, data)
+    if older is not None:
+        goodput, path = session.goodput, session.folder.journal
+        left = ranks.together(lambda: earlier_goodput(journal.read(path), older, goodput.started), only_first=True)
+        goodput.productive = left.productive
+    return older
 
 
 def _warn_in_log(text: str) -> None:
