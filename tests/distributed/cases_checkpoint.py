@@ -243,6 +243,7 @@ def die_while_saving(
         os.truncate(folder / "shard-00000.safetensors", 100)
         enter("in retention")
         remove(folder)
+        os.pwrite(phases, bytes([0]), ranks.rank)
 
     shard.BLOCK = 1000
     saver.write_tensors, shard._blocks = watched_write, watched_blocks
@@ -261,6 +262,7 @@ def die_while_saving(
                 (path / "digests" / f"{step}.tmp").write_text(json.dumps(state))
                 (path / "digests" / f"{step}.tmp").rename(path / "digests" / str(step))
             if step > 2 and not armed.is_set():
+                enough_steps.clear()
                 armed.set()
                 if after is not None and ranks.rank == victim:
                     threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
