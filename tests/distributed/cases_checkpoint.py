@@ -296,3 +296,12 @@ def _load_newest(engine: Engine, ranks: Ranks, root: Path) -> int:
     assert found
     found.load(engine)
     return found.manifest.step
+
+
+def read_export(ranks: Ranks, exported: str, path: str) -> dict[str, Any]:
+    """DeepSpeed's own tool reads what was exported: the largest difference from the checkpoint's weights."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    found = get_fp32_state_dict_from_zero_checkpoint(exported)
+    weights = Checkpoint(Path(path)).weights()
+    return {name: float((found[name].view_as(values) - values).abs().max()) for name, values in weights.items()}
