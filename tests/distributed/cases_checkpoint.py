@@ -189,8 +189,8 @@ def disk_full(ranks: Ranks, root: str) -> dict[str, Any]:
     raise AssertionError("the disk was not full")
 
 
-PHASES = ("no save", "before the shards", "in a shard", "between shards", "before the manifest", "after the manifest")
-PHASES += ("in retention",)
+PHASES = ["no save", "before the shards", "in a shard", "between shards", "before the manifest", "after the manifest"]
+PHASES += ["in retention"]
 
 
 def die_while_saving(
@@ -246,8 +246,13 @@ def die_while_saving(
         os.pwrite(phases, bytes([0]), ranks.rank)
 
     shard.BLOCK = 1000
-    saver.write_tensors, shard._blocks = watched_write, watched_blocks
-    saver.write_atomic, retention.remove = watched_manifest, watched_remove
+    for module, name, watched in (
+        (saver, "write_tensors", watched_write),
+        (shard, "_blocks", watched_blocks),
+        (saver, "write_atomic", watched_manifest),
+        (retention, "remove", watched_remove),
+    ):
+        setattr(module, name, watched)
     config = small_config(1, "fp32")
     engine = make_engine(ranks, config)
     train_steps(engine, ranks, config, 1, 2)
