@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 
 from data_pipeline.atomic import sync_folder
 from model import registry
