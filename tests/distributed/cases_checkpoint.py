@@ -20,6 +20,7 @@ from pretrain import checkpoint, retention, saver, shard
 from pretrain.checkpoint import Checkpoint
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
+from pretrain.lease import LeaseLost
 from tests.distributed.cases import a_saver, digest, make_engine, save, small_config, train_steps
 
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
@@ -187,6 +188,24 @@ def disk_full(ranks: Ranks, root: str) -> dict[str, Any]:
             step = _load_newest(engine, ranks, Path(root))
             return {"error": str(error), "left": left, "step": step, "whole": digest(engine, ranks) == saved}
     raise AssertionError("the disk was not full")
+
+
+def taken_over(ranks: Ranks, root: str) -> dict[str, Any]:
+    """The run folder is no longer ours when the second save is about to be published; old ones may not be removed."""
+
+    def lost() -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        raise LeaseLost("taken over")
+
+    engine = make_engine(ranks, small_config(1, "fp32"))
+    save(engine, Path(root), 1, ranks)
+    with a_saver(engine, Path(root), ranks, keep=1, still_ours=lost) as subject:
+        subject.start(2, {})
+        try:
+            subject.join()
+        except LeaseLost as error:
+            return {"error": str(error), "complete": [path.name for path in checkpoint.complete(Path(root))]}
+    raise AssertionError("it was published")
 
 
 PHASES = ["no save", "before the shards", "in a shard", "between shards", "before the manifest", "after the manifest"]
