@@ -54,12 +54,12 @@ class Saver:
         prune: Callable[[], object],
         published: Callable[[int, Path, float], None],
     ) -> None:
-        """All three are called for rank 0, the first two on its thread.
+        """Starts nothing yet.
 
         Args:
-            still_ours: raises when the run folder was taken over; called right before the manifest is written.
-            prune: called after it.
-            published: on every rank's main thread: step, directory, and how many seconds training waited.
+            still_ours: on rank 0's thread, right before the manifest is written; raises when the folder was taken over.
+            prune: on rank 0's thread, when the manifest is written.
+            published: on every rank's main thread, after that: step, directory, how many seconds training waited.
         """
         self._engine = engine
         self._root = root
@@ -122,7 +122,7 @@ class Saver:
         self._save = _Save(path, content, self._thread.submit(write), blocked=time.perf_counter() - since)
 
     def poll(self, writing: bool) -> None:
-        """Go on with the save in flight, unless some rank is still `writing`, on which all agree; a collective.
+        """Go on with the save in flight, unless a rank is still `writing`; a collective, and `writing` is agreed on.
 
         Raises:
             UserError: on every rank, when one failed.

@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from pretrain.journal import Record, read
 
@@ -105,28 +105,33 @@ def attempts(journal: Path) -> list[tuple[int | None, dict[int, dict[str, float]
     return result
 
 
-def check_resumed(journal: Path, reference: Path, interval: int, on_disk: int | None = None) -> int:
+def newest_on_disk(run_dir: Path) -> int | None:
+    """Step of a run's newest checkpoint: what a start is to go on from. A kill can come before the journal's word."""
+    return max((int(m.parent.name[5:]) for m in run_dir.glob("checkpoints/*/manifest.json")), default=None)
+
+
+def check_resumed(journal: Path, reference: Path, interval: int, on_disk: list[int | None]) -> int:
     """Prove from its journal that a run resumed and that it learned what the uninterrupted reference did.
 
     Every step's loss is bit for bit the reference's, in every attempt; each later attempt began right after the
-    newest checkpoint, and computed at most `interval` steps twice. Returns the number of attempts.
+    newest checkpoint, and computed at most twice `interval` steps again: those since a save, and those during it.
+    Returns the number of attempts.
 
-    `on_disk`: step of the newest manifest when the run was killed; a SIGKILL can fall between it and the journal's
-    word of it. Unless given, the journal's word counts.
+    `on_disk`: of each later attempt, what `newest_on_disk` was before it.
     """
     [(_, expected)] = attempts(reference)
     found = attempts(journal)
+    assert len(found) == len(on_disk) + 1
     done: dict[int, dict[str, float]] = {}
     for number, (resumed_from, steps) in enumerate(found):
         if number:
-            assert resumed_from is not None, "an attempt started over"
-            assert resumed_from >= 1
-            assert resumed_from % interval == 0
-            newest = on_disk or _newest_checkpoint(read(journal), number)
+            newest = on_disk[number - 1]
             assert resumed_from == newest, "not from the newest checkpoint"
+            assert (newest or 0) >= _newest_told(read(journal), number), "a checkpoint was lost"
+            assert resumed_from in (None, 1) or resumed_from % interval == 0
             if steps:
-                assert min(steps) == resumed_from + 1 > 1
-            assert len(steps.keys() & done.keys()) <= interval
+                assert min(steps) == (resumed_from or 0) + 1
+            assert len(steps.keys() & done.keys()) <= 2 * interval
         for step, metrics in steps.items():
             for name in ("loss/total", "loss/train", "penalty/entropy", "penalty/l1", "optim/grad_norm"):
                 assert metrics[name] == expected[step][name], f"step {step}: {name} differs"
@@ -135,15 +140,14 @@ def check_resumed(journal: Path, reference: Path, interval: int, on_disk: int | 
     return len(found)
 
 
-def _newest_checkpoint(records: Any, attempt: int) -> int | None:
-    """Step of the last checkpoint written before the start of attempt number `attempt` (from 0)."""
-    starts, newest = -1, None
-    record: Record
+def _newest_told(records: Iterable[Record], attempt: int) -> int:
+    """Step of the last checkpoint that the journal tells of before attempt number `attempt` (from 0)."""
+    starts, newest = -1, 0
     for record in records:
         if record.kind == "start":
             starts += 1
             if starts == attempt:
                 return newest
         elif record.kind == "checkpoint":
-            newest = record.step
+            newest = record.step or 0
     return newest

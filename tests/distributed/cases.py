@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,14 +102,20 @@ def save(engine: Engine, root: Path, step: int, ranks: Ranks) -> None:
         saver.join()
 
 
-def a_saver(engine: Engine, root: Path, ranks: Ranks, keep: int = 10) -> Saver:
+def a_saver(
+    engine: Engine, root: Path, ranks: Ranks, keep: int = 10, still_ours: Callable[[], None] = lambda: None
+) -> Saver:
+    def published(step: int, path: Path, seconds: float) -> None:
+        assert (path / "manifest.json").is_file(), "told too early"
+        assert seconds > 0
+
     return Saver(
         engine,
         root,
         ranks,
-        still_ours=lambda: None,
+        still_ours=still_ours,
         prune=lambda: prune(root, keep, None),
-        published=lambda step, path, seconds: None,
+        published=published,
     )
 
 

@@ -20,6 +20,7 @@ from pretrain import checkpoint, retention, saver, shard
 from pretrain.checkpoint import Checkpoint
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
+from pretrain.lease import LeaseLost
 from tests.distributed.cases import a_saver, digest, make_engine, save, small_config, train_steps
 
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
@@ -189,8 +190,26 @@ def disk_full(ranks: Ranks, root: str) -> dict[str, Any]:
     raise AssertionError("the disk was not full")
 
 
-PHASES = ("no save", "before the shards", "in a shard", "between shards", "before the manifest", "after the manifest")
-PHASES += ("in retention",)
+def taken_over(ranks: Ranks, root: str) -> dict[str, Any]:
+    """The run folder is no longer ours when the second save is about to be published; old ones may not be removed."""
+
+    def lost() -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        raise LeaseLost("taken over")
+
+    engine = make_engine(ranks, small_config(1, "fp32"))
+    save(engine, Path(root), 1, ranks)
+    with a_saver(engine, Path(root), ranks, keep=1, still_ours=lost) as subject:
+        subject.start(2, {})
+        try:
+            subject.join()
+        except LeaseLost as error:
+            return {"error": str(error), "complete": [path.name for path in checkpoint.complete(Path(root))]}
+    raise AssertionError("it was published")
+
+
+PHASES = ["no save", "before the shards", "in a shard", "between shards", "before the manifest", "after the manifest"]
+PHASES += ["in retention"]
 
 
 def die_while_saving(
@@ -243,10 +262,16 @@ def die_while_saving(
         os.truncate(folder / "shard-00000.safetensors", 100)
         enter("in retention")
         remove(folder)
+        os.pwrite(phases, bytes([0]), ranks.rank)
 
     shard.BLOCK = 1000
-    saver.write_tensors, shard._blocks = watched_write, watched_blocks
-    saver.write_atomic, retention.remove = watched_manifest, watched_remove
+    for module, name, watched in (
+        (saver, "write_tensors", watched_write),
+        (shard, "_blocks", watched_blocks),
+        (saver, "write_atomic", watched_manifest),
+        (retention, "remove", watched_remove),
+    ):
+        setattr(module, name, watched)
     config = small_config(1, "fp32")
     engine = make_engine(ranks, config)
     train_steps(engine, ranks, config, 1, 2)
@@ -261,6 +286,7 @@ def die_while_saving(
                 (path / "digests" / f"{step}.tmp").write_text(json.dumps(state))
                 (path / "digests" / f"{step}.tmp").rename(path / "digests" / str(step))
             if step > 2 and not armed.is_set():
+                enough_steps.clear()
                 armed.set()
                 if after is not None and ranks.rank == victim:
                     threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
@@ -294,3 +320,12 @@ def _load_newest(engine: Engine, ranks: Ranks, root: Path) -> int:
     assert found
     found.load(engine)
     return found.manifest.step
+
+
+def read_export(ranks: Ranks, exported: str, path: str) -> dict[str, Any]:
+    """DeepSpeed's own tool reads what was exported: the largest difference from the checkpoint's weights."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    found = get_fp32_state_dict_from_zero_checkpoint(exported)
+    weights = Checkpoint(Path(path)).weights()
+    return {name: float((found[name].view_as(values) - values).abs().max()) for name, values in weights.items()}

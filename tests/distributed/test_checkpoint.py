@@ -196,6 +196,11 @@ def test_a_full_disk_is_an_error_on_every_rank_and_the_previous_checkpoint_stays
     assert first["whole"]
 
 
+def test_a_run_that_was_taken_over_publishes_and_removes_nothing(ranks: Ranks, tmp_path: Path) -> None:
+    for result in ranks(f"{HERE}taken_over", 2, root=str(tmp_path)):
+        assert result == {"error": "taken over", "complete": ["step-000000001"]}
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(ranks: Ranks, stage: int) -> None:
     results = ranks(f"{CASES}poisoned", 2, stage=stage)

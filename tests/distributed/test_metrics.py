@@ -158,13 +158,13 @@ def test_skipped_steps_are_counted(ranks: Ranks, dataset: Path, tmp_path: Path) 
 def test_nothing_of_ours_waits_for_the_device_between_flushes(
     ranks: Ranks, dataset: Path, tmp_path: Path, stage: int, own: list[str]
 ) -> None:
-    """Stage 0 checks the norm itself; `any` reads a CPU tensor, and its being seen proves that the watch works."""
+    """Stage 0 checks the norm itself; `largest` reads a CPU tensor, and its being seen proves that the watch works."""
     args = arguments(dataset, tmp_path / "run", f"engine.zero_stage={stage}")
     for found in ranks("tests.distributed.cases:host_waits", 2, args=args):
-        assert found == ["distributed.py:any", *own]
+        assert found == ["distributed.py:largest", *own]
 
 
 def test_a_wait_would_be_seen(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
     args = arguments(dataset, tmp_path / "run")
     [found] = ranks("tests.distributed.cases:host_waits", 1, args=args, sabotage=True)
-    assert found == ["distributed.py:any", "sabotage.py:learning_rate"]
+    assert found == ["distributed.py:largest", "sabotage.py:learning_rate"]
