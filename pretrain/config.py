@@ -92,6 +92,11 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
             )
         if engine.precision == "fp16" or engine.offload != "none":
             raise ValueError("optimizer.kind=muon is for bf16 and fp32 without engine.offload")
+        if self.optimizer.clip:
+            raise ValueError(
+                f"optimizer.clip={self.optimizer.clip}: at the stages 1 to 3 DeepSpeed would clip Muon's orthogonal "
+                "update, not the gradient, and so divide optimizer.muon_lr by the update's norm; use optimizer.clip=0"
+            )
         return self
 
     @model_validator(mode="after")

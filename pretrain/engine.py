@@ -107,6 +107,8 @@ class Engine:
             for parameter, name in self._names.items()
         }
         """What each parameter is made of, alike on every rank."""
+        self.types = {fragments.MOMENTUM: str(momentum_type).removeprefix("torch.")} if muon else {}
+        """Types of the states that are not always fp32; another one in a checkpoint is converted when it is loaded."""
 
     @property
     def module(self) -> LanguageModel:

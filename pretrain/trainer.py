@@ -196,6 +196,7 @@ def save_checkpoint(session: Session, step: int, data: DataState) -> None:
         "data": data.model_dump(),
         "tokenizer": session.dataset.manifest.tokenizer.sha256,
         "attempt": session.recorder.attempt,
+        "types": session.engine.types,
     }
     since = time.perf_counter()
     path = checkpoint.save(session.engine, session.folder.checkpoints, step, state, session.ranks, session.check_lease)
@@ -251,6 +252,9 @@ def _restore(
         data = found.data_state(config.run.seed)
         data.check(fingerprint)
         found.load(engine)
+        for state, now in engine.types.items():
+            if (saved := found.manifest.state["types"].get(state)) != now:
+                recorder.warning(f"{found.path}: {state} was saved as {saved} and is {now} now: it was converted")
         return data
 
     return found.manifest.step, ranks.together(load)
