@@ -84,7 +84,7 @@ def norms(ranks: Ranks, args: list[str], steps: int) -> dict[str, Any]:
         told.append(float(norm))
         return metrics, norm, applied
 
-    engine.train_step = remember  # type: ignore[method-assign]
+    engine.train_step = remember  # type: ignore[method-assign,assignment]
     losses = train_steps(engine, ranks, config, 1, steps)
     names = [name for name, _ in engine.module.named_parameters()]
     assert set(names) == set(engine.shapes) == set(engine.states)
