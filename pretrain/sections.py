@@ -57,6 +57,16 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     clip: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; 0 switches clipping off."""
 
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _not_in_8_bits(cls, value: Any) -> Any:
+        if value == "adamw8bit":
+            raise ValueError(
+                "adamw8bit is not offered: torchao's keeps a partition of ZeRO in 8 bits or, without a word, in fp32, "
+                "as its size is a multiple of 256 or not; use adamw, with engine.offload=cpu to save memory"
+            )
+        return value
+
 
 class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """Learning rate over the steps: linear warm-up to the peak `optimizer.lr`, then the kind's curve."""

@@ -13,7 +13,7 @@ from pretrain import checkpoint
 from pretrain.config import Config, load
 from pretrain.distributed import Ranks
 from pretrain.engine import CACHES, Engine
-from tests.distributed.cases import VOCABULARY, make_engine, train_steps
+from tests.distributed.cases import VOCABULARY, make_engine, train_run, train_steps
 
 SMALL = [
     "model.layers=1",
@@ -166,3 +166,9 @@ def muon_losses(ranks: Ranks, args: list[str], compiled: bool) -> list[float]:
     torch._dynamo.config.disable = not compiled
     config = small(*args)
     return train_steps(make_engine(ranks, config), ranks, config, 1, 3)
+
+
+def muon_run(ranks: Ranks, args: list[str]) -> int:
+    """A whole training run."""
+    torch._dynamo.config.disable = True
+    return train_run(ranks, args)

@@ -9,7 +9,9 @@ import pytest
 
 from data_pipeline.errors import ConfigError
 from pretrain.config import load
+from pretrain.journal import read
 from tests.conftest import RanksFailed
+from tests.runs import SMALL
 
 Ranks = Callable[..., list[Any]]
 CASES = "tests.distributed.engine_cases:"
@@ -142,6 +144,21 @@ def test_muons_step_is_its_formula(ranks: Ranks) -> None:
     assert max(errors.values()) < 0.05
 
 
+def test_a_run_with_muon_tells_what_it_knows_and_what_a_resume_converts(
+    ranks: Ranks, dataset: Path, tmp_path: Path
+) -> None:
+    args = [*SMALL, *MUON, f"data.path={dataset}", f"run.dir={tmp_path / 'run'}", "schedule.kind=wsd"]
+    ranks(f"{CASES}muon_run", 2, args=[*args, *engine(2, "bf16"), "train.steps=3"])
+    ranks(f"{CASES}muon_run", 1, args=[*args, *engine(1, "fp32"), "train.steps=5"])
+    records = list(read(tmp_path / "run" / "metrics.jsonl"))
+    [text] = [record.fields["text"] for record in records if record.kind == "warning"]
+    assert text.endswith("momentum_buffer was saved as bfloat16 and is float32 now: it was converted")
+    [first, *_, last] = [record.metrics for record in records if "loss/train" in record.metrics]
+    assert "optim/update_ratio" not in first | last
+    assert last["optim/param_norm"] > 0
+    assert last["loss/train"] < first["loss/train"]
+
+
 @pytest.mark.drill
 def test_muons_compiled_kernel_trains_as_the_written_one(ranks: Ranks) -> None:
     written, compiled = (
@@ -180,6 +197,7 @@ def test_what_this_hardware_cannot_do_is_refused(ranks: Ranks, args: list[str], 
         (engine(0, "fp32", *OFFLOAD), "zero_stage=0 divides nothing; use 1, 2 or 3"),
         (["engine.offload=nvme"], "nvme would move the optimizer's state out of a checkpoint's reach; use cpu"),
         (["engine.hpz_partition_size=2"], "hpz_partition_size=2 divides parameters; use zero_stage=3"),
+        (["optimizer.kind=adamw8bit"], "use adamw, with engine.offload=cpu"),
         (["optimizer.kind=muon"], "never makes the update orthogonal; use engine.zero_stage=2"),
         (engine(2, "bf16", "optimizer.kind=muon"), "use optimizer.clip=0"),
         (engine(2, "bf16", *MUON, *OFFLOAD), "without engine.offload"),
