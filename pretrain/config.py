@@ -83,6 +83,25 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         return self
 
     @model_validator(mode="after")
+    def _muon_has_an_engine(self) -> "Config":
+        if self.optimizer.kind != "muon":
+            return self
+        engine = self.engine
+        if engine.precision == "bf16" and engine.zero_stage == 1:
+            raise ValueError(
+                "optimizer.kind=muon: DeepSpeed's stage 1 for bf16 never makes the update orthogonal; "
+                "use engine.zero_stage=2, or engine.precision=fp32"
+            )
+        if engine.precision == "fp16" or engine.offload != "none":
+            raise ValueError("optimizer.kind=muon is for bf16 and fp32 without engine.offload")
+        if self.optimizer.clip:
+            raise ValueError(
+                f"optimizer.clip={self.optimizer.clip}: at the stages 1 to 3 DeepSpeed would clip Muon's orthogonal "
+                "update, not the gradient, and so divide optimizer.muon_lr by the update's norm; use optimizer.clip=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _profiled_steps_are_trained(self) -> "Config":
         if self.profile.steps and self.profile.steps[1] > self.train.steps:
             raise ValueError(f"profile.steps={list(self.profile.steps)} goes beyond train.steps={self.train.steps}")

@@ -1,73 +1,86 @@
-"""DeepSpeed ZeRO: the only room for deepspeed and its private attributes, of the pinned version 0.19.8."""
+"""DeepSpeed ZeRO: the only room for deepspeed, of the pinned version 0.19.8."""
 
 import logging
 import math
 import os
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
+from data_pipeline.errors import ConfigError
 from model.interface import Batch, ModelOutput
 from model.language_model import LanguageModel
+from pretrain import fragments
 from pretrain.config import Config
 from pretrain.distributed import Ranks
+from pretrain.fragments import Fragment
+from pretrain.layers import checkpoint_activations, compile_layers
+from pretrain.optim import (
+    ADAM_STATES,
+    CHUNK,
+    MUON_STATES,
+    adamw,
+    adamw_update_norms,
+    muon_settings,
+    parameter_groups,
+    set_learning_rate,
+)
 from pretrain.profiling import Stopwatch
-from pretrain.sections import EngineConfig
 
-ADAM_STATES = ("fp32", "exp_avg", "exp_avg_sq")
-"""What a parameter under AdamW is made of: the fp32 master weight and the two moments."""
-CHUNK = 2**24
-"""Elements whose update is recomputed at once: 64 MiB for each temporary tensor."""
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A piece of a parameter that this rank holds: `numel` elements from `start` of the flattened parameter."""
-
-    name: str
-    start: int
-    numel: int
-    states: dict[str, Tensor]
-    """Views [numel] by the parameter's names in `Engine.states`; writing to them, and `adopt_fragments`, changes the
-    engine."""
+CACHES = ("TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+"""Where torch, inductor and Triton keep what they compile."""
 
 
 def bootstrap() -> None:
-    """Disarm DeepSpeed before its first use: quiet, and no side effects outside the run."""
+    """Disarm DeepSpeed before its first use: quiet, and no side effects outside the run.
+
+    Raises:
+        ConfigError: the folder for compiled code belongs to somebody else.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # A home that nodes share is slow, and a lock that a killed build left there stops every later start.
+    caches = Path(tempfile.gettempdir()) / f"duet-{os.getuid()}"
+    for variable in CACHES:
+        if variable not in os.environ:
+            caches.mkdir(mode=0o700, exist_ok=True)
+            if caches.stat().st_uid != os.getuid():  # its code would run in our name
+                raise ConfigError(f"{caches}: belongs to another user; set TMPDIR to a folder of your own")
+            os.environ[variable] = str(caches / variable.lower())
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed.ops
 
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # not before the import, which sets its own
     # Else every rank compiles this op and leaves a 66 MiB file in /dev/shm; training never uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Engine:
-    """A model under ZeRO with AdamW: one optimizer step at a time, and its state as fragments."""
+    """A model under ZeRO with its optimizer: one optimizer step at a time, and its state as fragments."""
 
     def __init__(self, model: LanguageModel, config: Config, ranks: Ranks) -> None:
-        """Partition the model over the ranks.
+        """Partition the model over the ranks; a collective.
 
         Raises:
-            ConfigError: the ranks cannot share the batch.
+            ConfigError: the ranks cannot share the batch, or the hardware cannot do what the configuration asks for.
         """
+        check_hardware(config, ranks)
         bootstrap()
         import deepspeed
+        from deepspeed.utils import groups
 
-        micro_batch, accumulation = config.micro_batches(ranks.world_size)
         self.stage = config.engine.zero_stage
         self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-        self.states: dict[str, tuple[str, ...]] = dict.fromkeys(self.shapes, ADAM_STATES)
-        """What each parameter is made of, alike on every rank."""
         self._ranks = ranks
-        self._adamw = config.optimizer
+        self._optimizer = config.optimizer
+        self._lr = 0.0
         self._applied = False
         self.guard: Callable[[list[dict[str, Tensor]]], Tensor] | None = None
         """Given the metrics of a step's micro-batches it returns a factor [] of the last one's loss, before that one's
@@ -76,21 +89,30 @@ class Engine:
         # The table of tokens is first in the forward pass, so its gradient is the last; hooks run in order of
         # registration, and DeepSpeed's, which may wait for other ranks, come later.
         model.token_embed.weight.register_post_accumulate_grad_hook(lambda _: self.stopwatch.lap("backward"))
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(model, config.optimizer.weight_decay),
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-            fused=True if ranks.device.type == "cuda" else None,
-        )
+        if config.engine.activation_checkpointing:
+            checkpoint_activations(model)
+        if config.engine.compile:
+            compile_layers(model)
+        # DeepSpeed works in a group of its own, which it would give torch's timeout of half an hour.
+        groups._WORLD_GROUP = dist.new_group(timeout=timedelta(minutes=config.engine.timeout_minutes))
+        muon = config.optimizer.kind == "muon"
         self._deepspeed, *_ = deepspeed.initialize(
             model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config.engine, config.optimizer.clip, micro_batch, accumulation),
+            model_parameters=parameter_groups(model, config.optimizer.weight_decay) if muon else None,
+            optimizer=None if muon else adamw(model, config.optimizer, ranks.device),
+            config=deepspeed_config(config, ranks),
             dist_init_required=False,
         )
         self._names: dict[Any, str] = self._deepspeed.param_names
-        self._create_moments()
+        momentum_type = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        fragments.create_states(self._deepspeed.optimizer, self.stage, ranks.rank, momentum_type)
+        self.states: dict[str, tuple[str, ...]] = {
+            name: MUON_STATES if fragments.uses_muon(parameter) else ADAM_STATES
+            for parameter, name in self._names.items()
+        }
+        """What each parameter is made of, alike on every rank."""
+        self.types = {fragments.MOMENTUM: str(momentum_type).removeprefix("torch.")} if muon else {}
+        """Types of the states that are not always fp32; another one in a checkpoint is converted when it is loaded."""
 
     @property
     def module(self) -> LanguageModel:
@@ -111,8 +133,8 @@ class Engine:
             the update was applied: DeepSpeed skips it on all ranks when a gradient is not finite.
         """
         self._deepspeed.train()
-        for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+        self._lr = lr
+        set_learning_rate(self._deepspeed.optimizer.param_groups, lr, self._optimizer)
         metrics: list[dict[str, Tensor]] = []
         for batch in micro_batches:
             output: ModelOutput = self._deepspeed(batch)
@@ -167,125 +189,53 @@ class Engine:
         assert not applied
         return [of_one["loss"] for of_one in metrics], finite
 
-    def squared_norms(self) -> tuple[float, float]:
+    def squared_norms(self) -> tuple[float, float | None]:
         """Squares summed over the parameters, and over the last step's update of them; waits for the device.
 
-        Of what this rank owns: the sums over the ranks are ‖θ‖² and ‖Δθ‖². The update is found from the parameter θ
-        and the moments m, v after step t ("Decoupled Weight Decay Regularization", arXiv:1711.05101, algorithm 2):
-
-            a = lr · m / (1 - β₁ᵗ) / (sqrt(v / (1 - β₂ᵗ)) + eps)
-            Δθ = -(a + lr · λ · θ) / (1 - lr · λ)
-
-        since θ = (1 - lr · λ) θ_before - a, with weight decay λ. It is 0 for a step that applied no update.
+        Of what this rank owns: the sums over the ranks are ‖θ‖² and ‖Δθ‖². The update is 0 for a step that applied
+        none, and None under Muon, whose update cannot be found from what it keeps.
         """
-        lr, (beta_1, beta_2) = self._deepspeed.optimizer.param_groups[0]["lr"], self._adamw.betas
-        steps = self.optimizer_steps
         norms, update_norms = [], []
         for fragment in self.owned_fragments():
-            decay = lr * self._adamw.weight_decay if len(self.shapes[fragment.name]) >= 2 else 0.0
-            for theta, m, v in zip(*(fragment.states[state].split(CHUNK) for state in ADAM_STATES), strict=True):
-                norms.append(torch.linalg.vector_norm(theta))
-                if self._applied:
-                    root = v.sqrt().div_((1 - beta_2**steps) ** 0.5).add_(self._adamw.eps)
-                    update = torch.addcdiv(theta * decay, m, root, value=lr / (1 - beta_1**steps))
-                    update_norms.append(torch.linalg.vector_norm(update) / (1 - decay))
-        return _sum_of_squares(norms), _sum_of_squares(update_norms)
+            norms += [torch.linalg.vector_norm(part) for part in fragment.states["fp32"].split(CHUNK)]
+            if self._applied and self._optimizer.kind == "adamw":
+                decay = self._optimizer.weight_decay if len(self.shapes[fragment.name]) >= 2 else 0.0
+                update_norms += adamw_update_norms(
+                    fragment.states, self._lr, decay, self.optimizer_steps, self._optimizer
+                )
+        return _sum_of_squares(norms), None if self._optimizer.kind == "muon" else _sum_of_squares(update_norms)
 
     @property
     def optimizer_steps(self) -> int:
-        """Updates that AdamW has applied; corrects the bias of its moments."""
-        return int(next(iter(self._adam.state.values()))["step"])
+        """Updates that the optimizer has applied; corrects the bias of AdamW's moments."""
+        state = fragments.inner(self._deepspeed.optimizer).state
+        return int(next(kept["step"] for kept in state.values() if "step" in kept))
 
     def fragments(self) -> list[Fragment]:
-        """All that this rank holds, in a fixed order. At stage 0 every rank holds everything."""
-        found = []
-        for name, start, numel, flat, offset in self._layout():
-            moments = self._adam.state[flat]
-            tensors = {"fp32": flat, "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
-            views = {key: tensor.detach().reshape(-1).narrow(0, offset, numel) for key, tensor in tensors.items()}
-            if numel:
-                found.append(Fragment(name, start, numel, views))
-        return found
+        """All that this rank holds, in a fixed order. At stage 0 every rank holds everything.
+
+        Under Muon at stages 1 and 2, ranks that share a parameter each hold all of its momentum: that comes last.
+        """
+        optimizer = self._deepspeed.optimizer
+        return [*self._pieces(), *fragments.whole_momenta(optimizer, self.stage, self._ranks.rank, self._names)]
 
     def owned_fragments(self) -> list[Fragment]:
         """What this rank writes to a checkpoint: over the ranks, each element exactly once."""
         if self.stage:
-            return self.fragments()
-        owned = []
-        for fragment in self.fragments():
-            share = math.ceil(fragment.numel / self._ranks.world_size)
-            start = min(fragment.numel, share * self._ranks.rank)
-            numel = min(fragment.numel - start, share)
-            if numel:
-                views = {key: view.narrow(0, start, numel) for key, view in fragment.states.items()}
-                owned.append(Fragment(fragment.name, start, numel, views))
-        return owned
+            return list(self._pieces())
+        shares = (fragments.share(f, self._ranks.rank, self._ranks.world_size) for f in self._pieces())
+        return [share for share in shares if share.numel]
 
     def adopt_fragments(self, optimizer_steps: int) -> None:
-        """Make the model compute with what was written into the fragments' views."""
-        optimizer = self._deepspeed.optimizer
-        for state in self._adam.state.values():
-            # One tensor each, since a shared one would count too fast; in place, so that it stays on its device.
-            state["step"].fill_(float(optimizer_steps))
-        with torch.no_grad():
-            if self.stage == 3:
-                optimizer.checkpoint_event_prologue()
-                for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
-                    low = optimizer.fp16_partitioned_groups_flat[index]
-                    low.data.copy_(flat.data)
-                    parts = optimizer.fp16_partitioned_groups[index]
-                    for part, value in zip(parts, optimizer.unflatten(low, parts), strict=True):
-                        part.data = value.data
-                optimizer.checkpoint_event_epilogue()
-            elif self.stage:
-                optimizer.update_lp_params()
+        """Make the model compute with what was written into the fragments' views; a collective."""
+        fragments.adopt(self._deepspeed.optimizer, self.stage, optimizer_steps)
 
     def export_deepspeed(self, folder: Path) -> None:
         """Save in DeepSpeed's own layout (pickles), below a folder named after the optimizer step; a collective."""
         self._deepspeed.save_checkpoint(str(folder), tag=f"step-{self.optimizer_steps:09d}", client_state={})
 
-    @property
-    def _adam(self) -> torch.optim.Optimizer:
-        optimizer = self._deepspeed.optimizer
-        return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
-
-    def _layout(self) -> list[tuple[str, int, int, Tensor, int]]:
-        """(parameter, start, numel, fp32 tensor that holds it, offset there) of every piece on this rank."""
-        optimizer, pieces = self._deepspeed.optimizer, []
-        if self.stage == 3:
-            rank = self._ranks.rank
-            for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
-                offset = 0
-                for parameter in parameters:
-                    partition = parameter.ds_tensor.ds_numel
-                    numel = max(0, min(partition, parameter.ds_numel - rank * partition))
-                    pieces.append((self._names[parameter], rank * partition, numel, flat, offset))
-                    offset += partition
-        elif self.stage:
-            if hasattr(optimizer, "bit16_groups"):
-                groups, flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
-            else:  # BF16_Optimizer: stage 1 with bf16 weights and fp32 gradients
-                groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
-            for parameters, flat in zip(groups, flats, strict=True):
-                for parameter in parameters:
-                    if parameter._hp_mapping is not None:  # else another rank holds all of it
-                        low = parameter._hp_mapping.lp_fragment_address
-                        high = parameter._hp_mapping.get_hp_fragment_address()
-                        pieces.append((self._names[parameter], low.start, low.numel, flat, high.start))
-        else:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    pieces.append((self._names[parameter], 0, parameter.numel(), parameter, 0))
-        return pieces
-
-    def _create_moments(self) -> None:
-        """Adam's state before its first step, so that a checkpoint can be written and read at any time."""
-        for flat in {id(piece[3]): piece[3] for piece in self._layout()}.values():
-            self._adam.state[flat] = {
-                "step": torch.tensor(0.0, device=flat.device),  # fused AdamW wants it there
-                "exp_avg": torch.zeros_like(flat, dtype=torch.float32),
-                "exp_avg_sq": torch.zeros_like(flat, dtype=torch.float32),
-            }
+    def _pieces(self) -> Iterator[Fragment]:
+        return fragments.fragments(self._deepspeed.optimizer, self.stage, self._ranks.rank, self._names, self.states)
 
     def _gradient_norm(self) -> Tensor:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -296,23 +246,47 @@ def _sum_of_squares(norms: list[Tensor]) -> float:
     return float(torch.stack(norms).double().square().sum()) if norms else 0.0
 
 
-def deepspeed_config(engine: EngineConfig, clip: float, micro_batch: int, accumulation: int) -> dict[str, Any]:
+def check_hardware(config: Config, ranks: Ranks) -> None:
+    """What no configuration can know by itself.
+
+    Raises:
+        ConfigError: names the key, the reason and the way on.
+    """
+    engine, device = config.engine, ranks.device.type
+    if engine.precision == "fp16" and device != "cuda":
+        raise ConfigError(f"engine.precision=fp16 needs CUDA; on {device} use engine.precision=bf16 or fp32")
+    if engine.hpz_partition_size > 1 and device != "cuda":
+        raise ConfigError(f"engine.hpz_partition_size={engine.hpz_partition_size} needs CUDA; on {device} leave it out")
+    if ranks.world_size % engine.hpz_partition_size:
+        raise ConfigError(
+            f"engine.hpz_partition_size={engine.hpz_partition_size} does not divide the {ranks.world_size} ranks; "
+            "use the number of ranks of a node"
+        )
+
+
+def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
     """DeepSpeed's own configuration, generated; never written by hand."""
+    engine = config.engine
+    micro_batch, accumulation = config.micro_batches(ranks.world_size)
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip,
-        "zero_optimization": {"stage": engine.zero_stage},
+        "gradient_clipping": config.optimizer.clip,
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
     if engine.precision == "bf16":
         settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    elif engine.precision == "fp16":
+        settings |= {"fp16": {"enabled": True}}
+    if engine.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": ranks.device.type == "cuda"}
+        settings["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own would be compiled at the first start
+    if engine.hpz_partition_size > 1:
+        zero["zero_hpz_partition_size"] = engine.hpz_partition_size
+    if config.optimizer.kind == "muon":
+        settings["optimizer"] = muon_settings(config.optimizer)
+        zero["reduce_scatter"] = False  # at stage 3 Muon wants whole gradients
     return settings
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]

@@ -134,11 +134,12 @@ class Meter:
         work, theta, update, memory, peak, host = zip(*self._ranks.gather(mine), strict=True)
         values = {
             "optim/param_norm": sum(theta) ** 0.5,
-            "optim/update_ratio": (sum(update) / sum(theta)) ** 0.5,
             "system/memory_gib": max(memory),
             "system/peak_memory_gib": max(peak),
             "system/host_memory_gib": max(host),
         }
+        if None not in update:
+            values["optim/update_ratio"] = (sum(update) / sum(theta)) ** 0.5
         if self._ranks.world_size == 1:
             return values, None
         values["time/rank_spread"] = ratio = max(work) * len(work) / sum(work)

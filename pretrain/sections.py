@@ -38,10 +38,16 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
 
 
 class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
-    """AdamW. Weight decay acts on tensors of two and more dimensions only."""
+    """AdamW, or Muon with it. Weight decay acts on tensors of two and more dimensions only."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`muon` moves the matrices of the layers by Muon; tables, norms and vectors stay with AdamW."""
     lr: float = Field(default=9e-4, gt=0.0, le=1e30)
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
+    muon_lr: float = Field(default=0.02, gt=0.0, le=1e30)
+    """Peak learning rate of Muon; follows the same schedule."""
+    muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """Decay of Muon's running mean of the gradient (Nesterov's)."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay of the running means of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0.0)
@@ -50,6 +56,16 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     """Decoupled: the weights shrink by lr × weight_decay a step."""
     clip: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; 0 switches clipping off."""
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _not_in_8_bits(cls, value: Any) -> Any:
+        if value == "adamw8bit":
+            raise ValueError(
+                "adamw8bit is not offered: torchao's keeps a partition of ZeRO in 8 bits or, without a word, in fp32, "
+                "as its size is a multiple of 256 or not; use adamw, with engine.offload=cpu to save memory"
+            )
+        return value
 
 
 class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
@@ -111,18 +127,38 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     """DeepSpeed ZeRO."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 keeps fp32 master weights and accumulates gradients in fp32."""
+    """What is divided over the ranks: 0 nothing, 1 the optimizer's state, 2 gradients, too, 3 parameters, too."""
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """bf16 keeps fp32 master weights and accumulates gradients in fp32; fp16 scales the loss, and needs CUDA."""
+    offload: Literal["none", "cpu"] = "none"
+    """`cpu` keeps the optimizer's state in the host's memory and updates there; stages 1 to 3."""
+    hpz_partition_size: int = Field(default=1, ge=1)
+    """ZeRO 3: ranks (of one node) among which a second copy of the parameters is divided; needs CUDA."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each layer, and compute the layer again in the backward pass: less memory, more time."""
+    compile: bool = False
+    """torch.compile of each layer; needs a C++ compiler where it runs."""
     timeout_minutes: float = Field(default=10.0, gt=0.0, le=10080.0)
     """A collective that hangs longer ends the run."""
 
+    @field_validator("offload", mode="before")
+    @classmethod
+    def _not_to_nvme(cls, value: Any) -> Any:
+        if value == "nvme":
+            raise ValueError("nvme would move the optimizer's state out of a checkpoint's reach; use cpu")
+        return value
+
     @model_validator(mode="after")
-    def _stage_0_has_no_fp32_accumulation(self) -> "EngineConfig":
-        if self.zero_stage == 0 and self.precision == "bf16":
+    def _the_stage_can_do_it(self) -> "EngineConfig":
+        if self.zero_stage == 0 and self.precision != "fp32":
             raise ValueError(
-                "DeepSpeed cannot accumulate bf16 gradients in fp32 at zero_stage=0; "
+                f"DeepSpeed cannot accumulate {self.precision} gradients in fp32 at zero_stage=0; "
                 "use engine.zero_stage=1, or engine.precision=fp32"
             )
+        if self.zero_stage == 0 and self.offload != "none":
+            raise ValueError("offload moves what ZeRO has divided, and zero_stage=0 divides nothing; use 1, 2 or 3")
+        if self.hpz_partition_size > 1 and self.zero_stage != 3:
+            raise ValueError(f"hpz_partition_size={self.hpz_partition_size} divides parameters; use zero_stage=3")
         return self
 
 

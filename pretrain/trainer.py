@@ -216,6 +216,7 @@ def save_checkpoint(session: Session, step: int, data: DataState, validation_los
             "data": data.model_dump(),
             "tokenizer": session.dataset.manifest.tokenizer.sha256,
             "attempt": session.recorder.attempt,
+            "types": session.engine.types,
             "config": session.config.model_dump(mode="json"),
             "commit": provenance.commit(session.folder.path / "code", session.recorder.attempt),
             "mlflow_run": _mlflow_run(session.folder),
@@ -298,6 +299,9 @@ def _restore(
         data.check(fingerprint)
         found.load(engine)
         found.restore_rng(ranks)
+        for state, now in engine.types.items():
+            if (saved := found.manifest.state["types"].get(state)) != now:
+                recorder.warning(f"{found.path}: {state} was saved as {saved} and is {now} now: it was converted")
         return data
 
     return found.manifest.step, ranks.together(load)

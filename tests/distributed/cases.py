@@ -268,7 +268,9 @@ def update_ratio(ranks: Ranks, stage: int, precision: str) -> dict[str, Any]:
         after = [f.states["fp32"].double() for f in engine.owned_fragments()]
         change = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))
         measured.append(over_ranks([sum(float(a.square().sum()) for a in after), change]))
-        told.append(over_ranks(list(engine.squared_norms())))
+        theta, update = engine.squared_norms()
+        assert update is not None
+        told.append(over_ranks([theta, update]))
     return {
         "told": [x for pair in told for x in pair],
         "measured": [x for pair in measured for x in pair],

@@ -1,7 +1,6 @@
 """A new run that begins with another run's checkpoint."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ from typer.testing import CliRunner
 
 from data_pipeline.errors import UserError
 from launch.cli import app
+from pretrain import origin
 from pretrain.config import load
 from pretrain.journal import read
+from pretrain.run import RunFolder
 from tests.conftest import RanksFailed
 from tests.runs import SMALL, attempts
 
@@ -51,12 +52,12 @@ def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
 
 
 def begin(stable: Path, run_dir: Path, *more: str, at: int | None = STEPS - COOLDOWN) -> list[str]:
-    origin = f"{stable}@{at}" if at else str(stable)
+    start = f"{stable}@{at}" if at else str(stable)
     return [
         str(stable / "config.yaml"),
         "run.name=cooled",
         f"run.dir={run_dir}",
-        f"run.start_from={origin}",
+        f"run.start_from={start}",
         *COOL,
         *more,
     ]
@@ -127,11 +128,19 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("more", "message"), MISTAKES)
 def test_what_may_not_differ_from_the_origin_is_named(
-    ranks: Ranks, stable: Path, tmp_path: Path, more: list[str], message: str
+    stable: Path, tmp_path: Path, more: list[str], message: str
 ) -> None:
-    with pytest.raises(RanksFailed, match=re.escape(message)):
-        ranks(TRAIN, 1, args=begin(stable, tmp_path / "new", *more))
+    with pytest.raises(UserError) as caught:
+        origin.check(load(begin(stable, tmp_path / "new", *more)), RunFolder(stable).facts()["dataset"])
+    assert message in str(caught.value)
+
+
+def test_a_run_that_may_not_begin_leaves_no_run(ranks: Ranks, stable: Path, tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed, match="model.width: 16 in the run, 32 now"):
+        ranks(TRAIN, 1, args=begin(stable, tmp_path / "new", "model.width=32"))
     assert not (tmp_path / "new" / "run.json").exists()
+    with pytest.raises(UserError, match="dataset .* is dataset eeeeeeeeeeee"):
+        origin.check(load(begin(stable, tmp_path / "new")), {"fingerprint": "e" * 64, "path": "elsewhere"})
 
 
 def test_the_command_says_what_it_would_do(stable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,10 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError
@@ -18,9 +19,10 @@ def at(config: Config, step: int) -> float:
     return learning_rate(config, step * config.batch.tokens)
 
 
-def make(kind: str, steps: int, warmup: int, cooldown: int = 0, *more: str) -> Config:
-    given = [f"schedule.kind={kind}", f"train.steps={steps}", f"schedule.warmup_steps={warmup}", "optimizer.lr=0.01"]
-    return load([*given, f"schedule.cooldown={cooldown if kind == 'wsd' else 0}", *more])
+def make(kind: str, steps: int, warmup: int, cooldown: int = 0, tokens: int = 8192, **schedule: Any) -> Config:
+    given = schedule | {"kind": kind, "warmup_steps": warmup, "cooldown": cooldown if kind == "wsd" else 0}
+    tree = {"schedule": given, "train": {"steps": steps}, "optimizer": {"lr": 0.01}, "batch": {"tokens": tokens}}
+    return Config.model_validate(tree)
 
 
 def first_formula(config: Config, step: int) -> float:
@@ -34,21 +36,23 @@ def first_formula(config: Config, step: int) -> float:
     return schedule.final_lr + 0.5 * (peak - schedule.final_lr) * (1 + math.cos(math.pi * progress))
 
 
+@settings(deadline=None)
 @given(steps=st.integers(1, 10**6), warmup=st.integers(0, 10**4), share=st.floats(0, 1), tokens=st.integers(1, 10**4))
 def test_cosine_and_constant_are_bit_for_bit_what_they_were(steps: int, warmup: int, share: float, tokens: int) -> None:
     for kind in ("cosine", "constant"):
-        config = make(kind, steps, warmup, 0, f"batch.tokens={tokens * 256}", "schedule.final_lr=0.001")
+        config = make(kind, steps, warmup, tokens=tokens * 256, final_lr=0.001)
         step = max(1, round(share * steps))
         assert at(config, step) == first_formula(config, step)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
 @given(data=st.data())
 def test_each_kind_rises_to_the_peak_and_never_again(kind: str, data: st.DataObject) -> None:
     steps = data.draw(st.integers(2, 300))
     warmup = data.draw(st.integers(0, steps - 1))
     cooldown = data.draw(st.integers(0, steps - warmup))
-    config = make(kind, steps, warmup, cooldown, "schedule.final_lr=0.001")
+    config = make(kind, steps, warmup, cooldown, final_lr=0.001)
     rates = [at(config, step) for step in range(1, steps + 1)]
     rounding = 1 + 1e-12
     assert max(rates) <= 0.01 * rounding
@@ -63,17 +67,18 @@ def test_each_kind_rises_to_the_peak_and_never_again(kind: str, data: st.DataObj
 @pytest.mark.parametrize(
     ("kind", "more", "expected"),
     [
-        ("linear", [], [0.005, 0.01, 0.00875, 0.0075, 0.00625, 0.005, 0.00375, 0.0025, 0.00125, 0.0]),
-        ("wsd", ["schedule.cooldown_shape=linear"], [0.005, *[0.01] * 5, 0.0075, 0.005, 0.0025, 0.0]),
-        ("wsd", [], [0.005, *[0.01] * 5, 0.005, 0.01 * (1 - 0.5**0.5), 0.01 * (1 - 0.75**0.5), 0.0]),
-        ("inverse_sqrt", [], [0.005, 0.01, *(0.01 * (2 / step) ** 0.5 for step in range(3, 11))]),
+        ("linear", {}, [0.005, 0.01, 0.00875, 0.0075, 0.00625, 0.005, 0.00375, 0.0025, 0.00125, 0.0]),
+        ("wsd", {"cooldown_shape": "linear"}, [0.005, *[0.01] * 5, 0.0075, 0.005, 0.0025, 0.0]),
+        ("wsd", {}, [0.005, *[0.01] * 5, 0.005, 0.01 * (1 - 0.5**0.5), 0.01 * (1 - 0.75**0.5), 0.0]),
+        ("inverse_sqrt", {}, [0.005, 0.01, *(0.01 * (2 / step) ** 0.5 for step in range(3, 11))]),
     ],
 )
-def test_known_values(kind: str, more: list[str], expected: list[float]) -> None:
-    config = make(kind, 10, 2, 4, *more)
+def test_known_values(kind: str, more: dict[str, Any], expected: list[float]) -> None:
+    config = make(kind, 10, 2, 4, **more)
     assert [at(config, step) for step in range(1, 11)] == pytest.approx(expected, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(cooldown=st.integers(1, 50), longer=st.integers(0, 50))
 def test_a_wsd_run_without_end_is_any_wsd_run_before_its_cooldown(cooldown: int, longer: int) -> None:
     endless, cooled = make("wsd", 200, 10), make("wsd", 100 + longer, 10, cooldown)

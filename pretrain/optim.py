@@ -1,0 +1,84 @@
+"""Which parameter gets which update, in torch's own terms. DeepSpeed's Muon is named here and built by the engine."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.sections import OptimizerConfig
+
+ADAM_STATES = ("fp32", "exp_avg", "exp_avg_sq")
+"""What a parameter under AdamW is made of: the fp32 master weight and the two moments."""
+MUON_STATES = ("fp32", "momentum_buffer")
+"""What a parameter under Muon is made of."""
+CHUNK = 2**24
+"""Elements whose update is recomputed at once: 64 MiB for each temporary tensor."""
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Tensors of two and more dimensions, with weight decay, and the others, without."""
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
+    """torch's AdamW; on CUDA in one fused kernel."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True if device.type == "cuda" else None,
+    )
+
+
+def muon_settings(config: OptimizerConfig) -> dict[str, Any]:
+    """DeepSpeed's block for Muon on the hidden matrices, with torch's AdamW for all else (no compiler needed)."""
+    return {
+        "type": "Muon",
+        "params": {
+            "muon_lr": config.muon_lr,
+            "momentum": config.muon_momentum,
+            "adam_lr": config.lr,
+            "betas": config.betas,
+            "eps": config.eps,
+            "torch_adam": True,
+        },
+    }
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float, config: OptimizerConfig) -> None:
+    """AdamW's groups get `lr`; Muon's the same share of their own peak."""
+    for group in groups:
+        group["lr"] = lr * (config.muon_lr / config.lr) if group.get("use_muon") else lr
+
+
+def adamw_update_norms(
+    states: dict[str, Tensor], lr: float, weight_decay: float, steps: int, config: OptimizerConfig
+) -> list[Tensor]:
+    """Norms (0-d), over parts of a tensor, of the last update that AdamW made to it.
+
+    The update is found from the parameter θ and the moments m, v after step t ("Decoupled Weight Decay
+    Regularization", arXiv:1711.05101, algorithm 2):
+
+        a = lr · m / (1 - β₁ᵗ) / (sqrt(v / (1 - β₂ᵗ)) + eps)
+        Δθ = -(a + lr · λ · θ) / (1 - lr · λ)
+
+    since θ = (1 - lr · λ) θ_before - a, with weight decay λ.
+
+    Args:
+        states: by ADAM_STATES, each [n].
+        lr: of that step, with its `weight_decay`.
+        steps: t.
+    """
+    beta_1, beta_2 = config.betas
+    decay = lr * weight_decay
+    norms = []
+    for theta, m, v in zip(*(states[state].split(CHUNK) for state in ADAM_STATES), strict=True):
+        root = v.sqrt().div_((1 - beta_2**steps) ** 0.5).add_(config.eps)
+        update = torch.addcdiv(theta * decay, m, root, value=lr / (1 - beta_1**steps))
+        norms.append(torch.linalg.vector_norm(update) / (1 - decay))
+    return norms
