@@ -5,6 +5,7 @@ Started by the fixture `ranks`; reads a JSON request a line: {"target": "module:
 """
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -28,6 +29,8 @@ def serve() -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # else each rank looks through half a million objects of the libraries
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
