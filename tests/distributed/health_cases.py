@@ -85,7 +85,7 @@ def collections(ranks: Ranks, args: list[str]) -> dict[str, Any]:
         now, inside = step, step < 12
         after_step(self, step, *rest)
 
-    health.Health.after_step = noted  # type: ignore[method-assign]
+    health.Health.after_step = noted  # type: ignore[method-assign,assignment]
     gc.callbacks.append(note)
     before = gc.isenabled()
     trainer.train(load(args), ranks, StopRequest(), time.time())
@@ -112,7 +112,7 @@ def frozen(ranks: Ranks, args: list[str], at: int, thaw: bool) -> list[str]:
             time.sleep(0.02)
         os.kill(pids[1], signal.SIGCONT)
 
-    health.Health.after_step = stop  # type: ignore[method-assign]
+    health.Health.after_step = stop  # type: ignore[method-assign,assignment]
     if thaw and ranks.rank == 0:
         threading.Thread(target=wait_and_thaw, daemon=True).start()
     if not thaw:
@@ -147,6 +147,6 @@ def leaking(ranks: Ranks, args: list[str], slow: float, leak_mib: int) -> int:
         return original(model, *rest)
 
     trends.SLOW_SECONDS = 0.0
-    health.Health.after_step = leak  # type: ignore[method-assign]
+    health.Health.after_step = leak  # type: ignore[method-assign,assignment]
     language_model.LanguageModel.predict = predict  # type: ignore[method-assign,assignment]
     return trainer.train(load(args), ranks, StopRequest(), time.time())
