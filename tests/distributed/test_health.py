@@ -253,6 +253,17 @@ def test_an_ordinary_run_has_no_spikes_and_no_other_complaints(ranks: Ranks, dat
     assert load(tmp_path / "run").warnings == []
 
 
+def test_the_summary_tells_what_was_counted(dataset: Path, tmp_path: Path) -> None:
+    """Ripples are spikes to a threshold this low."""
+    args = arguments(dataset, tmp_path / "run", "health.spike_window=8", "health.spike_z=0.01")
+    done = duet("train", *args)
+    assert done.returncode == 0, done.stderr
+    count = int(load(tmp_path / "run").points["health/spikes"][-1].value)
+    assert 0 < count < STEPS
+    assert f"health      {count} loss spikes; see the report" in done.stdout
+    assert "warning: loss spike at step " in done.stdout
+
+
 def test_all_ranks_collect_garbage_at_the_same_steps(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
     args = arguments(dataset, tmp_path / "run", "train.steps=13", "health.gc_every=5")
     for result in ranks(f"{CASES}collections", 2, args=args):
