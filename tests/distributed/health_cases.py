@@ -15,12 +15,21 @@ import torch.distributed as dist
 
 from model import language_model
 from model.interface import Batch, ModelOutput
-from pretrain import health, trainer, trends
+from pretrain import health, recorder, trainer, trends
 from pretrain.config import load
 from pretrain.distributed import Ranks
 from pretrain.nonfinite import Diagnosis
 from pretrain.signals import StopRequest
 from pretrain.watchdog import Watchdog
+
+
+def train(ranks: Ranks, args: list[str]) -> list[tuple[str, str]]:
+    """A whole run but for the report at its end, whose pictures take longer than all its steps. Returns the summary."""
+    summary: list[tuple[str, str]] = []
+    recorder.report.write_report = lambda run_dirs, out: out or run_dirs[0]
+    recorder.Console.summary = lambda self, rows: summary.extend(rows)  # type: ignore[method-assign]
+    trainer.train(load(args), ranks, StopRequest(), time.time())
+    return summary
 
 
 def run(
@@ -31,7 +40,7 @@ def run(
     nan_gradient: tuple[int, ...] = (),
     killed_by: int | None = None,
     sabotage: str | None = None,
-) -> int:
+) -> list[tuple[str, str]]:
     """A run in which single samples, by their position in the data, do harm wherever they are computed.
 
     They make the logits a hundred times as large, or nan, or the gradient of the last norm nan, or kill the rank.
@@ -66,7 +75,7 @@ def run(
         trainer.load_older = lambda root, back, *rest: int(
             sorted(root.glob("step-*"))[-back].name.removeprefix("step-")
         )
-    return trainer.train(load(args), ranks, StopRequest(), time.time())
+    return train(ranks, args)
 
 
 def collections(ranks: Ranks, args: list[str]) -> dict[str, Any]:
@@ -88,7 +97,7 @@ def collections(ranks: Ranks, args: list[str]) -> dict[str, Any]:
     health.Health.after_step = noted  # type: ignore[method-assign,assignment]
     gc.callbacks.append(note)
     before = gc.isenabled()
-    trainer.train(load(args), ranks, StopRequest(), time.time())
+    train(ranks, args)
     return {"steps": steps, "before": before, "after": gc.isenabled(), "frozen": gc.get_freeze_count()}
 
 
@@ -117,7 +126,7 @@ def frozen(ranks: Ranks, args: list[str], at: int, thaw: bool) -> list[str]:
         threading.Thread(target=wait_and_thaw, daemon=True).start()
     if not thaw:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)
-    trainer.train(load(args), ranks, StopRequest(), time.time())
+    train(ranks, args)
     return sorted(file.name for file in logs.glob("stacks-*"))
 
 
@@ -133,7 +142,7 @@ def never_gives_the_lock_away(ranks: Ranks, logs: str) -> list[str]:
     return []
 
 
-def leaking(ranks: Ranks, args: list[str], slow: float, leak_mib: int) -> int:
+def leaking(ranks: Ranks, args: list[str], slow: float, leak_mib: int) -> list[tuple[str, str]]:
     """Rank 1 takes `slow` seconds more for each forward pass and keeps some memory after each step."""
     kept: list[bytes] = []
     after_step, original = health.Health.after_step, language_model.LanguageModel.predict
@@ -149,4 +158,4 @@ def leaking(ranks: Ranks, args: list[str], slow: float, leak_mib: int) -> int:
     trends.SLOW_SECONDS = 0.0
     health.Health.after_step = leak  # type: ignore[method-assign,assignment]
     language_model.LanguageModel.predict = predict  # type: ignore[method-assign,assignment]
-    return trainer.train(load(args), ranks, StopRequest(), time.time())
+    return train(ranks, args)
