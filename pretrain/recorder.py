@@ -186,7 +186,7 @@ class Recorder:
             rate = points["time/tokens_per_second"][-1].value
             rows.append(("speed", f"{rate:,.0f} tokens/s; {steps} steps in {seconds:.0f} s, start-up included"))
         counts = {name: int(points[f"health/{name}"][-1].value) for name in COUNTED if points.get(f"health/{name}")}
-        if told := [f"{count} {COUNTED[name]}" for name, count in counts.items() if count]:
+        if told := [f"{COUNTED[name]}: {count}" for name, count in counts.items() if count]:
             rows.append(("health", f"{', '.join(told)}; see the report"))
         if saved := complete(self._folder.checkpoints):
             rows.append(("checkpoint", str(saved[0])))

@@ -14,6 +14,7 @@ from data_pipeline.errors import UserError
 
 CHECKS = 10
 """A hang is noticed at most a tenth of its time late."""
+JOIN_SECONDS = 5.0
 STDERR = 2
 
 
@@ -50,7 +51,7 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join(self._seconds)  # a disk that hangs must not hold up the end
+        self._thread.join(JOIN_SECONDS)  # a disk that hangs must not hold up the end
         faulthandler.cancel_dump_traceback_later()
         if isinstance(error, Exception) and not isinstance(error, UserError):  # a lost peer, a time limit, a bug
             try:

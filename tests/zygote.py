@@ -29,6 +29,7 @@ def serve() -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.collect()
     gc.freeze()  # else DeepSpeed's many collections walk through all that was imported: 0.3 s each
     print("ready", flush=True)
     for line in sys.stdin:

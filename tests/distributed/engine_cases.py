@@ -13,7 +13,7 @@ from pretrain import checkpoint
 from pretrain.config import Config, load
 from pretrain.distributed import Ranks
 from pretrain.engine import CACHES, Engine
-from tests.distributed.cases import VOCABULARY, make_engine, train_run, train_steps
+from tests.distributed.cases import VOCABULARY, make_engine, save, train_run, train_steps
 
 SMALL = [
     "model.layers=1",
@@ -53,7 +53,7 @@ def train_and_save(ranks: Ranks, root: str, args: list[str], save_at: int, until
     config = small(*args)
     engine = make_engine(ranks, config)
     before = train_steps(engine, ranks, config, 1, save_at)
-    checkpoint.save(engine, Path(root), save_at, {}, ranks, lambda: None)
+    save(engine, Path(root), save_at, ranks)
     saved = digest(engine, ranks)
     after = train_steps(engine, ranks, config, save_at + 1, until)
     return {"losses": before + after, "saved": saved, "final": digest(engine, ranks)}

@@ -1,0 +1,161 @@
+"""Runs in which something goes wrong on purpose; started through the fixture `ranks`."""
+
+import ctypes
+import gc
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model import language_model
+from model.interface import Batch, ModelOutput
+from pretrain import health, recorder, trainer, trends
+from pretrain.config import load
+from pretrain.distributed import Ranks
+from pretrain.nonfinite import Diagnosis
+from pretrain.signals import StopRequest
+from pretrain.watchdog import Watchdog
+
+
+def train(ranks: Ranks, args: list[str]) -> list[tuple[str, str]]:
+    """A whole run but for the report at its end, whose pictures take longer than all its steps. Returns the summary."""
+    summary: list[tuple[str, str]] = []
+    recorder.report.write_report = lambda run_dirs, out: out or run_dirs[0]
+    recorder.Console.summary = lambda self, rows: summary.extend(rows)  # type: ignore[method-assign]
+    trainer.train(load(args), ranks, StopRequest(), time.time())
+    return summary
+
+
+def run(
+    ranks: Ranks,
+    args: list[str],
+    spike: tuple[int, ...] = (),
+    nan_loss: tuple[int, ...] = (),
+    nan_gradient: tuple[int, ...] = (),
+    killed_by: int | None = None,
+    sabotage: str | None = None,
+) -> list[tuple[str, str]]:
+    """A run in which single samples, by their position in the data, do harm wherever they are computed.
+
+    They make the logits a hundred times as large, or nan, or the gradient of the last norm nan, or kill the rank.
+    """
+    poisoned = False
+
+    def meets(samples: tuple[int, ...], batch: Batch) -> bool:
+        return bool(set(samples) & set(batch.samples.tolist()))
+
+    original, build = language_model.objective, trainer.registry.build
+
+    def objective(logits: torch.Tensor, batch: Batch, *rest: Any) -> ModelOutput:
+        nonlocal poisoned
+        training = rest[-1]
+        if training:
+            if killed_by in batch.samples.tolist():
+                os.kill(os.getpid(), signal.SIGKILL)
+            poisoned = meets(nan_gradient, batch)
+            logits = logits * (100 if meets(spike, batch) else 1) * (torch.nan if meets(nan_loss, batch) else 1)
+        return original(logits, batch, *rest)
+
+    def build_poisoned(config: Any) -> language_model.LanguageModel:
+        model = build(config)
+        model.final_norm.weight.register_hook(lambda gradient: gradient * torch.nan if poisoned else None)
+        return model
+
+    language_model.objective = objective  # type: ignore[assignment]
+    trainer.registry.build = build_poisoned
+    if sabotage == "look at nothing again":
+        health.diagnose = lambda step, *rest: Diagnosis(step, [], ranks.world_size)
+    elif sabotage == "go back but keep the weights":
+        trainer.load_older = lambda root, back, *rest: int(
+            sorted(root.glob("step-*"))[-back].name.removeprefix("step-")
+        )
+    return train(ranks, args)
+
+
+def collections(ranks: Ranks, args: list[str]) -> dict[str, Any]:
+    """At which steps garbage was collected, however that came about, and the collector's state before and after."""
+    steps: list[int] = []
+    after_step = health.Health.after_step
+    now = 0
+    inside = False
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and inside:
+            steps.append(now)
+
+    def noted(self: health.Health, step: int, *rest: Any) -> None:
+        nonlocal now, inside
+        now, inside = step, step < 12
+        after_step(self, step, *rest)
+
+    health.Health.after_step = noted  # type: ignore[method-assign,assignment]
+    gc.callbacks.append(note)
+    before = gc.isenabled()
+    train(ranks, args)
+    return {"steps": steps, "before": before, "after": gc.isenabled(), "frozen": gc.get_freeze_count()}
+
+
+def frozen(ranks: Ranks, args: list[str], at: int, thaw: bool) -> list[str]:
+    """Rank 1 is stopped (SIGSTOP) after a step, and goes on when rank 0 has written its stacks; or never.
+
+    Returns:
+        the names of the stack files.
+    """
+    pids = ranks.gather(os.getpid())
+    logs = load(args).run_dir / "logs"
+    after_step = health.Health.after_step
+
+    def stop(self: health.Health, step: int, *rest: Any) -> None:
+        after_step(self, step, *rest)
+        if step == at and ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def wait_and_thaw() -> None:
+        while not any(b"Thread" in file.read_bytes() for file in logs.glob("stacks-rank-0-*")):
+            time.sleep(0.02)
+        os.kill(pids[1], signal.SIGCONT)
+
+    health.Health.after_step = stop  # type: ignore[method-assign,assignment]
+    if thaw and ranks.rank == 0:
+        threading.Thread(target=wait_and_thaw, daemon=True).start()
+    if not thaw:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)
+    train(ranks, args)
+    return sorted(file.name for file in logs.glob("stacks-*"))
+
+
+def never_gives_the_lock_away(ranks: Ranks, logs: str) -> list[str]:
+    """The main thread stays in a C function that keeps Python's lock: what the watchdog's own thread wrote."""
+    del ranks
+    with Watchdog(Path(logs), 0, 0.4, lambda step, text: None):
+        time.sleep(0.1)
+        ctypes.PyDLL(None).usleep(900_000)
+        written = Path("/proc/self/fd/2").resolve().read_text()
+    assert "Timeout (" in written, written
+    assert "never_gives_the_lock_away" in written
+    return []
+
+
+def leaking(ranks: Ranks, args: list[str], slow: float, leak_mib: int) -> list[tuple[str, str]]:
+    """Rank 1 takes `slow` seconds more for each forward pass and keeps some memory after each step."""
+    kept: list[bytes] = []
+    after_step, original = health.Health.after_step, language_model.LanguageModel.predict
+
+    def leak(self: health.Health, *rest: Any) -> None:
+        after_step(self, *rest)
+        kept.append(os.urandom(1 << 20) * leak_mib if ranks.rank == 1 else b"")
+
+    def predict(model: language_model.LanguageModel, *rest: Any) -> Any:
+        time.sleep(slow if ranks.rank == 1 else 0.0)
+        return original(model, *rest)
+
+    trends.SLOW_SECONDS = 0.0
+    health.Health.after_step = leak  # type: ignore[method-assign,assignment]
+    language_model.LanguageModel.predict = predict  # type: ignore[method-assign,assignment]
+    return train(ranks, args)
