@@ -6,7 +6,7 @@ mask starts decides between them (docs/model.md B5).
 
 import math
 
-from model.config import LearnedDropoutConfig
+from model.mask_config import LearnedDropoutConfig
 
 _GRID = 1000
 _ANGLE_PER_LEARNING_RATE = 4.0

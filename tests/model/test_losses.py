@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.config import EntropyConfig, L1Config
 from model.interface import IGNORE
 from model.losses import cross_entropy, entropy, l1, weight_at
+from model.mask_config import EntropyConfig, L1Config
 
 KINDS: tuple[Literal["shannon", "complement", "binary"], ...] = ("shannon", "complement", "binary")
 
