@@ -109,6 +109,8 @@ def test_peak_of_binary_entropy() -> None:
         ({"l1": {"weight": 0.05}}, "every mask drifts to 0 from its start at m = 0.94"),
         ({"entropy": {"start_step": 100, "ramp_steps": 0}}, "L1 has 100 steps .* 0.40 rad .* 1.03 are needed"),
         ({"l1": {"weight": 0.0}}, "L1 has 0 steps"),
+        ({"source": "elementwise"}, "L1 has 2000 steps .* 0.50 rad .* 1.03 are needed"),
+        ({"source": "embed"}, None),
         ({}, None),
         ({"shift_init": 1.6, "entropy": {"start_step": 0, "ramp_steps": 0}}, None),
         ({"entropy": {"weight": 0.0, "start_step": 0}}, None),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.encoder_loss import EncoderLoss
 from model.interface import Batch
-from tests.model.helpers import build, small, without_dropout
+from tests.model.helpers import VOCABULARY, build, small, without_dropout
 
 KINDS = ("mse", "cosine", "log_cosine")
 
@@ -88,17 +88,17 @@ def test_the_mean_runs_in_fp32_under_bf16() -> None:
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def trained(steps: int, **options: Any) -> dict[str, float]:
+def trained(steps: int, lr: float, **options: Any) -> dict[str, float]:
     """Metrics after some steps on text with structure: each token is a function of the last, with noise."""
     config = small(width=32, heads=4, context=16, learned_dropout=without_dropout(), encoder_loss=options)
     model = build(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
     for step in range(1, steps + 1):
-        ids = torch.randint(0, 17, (8, 17), generator=generator)
+        ids = torch.randint(0, VOCABULARY, (8, 17), generator=generator)
         for t in range(1, 17):
             follows = torch.rand(8, generator=generator) < 0.8
-            ids[:, t] = torch.where(follows, (3 * ids[:, t - 1] + 1) % 17, ids[:, t])
+            ids[:, t] = torch.where(follows, (3 * ids[:, t - 1] + 1) % VOCABULARY, ids[:, t])
         output = model(Batch(ids[:, :-1], ids[:, 1:], torch.arange(8), torch.tensor(step), seed=0))
         optimizer.zero_grad()
         output.loss.backward()
@@ -106,11 +106,24 @@ def trained(steps: int, **options: Any) -> dict[str, float]:
     return {name: value.item() for name, value in output.metrics.items()}
 
 
-PUBLISHED = {"embedding_norm": "embedding", "affine": True}
+def stds(metrics: dict[str, float]) -> tuple[float, float]:
+    return metrics["encoder_loss_embedding_std"], metrics["encoder_loss_output_std"]
 
 
-@pytest.mark.parametrize("kind", ["mse", "cosine"])
-def test_it_does_not_collapse(kind: str) -> None:
-    metrics = trained(150, kind=kind, weight=1.0)
-    assert metrics["encoder_loss_embedding_std"] > 0.3
-    assert metrics["encoder_loss_output_std"] > 0.3
+PUBLISHED: dict[str, Any] = {"kind": "mse", "embedding_norm": "embedding", "affine": True}
+
+
+def test_it_does_not_shrink_under_a_weight_that_collapses_the_published_one() -> None:
+    assert max(stds(trained(120, lr=1e-2, weight=20.0, **PUBLISHED))) < 0.3
+    assert min(stds(trained(120, lr=1e-2, weight=20.0, kind="mse"))) > 0.3
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thousand_steps_do_not_shrink_it(kind: str) -> None:
+    assert min(stds(trained(1000, lr=3e-3, kind=kind))) > 0.3
+
+
+@pytest.mark.drill
+def test_a_thousand_steps_collapse_the_published_one() -> None:
+    assert max(stds(trained(1000, lr=3e-3, **PUBLISHED))) < 0.3
