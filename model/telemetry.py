@@ -14,10 +14,10 @@ def mask_statistics(mask: Tensor, kept: Tensor) -> dict[str, Tensor]:
         0-d float32: `density`, the share kept; `mask_mean`; `mask_near_zero` and `mask_near_one`, the shares of
         m < 0.1 and of m > 0.9; `always_on` and `always_off`, the channels that every position kept, or none.
     """
-    per_channel = kept.flatten(0, -2).sum(0)
+    per_channel = kept.float().flatten(0, -2).sum(0)
     positions = kept.numel() // kept.shape[-1]
     return {
-        "density": per_channel.sum().float() / kept.numel(),
+        "density": per_channel.sum() / kept.numel(),
         "mask_mean": mask.mean(),
         "mask_near_zero": (mask < 0.1).float().mean(),
         "mask_near_one": (mask > 0.9).float().mean(),

@@ -38,7 +38,8 @@ class ParallelEncoderDecoder(LanguageModel):
         outputs = self._encode(embedded, keys, statistics)
         first = next(outputs)
         if self.config.topology == "serial":
-            *_, first = outputs
+            for first in outputs:  # to the last one
+                pass
             outputs = repeat(first)
         elif self.config.cross_source == "layer_input":
             outputs = chain([first], outputs)
