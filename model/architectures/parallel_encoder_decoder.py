@@ -4,6 +4,7 @@ Layer l of the decoder reads what layer l of the encoder gives; the encoder neve
 topology, which the parallel one is to be held beside, every decoder layer reads what the last encoder layer gives.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from itertools import chain, repeat
 
@@ -38,8 +39,7 @@ class ParallelEncoderDecoder(LanguageModel):
         outputs = self._encode(embedded, keys, statistics)
         first = next(outputs)
         if self.config.topology == "serial":
-            for first in outputs:  # to the last one
-                pass
+            [first] = deque(outputs, maxlen=1)
             outputs = repeat(first)
         elif self.config.cross_source == "layer_input":
             outputs = chain([first], outputs)
