@@ -1,12 +1,11 @@
 """Causal multi-head attention: within a stream, and from one stream to another."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data_pipeline.errors import ConfigError
 from model.config import ModelConfig
 from model.dropout import noise_site, weight_dropout
 from model.layers import Linear
@@ -48,8 +47,9 @@ class CausalAttention(nn.Module):
             key, value = (x.repeat_interleave(self._group, dim=1) for x in (key, value))
         if self._config.attention == "explicit" or (self._rate and keys is not None):
             return self._explicit(query, key, value, keys).transpose(1, 2).flatten(2)
-        with sdpa_kernel(_FUSED) if self._config.attention == "flash" else nullcontext():
-            found = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        if self._config.attention == "flash":
+            return _fused(query, key, value).transpose(1, 2).flatten(2)
+        found = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         return found.transpose(1, 2).flatten(2)
 
     def _explicit(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None) -> Tensor:
@@ -61,6 +61,19 @@ class CausalAttention(nn.Module):
         if self._rate and keys is not None:
             weights = weight_dropout(weights, keys, self._site, self._rate, self._config.context)
         return weights @ value
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    try:
+        with sdpa_kernel(_FUSED):
+            return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in ("No available kernel", "No viable backend")):
+            raise
+        raise ConfigError(
+            f"model.attention=flash: torch has no fused kernel for heads of {query.shape[-1]} channels in "
+            f"{query.dtype} on {query.device.type}; take auto"
+        ) from error
 
 
 class SelfAttention(nn.Module):

@@ -5,7 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend
 
+from data_pipeline.errors import ConfigError
+from model import attention
 from model.attention import CausalAttention
 from model.dropout import dropout, noise_site, weight_dropout
 from model.noise import sample_keys
@@ -73,6 +76,18 @@ def test_explicit_attention_is_the_fused_one(name: str) -> None:
     explicit = build(variant(name, attention="explicit")).double().eval()
     ids = batch_of(variant(name)).input_ids
     torch.testing.assert_close(fused.logits(ids), explicit.logits(ids), rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_flash_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "no fused kernel for heads of 8 channels in torch.float32 on cpu; take auto"
+    strided = torch.randn(1, 2, 8, 8).mT  # the fused ones want channels side by side
+    with pytest.raises(ConfigError, match=message):
+        attention._fused(strided, strided, strided)
+    monkeypatch.setattr(attention, "_FUSED", [SDPBackend.CUDNN_ATTENTION])  # which a CPU has not
+    model = build(small(attention="flash"))
+    with pytest.raises(ConfigError, match=message):
+        model.logits(torch.zeros(1, 4, dtype=torch.int64))
 
 
 def test_grouped_queries_share_keys_and_values() -> None:
