@@ -1,49 +1,117 @@
 """Causal multi-head attention: within a stream, and from one stream to another."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data_pipeline.errors import ConfigError
 from model.config import ModelConfig
-from model.layers import Linear, residual_std
+from model.dropout import noise_site, weight_dropout
+from model.layers import Linear
+from model.positions import rotate
+
+_FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """softmax(q k^T / sqrt(C / heads)) v in each head, over positions up to the query's own.
+class CausalAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v in each head of d channels, over positions up to the query's own.
 
-    All of shape [B, T, C] ("Attention Is All You Need", equation 1, with a causal mask).
+    "Attention Is All You Need", equation 1, with a causal mask. No parameters.
     """
-    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    return functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+
+    def __init__(self, config: ModelConfig, heads: int, *, group: int = 1, name: str = "", rate: float = 0.0) -> None:
+        """Attention of `heads` heads of queries.
+
+        Args:
+            group: heads of queries that share one of keys and values.
+            name: of this place; keys the noise.
+            rate: of dropout on the weights, in training.
+        """
+        super().__init__()
+        self._config = config
+        self._heads = heads
+        self._group = group
+        self._rate = rate
+        self._site = noise_site(f"attention/{name}")
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None) -> Tensor:
+        """Query [B, T, C], key and value [B, T, C / group], noise keys [B] or None in evaluation -> [B, T, C]."""
+        query = query.unflatten(-1, (self._heads, -1))
+        key, value = (x.unflatten(-1, (self._heads // self._group, -1)) for x in (key, value))
+        if self._config.positions == "rotary":
+            positions = torch.arange(query.shape[1], device=query.device)
+            query, key = rotate(query, positions), rotate(key, positions)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        if self._group > 1:
+            key, value = (x.repeat_interleave(self._group, dim=1) for x in (key, value))
+        if self._config.attention == "explicit" or (self._rate and keys is not None):
+            return self._explicit(query, key, value, keys).transpose(1, 2).flatten(2)
+        if self._config.attention == "flash":
+            return _fused(query, key, value).transpose(1, 2).flatten(2)
+        found = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return found.transpose(1, 2).flatten(2)
+
+    def _explicit(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None) -> Tensor:
+        length = query.shape[2]
+        scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+        future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+        exact = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.masked_fill(future, -torch.inf).softmax(-1, dtype=exact).to(value.dtype)
+        if self._rate and keys is not None:
+            weights = weight_dropout(weights, keys, self._site, self._rate, self._config.context)
+        return weights @ value
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    try:
+        with sdpa_kernel(_FUSED):
+            return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in ("No available kernel", "No viable backend")):
+            raise
+        raise ConfigError(
+            f"model.attention=flash: torch has no fused kernel for heads of {query.shape[-1]} channels in "
+            f"{query.dtype} on {query.device.type}; take auto"
+        ) from error
 
 
 class SelfAttention(nn.Module):
     """Causal attention of a stream to itself."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        """One projection [3C, C] for queries, keys and values, one [C, C] out."""
-        super().__init__()
-        self.heads = config.heads
-        self.qkv = Linear(config.width, 3 * config.width, bias=config.bias)
-        self.out = Linear(config.width, config.width, bias=config.bias, std=residual_std(config))
+    def __init__(self, config: ModelConfig, name: str, std: float) -> None:
+        """One projection [3C, C] for queries, keys and values (fewer rows with grouped queries), one [C, C] out.
 
-    def forward(self, x: Tensor) -> Tensor:
+        Args:
+            name: of this place; keys the noise.
+            std: start of the map out.
+        """
+        super().__init__()
+        group = config.queries_per_kv_head
+        self._sizes = [config.width, config.width // group, config.width // group]
+        self.qkv = Linear(config.width, sum(self._sizes), bias=config.bias)
+        self.out = Linear(config.width, config.width, bias=config.bias, std=std)
+        self.attention = CausalAttention(config, config.heads, group=group, name=name, rate=config.attention_rate)
+
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
-        return self.out(causal_attention(query, key, value, self.heads))
+        query, key, value = self.qkv(x).split(self._sizes, dim=-1)
+        return self.out(self.attention(query, key, value, keys))
 
 
 class CrossAttention(nn.Module):
     """Causal attention of one stream to another of the same length: position t sees the other's up to t."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        """Projections [C, C] for queries, [2C, C] for keys and values, [C, C] out."""
+    def __init__(self, config: ModelConfig, name: str, std: float) -> None:
+        """Projections [C, C] for queries, [2C, C] for keys and values, [C, C] out; `name` and `std` as above."""
         super().__init__()
-        self.heads = config.num_cross_heads
+        group, heads = config.queries_per_kv_head, config.num_cross_heads
         self.query = Linear(config.width, config.width, bias=config.bias)
-        self.key_value = Linear(config.width, 2 * config.width, bias=config.bias)
-        self.out = Linear(config.width, config.width, bias=config.bias, std=residual_std(config))
+        self.key_value = Linear(config.width, 2 * (config.width // group), bias=config.bias)
+        self.out = Linear(config.width, config.width, bias=config.bias, std=std)
+        self.attention = CausalAttention(config, heads, group=group, name=name, rate=config.attention_rate)
 
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+    def forward(self, x: Tensor, other: Tensor, keys: Tensor | None) -> Tensor:
         """Queries from x [B, T, C], keys and values from other [B, T, C] -> [B, T, C]."""
         key, value = self.key_value(other).chunk(2, dim=-1)
-        return self.out(causal_attention(self.query(x), key, value, self.heads))
+        return self.out(self.attention(self.query(x), key, value, keys))

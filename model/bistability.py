@@ -6,11 +6,11 @@ mask starts decides between them (docs/model.md B5).
 
 import math
 
-from model.config import LearnedDropoutConfig
+from model.mask_config import LearnedDropoutConfig
 
 _GRID = 1000
-_ANGLE_PER_LEARNING_RATE = 4.0
-"""How far the mean angle moves a step under AdamW: measured over the first 150 steps of the `tiny` preset."""
+_ANGLE_PER_LEARNING_RATE = {"attention": 4.0, "embed": 4.0, "elementwise": 0.25}
+"""How far the mean angle moves a step under AdamW, by source: measured over the first 150 steps of `tiny`'s shape."""
 
 
 def _penalty(m: float, config: LearnedDropoutConfig) -> float:
@@ -55,7 +55,7 @@ def warnings_for(config: LearnedDropoutConfig, learning_rate: float = 1e-3) -> l
     if entropy.start_step + entropy.ramp_steps == 0:
         return [f"learned_dropout: {facts} from step 0: learned dropout stays inert; start the entropy later"]
     alone = max(0, entropy.start_step + entropy.ramp_steps - l1.start_step) if l1.weight else 0
-    reach = alone * learning_rate * _ANGLE_PER_LEARNING_RATE
+    reach = alone * learning_rate * _ANGLE_PER_LEARNING_RATE[config.source]
     needed = math.acos(2 * top - 1) - config.shift_init
     if reach < needed:
         return [

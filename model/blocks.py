@@ -1,50 +1,92 @@
-"""The layers of the two streams (docs/model.md A3): pre-norm, each block adding to the residual stream."""
+"""The layers of the streams (docs/model.md A3): each sublayer adds an update to the residual stream."""
 
 from torch import Tensor, nn
 
 from model.attention import CrossAttention, SelfAttention
-from model.config import ModelConfig, Site
-from model.layers import FeedForward, layer_norm
-from model.learned_dropout import Statistics, dropout_at
+from model.config import ModelConfig
+from model.dropout import SiteDropout, Statistics
+from model.layers import FeedForward, residual_std, stream_norm
+from model.sites import dropout_at
+
+
+class Residual:
+    """A stream on its way through a layer: x grows by updates that each pass their site; statistics are collected."""
+
+    def __init__(self, x: Tensor, keys: Tensor | None, source: Tensor | None, post_norm: bool) -> None:
+        """x [B, T, C]; noise keys [B] or None in evaluation; source [B, T, C] of masks that share one."""
+        self.x = x
+        self.statistics: Statistics = {}
+        self._keys = keys
+        self._source = source
+        self._post_norm = post_norm
+
+    def normed(self, norm: nn.Module) -> Tensor:
+        """What a sublayer reads: x after its norm, or x itself where the norm comes after the addition."""
+        return self.x if self._post_norm else norm(self.x)
+
+    def add(self, update: Tensor, dropout: SiteDropout, norm: nn.Module) -> None:
+        """x + dropout(update); normed where the norm comes after the addition."""
+        update, statistics = dropout(update, self._keys, self._source)
+        self.statistics |= statistics
+        self.x = norm(self.x + update) if self._post_norm else self.x + update
 
 
 class EncoderLayer(nn.Module):
     """Causal self attention, then feed forward. A decoder-only model is made of these, too."""
 
-    def __init__(self, config: ModelConfig, layer: int, ff_site: Site = "enc_ff") -> None:
-        """`layer` counts from 0 in its stream; `ff_site` is what learned dropout after the feed forward is called."""
+    def __init__(self, config: ModelConfig, layer: int, *, alone: bool = False) -> None:
+        """`layer` counts from 0 in its stream; `alone`: the only stream, whose sites are called the decoder's."""
         super().__init__()
-        self.attention_norm = layer_norm(config)
-        self.attention = SelfAttention(config)
-        self.ff_norm = layer_norm(config)
-        self.ff = FeedForward(config)
-        self.ff_dropout = dropout_at(config, ff_site, layer)
+        self._post_norm = config.norm_position == "post"
+        std = residual_std(config)
+        self.attention_norm = stream_norm(config)
+        self.attention = SelfAttention(config, f"{'dec' if alone else 'enc'}_sa/{layer:02d}", std)
+        self.attention_dropout = dropout_at(config, "dec_sa" if alone else "enc_sa", layer)
+        self.ff_norm = stream_norm(config)
+        self.ff = FeedForward(config, std)
+        self.ff_dropout = dropout_at(config, "dec_ff" if alone else "enc_ff", layer)
 
-    def forward(self, x: Tensor, keys: Tensor | None) -> tuple[Tensor, Statistics]:
-        """x [B, T, C], noise keys [B] or None in evaluation -> x [B, T, C] and the statistics of the masks."""
-        x = x + self.attention(self.attention_norm(x))
-        update, statistics = self.ff_dropout(self.ff(self.ff_norm(x)), keys)
-        return x + update, statistics
+    def forward(self, x: Tensor, keys: Tensor | None, source: Tensor | None) -> tuple[Tensor, Statistics]:
+        """x and source [B, T, C], noise keys [B] or None in evaluation -> x [B, T, C] and mask statistics."""
+        stream = Residual(x, keys, source, self._post_norm)
+        update = self.attention(stream.normed(self.attention_norm), keys)
+        stream.add(update, self.attention_dropout, self.attention_norm)
+        stream.add(self.ff(stream.normed(self.ff_norm)), self.ff_dropout, self.ff_norm)
+        return stream.x, stream.statistics
 
 
 class DecoderLayer(nn.Module):
-    """Causal self attention, causal cross attention to the encoder's output of the same layer, feed forward."""
+    """Causal self attention, causal cross attention to a vector of the encoder at each position, feed forward."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         """`layer` counts from 0 in its stream."""
         super().__init__()
-        self.attention_norm = layer_norm(config)
-        self.attention = SelfAttention(config)
-        self.cross_norm = layer_norm(config)
-        self.encoder_norm = layer_norm(config)
-        self.cross_attention = CrossAttention(config)
-        self.ff_norm = layer_norm(config)
-        self.ff = FeedForward(config)
+        self._post_norm = config.norm_position == "post"
+        self._cross_first = config.decoder_order == "cross_self_ff"
+        std = residual_std(config, config.decoder_residual_writes)
+        self.attention_norm = stream_norm(config)
+        self.attention = SelfAttention(config, f"dec_sa/{layer:02d}", std)
+        self.attention_dropout = dropout_at(config, "dec_sa", layer)
+        self.cross_norm = stream_norm(config)
+        # The encoder's stream is normed already where norms come after the additions.
+        self.encoder_norm = nn.Identity() if self._post_norm else stream_norm(config)
+        self.cross_attention = CrossAttention(config, f"cross/{layer:02d}", std)
+        self.cross_dropout = dropout_at(config, "cross", layer)
+        self.ff_norm = stream_norm(config)
+        self.ff = FeedForward(config, std)
         self.ff_dropout = dropout_at(config, "dec_ff", layer)
 
-    def forward(self, x: Tensor, encoder: Tensor, keys: Tensor | None) -> tuple[Tensor, Statistics]:
-        """x and encoder [B, T, C], noise keys [B] or None in evaluation -> x [B, T, C] and mask statistics."""
-        x = x + self.attention(self.attention_norm(x))
-        x = x + self.cross_attention(self.cross_norm(x), self.encoder_norm(encoder))
-        update, statistics = self.ff_dropout(self.ff(self.ff_norm(x)), keys)
-        return x + update, statistics
+    def forward(
+        self, x: Tensor, encoder: Tensor, keys: Tensor | None, source: Tensor | None
+    ) -> tuple[Tensor, Statistics]:
+        """x, encoder and source [B, T, C], noise keys [B] or None in evaluation -> x [B, T, C], mask statistics."""
+        stream = Residual(x, keys, source, self._post_norm)
+        for cross in (self._cross_first, not self._cross_first):
+            if cross:
+                update = self.cross_attention(stream.normed(self.cross_norm), self.encoder_norm(encoder), keys)
+                stream.add(update, self.cross_dropout, self.cross_norm)
+            else:
+                update = self.attention(stream.normed(self.attention_norm), keys)
+                stream.add(update, self.attention_dropout, self.attention_norm)
+        stream.add(self.ff(stream.normed(self.ff_norm)), self.ff_dropout, self.ff_norm)
+        return stream.x, stream.statistics

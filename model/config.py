@@ -4,77 +4,68 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from model.mask_config import L0Config, LearnedDropoutConfig, Site
+
 Architecture = Literal["parallel_encoder_decoder", "decoder_only"]
-Site = Literal["enc_ff", "dec_ff"]
 
 SITES: dict[Architecture, tuple[Site, ...]] = {
+    "parallel_encoder_decoder": ("enc_ff", "dec_ff", "enc_sa", "dec_sa", "cross", "embed"),
+    "decoder_only": ("dec_ff", "dec_sa", "embed"),
+}
+"""Where masks can stand in each architecture."""
+DEFAULT_SITES: dict[Architecture, tuple[Site, ...]] = {
     "parallel_encoder_decoder": ("enc_ff", "dec_ff"),
     "decoder_only": ("dec_ff",),
 }
-"""Where learned dropout can stand in a layer of each architecture."""
+
+_SECOND_STREAM = (
+    "topology",
+    "cross_heads",
+    "cross_source",
+    "decoder_order",
+    "add_next_position",
+    "subtract_next_position",
+    "decoder_input_norm",
+    "decoder_input_std",
+    "decoder_residual_writes",
+    "encoder_loss",
+)
+"""Keys that mean nothing without an encoder."""
 
 
-class PenaltyConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
-    """Weight of a penalty term: 0 before `start_step`, then linear over `ramp_steps` up to `weight`."""
+class EncoderLossConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+    """A loss between the running mean of the embedded tokens and the encoder's output (docs/model.md A7)."""
 
-    weight: float = Field(ge=0.0)
-    """Factor of the mean over all mask elements, from the end of the ramp on."""
-    start_step: int = Field(default=0, ge=0)
-    """First step at which the term counts."""
-    ramp_steps: int = Field(default=0, ge=0)
-    """0 switches the whole weight on at `start_step`."""
-
-
-class EntropyConfig(PenaltyConfig, frozen=True):
-    """Penalty on mask values that are neither 0 nor 1 (docs/model.md B4). Starts late: L1 decides first."""
-
-    kind: Literal["shannon", "complement", "binary"] = "shannon"
-    """-m log2 m, the same of 1 - m, or their sum, which treats 0 and 1 alike."""
-    weight: float = Field(default=0.02, ge=0.0)
-    """Factor of the mean entropy in bits, from the end of the ramp on."""
-    start_step: int = Field(default=1000, ge=0)
-    """First step at which the term counts."""
-    ramp_steps: int = Field(default=1000, ge=0)
-    """Steps of linear rise; 0 switches the whole weight on at `start_step`."""
-
-
-class L1Config(PenaltyConfig, frozen=True):
-    """Penalty on open masks (docs/model.md B5)."""
-
-    kind: Literal["linear", "squared"] = "linear"
-    """m, or m²/2."""
-    weight: float = Field(default=0.01, ge=0.0)
-    """Factor of the mean, from the end of the ramp on."""
-
-
-class LearnedDropoutConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
-    """A mask computed from the input by causal attention: m = 0.5 cos(angle) + 0.5 (docs/model.md B)."""
-
-    enabled: bool = True
-    """Off: no masks, no penalties."""
-    sites: list[Site] | None = Field(default=None, min_length=1)
-    """Which outputs are masked; all that the architecture has unless given."""
-    shift_init: float = Field(default=0.5, ge=0.0, le=3.1416)
-    """Start value of the shift B [C] in the angle, in radians; 0 is a stationary start (m = 1)."""
-    rounding: Literal["none", "noise_ste"] = "noise_ste"
-    """Training: `noise_ste` keeps an element with probability m, straight-through gradient; `none` scales by m."""
-    eval_rounding: Literal["none", "threshold"] = "threshold"
-    """Evaluation: `threshold` keeps an element when m >= 0.5; `none` scales by m."""
-    entropy: EntropyConfig = EntropyConfig()
-    l1: L1Config = L1Config()
+    kind: Literal["none", "mse", "cosine", "log_cosine"] = "none"
+    """Mean of (a - z)², of 1 - (cos(a, z) + 1) / 2, or of -log((cos(a, z) + 1) / 2)."""
+    weight: float = Field(default=0.25, gt=0.0)
+    """Factor of the loss in the objective of training."""
+    detach: Literal["none", "embedding", "encoder_output"] = "encoder_output"
+    """The side that gets no gradient."""
+    embedding_norm: Literal["none", "embedding", "average"] = "average"
+    """LayerNorm on the embedded tokens before their running mean, or on the mean."""
+    output_norm: bool = True
+    """LayerNorm on the encoder's output."""
+    affine: bool = False
+    """Gains and biases in both norms: as published, and the loss can then be lowered by shrinking them."""
 
 
 class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
-    """One of the architectures, and its shape."""
+    """One of the architectures, its shape and its parts."""
 
     architecture: Architecture = "parallel_encoder_decoder"
-    """Two causal streams side by side, or the plain baseline."""
+    """Two causal streams, or the plain baseline."""
+    topology: Literal["parallel", "serial"] = "parallel"
+    """The decoder beside the encoder, both from the embedded tokens; or behind all of it, from its output."""
     layers: int = Field(default=3, ge=1)
     """Layers of each stream."""
     width: int = Field(default=128, ge=1)
     """C, the size of the residual stream."""
     heads: int = Field(default=4, ge=1)
     """Heads of self attention and of the mask attention."""
+    kv_heads: int | None = Field(default=None, ge=1)
+    """Heads of keys and values in self attention, each shared by heads / kv_heads heads of queries (grouped-query
+    attention); as many as `heads` unless given. Cross attention groups its heads alike."""
     cross_heads: int | None = Field(default=None, ge=1)
     """Heads of cross attention; twice `heads` unless given."""
     context: int = Field(default=256, ge=2)
@@ -83,9 +74,39 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Taken from the dataset's tokenizer unless given."""
     bias: bool = False
     """Biases in linear layers and LayerNorms."""
+    norm: Literal["layernorm", "rmsnorm", "batchnorm"] = "layernorm"
+    """Of the residual stream; `batchnorm` is refused, since these models are causal."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """On the input of each sublayer, or on the stream after each addition."""
+    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    """A table, or sines of the position, added to the tokens; or a rotation of queries and keys in every attention."""
+    ff: Literal["gelu", "swiglu"] = "gelu"
+    """C -> F -> C with the exact GELU, or with SiLU of one half times the other."""
+    ff_width: int | None = Field(default=None, ge=1)
+    """F; unless given, 4 C for `gelu` and 8 C / 3, up to a multiple of 8, for `swiglu`: about as many parameters."""
+    attention: Literal["auto", "flash", "explicit"] = "auto"
+    """Kernels that never form the T x T weights or an error, plain matrix products, or whatever fits."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Ordinary dropout on the embedded tokens and on each update of the stream; off in evaluation."""
+    attention_dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Of the attention weights; the rate `dropout` unless given. Needs `explicit` attention."""
+    cross_source: Literal["layer_output", "layer_input"] = "layer_output"
+    """What decoder layer l reads of encoder layer l; `layer_input` leaves the last encoder layer out."""
+    decoder_order: Literal["self_cross_ff", "cross_self_ff"] = "self_cross_ff"
+    """Order within a decoder layer."""
+    add_next_position: bool = False
+    """The decoder starts from its input plus the position vector of the token to predict."""
+    subtract_next_position: Literal["none", "plain", "layer_norm"] = "none"
+    """Take that vector off the output after the final norm, before the head; `layer_norm`: and normalise once more."""
+    decoder_input_norm: bool = False
+    """LayerNorm before W_dec."""
     decoder_input_std: float | None = Field(default=None, gt=0.0)
     """Standard deviation of W_dec at the start; width^-0.5 unless given (0.02 starves the decoder)."""
+    decoder_residual_writes: Literal[2, 3] = 2
+    """Maps that write to the decoder's stream start at 0.02 / sqrt(this x layers); a decoder layer writes 3 times."""
+    encoder_loss: EncoderLossConfig = EncoderLossConfig()
     learned_dropout: LearnedDropoutConfig = LearnedDropoutConfig()
+    l0: L0Config = L0Config()
 
     @property
     def num_cross_heads(self) -> int:
@@ -93,32 +114,106 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
         return self.cross_heads or 2 * self.heads
 
     @property
+    def queries_per_kv_head(self) -> int:
+        """Heads of queries that share one of keys and values."""
+        return self.heads // (self.kv_heads or self.heads)
+
+    @property
+    def hidden_width(self) -> int:
+        """F of the feed forward."""
+        return self.ff_width or (4 * self.width if self.ff == "gelu" else -(-self.width // 3) * 8)
+
+    @property
+    def attention_rate(self) -> float:
+        """Of dropout on the attention weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
+    def num_encoder_layers(self) -> int:
+        """Of the second stream; 0 where there is none."""
+        if self.architecture == "decoder_only":
+            return 0
+        return self.layers - (self.cross_source == "layer_input")
+
+    @property
     def dropout_sites(self) -> tuple[Site, ...]:
-        """Sites of learned dropout in each layer; none when it is off."""
-        if not self.learned_dropout.enabled:
-            return ()
-        return tuple(self.learned_dropout.sites or SITES[self.architecture])
+        """Sites of learned dropout; none when it is off."""
+        return self._sites_of(self.learned_dropout)
+
+    @property
+    def l0_sites(self) -> tuple[Site, ...]:
+        """Sites of hard-concrete gates; none when they are off."""
+        return self._sites_of(self.l0)
+
+    def num_masks(self, sites: tuple[Site, ...]) -> int:
+        """One in each layer that has the site."""
+        per_site = {"embed": 1, "enc_ff": self.num_encoder_layers, "enc_sa": self.num_encoder_layers}
+        return sum(per_site.get(site, self.layers) for site in sites)
+
+    def _sites_of(self, masks: LearnedDropoutConfig | L0Config) -> tuple[Site, ...]:
+        return tuple(masks.sites or DEFAULT_SITES[self.architecture]) if masks.enabled else ()
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> "ModelConfig":
+    def _heads_divide(self) -> "ModelConfig":
         heads = {"heads": self.heads}
         if self.architecture == "parallel_encoder_decoder":
             heads["cross_heads"] = self.num_cross_heads
         for key, count in heads.items():
             if self.width % count:
                 raise ValueError(f"{key}={count} does not divide width={self.width}")
+            if self.positions == "rotary" and self.width // count % 2:
+                raise ValueError(
+                    f"positions=rotary turns pairs of channels, but width={self.width} over {key}={count} is "
+                    f"{self.width // count} channels a head; take an even number"
+                )
+        if self.kv_heads is not None:
+            if self.heads % self.kv_heads:
+                raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+            if (cross := heads.get("cross_heads", 0)) % self.queries_per_kv_head:
+                raise ValueError(
+                    f"kv_heads={self.kv_heads} shares keys among {self.queries_per_kv_head} heads, which do not divide "
+                    f"cross_heads={cross}"
+                )
         return self
 
     @model_validator(mode="after")
     def _architecture_has_it(self) -> "ModelConfig":
         valid = SITES[self.architecture]
-        for site in self.learned_dropout.sites or ():
-            if site not in valid:
-                raise ValueError(
-                    f"learned_dropout.sites: {self.architecture} has no site {site}; it has {', '.join(valid)}"
-                )
+        for key, sites in (("learned_dropout", self.learned_dropout.sites), ("l0", self.l0.sites)):
+            for site in sites or ():
+                if site not in valid:
+                    raise ValueError(f"{key}.sites: {self.architecture} has no site {site}; it has {', '.join(valid)}")
+            if len(set(sites or ())) < len(sites or ()):
+                raise ValueError(f"{key}.sites: a site is named twice in {', '.join(sites or ())}")
         if self.architecture == "decoder_only":
-            for key in ("cross_heads", "decoder_input_std"):
-                if getattr(self, key) is not None:
+            for key in _SECOND_STREAM:
+                if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"{key}: decoder_only has no second stream; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> "ModelConfig":
+        if self.norm == "batchnorm":
+            raise ValueError(
+                "norm=batchnorm takes its statistics over all positions, so a causal model would see the tokens it is "
+                "to predict; it fits bidirectional encoders only: take layernorm or rmsnorm"
+            )
+        if self.attention == "flash" and self.attention_rate:
+            raise ValueError(
+                f"attention=flash never forms the attention weights, so it cannot drop them at rate "
+                f"{self.attention_rate}; set attention_dropout=0, or attention=explicit"
+            )
+        if self.cross_source == "layer_input":
+            if self.topology == "serial":
+                raise ValueError("cross_source=layer_input: with topology=serial every layer reads the whole encoder")
+            if self.layers < 2:
+                raise ValueError("cross_source=layer_input leaves the last encoder layer out, so it needs layers >= 2")
+        if self.positions == "rotary" and (self.add_next_position or self.subtract_next_position != "none"):
+            raise ValueError(
+                "add_next_position and subtract_next_position need position vectors, which positions=rotary has not"
+            )
+        if self.l0.enabled and self.learned_dropout.enabled:
+            raise ValueError("l0 and learned_dropout are both enabled; set learned_dropout.enabled=false, or l0's")
+        if self.learned_dropout.detach_embed and self.learned_dropout.source != "embed":
+            raise ValueError("learned_dropout.detach_embed is about source=embed; leave it out")
         return self

@@ -11,22 +11,37 @@ def forward_flops_per_token(config: ModelConfig) -> int:
     """FLOPs of a forward pass over a full context, for each token of it; 2 for a multiplication with addition.
 
     Matrix products only, and attention over the full T x T square, of which a causal model needs half (the convention
-    of PaLM, arXiv:2204.02311, appendix B). With L layers of width C, context T, vocabulary V, n sites of learned
-    dropout in a layer:
+    of PaLM, arXiv:2204.02311, appendix B). With width C, context T, vocabulary V, feed forward of width F (three maps
+    for SwiGLU), and g heads of queries to one of keys:
 
-        parallel encoder-decoder   2 (L (28 + 3 n) C² + C² + V C) + 4 (3 + n) L T C
-        decoder only               2 (L (12 + 3 n) C² + V C)      + 4 (1 + n) L T C
+        attention                  2 (2 + 2 / g) C² + 4 T C
+        feed forward               2 (2 or 3) F C
+        learned dropout, a mask    6 C² + 4 T C; nothing where it comes from the element alone (B1)
+        its shared source          8 C² + 4 T C
+        head                       2 V C
 
-    A mask costs its projection, 3 C², and one attention (docs/model.md B); the lone C² is the decoder's input map.
+    An encoder layer, and one of a decoder-only model, has one attention, a decoder layer two; each has a feed forward.
+    The decoder's input map adds 2 C². For L layers of the defaults that is
+
+        parallel encoder-decoder   2 (L (28 + 3 n) C² + C² + V C) + 4 (3 + n) L T C    with n masks in a pair of layers
+        decoder only               2 (L (12 + 3 n) C² + V C)      + 4 (1 + n) L T C    with n masks in a layer
     """
     assert config.vocab_size is not None
-    layers, width, sites = config.layers, config.width, len(config.dropout_sites)
-    if config.architecture == "parallel_encoder_decoder":
-        squares, attentions, input_map = 28, 3, width**2
+    width = config.width
+    square, weights = 2 * width**2, 4 * config.context * width
+    attention = square * 2 + square * 2 // config.queries_per_kv_head + weights
+    feed_forward = 2 * (3 if config.ff == "swiglu" else 2) * config.hidden_width * width
+    total = 2 * config.vocab_size * width
+    if config.architecture == "decoder_only":
+        total += config.layers * (attention + feed_forward)
     else:
-        squares, attentions, input_map = 12, 1, 0
-    products = layers * (squares + 3 * sites) * width**2 + input_map + config.vocab_size * width
-    return 2 * products + 4 * (attentions + sites) * layers * config.context * width
+        total += config.num_encoder_layers * (attention + feed_forward)
+        total += config.layers * (2 * attention + feed_forward) + square
+    if config.learned_dropout.source != "elementwise":
+        total += config.num_masks(config.dropout_sites) * (3 * square + weights)
+    if config.learned_dropout.source == "embed" and config.dropout_sites:
+        total += 4 * square + weights
+    return total
 
 
 def training_flops_per_token(config: ModelConfig) -> int:

@@ -46,25 +46,32 @@ class TiedEmbedding(Embedding):
         return functional.linear(inputs, self.weight) if inputs.is_floating_point() else super().forward(inputs)
 
 
-def layer_norm(config: ModelConfig) -> nn.LayerNorm:
-    """LayerNorm over C, eps 1e-5, with a bias only where the model has biases."""
+def stream_norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
+    """Norm over C, eps 1e-5; LayerNorm with a bias only where the model has biases."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.width, eps=1e-5)
     return nn.LayerNorm(config.width, eps=1e-5, bias=config.bias)
 
 
-def residual_std(config: ModelConfig) -> float:
-    """Start of every map that writes to the residual stream: 0.02 / sqrt(2 layers) (GPT-2, section 2.3)."""
-    return INIT_STD / (2 * config.layers) ** 0.5
+def residual_std(config: ModelConfig, writes: int = 2) -> float:
+    """Start of every map that writes to a residual stream: 0.02 / sqrt(writes x layers) (GPT-2, section 2.3)."""
+    return INIT_STD / (writes * config.layers) ** 0.5
 
 
 class FeedForward(nn.Module):
-    """C -> 4C -> C with the exact GELU, position by position."""
+    """C -> F -> C, position by position: the exact GELU, or SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        """Maps [4C, C] up and [C, 4C] down, which writes to the residual stream."""
+    def __init__(self, config: ModelConfig, std: float) -> None:
+        """Maps [F, C] up ([2F, C] for SwiGLU) and [C, F] down; the latter writes to the stream and starts at std."""
         super().__init__()
-        self.up = Linear(config.width, 4 * config.width, bias=config.bias)
-        self.down = Linear(4 * config.width, config.width, bias=config.bias, std=residual_std(config))
+        hidden = config.hidden_width
+        self._gated = config.ff == "swiglu"
+        self.up = Linear(config.width, 2 * hidden if self._gated else hidden, bias=config.bias)
+        self.down = Linear(hidden, config.width, bias=config.bias, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
+        if self._gated:
+            gate, value = self.up(x).chunk(2, dim=-1)
+            return self.down(functional.silu(gate) * value)
         return self.down(functional.gelu(self.up(x)))

@@ -1,41 +1,22 @@
-"""Learned dropout: a mask in [0, 1] that the model computes, by causal attention, from the tensor it masks.
+"""Learned dropout: a mask in [0, 1] that the model computes, by default by causal attention from what it masks.
 
 It saves no compute: the mask comes from the finished output (docs/model.md B).
 """
 
-import zlib
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from model.attention import causal_attention
-from model.config import ModelConfig, Site
-from model.layers import Linear
+from model.attention import CausalAttention
+from model.config import ModelConfig
+from model.dropout import SiteDropout, Statistics, noise_site
+from model.layers import INIT_STD, Linear
 from model.losses import entropy, l1
-from model.noise import uniform
+from model.mask_config import Site
+from model.noise import sample_keys, uniform
+from model.telemetry import mask_statistics
 
-
-class MaskStatistics(NamedTuple):
-    """Means over the elements of one mask, 0-d float32; the first two carry gradients."""
-
-    entropy: Tensor
-    """As penalised, in bits."""
-    l1: Tensor
-    """As penalised."""
-    density: Tensor
-    """Share of elements kept (after rounding)."""
-    mask_mean: Tensor
-    mask_near_zero: Tensor
-    """Share of m < 0.1."""
-    mask_near_one: Tensor
-    """Share of m > 0.9."""
-    mask_slope: Tensor
-    """Mean |dm/dangle|: how much gradient reaches the angle, at most 0.5."""
-
-
-Statistics = dict[str, MaskStatistics]
-"""By mask, for example `enc_ff/00`: site and layer."""
+_STEEPNESS = 60.0
+"""Of the sigmoid around m = 0.5 (docs/model.md B3)."""
 
 
 def cosine_mask(angle: Tensor) -> Tensor:
@@ -43,76 +24,94 @@ def cosine_mask(angle: Tensor) -> Tensor:
     return angle.cos() * 0.5 + 0.5
 
 
-def straight_through(mask: Tensor, noise: Tensor) -> Tensor:
-    """1 where noise < m, else 0, so that E = m for uniform noise; the gradient with respect to m is 1. Any shape."""
-    return (noise < mask).to(mask.dtype) + (mask - mask.detach())
+def straight_through(forward: Tensor, mask: Tensor) -> Tensor:
+    """The values of `forward`, with gradient 1 with respect to m (Bengio et al. 2013). Any shape."""
+    return forward.detach() + (mask - mask.detach())
 
 
-class LearnedDropout(nn.Module):
-    """x -> x * m, with m = 0.5 cos(Attention(x) + shift) + 0.5 rounded as configured (docs/model.md B1-B3)."""
+class LearnedDropout(SiteDropout):
+    """x -> x * m, with m = 0.5 cos(angle(x) + shift) + 0.5 rounded as configured (docs/model.md B1-B3)."""
 
     def __init__(self, config: ModelConfig, site: Site, layer: int) -> None:
         """`layer` counts from 0 in its stream."""
-        super().__init__()
-        self.name = f"{site}/{layer:02d}"
+        super().__init__(config, site, layer)
         self.config = config.learned_dropout
-        self.heads = config.heads
-        self.qkv = Linear(config.width, 3 * config.width, bias=False)
-        self.shift = nn.Parameter(torch.full((config.width,), config.learned_dropout.shift_init))
-        self._noise_site = zlib.crc32(self.name.encode())  # the same whatever other sites there are
+        if self.config.source == "elementwise":
+            self.scale = nn.Parameter(nn.init.normal_(torch.empty(config.width), std=INIT_STD))
+        else:
+            self.qkv = Linear(config.width, 3 * config.width, bias=False)
+            self._attention = CausalAttention(config, config.heads)
+        self.shift = nn.Parameter(torch.full((config.width,), self.config.shift_init))
+        self._noise_site = noise_site(self.name)
 
-    def forward(self, x: Tensor, keys: Tensor | None) -> tuple[Tensor, Statistics]:
-        """Mask x [B, T, C].
-
-        Args:
-            keys: [B] int64, which key the noise of training; None asks for evaluation rounding.
-
-        Returns:
-            The masked x, and the statistics of this mask.
-        """
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
-        angle = causal_attention(query, key, value, self.heads)
-        mask = cosine_mask(_at_least_fp32(angle) + _at_least_fp32(self.shift))
+    def mask(self, x: Tensor, keys: Tensor | None, source: Tensor | None) -> tuple[Tensor, Statistics]:
+        """Mask x; see `SiteDropout.forward`."""
+        mask = cosine_mask(at_least_fp32(self._angle(x, source)) + at_least_fp32(self.shift))
         used = self._round(mask, keys)
         return x * used.to(x.dtype), {self.name: self._statistics(mask, used)}
 
+    def _angle(self, x: Tensor, source: Tensor | None) -> Tensor:
+        if self.config.source == "elementwise":
+            return at_least_fp32(self.scale) * at_least_fp32(x.detach())
+        if self.config.source == "embed":
+            assert source is not None
+            x = source
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        return self._attention(query, key, value, None)
+
     def _round(self, mask: Tensor, keys: Tensor | None) -> Tensor:
         if keys is None:
-            return (mask >= 0.5).to(mask.dtype) if self.config.eval_rounding == "threshold" else mask
-        if self.config.rounding == "none":
+            if self.config.eval_rounding == "sample":
+                # The same draws for every sequence, so that they depend on nothing but the position.
+                nowhere = torch.zeros(1, dtype=torch.int64, device=mask.device)
+                keys = sample_keys(self.config.eval_seed, nowhere[0], nowhere)
+                return (self._noise(keys, mask) < mask).to(mask.dtype)
+            return _threshold(mask) if self.config.eval_rounding == "threshold" else mask
+        rounding = self.config.rounding
+        if rounding == "none":
             return mask
-        return straight_through(mask, uniform(keys, self._noise_site, (mask.shape[1], mask.shape[2])))
+        if rounding in ("sigmoid", "sigmoid_ste"):
+            soft = torch.sigmoid(_STEEPNESS * (mask - 0.5))
+            return soft if rounding == "sigmoid" else straight_through(soft, mask)
+        # For uniform noise the mean of what is kept is m.
+        hard = (self._noise(keys, mask) < mask).to(mask.dtype) if rounding == "noise_ste" else _threshold(mask)
+        return straight_through(hard, mask)
 
-    def _statistics(self, mask: Tensor, used: Tensor) -> MaskStatistics:
+    def _noise(self, keys: Tensor, mask: Tensor) -> Tensor:
+        return uniform(keys, self._noise_site, (mask.shape[1], mask.shape[2]))
+
+    def _statistics(self, mask: Tensor, used: Tensor) -> dict[str, Tensor]:
+        """`entropy` and `l1`, as penalised, carry gradients; `mask_slope` is the mean |dm/dangle|, at most 0.5."""
         m = mask.detach()
-        return MaskStatistics(
-            entropy=entropy(mask, self.config.entropy.kind),
-            l1=l1(mask, self.config.l1.kind),
-            density=_share(used.detach() > 0.0),
-            mask_mean=m.mean(),
-            mask_near_zero=_share(m < 0.1),
-            mask_near_one=_share(m > 0.9),
-            mask_slope=(m * (1.0 - m)).sqrt().mean(),
-        )
+        return {
+            "entropy": entropy(mask, self.config.entropy.kind),
+            "l1": l1(mask, self.config.l1.kind),
+            "mask_slope": (m * (1.0 - m)).sqrt().mean(),
+        } | mask_statistics(m, used.detach() >= 0.5)
 
 
-class NoDropout(nn.Module):
-    """What stands at a site without learned dropout."""
+class MaskSource(nn.Module):
+    """What all masks come from with source `embed`: one causal attention over the embedded tokens."""
 
-    def forward(self, x: Tensor, keys: Tensor | None) -> tuple[Tensor, Statistics]:
-        """x, and no statistics."""
-        return x, {}
+    def __init__(self, config: ModelConfig) -> None:
+        """Projections [3C, C] and [C, C], both from N(0, 0.02)."""
+        super().__init__()
+        self._detach = config.learned_dropout.detach_embed
+        self.qkv = Linear(config.width, 3 * config.width, bias=False)
+        self.out = Linear(config.width, config.width, bias=False)
+        self._attention = CausalAttention(config, config.heads)
+
+    def forward(self, embedded: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
+        # Detached is what comes in: what goes out would leave these weights without a gradient.
+        query, key, value = self.qkv(embedded.detach() if self._detach else embedded).chunk(3, dim=-1)
+        return self.out(self._attention(query, key, value, None))
 
 
-def dropout_at(config: ModelConfig, site: Site, layer: int) -> LearnedDropout | NoDropout:
-    """What the configuration wants at a site of a layer."""
-    return LearnedDropout(config, site, layer) if site in config.dropout_sites else NoDropout()
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
+def at_least_fp32(x: Tensor) -> Tensor:
     """bf16 has 8 bits of mantissa: too few for an angle near a turning point of the cosine."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _share(condition: Tensor) -> Tensor:
-    return condition.float().mean()
+def _threshold(mask: Tensor) -> Tensor:
+    return (mask >= 0.5).to(mask.dtype)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.config import PenaltyConfig
 from model.interface import IGNORE
+from model.mask_config import PenaltyConfig
 
 _EPS = 1e-6
 

@@ -3,28 +3,46 @@
 import torch
 from torch import Tensor
 
-from model.config import LearnedDropoutConfig
+from model.config import ModelConfig
+from model.dropout import Statistics
 from model.interface import Batch, ModelOutput
-from model.learned_dropout import MaskStatistics, Statistics
 from model.losses import cross_entropy, weight_at
+from model.mask_config import PenaltyConfig
 
 
 def objective(
-    logits: Tensor, batch: Batch, statistics: Statistics, config: LearnedDropoutConfig, training: bool
+    logits: Tensor,
+    batch: Batch,
+    statistics: Statistics,
+    encoder_loss: dict[str, Tensor],
+    config: ModelConfig,
+    training: bool,
 ) -> ModelOutput:
     """Cross entropy of the logits [B, T, V]; in training plus the penalties, averaged over the masks.
 
-    Every mask counts alike. In evaluation the penalties are told but do not enter the loss.
+    Every mask counts alike. In evaluation the penalties are told but do not enter the loss. `encoder_loss` is what
+    `EncoderLoss` gives, in training where it is on; else empty.
     """
     loss = ce = cross_entropy(logits, batch.labels)
     metrics = {"cross_entropy": ce}
     if statistics:
-        mean = MaskStatistics(*(torch.stack(values).mean() for values in zip(*statistics.values(), strict=True)))
-        entropy_weight, l1_weight = weight_at(batch.step, config.entropy), weight_at(batch.step, config.l1)
-        if training:
-            loss = ce + entropy_weight * mean.entropy + l1_weight * mean.l1
-        metrics |= mean._asdict() | {"entropy_weight": entropy_weight, "l1_weight": l1_weight}
-        metrics |= {f"density/{name}": mask.density for name, mask in statistics.items()}
-        metrics |= {f"entropy/{name}": mask.entropy for name, mask in statistics.items()}
+        masks = list(statistics.values())
+        mean = {name: torch.stack([mask[name] for mask in masks]).mean() for name in masks[0]}
+        for name, penalty in _penalties(config).items():
+            weight = metrics[f"{name}_weight"] = weight_at(batch.step, penalty)
+            if training:
+                loss = loss + weight * mean[name]
+        metrics |= mean
+        metrics |= {f"{name}/{mask}": values[name] for name in mean for mask, values in statistics.items()}
+    if encoder_loss:
+        loss = loss + config.encoder_loss.weight * encoder_loss["encoder_loss"]
+        metrics |= encoder_loss
     metrics["loss"] = loss
     return ModelOutput(loss, {name: value.detach() for name, value in metrics.items()})
+
+
+def _penalties(config: ModelConfig) -> dict[str, PenaltyConfig]:
+    """By the statistic that they penalise."""
+    if config.l0.enabled:
+        return {"l0": config.l0}
+    return {"entropy": config.learned_dropout.entropy, "l1": config.learned_dropout.l1}

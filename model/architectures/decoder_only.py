@@ -1,11 +1,11 @@
-"""The decoder-only baseline, in the shape of GPT-2: learned positions, pre-norm, exact GELU, tied head."""
+"""The decoder-only baseline, by default in the shape of GPT-2: learned positions, pre-norm, exact GELU, tied head."""
 
 from torch import Tensor, nn
 
 from model.blocks import EncoderLayer
 from model.config import ModelConfig
-from model.language_model import LanguageModel
-from model.learned_dropout import Statistics
+from model.dropout import Statistics
+from model.language_model import Embedded, LanguageModel, Transformed
 
 
 class DecoderOnly(LanguageModel):
@@ -14,12 +14,12 @@ class DecoderOnly(LanguageModel):
     def __init__(self, config: ModelConfig) -> None:
         """`config.vocab_size` is known."""
         super().__init__(config)
-        self.layers = nn.ModuleList(EncoderLayer(config, layer, ff_site="dec_ff") for layer in range(config.layers))
+        self.layers = nn.ModuleList(EncoderLayer(config, layer, alone=True) for layer in range(config.layers))
 
-    def transform(self, x: Tensor, keys: Tensor | None) -> tuple[Tensor, Statistics]:
+    def transform(self, embedded: Embedded, keys: Tensor | None) -> Transformed:
         """Run the layers; see `LanguageModel.transform`."""
-        statistics: Statistics = {}
+        x, statistics = embedded.tokens, Statistics()
         for layer in self.layers:
-            x, masks = layer(x, keys)
+            x, masks = layer(x, keys, embedded.mask_source)
             statistics |= masks
-        return x, statistics
+        return Transformed(x, statistics, {})

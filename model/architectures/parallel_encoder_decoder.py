@@ -1,15 +1,21 @@
-"""The parallel encoder-decoder (docs/model.md A): two causal streams over the same tokens, side by side.
+"""The encoder-decoder (docs/model.md A): two causal streams over the same tokens, by default side by side.
 
-Layer l of the decoder reads what layer l of the encoder gives; the encoder never reads the decoder.
+Layer l of the decoder reads what layer l of the encoder gives; the encoder never reads the decoder. In the serial
+topology, which the parallel one is to be held beside, every decoder layer reads what the last encoder layer gives.
 """
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain, repeat
 
 from torch import Tensor, nn
 
 from model.blocks import DecoderLayer, EncoderLayer
 from model.config import ModelConfig
-from model.language_model import LanguageModel
-from model.layers import Linear
-from model.learned_dropout import Statistics
+from model.dropout import Statistics
+from model.encoder_loss import EncoderLoss
+from model.language_model import Embedded, LanguageModel, Transformed
+from model.layers import Linear, stream_norm
 
 
 class ParallelEncoderDecoder(LanguageModel):
@@ -20,16 +26,39 @@ class ParallelEncoderDecoder(LanguageModel):
         super().__init__(config)
         # The decoder has no residual path from the embeddings: a smaller start would starve it.
         std = config.decoder_input_std or config.width**-0.5
+        self.decoder_input_norm = stream_norm(config) if config.decoder_input_norm else nn.Identity()
         self.decoder_input = Linear(config.width, config.width, bias=config.bias, std=std)
-        self.encoder = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.layers))
+        self.encoder = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.num_encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.layers))
+        # Not made when it is off: parameters without a gradient would break data parallelism.
+        self.encoder_loss = None if config.encoder_loss.kind == "none" else EncoderLoss(config)
 
-    def transform(self, x: Tensor, keys: Tensor | None) -> tuple[Tensor, Statistics]:
+    def transform(self, embedded: Embedded, keys: Tensor | None) -> Transformed:
         """Run the layers; see `LanguageModel.transform`."""
-        statistics: Statistics = {}
-        encoder, decoder = x, self.decoder_input(x)
-        for encoder_layer, decoder_layer in zip(self.encoder, self.decoder, strict=True):
-            encoder, encoder_masks = encoder_layer(encoder, keys)
-            decoder, decoder_masks = decoder_layer(decoder, encoder, keys)
-            statistics |= encoder_masks | decoder_masks
-        return decoder, statistics
+        statistics = Statistics()
+        outputs = self._encode(embedded, keys, statistics)
+        first = next(outputs)
+        if self.config.topology == "serial":
+            [first] = deque(outputs, maxlen=1)
+            outputs = repeat(first)
+        elif self.config.cross_source == "layer_input":
+            outputs = chain([first], outputs)
+        x = self.decoder_input(self.decoder_input_norm(first))
+        if self.config.add_next_position:
+            x = x + embedded.next_positions
+        for layer in self.decoder:
+            output = next(outputs)
+            x, masks = layer(x, output, keys, embedded.mask_source)
+            statistics |= masks
+        if keys is None or self.encoder_loss is None:
+            return Transformed(x, statistics, {})
+        return Transformed(x, statistics, self.encoder_loss(embedded.tokens, output))
+
+    def _encode(self, embedded: Embedded, keys: Tensor | None, statistics: Statistics) -> Iterator[Tensor]:
+        """The embedded tokens, then the output of each encoder layer, computed when it is asked for."""
+        x = embedded.tokens
+        yield x
+        for layer in self.encoder:
+            x, masks = layer(x, keys, embedded.mask_source)
+            statistics |= masks
+            yield x

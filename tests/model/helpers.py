@@ -5,20 +5,73 @@ from typing import Any
 import torch
 
 from model import registry
-from model.config import Architecture, LearnedDropoutConfig, ModelConfig
+from model.config import Architecture, ModelConfig
 from model.interface import Batch
 from model.language_model import LanguageModel
+from model.mask_config import LearnedDropoutConfig
 
 torch.set_num_threads(1)
 
 VOCABULARY = 17
 ARCHITECTURES: tuple[Architecture, ...] = ("parallel_encoder_decoder", "decoder_only")
 
+_OFF = {"learned_dropout": {"enabled": False}}
+_MODERN = {"norm": "rmsnorm", "positions": "rotary", "ff": "swiglu", "heads": 4, "kv_heads": 2}
+_EVERYWHERE = ["enc_ff", "dec_ff", "enc_sa", "dec_sa", "cross", "embed"]
+_ALONE = {"architecture": "decoder_only"}
+_ALONE_EVERYWHERE = ["dec_ff", "dec_sa", "embed"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "parallel": {},
+    "decoder": _ALONE,
+    "serial": {"topology": "serial"},
+    "layer_input": {"cross_source": "layer_input", "layers": 3, "decoder_residual_writes": 3},
+    "cross_first": {"decoder_order": "cross_self_ff", "attention": "flash"},
+    "next_position": {"add_next_position": True, "subtract_next_position": "plain", "decoder_input_norm": True},
+    "next_position_norm": {"topology": "serial", "subtract_next_position": "layer_norm", **_OFF},
+    "encoder_loss": {"encoder_loss": {"kind": "mse"}},
+    "encoder_loss_published": {
+        "encoder_loss": {"kind": "cosine", "embedding_norm": "embedding", "affine": True, "detach": "none"},
+    },
+    "encoder_loss_serial": {
+        "topology": "serial",
+        "encoder_loss": {"kind": "log_cosine", "affine": True, "detach": "embedding"},
+        **_OFF,
+    },
+    "dropout": {"dropout": 0.2, "bias": True},
+    "dropout_decoder": {**_ALONE, **_OFF, "dropout": 0.2, "norm_position": "post", "attention": "explicit"},
+    "dropout_modern": {**_MODERN, **_OFF, "dropout": 0.1, "attention_dropout": 0.3},
+    "everywhere": {"learned_dropout": {"sites": _EVERYWHERE, "rounding": "threshold_ste"}},
+    "everywhere_embed": {"learned_dropout": {"sites": _EVERYWHERE, "source": "embed", "detach_embed": True}},
+    "everywhere_elementwise": {
+        "learned_dropout": {"sites": _EVERYWHERE, "source": "elementwise", "eval_rounding": "sample"}
+    },
+    "everywhere_decoder": {
+        **_ALONE,
+        "learned_dropout": {"sites": _ALONE_EVERYWHERE, "source": "embed", "eval_rounding": "sample"},
+    },
+    "sigmoid": {"topology": "serial", "learned_dropout": {"rounding": "sigmoid", "eval_rounding": "none"}},
+    "sigmoid_ste": {**_ALONE, "learned_dropout": {"rounding": "sigmoid_ste", "source": "elementwise"}},
+    "unrounded": {"learned_dropout": {"rounding": "none", "eval_rounding": "none"}},
+    "l0": {**_OFF, "l0": {"enabled": True, "sites": _EVERYWHERE}},
+    "l0_decoder": {**_ALONE, **_OFF, "l0": {"enabled": True}},
+    "modern": _MODERN,
+    "modern_serial": {**_MODERN, "topology": "serial", "norm_position": "post"},
+    "modern_decoder": {**_ALONE, **_MODERN, "kv_heads": 1, "attention": "explicit"},
+    "post_norm": {"norm_position": "post", "positions": "sinusoidal", "cross_source": "layer_input"},
+    "sinusoidal": {**_ALONE, "positions": "sinusoidal", "width": 18, "heads": 3},
+    "sinusoidal_next": {"positions": "sinusoidal", "add_next_position": True, "subtract_next_position": "plain"},
+}
+"""Every option at least once, in the combinations that could break one another."""
+
 
 def small(architecture: Architecture = "parallel_encoder_decoder", **changes: Any) -> ModelConfig:
     """Two layers, C 16, N 12; learned dropout on."""
     shape = {"layers": 2, "width": 16, "heads": 2, "context": 12, "vocab_size": VOCABULARY}
     return ModelConfig(architecture=architecture, **(shape | changes))
+
+
+def variant(name: str, **changes: Any) -> ModelConfig:
+    return small(**(VARIANTS[name] | changes))
 
 
 def build(config: ModelConfig, seed: int = 0) -> LanguageModel:
@@ -39,8 +92,12 @@ def open_masks(model: LanguageModel, shift: float = 1.57, std: float = 0.5) -> L
     for name, parameter in model.named_parameters():
         if "dropout.shift" in name:
             torch.nn.init.constant_(parameter, shift)
-        if "dropout.qkv" in name:
+        if "dropout.qkv" in name or "mask_source" in name:
             torch.nn.init.normal_(parameter, std=10 * std, generator=generator)
+        if "dropout.scale" in name:
+            torch.nn.init.normal_(parameter, std=40 * std, generator=generator)
+        if "dropout.log_alpha" in name:
+            torch.nn.init.normal_(parameter, std=2 * std, generator=generator)
     return model
 
 

@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from data_pipeline.errors import ConfigError
 from model import registry
 from model.bistability import peak, warnings_for
-from model.config import EntropyConfig, L1Config, LearnedDropoutConfig, ModelConfig
+from model.config import ModelConfig
+from model.mask_config import EntropyConfig, L1Config, LearnedDropoutConfig
+from tests.model.helpers import VARIANTS, variant
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
 
@@ -27,7 +29,11 @@ def test_presets_build(path: Path) -> None:
     comment = path.read_text().splitlines()[0]
     if "Tinyshakespeare" in comment:
         assert f"{model.num_parameters():,}" in comment
-    assert warnings_for(config.learned_dropout) == []
+    warnings = warnings_for(config.learned_dropout)
+    if path.stem == "learned-dropout-seed":  # the proposal's penalties do nothing but hold masks open
+        assert "stays inert" in warnings[0]
+    else:
+        assert warnings == []
 
 
 def test_a_vocabulary_is_needed_to_build() -> None:
@@ -42,16 +48,41 @@ def test_a_vocabulary_is_needed_to_build() -> None:
         ({"width": 132}, "cross_heads=8 does not divide width=132"),
         (
             {"architecture": "decoder_only", "learned_dropout": {"sites": ["enc_ff"]}},
-            "decoder_only has no site enc_ff; it has dec_ff",
+            "learned_dropout.sites: decoder_only has no site enc_ff; it has dec_ff, dec_sa, embed",
         ),
         ({"architecture": "decoder_only", "cross_heads": 4}, "cross_heads: decoder_only has no second stream"),
+        ({"architecture": "decoder_only", "topology": "serial"}, "topology: decoder_only has no second stream"),
+        ({"architecture": "decoder_only", "encoder_loss": {"kind": "mse"}}, "encoder_loss: decoder_only has no second"),
         ({"learned_dropout": {"sites": []}}, "at least 1 item"),
+        ({"learned_dropout": {"sites": ["cross", "cross"]}}, "learned_dropout.sites: a site is named twice"),
+        ({"learned_dropout": {"detach_embed": True}}, "detach_embed is about source=embed"),
+        ({"l0": {"enabled": True}}, "l0 and learned_dropout are both enabled"),
+        ({"l0": {"sites": ["cross"]}, "architecture": "decoder_only"}, "l0.sites: decoder_only has no site cross"),
+        ({"norm": "batchnorm"}, "would see the tokens it is to predict; it fits bidirectional encoders only"),
+        ({"dropout": 0.1, "attention": "flash"}, "never forms the attention weights.* attention_dropout=0"),
+        ({"positions": "rotary", "add_next_position": True}, "need position vectors, which positions=rotary has not"),
+        ({"positions": "rotary", "width": 20}, "20 over heads=4 is 5 channels a head; take an even number"),
+        ({"kv_heads": 3}, "kv_heads=3 does not divide heads=4"),
+        ({"kv_heads": 1, "cross_heads": 2}, "shares keys among 4 heads, which do not divide cross_heads=2"),
+        ({"cross_source": "layer_input", "topology": "serial"}, "with topology=serial every layer reads the whole"),
+        ({"cross_source": "layer_input", "layers": 1}, "needs layers >= 2"),
+        ({"dropout": 1.0}, "less than 1"),
         ({"depth": 3}, "Extra inputs"),
     ],
 )
 def test_refusals_say_what_is_wrong(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ModelConfig.model_validate(values)
+
+
+def test_flash_attention_goes_with_dropout_elsewhere() -> None:
+    assert ModelConfig(attention="flash", dropout=0.1, attention_dropout=0.0).attention_rate == 0.0
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_dumped_configuration_is_the_same_one(name: str) -> None:
+    config = variant(name)
+    assert ModelConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_sites_default_to_all_that_the_architecture_has() -> None:
@@ -78,6 +109,8 @@ def test_peak_of_binary_entropy() -> None:
         ({"l1": {"weight": 0.05}}, "every mask drifts to 0 from its start at m = 0.94"),
         ({"entropy": {"start_step": 100, "ramp_steps": 0}}, "L1 has 100 steps .* 0.40 rad .* 1.03 are needed"),
         ({"l1": {"weight": 0.0}}, "L1 has 0 steps"),
+        ({"source": "elementwise"}, "L1 has 2000 steps .* 0.50 rad .* 1.03 are needed"),
+        ({"source": "embed"}, None),
         ({}, None),
         ({"shift_init": 1.6, "entropy": {"start_step": 0, "ramp_steps": 0}}, None),
         ({"entropy": {"weight": 0.0, "start_step": 0}}, None),

@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.config import EntropyConfig, L1Config
 from model.interface import IGNORE
 from model.losses import cross_entropy, entropy, l1, weight_at
+from model.mask_config import EntropyConfig, L1Config
 
 KINDS: tuple[Literal["shannon", "complement", "binary"], ...] = ("shannon", "complement", "binary")
 
@@ -41,6 +41,7 @@ def test_entropy_and_its_gradient_are_finite_at_the_ends(kind: Any) -> None:
     assert entropy(ends, kind) < 1e-4
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 1.0, width=32), min_size=1, max_size=20))
 def test_penalties_are_means_over_elements(values: list[float]) -> None:
     mask = torch.tensor(values)

@@ -4,11 +4,22 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from model.config import Architecture, LearnedDropoutConfig
+from model.config import Architecture
 from model.generate import generate
 from model.interface import IGNORE, Batch
 from model.language_model import LanguageModel
-from tests.model.helpers import ARCHITECTURES, VOCABULARY, batch_of, build, open_masks, small, without_dropout
+from model.mask_config import LearnedDropoutConfig
+from tests.model.helpers import (
+    ARCHITECTURES,
+    VARIANTS,
+    VOCABULARY,
+    batch_of,
+    build,
+    open_masks,
+    small,
+    variant,
+    without_dropout,
+)
 
 
 def overfit(model: LanguageModel, batch: Batch, steps: int) -> list[float]:
@@ -38,20 +49,28 @@ def test_an_overfit_model_recites(architecture: Architecture, enabled: bool) -> 
     assert recited == sequence[1:].tolist()
 
 
+@pytest.mark.parametrize(
+    "name", ["layer_input", "encoder_loss_serial", "dropout", "everywhere_embed", "l0", "modern", "post_norm"]
+)
+def test_other_variants_learn(name: str) -> None:
+    config = variant(name)
+    losses = overfit(build(config), batch_of(config, sequences=1), steps=30)
+    assert losses[-1] < 0.8 * losses[0]
+
+
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("enabled", [False, True])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_parameter_has_a_gradient(architecture: Architecture, enabled: bool, bias: bool) -> None:
-    config = small(architecture, bias=bias, learned_dropout=LearnedDropoutConfig(enabled=enabled))
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_parameter_has_a_gradient(name: str, bias: bool) -> None:
+    config = variant(name, bias=bias)
     model = build(config)
     model(batch_of(config)).loss.backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert idle == []
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_bf16_forward_and_backward_are_finite(architecture: Architecture) -> None:
-    config = small(architecture)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_bf16_forward_and_backward_are_finite(name: str) -> None:
+    config = variant(name)
     model = open_masks(build(config)).bfloat16()
     output = model(batch_of(config, step=5000))
     output.loss.backward()
@@ -81,7 +100,7 @@ def test_the_seed_alone_decides_the_first_weights_and_the_start_is_nearly_unifor
 
 
 def test_start_of_each_weight() -> None:
-    config = small(width=128, heads=4, layers=8)
+    config = small(width=128, heads=4, layers=8, learned_dropout={"sites": ["enc_ff", "dec_ff", "cross"]})
     weights = dict(build(config).named_parameters())
     for name, std in {
         "token_embed.weight": 0.02,
@@ -97,18 +116,44 @@ def test_start_of_each_weight() -> None:
     assert (weights["decoder.3.ff_dropout.shift"] == 0.5).all()
 
 
-def test_recomputed_layers_meet_the_same_masks() -> None:
-    config = small()
+def test_options_of_the_start() -> None:
+    config = small(width=128, heads=4, layers=8, decoder_residual_writes=3, decoder_input_std=0.02, ff="swiglu")
+    weights = dict(build(config).named_parameters())
+    for name, std in {
+        "decoder_input.weight": 0.02,
+        "encoder.3.attention.out.weight": 0.02 / 16**0.5,
+        "decoder.3.cross_attention.out.weight": 0.02 / 24**0.5,
+        "decoder.3.attention.out.weight": 0.02 / 24**0.5,
+        "decoder.3.ff.down.weight": 0.02 / 24**0.5,
+    }.items():
+        assert weights[name].std().item() == pytest.approx(std, rel=0.03), name
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_recomputed_layers_meet_the_same_noise(name: str) -> None:
+    config = variant(name)
     model = open_masks(build(config))
     batch = batch_of(config)
     model(batch).loss.backward()
     expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
-    for layer in [m for name, m in model.named_modules() if name.count(".") == 1 and name.startswith(("enc", "dec"))]:
+    layers = [m for name, m in model.named_modules() if type(m).__name__ in ("EncoderLayer", "DecoderLayer")]
+    for layer in layers:
         layer.forward = lambda *args, run=layer.forward: checkpoint(run, *args, use_reentrant=False)
     model(batch).loss.backward()
     found = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(layers) >= 2
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_evaluation_is_deterministic_and_has_no_penalty(name: str) -> None:
+    config = variant(name)
+    model = open_masks(build(config)).eval()
+    first, later = model(batch_of(config, step=5)), model(batch_of(config, step=5000, first_sample=7))
+    assert torch.equal(first.loss, later.loss)
+    assert first.loss == first.metrics["cross_entropy"] == first.metrics["loss"]
+    assert "encoder_loss" not in first.metrics
 
 
 def test_too_long_a_sequence_is_refused() -> None:

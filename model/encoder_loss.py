@@ -1,0 +1,67 @@
+"""A loss that holds the encoder's output against the running mean of the embedded tokens (docs/model.md A7)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.config import ModelConfig
+
+_EPS = 1e-6
+
+
+class EncoderLoss(nn.Module):
+    """Mean distance between a_t, the mean of the embedded tokens up to t, and z_t, the encoder's output at t.
+
+    Without trainable norms (the default) neither side can shrink. No parameters then.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        """`config.encoder_loss.kind` is not `none`."""
+        super().__init__()
+        self._config = loss = config.encoder_loss
+
+        def norm() -> nn.LayerNorm:
+            return nn.LayerNorm(config.width, eps=1e-5, elementwise_affine=loss.affine)
+
+        # Trainable norms have biases even where the model has none, as published.
+        self.embedding_norm = nn.Identity() if loss.embedding_norm == "none" else norm()
+        self.output_norm = norm() if loss.output_norm else nn.Identity()
+
+    def forward(self, embedded: Tensor, output: Tensor) -> dict[str, Tensor]:
+        """Compare the embedded tokens with the encoder's output, both [B, T, C].
+
+        Returns:
+            0-d float32: `encoder_loss`, without its weight, and of both sides of the comparison (`_embedding` and
+            `_output`) `encoder_loss_…_std` over all elements, which goes to 0 when a side shrinks, and
+            `encoder_loss_…_spread`, the standard deviation over tokens (root mean square over channels), which goes
+            to 0 when all tokens become alike.
+        """
+        detach, norm = self._config.detach, self._config.embedding_norm
+        embedded = embedded.detach() if detach == "embedding" else embedded
+        output = output.detach() if detach == "encoder_output" else output
+        if norm == "embedding":
+            embedded = self.embedding_norm(embedded)
+        # A running sum in bf16 would lose the later tokens.
+        exact = torch.promote_types(embedded.dtype, torch.float32)
+        count = torch.arange(1, embedded.shape[1] + 1, device=embedded.device, dtype=exact)
+        average = embedded.to(exact).cumsum(dim=1) / count[:, None]
+        if norm == "average":
+            average = self.embedding_norm(average.to(embedded.dtype)).to(exact)
+        target = self.output_norm(output).to(exact)
+        return {
+            "encoder_loss": self._distance(average, target),
+            "encoder_loss_embedding_std": average.detach().std(correction=0),
+            "encoder_loss_output_std": target.detach().std(correction=0),
+            "encoder_loss_embedding_spread": _spread(average),
+            "encoder_loss_output_spread": _spread(target),
+        }
+
+    def _distance(self, average: Tensor, target: Tensor) -> Tensor:
+        if self._config.kind == "mse":
+            return functional.mse_loss(average, target)
+        likeness = (functional.cosine_similarity(average, target, dim=-1) + 1.0) / 2.0
+        return (1.0 - likeness).mean() if self._config.kind == "cosine" else -likeness.clamp(min=_EPS).log().mean()
+
+
+def _spread(x: Tensor) -> Tensor:
+    return x.detach().flatten(0, 1).var(dim=0, correction=0).mean().sqrt()

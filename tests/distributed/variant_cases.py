@@ -1,0 +1,24 @@
+"""What ranks do for `test_variants.py`."""
+
+import torch
+
+from model import registry
+from pretrain.config import load
+from pretrain.distributed import Ranks
+from pretrain.engine import Engine
+from tests.distributed.cases import train_steps
+from tests.model.helpers import VARIANTS
+
+
+def losses_of(ranks: Ranks, stage: int, names: list[str]) -> dict[str, list[float]]:
+    """Losses of three steps of each variant at a ZeRO stage."""
+    found = {}
+    for name in names:
+        config = load(["batch.tokens=64", "model.context=8", f"engine.zero_stage={stage}", "engine.precision=fp32"])
+        shape = {"layers": 2, "width": 16, "heads": 2, "context": 8, "vocab_size": 41}
+        model = config.model.model_validate(shape | VARIANTS[name])
+        config = config.model_copy(update={"model": model})
+        torch.manual_seed(0)
+        engine = Engine(registry.build(config.model), config, ranks)
+        found[name] = train_steps(engine, ranks, config, 1, 3)
+    return found
