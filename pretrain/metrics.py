@@ -24,6 +24,9 @@ NAMES = {
     "l1": "penalty/l1",
     "entropy_weight": "penalty/entropy_weight",
     "l1_weight": "penalty/l1_weight",
+    "l0": "penalty/l0",
+    "l0_weight": "penalty/l0_weight",
+    "encoder_loss": "loss/encoder",
 }
 """What the model calls a metric and where a reader finds it; all others are the gates'."""
 SLOW = 1.2
