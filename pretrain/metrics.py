@@ -77,30 +77,41 @@ class Meter:
     def flush(self) -> list[StepMetrics]:
         """All steps since the last flush, averaged over the ranks; the last one carries what is told of them all.
 
+        That are times, norms, and, since there are many, what is told of single masks.
+
         A collective: every rank calls it at the same steps.
         """
         if not self._steps:
             return []
-        table = torch.stack([means for _, means, _ in self._steps])
-        rows = (self._ranks.sum(table) / self._ranks.world_size).tolist()
+        table = self._ranks.sum(torch.stack([means for _, means, _ in self._steps])) / self._ranks.world_size
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         lines = [
-            StepMetrics(step, _named(self._names, row) | {name: float(value) for name, value in known.items()})
-            for (step, _, known), row in zip(self._steps, rows, strict=True)
+            StepMetrics(step, _named(row, of_a_mask=False) | {name: float(value) for name, value in known.items()})
+            for (step, _, known), row in zip(self._steps, self._rows(table), strict=True)
         ]
+        [masks] = self._rows(table.mean(dim=0, keepdim=True))
         self._steps.clear()
         last, parts = lines[-1], self._engine.stopwatch.read()
         about_ranks, slowest = self._compare_ranks(parts)
         skipped = sum("optim/skipped" in line.values for line in lines)
         self._goodput.add(seconds * (1 - skipped / len(lines)))
-        values = last.values | self._times(seconds, len(lines), parts) | about_ranks | self._health(last.step)
+        values = (
+            last.values
+            | _named(masks, of_a_mask=True)
+            | self._times(seconds, len(lines), parts)
+            | about_ranks
+            | self._health(last.step)
+        )
         lines[-1] = StepMetrics(last.step, values, slowest)
         return lines
 
     def resume_clock(self) -> None:
         """Leave out of the speed what happened since the last flush: validation, a checkpoint."""
         self._since = time.perf_counter()
+
+    def _rows(self, table: Tensor) -> list[dict[str, float]]:
+        return [dict(zip(self._names, row, strict=True)) for row in table.tolist()]
 
     def _times(self, seconds: float, steps: int, parts: dict[str, float]) -> dict[str, float]:
         """Speed, means over the window's steps, and shares.
@@ -157,8 +168,9 @@ class Meter:
         return values
 
 
-def _named(names: list[str], values: list[float]) -> dict[str, float]:
-    return {NAMES.get(name, f"gate/{name}"): value for name, value in zip(names, values, strict=True)}
+def _named(row: dict[str, float], *, of_a_mask: bool) -> dict[str, float]:
+    """What is told of single masks, such as `density/enc_ff/0`, or all else."""
+    return {NAMES.get(name, f"gate/{name}"): value for name, value in row.items() if ("/" in name) == of_a_mask}
 
 
 def _memory_gib(device: torch.device) -> tuple[float, float, float]:

@@ -64,7 +64,9 @@ def run(
 
     def build_poisoned(config: Any) -> language_model.LanguageModel:
         model = build(config)
-        model.final_norm.weight.register_hook(lambda gradient: gradient * torch.nan if poisoned else None)
+        model.get_parameter("final_norm.weight").register_hook(
+            lambda gradient: gradient * torch.nan if poisoned else None
+        )
         return model
 
     language_model.objective = objective  # type: ignore[assignment]
