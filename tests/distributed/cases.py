@@ -192,6 +192,7 @@ def train_run(
     signal_at: tuple[int, int] | None = None,
     sabotage: str | None = None,
     taken_over_at: int | None = None,
+    wait_for_saves: bool = False,
 ) -> int:
     """A whole training run; rank 1 can be killed or get a signal in the middle of a step."""
     from pretrain import lease, trainer
@@ -217,6 +218,14 @@ def train_run(
             assert not heart.is_alive()
         return original_step(engine, batches, lr)
 
+    start = Saver.start
+
+    def start_and_wait(saver: Saver, *args: Any) -> None:
+        start(saver, *args)
+        saver.join()
+
+    if wait_for_saves:
+        Saver.start = start_and_wait  # type: ignore[method-assign,assignment]
     lease.HEARTBEAT_SECONDS = 0.1
     trainer.learning_rate = remember_step
     Engine.train_step = step  # type: ignore[method-assign,assignment]
@@ -309,7 +318,13 @@ def host_waits(ranks: Ranks, args: list[str], sabotage: bool = False) -> list[st
 
     def note(file: str, place: object) -> None:
         path = Path(file)
-        if between_flushes and path.is_relative_to(root) and path.relative_to(root).parts[0] in ("pretrain", "model"):
+        here = threading.current_thread() is threading.main_thread()  # the threads that write may wait
+        if (
+            here
+            and between_flushes
+            and path.is_relative_to(root)
+            and path.relative_to(root).parts[0] in ("pretrain", "model")
+        ):
             found.add(f"{path.name}:{place}")
 
     def watch(name: str) -> None:

@@ -34,7 +34,7 @@ def run(ranks: Ranks, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Two ranks, killed once after the first checkpoint."""
     run_dir = tmp_path_factory.mktemp("metrics") / "run"
     with pytest.raises(RanksFailed, match="-9"):
-        ranks("tests.distributed.cases:train_run", 2, args=arguments(dataset, run_dir), die_at=10)
+        ranks("tests.distributed.cases:train_run", 2, args=arguments(dataset, run_dir), die_at=10, wait_for_saves=True)
     ranks("tests.distributed.cases:train_run", 2, args=arguments(dataset, run_dir))
     return run_dir
 
@@ -95,8 +95,8 @@ def test_the_stall_of_each_save_is_told(run: Path) -> None:
         for r in read(run / "metrics.jsonl")
         if "time/checkpoint_ms" in r.metrics
     }
-    assert stalls.keys() == {6, 12}
-    assert all(1 < stall < 60_000 for stall in stalls.values())
+    assert stalls.keys() == {1, 6, 12}
+    assert all(0.1 < stall < 60_000 for stall in stalls.values())
 
 
 def test_goodput_counts_the_time_between_the_attempts_and_no_step_twice(run: Path) -> None:
@@ -107,7 +107,7 @@ def test_goodput_counts_the_time_between_the_attempts_and_no_step_twice(run: Pat
         assert record.step is not None
         if record.attempt == 2 and record.step == 8:
             seconds.pop(8)  # what attempt 1 did after its checkpoint at step 6
-        steps = 2 if record.step in (6, 8) else 4
+        steps = {1: 1, 4: 3, 6: 2, 8: 2, 12: 4}[record.step]
         seconds[record.step] = steps * record.metrics["time/step_ms"] / 1e3
         expected = sum(seconds.values()) / (record.time / 1e3 - started)
         assert record.metrics["time/goodput"] == pytest.approx(expected, rel=0.02)
@@ -134,7 +134,7 @@ def test_a_slow_rank_is_named_once(ranks: Ranks, dataset: Path, tmp_path: Path) 
     spreads = [r.metrics["time/rank_spread"] for r in flushes_of(tmp_path / "run")]
     assert all(1.5 < spread <= 2 for spread in spreads)
     [event] = [r for r in read(tmp_path / "run" / "metrics.jsonl") if r.kind == "slowest"]
-    assert event.step == LOG_EVERY
+    assert event.step == 1
     assert event.fields["rank"] == 1
     assert event.fields["ratio"] == spreads[0]
     assert event.fields["host"]
