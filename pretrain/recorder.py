@@ -83,7 +83,7 @@ class Recorder:
                 self._journal.event("slowest", step=line.step, **asdict(line.slowest))
         shown = dict(lines[-1].values)
         for name in shown:
-            if name.startswith(("loss/", "penalty/", "gate/")):
+            if name in lines[0].values and name.startswith(("loss/", "penalty/", "gate/")):
                 shown[name] = sum(line.values[name] for line in lines) / len(lines)
         self._console.step(lines[-1].step, shown)
 
