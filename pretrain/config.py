@@ -110,7 +110,7 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
     @model_validator(mode="after")
     def _health_fits_the_rest(self) -> "Config":
         health, timeout, keep = self.health, self.engine.timeout_minutes, self.train.keep_checkpoints
-        if health.hang_minutes >= timeout:
+        if health.hang_minutes and health.hang_minutes >= timeout:
             raise ValueError(
                 f"health.hang_minutes={health.hang_minutes:g} must be below engine.timeout_minutes={timeout:g}, "
                 f"which ends the run; for example {timeout / 2:g}"
@@ -131,6 +131,11 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
     def run_dir(self) -> Path:
         """The run folder."""
         return Path(self.run.dir or f"runs/{self.run.name}")
+
+    @property
+    def hang_minutes(self) -> float:
+        """Minutes without progress after which a rank writes its stacks."""
+        return self.health.hang_minutes or self.engine.timeout_minutes / 2
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
         """(sequences of a micro-batch, micro-batches of a step) on each rank.

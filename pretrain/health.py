@@ -50,7 +50,7 @@ class Health:
         self._engine = engine
         self._recorder = recorder
         self._past = past
-        self._watchdog = Watchdog(logs, ranks.rank, 60 * config.health.hang_minutes, self._hangs)
+        self._watchdog = Watchdog(logs, ranks.rank, 60 * config.hang_minutes, self._hangs)
         self._stack = ExitStack()
         self._in_a_row = 0
         self._first: Diagnosis | None = None

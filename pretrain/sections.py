@@ -180,8 +180,9 @@ class HealthConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     """Rollbacks of the whole run; the next spike ends it."""
     gc_every: int = Field(default=200, ge=1)
     """Steps between Python's garbage collections, which all ranks make at the same step."""
-    hang_minutes: float = Field(default=5.0, gt=0.0)
-    """Without progress for so long, each rank writes its stacks into the run folder. Below `engine.timeout_minutes`."""
+    hang_minutes: float | None = Field(default=None, gt=0.0)
+    """Without progress for so long, each rank writes its stacks into the run folder. Below `engine.timeout_minutes`;
+    half of it unless given."""
 
 
 class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):

@@ -1,5 +1,6 @@
 """What goes wrong in a run is seen, said and answered by all ranks alike."""
 
+import hashlib
 import json
 import platform
 import shutil
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from pretrain.checkpoint import RNG
 from pretrain.journal import Record, read, series
 from pretrain.report import write_report
 from pretrain.report_data import load, verdict
@@ -59,8 +62,14 @@ def learned(run_dir: Path) -> dict[int, float]:
 
 
 def final_hashes(run_dir: Path, step: int = STEPS) -> list[str]:
-    manifest = json.loads((run_dir / "checkpoints" / f"step-{step:09d}" / "manifest.json").read_text())
-    return [shard["xxh3_128"] for shard in manifest["shards"]]
+    """Of each shard's parameters and moments; the generators' states differ with all that was ever drawn."""
+    hashes = []
+    for file in sorted((run_dir / "checkpoints" / f"step-{step:09d}").glob("shard-*")):
+        tensors = load_file(file)
+        content = b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors) if not name.startswith(RNG))
+        hashes.append(hashlib.sha256(content).hexdigest())
+    assert hashes
+    return hashes
 
 
 NOT_FINITE = {"nan_loss": [21], "nan_gradient": [37]}
@@ -84,7 +93,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_traced(
     assert len(loss["parameters"]) > 5
     assert gradient.items() >= (where | {"samples": [37, 39], "parameters": ["final_norm.weight"]}).items()
     assert 0 < float(gradient["loss"]) < 10
-    assert "1 of 4 step(s) up to step 4 applied no update; not finite at step 3: rank 1 on" in first.fields["text"]
+    assert "1 of 3 step(s) up to step 4 applied no update; not finite at step 3: rank 1 on" in first.fields["text"]
     assert f"last finite: loss {steps[4]['loss/train']:.4f} and gradient norm" in first.fields["text"]
 
 
@@ -167,7 +176,7 @@ def test_a_spike_s_update_is_left_out(ranks: Ranks, dataset: Path, tmp_path: Pat
 def test_nothing_waits_for_the_device_to_find_a_spike(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
     args = spiked(dataset, tmp_path / "run", "skip")
     for found in ranks("tests.distributed.cases:host_waits", 2, args=args):
-        assert found == ["distributed.py:any"]
+        assert found == ["distributed.py:largest"]
 
 
 def continued_by_hand(run_dir: Path, step: int, samples_seen: int) -> None:
@@ -214,7 +223,7 @@ def test_a_rollback_outlives_a_crash_and_is_told_everywhere(ranks: Ranks, datase
     args = spiked(dataset, run_dir, "rollback", *more)
     with pytest.raises(RanksFailed, match="-9"):
         ranks(f"{CASES}run", 2, args=args, spike=[HARMFUL], killed_by=16 * GLOBAL_BATCH + 9)
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-000000006"]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-000000001", "step-000000006"]
     [summary, silent] = ranks(f"{CASES}run", 2, args=args, spike=[HARMFUL])
     assert ["health", "loss spikes: 1, rollbacks: 1; see the report"] in summary
     assert silent == []

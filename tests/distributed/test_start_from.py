@@ -107,7 +107,7 @@ def test_without_a_step_it_is_the_newest_and_stays_it(ranks: Ranks, stable: Path
         ranks(TRAIN, 2, args=args, die_at=18, timeout=60)
     (stable / "checkpoints" / "step-000000016").rename(tmp_path / "hidden")
     try:
-        with pytest.raises(RanksFailed, match=f"{stable}: no complete checkpoint of step 16; there are: 4, 8, 12"):
+        with pytest.raises(RanksFailed, match=f"{stable}: no complete checkpoint of step 16; there are: 1, 4, 8, 12"):
             ranks(TRAIN, 1, args=args)
     finally:
         (tmp_path / "hidden").rename(stable / "checkpoints" / "step-000000016")
@@ -155,7 +155,10 @@ def test_the_command_says_what_it_would_do(stable: Path, tmp_path: Path, monkeyp
     assert "run        runs/new (new)\n" in said
     assert f"begins at  {stable}@8\n" in said
     for args, message in (
-        (("--from", f"{stable}@7", "run.name=new", *COOL), "no complete checkpoint of step 7; there are: 4, 8, 12, 16"),
+        (
+            ("--from", f"{stable}@7", "run.name=new", *COOL),
+            "no complete checkpoint of step 7; there are: 1, 4, 8, 12, 16",
+        ),
         (("--from", f"{stable}@8", *COOL), "the run itself; give the new one a name: run.name=NEW"),
         (("--from", "nowhere@8", "run.name=new"), "nowhere: not a run folder"),
     ):

@@ -177,7 +177,10 @@ def test_growth_is_told_once_and_a_jump_or_noise_is_none() -> None:
     ("override", "message"),
     [
         (["health.hang_minutes=10"], "must be below engine.timeout_minutes=10, which ends the run; for example 5"),
-        (["engine.timeout_minutes=2"], "health.hang_minutes=5 must be below engine.timeout_minutes=2"),
+        (
+            ["engine.timeout_minutes=2", "health.hang_minutes=5"],
+            "health.hang_minutes=5 must be below engine.timeout_minutes=2",
+        ),
         (
             ["health.on_spike=rollback", "health.rollback_checkpoints=4"],
             "health.rollback_checkpoints=4, but only train.keep_checkpoints=3 stay on disk",
