@@ -15,10 +15,8 @@ from data_pipeline.corpus import Split
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, ShardFacts
 from data_pipeline.shards import Shard
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import MODEL, TOKENIZER, Tokenizer
 
-TOKENIZER = "tokenizer"
-MODEL = "spm.model"
 _MAX_OPEN_SHARDS = 1024  # Each is a memory map, of which Linux allows a process 65,530.
 
 

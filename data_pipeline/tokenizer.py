@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import sentencepiece
@@ -16,6 +16,9 @@ from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import DataError
 from data_pipeline.sources import cut
 
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer in a dataset's folder."""
+MODEL = "spm.model"
 UNK_ID = 0
 EOS_ID = 1
 _SPACE_MARK = "\u2581"
@@ -26,23 +29,51 @@ _RESERVED = re.compile(f"[\0{_SPACE_MARK}{_UNKNOWN_MARK}]+")
 _THREADS = 16  # A constant: the trainer's floating-point sums depend on it.
 
 
-def sample(texts: Iterable[str], limit: int, seed: int) -> list[str]:
-    """At most `limit` UTF-8 bytes of `texts`, in segments of 2 to 4 KiB (cut at newlines where there are some).
+class Segment(NamedTuple):
+    """2 to 4 KiB of text, cut at newlines where there are some."""
 
-    A segment is in if its hash, of (seed, number of the segment), is among the smallest: uniform, in one pass and in
-    bounded memory. Order is kept.
-    """
-    kept: list[tuple[int, int, str]] = []
-    size = number = 0
+    rank: int
+    """Pseudorandom, from its place and a seed: the lowest are in the sample."""
+    place: int
+    text: str
+
+
+class Reservoir:
+    """A uniform sample of text in one pass and bounded memory: at most `limit` UTF-8 bytes of segments, in order."""
+
+    def __init__(self, limit: int, seed: int, unit: int = 0) -> None:
+        """`unit`: number of the unit of work that the text comes from."""
+        self._limit = limit
+        self._seed = seed
+        self._next = unit << 40
+        self._size = 0
+        self._kept: list[tuple[int, int, str]] = []
+
+    def add_text(self, text: str) -> None:
+        """Considers the segments of `text`, which follows what was added before."""
+        for piece in cut([text], after=2**11, limit=2**12):
+            rank = xxhash.xxh3_64_intdigest(self._next.to_bytes(8, "little"), seed=self._seed)
+            self.add(Segment(rank, self._next, piece.text))
+            self._next += 1
+
+    def add(self, segment: Segment) -> None:
+        """Considers a segment of another reservoir of the same seed."""
+        heapq.heappush(self._kept, (-segment.rank, segment.place, segment.text))
+        self._size += len(segment.text.encode())
+        while self._size > self._limit:
+            self._size -= len(heapq.heappop(self._kept)[2].encode())
+
+    def segments(self) -> list[Segment]:
+        """The sample, in the order of the text."""
+        return sorted((Segment(-rank, place, text) for rank, place, text in self._kept), key=lambda item: item.place)
+
+
+def sample(texts: Iterable[str], limit: int, seed: int) -> list[str]:
+    """At most `limit` UTF-8 bytes of `texts`, as a Reservoir takes them."""
+    reservoir = Reservoir(limit, seed)
     for text in texts:
-        for segment in cut([text], after=2**11, limit=2**12):
-            rank = xxhash.xxh3_64_intdigest(number.to_bytes(8, "little"), seed=seed)
-            heapq.heappush(kept, (-rank, number, segment.text))
-            number += 1
-            size += len(segment.text.encode())
-            while size > limit:
-                size -= len(heapq.heappop(kept)[2].encode())
-    return [text for _, _, text in sorted(kept, key=lambda item: item[1])]
+        reservoir.add_text(text)
+    return [segment.text for segment in reservoir.segments()]
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, seed: int) -> bytes:
@@ -133,6 +164,11 @@ class Tokenizer:
         except OSError as error:
             raise DataError(f"no tokenizer at {path}: {error.strerror}; `duet data tokenizer` trains one") from None
         return cls(model, str(path))
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """The tokenizer in a dataset's `tokenizer` folder. Raises DataError if there is none."""
+        return cls.load(folder / MODEL)
 
     def encode(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
         """Ids of each text, int32 [tokens], without EOS. The number of threads makes no difference to them."""

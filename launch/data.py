@@ -61,7 +61,7 @@ def tokenizer(config: ConfigArgs, overwrite: Overwrite = False) -> None:
 
     Example: `duet data tokenizer data/python-docs data.tokenizer.type=bpe`
     """
-    from data_pipeline.inspection import tokenizer_report
+    from data_pipeline.tokenizer_report import tokenizer_report
     from pretrain.config import load
 
     data = load(config).data
@@ -69,10 +69,12 @@ def tokenizer(config: ConfigArgs, overwrite: Overwrite = False) -> None:
         report = tokenizer_report(data, progress, overwrite)
     typer.echo(f"tokenizer      {Path(data.path) / 'tokenizer' / 'spm.model'}")
     typer.echo(f"vocabulary     {report.vocab_size} pieces, type {data.tokenizer.type}, sha256 {report.sha256[:12]}")
-    typer.echo(f"bytes a token  {report.bytes_per_token:.2f} (on {_megabytes(report.sample_bytes)} of training text)")
-    typer.echo(f"coverage       {report.coverage:.4%} of the characters are in the vocabulary")
-    typer.echo(f"unknown        {report.unknown_rate:.4%} of the tokens")
-    typer.echo(f"longest        {'  '.join(map(repr, report.longest_pieces))}")
+    for name, found in report.sources.items():
+        typer.echo(f"\nsource         {name}, a sample of {_megabytes(found.sample_bytes)} of training text")
+        typer.echo(f"bytes a token  {found.bytes_per_token:.2f}")
+        typer.echo(f"coverage       {found.coverage:.4%} of the characters are in the vocabulary")
+        typer.echo(f"unknown        {found.unknown_rate:.4%} of the tokens")
+        typer.echo(f"longest        {'  '.join(map(repr, found.longest_pieces))}")
 
 
 @app.command()
