@@ -99,16 +99,18 @@ def prepare(config: DataConfig, progress: Progress | None = None, processes: int
     return len(job.plan.units)
 
 
-def build_task(config: DataConfig, task: int, tasks: int, progress: Progress | None = None, processes: int = 1) -> None:
+def build_task(config: DataConfig, task: int, tasks: int, progress: Progress | None = None, processes: int = 1) -> int:
     """Tokenizes each `tasks`-th unit, beginning with number `task`, of what `prepare` prepared. Units that are done are
-    not done again.
+    not done again. Returns how many are its share.
 
     Raises DataError if nothing is prepared or the settings are others, and as `build` does."""
     root = Path(config.path)
     with working_folder(root, shared=True) as work:
         job = Job.prepared(config, work, progress, processes)
         context, _ = job.prepare(work, root)
-        job.tokenize(context, job.plan.units[task::tasks])
+        units = job.plan.units[task::tasks]
+        job.tokenize(context, units)
+        return len(units)
 
 
 def merge(

@@ -62,6 +62,9 @@ class _Crew(Generic[Item, Result]):
         idle: list[Connection] = []
         exhausted = False
         while True:
+            while given in ready:
+                yield ready.pop(given)
+                given += 1
             # Not so far ahead that results gather behind a slow item.
             while not exhausted and len(busy) < self._size and begun - given < 4 * self._size:
                 try:
@@ -73,10 +76,7 @@ class _Crew(Generic[Item, Result]):
                 connection.send(item)
                 busy[connection] = begun
                 begun += 1
-            while given in ready:
-                yield ready.pop(given)
-                given += 1
-            if not busy and exhausted and not ready:
+            if not busy:
                 return
             spoke = wait(list(busy))
             for connection in [member for member in busy if member in spoke]:
