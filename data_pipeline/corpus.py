@@ -1,9 +1,10 @@
 """All text of a configuration with its split: which piece is for training, which is held out."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
+import numpy as np
 import xxhash
 
 from data_pipeline.config import DataConfig, SourceConfig
@@ -89,11 +90,11 @@ class UnitReader:
         config: DataConfig,
         unit: Unit,
         advance: Callable[[int], None],
-        verdicts: Sequence[int] | None = None,
+        verdicts: np.ndarray | None = None,
         train_bytes: int = 0,
     ) -> None:
-        """`advance` is told of input bytes that were read; `verdicts`: an index into REASONS for each document, without
-        which only empty ones are left out; `train_bytes`: how much of its text is for training, with rule `tail`."""
+        """`advance` is told of input bytes that were read; `verdicts`: an index into REASONS for each document, uint8,
+        without which only empty ones are left out; `train_bytes`: how much of its text is for training (rule `tail`)."""
         self.counts = ReadCounts()
         self.dropped: list[Dropped] = []
         self.numbers: list[int] = []

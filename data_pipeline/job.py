@@ -14,22 +14,22 @@ import numpy as np
 from data_pipeline.assemble import forget_files, plan_assembly, write_shard
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.corpus import REASONS, Corpus, Progress, source_config, source_names
-from data_pipeline.duplicates import copies
+from data_pipeline.duplicates import best_bands, copies
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, differences
 from data_pipeline.publish import describe, list_dropped, publish
 from data_pipeline.sources import CUT_RULE, Unit, kind
 from data_pipeline.stages import (
     Context,
-    Looked,
     UnitFacts,
     hash_files,
+    load_array,
     look_at,
+    looked_file,
     sample_text,
-    save_array,
+    save_arrays,
     tokenize,
     verdicts_file,
-    was_looked_at,
 )
 from data_pipeline.tokenizer import TOKENIZER, Reservoir, Segment, Tokenizer
 from data_pipeline.vocabulary import prepare_tokenizer
@@ -131,31 +131,32 @@ class Job:
         work, units = context.work, self.plan.units
         if all(verdicts_file(work, unit).exists() for unit in units):
             return
-        todo = [unit for unit in units if not was_looked_at(work, unit)]
-        advance = self._report_units("measure", todo)
-        for _ in self.run(functools.partial(look_at, context), todo, advance):
+        todo = [unit for unit in units if not looked_file(work, unit).exists()]
+        for _ in self.run(functools.partial(look_at, context), todo, self._report_units("measure", todo)):
             pass
-        looked = [Looked.load(work, unit) for unit in units]
-        verdicts = np.concatenate([found.verdicts for found in looked])
-        if context.config.duplicates.rule != "keep":
-            again = copies([found.digests for found in looked], verdicts == 0)
+        files = [looked_file(work, unit) for unit in units]
+        parts = [load_array(file, "verdicts") for file in files]
+        verdicts = np.concatenate(parts)
+        rule = self._config.duplicates
+        if rule.rule != "keep":
+            again = copies([load_array(file, "digests") for file in files], verdicts == 0)
             verdicts[again] = REASONS.index("duplicate")
-        if context.config.duplicates.rule == "near":
+        if rule.rule == "near":
             near = np.zeros(len(verdicts), bool)
-            for band in range(looked[0].near.shape[1]):
-                near |= copies([found.near[:, band : band + 1] for found in looked], verdicts == 0)
+            for band in range(best_bands(rule.threshold, rule.permutations)[0]):
+                near |= copies([load_array(file, "near")[:, band : band + 1] for file in files], verdicts == 0)
             verdicts[near] = REASONS.index("near duplicate")
-        ends = np.cumsum([len(found.verdicts) for found in looked])
-        for unit, part in zip(units, np.split(verdicts, ends[:-1]), strict=True):
-            save_array(verdicts_file(work, unit), part)
+        ends = np.cumsum([len(part) for part in parts])
+        for unit, decided in zip(units, np.split(verdicts, ends[:-1]), strict=True):
+            save_arrays(verdicts_file(work, unit), {"verdicts": decided})
 
     def _train_bytes(self, work: Path) -> tuple[int, ...]:
         if self._config.split.rule != "tail":
             return ()
-        sizes = [
-            int(Looked.load(work, unit).bytes[np.load(verdicts_file(work, unit)) == 0].sum())
-            for unit in self.plan.units
-        ]
+        sizes = []
+        for unit in self.plan.units:
+            stays = load_array(verdicts_file(work, unit), "verdicts") == 0
+            sizes.append(int(load_array(looked_file(work, unit), "bytes")[stays].sum()))
         totals: Counter[str] = Counter()
         for unit, size in zip(self.plan.units, sizes, strict=True):
             totals[unit.source] += size

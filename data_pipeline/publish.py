@@ -160,7 +160,8 @@ def list_dropped(work: Path, units: list[Unit], facts: list[UnitFacts], file: Pa
                     for part, numbers in zip(unit.slices, done.numbers, strict=True):
                         starts.append(before[unit.source, part.name])
                         before[unit.source, part.name] += numbers
-                    for line in dropped_file(work, unit).read_text().splitlines():
+                    listed = dropped_file(work, unit)
+                    for line in listed.read_text().splitlines() if listed.exists() else []:
                         index, number, reason = json.loads(line)
                         name = unit.slices[index].name
                         place: dict[str, Any] = {"source": unit.source, "file": name}

@@ -43,7 +43,7 @@ class Context:
 
     def reader(self, unit: Unit, advance: Advance) -> UnitReader:
         """The text of `unit` that stays."""
-        verdicts = np.load(verdicts_file(self.work, unit)) if self.verdicts else None
+        verdicts = load_array(verdicts_file(self.work, unit), "verdicts") if self.verdicts else None
         train_bytes = self.train_bytes[unit.number] if self.train_bytes else 0
         return UnitReader(self.config, unit, advance, verdicts, train_bytes)
 
@@ -65,19 +65,10 @@ class Looked(NamedTuple):
     near: np.ndarray
     """Keys of NearKeys, uint64 [documents, bands]; none unless duplicates are sought so."""
 
-    @classmethod
-    def load(cls, work: Path, unit: Unit) -> "Looked":
-        """What `look_at` found, as mapped files."""
-        return cls(*(np.load(_looked(work, unit, name), mmap_mode="r") for name in cls._fields))
 
-
-def _looked(work: Path, unit: Unit, name: str) -> Path:
-    return work / f"{unit.number:06d}.looked-{name}.npy"
-
-
-def was_looked_at(work: Path, unit: Unit) -> bool:
-    """Whether `look_at` finished this unit."""
-    return _looked(work, unit, Looked._fields[-1]).exists()
+def looked_file(work: Path, unit: Unit) -> Path:
+    """Where the arrays of Looked are, once `look_at` has finished the unit."""
+    return work / f"{unit.number:06d}.looked.npz"
 
 
 def look_at(context: Context, unit: Unit, advance: Advance) -> None:
@@ -100,21 +91,26 @@ def look_at(context: Context, unit: Unit, advance: Advance) -> None:
         np.frombuffer(b"".join(digest for _, _, digest in facts), np.uint64).reshape(-1, 2),
         np.array(keys, np.uint64).reshape(len(facts), bands),
     )
-    for name, array in zip(Looked._fields, looked, strict=True):
-        save_array(_looked(context.work, unit, name), array)
+    save_arrays(looked_file(context.work, unit), looked._asdict())
 
 
 def verdicts_file(work: Path, unit: Unit) -> Path:
     """Where it says which documents of a unit stay: an index into REASONS for each."""
-    return work / f"{unit.number:06d}.verdicts.npy"
+    return work / f"{unit.number:06d}.verdicts.npz"
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Replaces an .npy file."""
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Replaces an .npz file."""
     buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
+    np.savez(buffer, allow_pickle=False, **arrays)
     with disk_errors(path):
         write_atomic(path, buffer.getvalue())
+
+
+def load_array(path: Path, name: str) -> np.ndarray:
+    """One array of an .npz file."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays[name]
 
 
 def sample_text(context: Context, limit: int, unit: Unit, advance: Advance) -> list[Segment]:
@@ -175,7 +171,8 @@ def rows_file(work: Path, unit_number: int, split: Split) -> Path:
 
 
 def dropped_file(work: Path, unit: Unit) -> Path:
-    """Where it says which documents a unit left out, a JSON list [slice, number, reason] a line."""
+    """Where it says which documents a unit left out, a JSON list [slice, number, reason] a line; there
+    is none if there are none."""
     return work / f"{unit.number:06d}.dropped"
 
 
@@ -245,7 +242,9 @@ def tokenize(context: Context, unit: Unit, advance: Advance) -> UnitFacts:
         streams={split: stream.facts() for split, stream in streams.items()},
     )
     with disk_errors(context.work):
-        write_atomic(dropped_file(context.work, unit), "".join(json.dumps(item) + "\n" for item in reader.dropped))
+        if reader.dropped:
+            lines = "".join(json.dumps(item) + "\n" for item in reader.dropped)
+            write_atomic(dropped_file(context.work, unit), lines)
         write_atomic(_journal(context.work, unit), facts.model_dump_json())
     return facts
 
