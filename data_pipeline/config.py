@@ -69,6 +69,11 @@ class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     """Share of the text's characters that get a piece; rarer ones become bytes (`char`: unknown)."""
     user_defined_symbols: list[str] = ["\n"]
     """Strings that are always one piece. A newline, so that line structure survives and stays cheap."""
+    sentinels: int = Field(default=0, ge=0, le=1000)
+    """Pieces <extra_id_0>, <extra_id_1>, … that no text gives: for span corruption. Counted in `vocab_size`."""
+    model: str | None = None
+    """A SentencePiece .model or a Hugging Face tokenizer.json (needs the extra `tokenizers`) to take as it is. The
+    settings of training have no effect then."""
     sample_bytes: int = Field(default=64 * 2**20, ge=1024)
     """Train on at most this many bytes of text, sampled over all sources with `data.seed`."""
 

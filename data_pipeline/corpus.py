@@ -93,8 +93,10 @@ class UnitReader:
         verdicts: np.ndarray | None = None,
         train_bytes: int = 0,
     ) -> None:
-        """`advance` is told of input bytes that were read; `verdicts`: an index into REASONS for each document, uint8,
-        without which only empty ones are left out; `train_bytes`: how much of its text is for training (rule `tail`)."""
+        """`advance` is told of input bytes that were read.
+
+        `verdicts`: an index into REASONS for each document, uint8, without which only empty ones are left out;
+        `train_bytes`: with rule `tail`, how much of its text is for training."""
         self.counts = ReadCounts()
         self.dropped: list[Dropped] = []
         self.numbers: list[int] = []

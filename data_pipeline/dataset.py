@@ -15,7 +15,7 @@ from data_pipeline.corpus import Split
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, ShardFacts
 from data_pipeline.shards import Shard
-from data_pipeline.tokenizer import MODEL, TOKENIZER, Tokenizer
+from data_pipeline.tokenizer import TOKENIZER, Tokenizer, model_file
 
 _MAX_OPEN_SHARDS = 1024  # Each is a memory map, of which Linux allows a process 65,530.
 
@@ -43,7 +43,7 @@ class Dataset:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of this dataset. Raises DataError if the file there is missing or another one."""
-        path = self.path / TOKENIZER / MODEL
+        path = model_file(self.path / TOKENIZER)
         tokenizer = Tokenizer.load(path)
         if tokenizer.sha256 != self.manifest.tokenizer.sha256:
             raise DataError(

@@ -32,7 +32,7 @@ from data_pipeline.stages import (
     verdicts_file,
 )
 from data_pipeline.tokenizer import TOKENIZER, Reservoir, Segment, Tokenizer
-from data_pipeline.vocabulary import prepare_tokenizer
+from data_pipeline.vocabulary import prepare_tokenizer, tokenizer_identity
 from data_pipeline.work import Inputs, Plan, remove_work
 from data_pipeline.workers import Advance, available_cpus, run
 
@@ -42,13 +42,10 @@ Result = TypeVar("Result")
 
 
 def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
-    """What the dataset is made from. Content only: moving the files or the dataset changes nothing. Settings that
-    came later are in it when they are not what they were before they could be set."""
+    """What the dataset is made from. Content only: moving the files or the dataset changes nothing. Settings that came
+    later are in it as in tokenizer_identity."""
     identity: dict[str, Any] = {
-        "tokenizer": {
-            **config.tokenizer.model_dump(include=_FIRST_TOKENIZER_SETTINGS),
-            **config.tokenizer.model_dump(exclude=_FIRST_TOKENIZER_SETTINGS, exclude_defaults=True),
-        },
+        "tokenizer": tokenizer_identity(config.tokenizer),
         "split": config.split.model_dump(exclude={"files"}),
         "errors": config.errors,
         "seed": config.seed,
@@ -65,9 +62,6 @@ def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
             "inputs (xxh3)": [f"{kind(path)} {digest}" for path, _, digest in files],
         }
     return identity
-
-
-_FIRST_TOKENIZER_SETTINGS = {"type", "vocab_size", "character_coverage", "user_defined_symbols", "sample_bytes"}
 
 
 class Job:

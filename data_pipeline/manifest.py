@@ -29,6 +29,9 @@ class TokenizerFacts(BaseModel, frozen=True):
     type: str
     eos_id: int
     unk_id: int
+    """-1 if every text has a spelling."""
+    sentinels: list[int] = []
+    """Tokens that no text gives, for span corruption."""
 
 
 class InputFile(BaseModel, frozen=True):
@@ -174,7 +177,7 @@ def fingerprint(tokenizer: TokenizerFacts, dtype: str, split_rule: dict[str, Any
     """
     facts = {
         "format": FORMAT,
-        "tokenizer": tokenizer.model_dump(),
+        "tokenizer": tokenizer.model_dump(exclude_defaults=True),
         "dtype": dtype,
         "split": split_rule,
         "shards": [shard.model_dump(exclude={"path"}) for shard in shards],

@@ -19,7 +19,7 @@ from data_pipeline.manifest import MANIFEST, InputFile, Manifest, ShardFacts, So
 from data_pipeline.shards import BATCH_TOKENS, WrittenShard
 from data_pipeline.sources import CUT_RULE, Unit, kind
 from data_pipeline.stages import StreamFacts, UnitFacts, dropped_file
-from data_pipeline.tokenizer import MODEL, TOKENIZER, Tokenizer
+from data_pipeline.tokenizer import TOKENIZER, Tokenizer, model_file
 from data_pipeline.vocabulary import META, tokenizer_facts
 from data_pipeline.work import Plan
 
@@ -42,7 +42,7 @@ def describe(
                 f"fraction={config.split.fraction}, {sum(done.documents for done in facts)} documents): "
                 "for few documents use data.split.rule=tail, else another fraction"
             )
-    made_by = tokenizer_facts(tokenizer, config.tokenizer.type)
+    made_by = tokenizer_facts(tokenizer, config.tokenizer)
     rule = {**config.split.model_dump(include={"rule", "fraction"}), "seed": config.seed, "cut": CUT_RULE}
     return Manifest(
         fingerprint=fingerprint(made_by, assembly.dtype, rule, shards),
@@ -137,7 +137,7 @@ def remove_stale(root: Path, manifest: Manifest) -> None:
 def _replace_tokenizer(root: Path, work: Path) -> None:
     old, new = root / TOKENIZER, work / TOKENIZER
     if old.exists():
-        if (old / MODEL).exists() and (old / MODEL).read_bytes() == (new / MODEL).read_bytes():
+        if model_file(old).exists() and model_file(old).read_bytes() == model_file(new).read_bytes():
             (new / META).replace(old / META)
             return
         # Old manifest and new tokenizer must not be seen together.

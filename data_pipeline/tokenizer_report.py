@@ -23,6 +23,8 @@ class SourceReport:
     """Share of the characters that are in the vocabulary, not spelled as bytes or unknown."""
     unknown_rate: float
     """Share of the tokens that are <unk>."""
+    round_trip: float
+    """Share of the samples (2 to 4 KiB) that come back as they were."""
     longest_pieces: list[str]
     """Of those that occur."""
 
@@ -51,11 +53,12 @@ def measure(tokenizer: Tokenizer, texts: list[str]) -> SourceReport:
     """Measures `tokenizer` on `texts`."""
     characters: Counter[str] = Counter()
     used = np.zeros(tokenizer.vocab_size, bool)
-    tokens = unknown = size = 0
+    tokens = unknown = size = same = 0
     for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
         characters.update(text)
         used[ids] = True
         size += len(text.encode())
+        same += tokenizer.decode(ids) == text
         tokens += len(ids)
         unknown += int(np.count_nonzero(ids == tokenizer.unk_id))
     known = {character for character in characters if _is_known(tokenizer, character)}
@@ -66,6 +69,7 @@ def measure(tokenizer: Tokenizer, texts: list[str]) -> SourceReport:
         bytes_per_token=size / max(tokens, 1),
         coverage=covered / max(characters.total(), 1),
         unknown_rate=unknown / max(tokens, 1),
+        round_trip=same / max(len(texts), 1),
         longest_pieces=sorted(pieces, key=len, reverse=True)[:10],
     )
 

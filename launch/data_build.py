@@ -40,13 +40,15 @@ def tokenizer(config: ConfigArgs, overwrite: Overwrite = False, processes: Proce
     data = load(config).data
     with progress_line() as progress:
         report = tokenizer_report(data, progress, overwrite, processes or available_cpus())
-    typer.echo(f"tokenizer      {Path(data.path) / 'tokenizer' / 'spm.model'}")
-    typer.echo(f"vocabulary     {report.vocab_size} pieces, type {data.tokenizer.type}, sha256 {report.sha256[:12]}")
+    typer.echo(f"tokenizer      {Path(data.path) / 'tokenizer'}")
+    kind = data.tokenizer.model or f"type {data.tokenizer.type}"
+    typer.echo(f"vocabulary     {report.vocab_size} pieces, {kind}, sha256 {report.sha256[:12]}")
     for name, found in report.sources.items():
         typer.echo(f"\nsource         {name}, a sample of {megabytes(found.sample_bytes)} of training text")
         typer.echo(f"bytes a token  {found.bytes_per_token:.2f}")
         typer.echo(f"coverage       {found.coverage:.4%} of the characters are in the vocabulary")
         typer.echo(f"unknown        {found.unknown_rate:.4%} of the tokens")
+        typer.echo(f"round trip     {found.round_trip:.4%} of the samples come back as they were")
         typer.echo(f"longest        {'  '.join(map(repr, found.longest_pieces))}")
 
 
