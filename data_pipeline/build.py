@@ -96,6 +96,7 @@ def prepare(config: DataConfig, progress: Progress | None = None, processes: int
         _refuse_dataset(root)
         job.plan.begin(work)
         job.prepare(work, root)
+        job.plan.set_prepared(work)
     return len(job.plan.units)
 
 

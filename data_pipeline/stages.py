@@ -22,7 +22,7 @@ from data_pipeline.sources import Unit, hash_file
 from data_pipeline.tokenizer import Reservoir, Segment, Tokenizer
 from data_pipeline.workers import Advance
 
-_GROUP_CHARACTERS = 8 * 2**20  # Text that is tokenized at once: enough to keep the threads busy.
+_GROUP_CHARACTERS = 2**20  # Text that is tokenized at once, for each thread: enough to keep it busy.
 _PIECE_OVERHEAD = 64  # So that millions of tiny documents do not gather.
 
 
@@ -223,7 +223,7 @@ def tokenize(context: Context, unit: Unit, advance: Advance) -> UnitFacts:
         for split in SPLITS
     }
     try:
-        for group in _groups(reader.pieces()):
+        for group in _groups(reader.pieces(), _GROUP_CHARACTERS * context.threads):
             encoded = tokenizer.encode([piece.text for piece in group], context.threads)
             for piece, ids in zip(group, encoded, strict=True):
                 streams[piece.split].add(piece, ids, tokenizer.unk_id, eos)
@@ -249,13 +249,13 @@ def tokenize(context: Context, unit: Unit, advance: Advance) -> UnitFacts:
     return facts
 
 
-def _groups(pieces: Iterator[SplitPiece]) -> Iterator[list[SplitPiece]]:
+def _groups(pieces: Iterator[SplitPiece], characters: int) -> Iterator[list[SplitPiece]]:
     group: list[SplitPiece] = []
     size = 0
     for piece in pieces:
         group.append(piece)
         size += len(piece.text) + _PIECE_OVERHEAD
-        if size >= _GROUP_CHARACTERS:
+        if size >= characters:
             yield group
             group, size = [], 0
     if group:

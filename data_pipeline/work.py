@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.atomic import disk_errors, write_json
+from data_pipeline.atomic import disk_errors, write_atomic, write_json
 from data_pipeline.errors import DataError
 from data_pipeline.sources import Unit
 
 WORK = "_work"
 _PLAN = "plan.json"
+_PREPARED = "prepared"
 _LOCK = ".lock"
 
 Inputs = list[list[tuple[str, int, str]]]
@@ -72,15 +73,20 @@ class Plan:
         parts = [[unit.source, [part[:-1] for part in unit.slices]] for unit in self.units]
         return json.loads(json.dumps([self.identity, parts]))
 
+    @staticmethod
+    def set_prepared(work: Path) -> None:
+        """Says that all that goes before the units is done."""
+        with disk_errors(work):
+            write_atomic(work / _PREPARED, "")
+
     @classmethod
     def load(cls, work: Path) -> "Plan":
-        """Raises DataError if there is none."""
-        try:
-            content = json.loads((work / _PLAN).read_bytes())
-        except FileNotFoundError:
+        """The plan that was prepared. Raises DataError if there is none."""
+        if not (work / _PREPARED).exists():
             raise DataError(
-                f"nothing is prepared in {work}: run `duet data build --prepare` with these settings first"
-            ) from None
+                f"nothing is prepared in {work}: run `duet data build --prepare` with these settings to its end first"
+            )
+        content = json.loads((work / _PLAN).read_bytes())
         return cls(
             content["identity"],
             [[(path, size, digest) for path, size, digest in files] for files in content["inputs"]],

@@ -178,6 +178,15 @@ def test_tasks_on_many_machines_give_the_same_dataset(tmp_path: Path, corpus: Pa
     settings = settings_of(corpus, tmp_path / "d")
     with pytest.raises(DataError, match="nothing is prepared in .*--prepare"):
         build_task(settings, 0, 3)
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == "tokenizer":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings, interrupt)
+    with pytest.raises(DataError, match="nothing is prepared"):
+        build_task(settings, 0, 3)
     units = prepare(settings)
     with pytest.raises(DataError, match=rf"^{units} of {units} units are not tokenized yet: 0, 1, 2"):
         merge(settings)
