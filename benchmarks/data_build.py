@@ -24,7 +24,7 @@ from data_pipeline.config import DataConfig
 from launch.python_docs import collect
 
 ROUNDS = 3
-COPIES = 6
+COPIES = 16
 VOCABULARY = 8192
 
 OURS = """

@@ -77,12 +77,13 @@ class Job:
     def of(cls, config: DataConfig, progress: Progress | None, processes: int) -> "Job":
         """Finds the inputs and hashes them."""
         corpus = Corpus(config)
-        job = cls(config, Plan({}, [], corpus.units()), progress, processes)
+        units = corpus.units()
+        job = cls(config, Plan({}, [], units), progress, processes)
         parts = [part for source in corpus.sources for part in source.parts()]
         advance = job.report("hash", corpus.input_bytes)
         hashed = iter(list(itertools.chain.from_iterable(job.run(hash_files, parts, advance))))
         inputs = [list(itertools.islice(hashed, len(source.files))) for source in corpus.sources]
-        job.plan = Plan(make_identity(config, inputs), inputs, corpus.units())
+        job.plan = Plan(make_identity(config, inputs), inputs, units)
         return job
 
     @classmethod
@@ -118,7 +119,8 @@ class Job:
         identity = {key: value for key, value in self.plan.identity.items() if key not in ("shard_tokens", "shuffle")}
         texts = functools.partial(self._sample, context)
         tokenizer = prepare_tokenizer(home, work, config.tokenizer, config.seed, identity, texts)
-        threads = max(1, min(available_cpus() // self._processes, _MAX_THREADS))
+        processes = max(1, min(self._processes, len(self.plan.units)))
+        threads = max(1, min(available_cpus() // processes, _MAX_THREADS))
         return replace(context, tokenizer=home / TOKENIZER, threads=threads), tokenizer
 
     def _look(self, context: Context) -> None:
