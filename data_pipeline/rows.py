@@ -43,6 +43,7 @@ class RowWriter:
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._by_key = by_key
         self._values = np.empty(SORTED_CHUNK_TOKENS if by_key else CHUNK_TOKENS, dtype)
+        self._pending = False
         self._file: Any = None
         self._writer: Any = None
         self._clear()
@@ -52,11 +53,14 @@ class RowWriter:
         self._bounds, self._starts, self._keys = [0], list[bool](), list[int]()
 
     def append(self, ids: np.ndarray, starts: bool, key: int) -> None:
-        """Adds tokens, int [n], to the document of `key`. Raises DataError when the disk refuses."""
+        """Adds tokens, int [n], to the document of `key`; `starts`: they are its first.
+
+        Raises DataError when the disk refuses."""
+        self._pending = self._pending or starts  # A document may begin with text that gives no token.
         done = 0
         while done < len(ids):
             part = ids[done : done + len(self._values) - self._filled]
-            begins = starts and not done
+            begins, self._pending = self._pending, False
             self._values[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
             done += len(part)

@@ -20,6 +20,7 @@ from data_pipeline.corpus import SPLITS
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.inspection import documents
+from data_pipeline.rows import RowFile, RowWriter
 from tests.data_pipeline.conftest import REPOSITORY, config, contents, prose, stream
 
 
@@ -171,6 +172,18 @@ def test_a_damaged_file_of_the_work_is_found(tmp_path: Path, corpus: Path, small
 
         with pytest.raises(DataError, match=r"000002\.train\.rows: chunk \d+ does not match its hash"):
             build(settings, spoil)
+
+
+def test_text_without_tokens_keeps_document_bounds(tmp_path: Path) -> None:
+    writer = RowWriter(tmp_path / "a.rows", np.dtype(np.uint16), by_key=False)
+    empty, eos = np.array([], np.int32), np.array([1])
+    for ids, starts in (([5, 6], True), (eos, False), (empty, True), (eos, False), (empty, True), ([7], False)):
+        writer.append(np.array(ids), starts, 0)
+    writer.finish()
+    chunk = RowFile(tmp_path / "a.rows").chunk(0)
+    assert chunk.tokens.tolist() == [5, 6, 1, 1, 7]
+    assert chunk.bounds.tolist() == [0, 3, 4, 5]
+    assert chunk.starts.all()
 
 
 def test_tasks_on_many_machines_give_the_same_dataset(tmp_path: Path, corpus: Path, small_units: None) -> None:
