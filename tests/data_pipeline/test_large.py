@@ -52,7 +52,8 @@ def test_a_document_of_100_mb_takes_the_memory_of_one_of_10(tmp_path: Path) -> N
     whole = dataset.tokenizer().decode(np.concatenate(rows))
     assert (tmp_path / "100000000.txt").read_text().startswith(whole)
     sys.stdout.write(f"peaks in MiB: {peaks}\n")
-    assert peaks[1] - peaks[0] < 80, peaks
+    # Two buffers of a sorted chunk, 32 MiB each, are filled by the larger one only.
+    assert peaks[1] - peaks[0] < 64 + 50, peaks
 
 
 @pytest.mark.drill
