@@ -5,14 +5,57 @@ from typing import Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 
+class FilterConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+    """Which documents of a source are kept. Every one left out is counted by reason."""
+
+    min_chars: int = Field(default=0, ge=0)
+    """Documents of fewer characters are left out."""
+    max_chars: int | None = Field(default=None, ge=1)
+    """Documents of more characters are left out."""
+    language: str | None = None
+    """Only documents whose `language_key` holds exactly this (JSONL and tables)."""
+    language_key: str = "language"
+    """Key or column of a document's language."""
+    function: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
+    """`module:function` of your own, called with the text and the record it came in; a false result leaves the
+    document out. The module must be importable; what it returns may depend on its arguments only."""
+
+    @model_validator(mode="after")
+    def _lengths_are_possible(self) -> Self:
+        if self.max_chars is not None and self.max_chars < self.min_chars:
+            raise ValueError(f"max_chars={self.max_chars} is below min_chars={self.min_chars}: nothing would be left")
+        return self
+
+
+class DuplicateConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+    """Which documents count as copies of an earlier one, over all sources. The first in the order of input stays."""
+
+    rule: Literal["keep", "exact", "near"] = "keep"
+    """`keep`: all stay; `exact`: the same text goes; `near`: also what shares most of its word sequences with an
+    earlier document (MinHash; needs the extra `near`)."""
+    threshold: float = Field(default=0.8, gt=0.0, lt=1.0)
+    """`near`: Jaccard similarity from which a document is most likely taken for a copy."""
+    words: int = Field(default=5, ge=1)
+    """`near`: words in a sequence."""
+    permutations: int = Field(default=128, ge=16, le=1024)
+    """`near`: hash functions; more tell similar from dissimilar more sharply."""
+
+
 class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """One named body of text."""
 
     paths: list[str] = Field(min_length=1)
-    """Files, directories (all files below, hidden ones left out) or globs. A name ending in .jsonl holds one JSON
-    object a line; any other is plain text, one document a file. Either may also end in .gz or .zst."""
+    """Files, directories (all files below, hidden ones left out) or globs; local paths or URIs (s3://, gs://, …). A
+    name ending in .jsonl holds one JSON object a line, in .parquet or .arrow one document a row; any other is plain
+    text, one document a file. All but .parquet may also end in .gz, .zst, .bz2 or .xz."""
     text_key: str = "text"
-    """Key of the text in a JSONL object."""
+    """Key of the text in a JSONL object, or column of a table."""
+    filter: FilterConfig = FilterConfig()
+    weight: float = Field(default=1.0, gt=0.0)
+    """Share of the training samples that come from this source, beside the weights of the others. Read by `duet train`;
+    the dataset does not depend on it."""
+    repeat: float | None = Field(default=None, gt=0.0)
+    """At most this many epochs of this source; without it as many as its weight asks for. Read by `duet train`."""
 
 
 class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
@@ -26,6 +69,11 @@ class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     """Share of the text's characters that get a piece; rarer ones become bytes (`char`: unknown)."""
     user_defined_symbols: list[str] = ["\n"]
     """Strings that are always one piece. A newline, so that line structure survives and stays cheap."""
+    sentinels: int = Field(default=0, ge=0, le=1000)
+    """Pieces <extra_id_0>, <extra_id_1>, … that no text gives: for span corruption. Counted in `vocab_size`."""
+    model: str | None = None
+    """A SentencePiece .model or a Hugging Face tokenizer.json (needs the extra `tokenizers`) to take as it is. The
+    settings of training have no effect then."""
     sample_bytes: int = Field(default=64 * 2**20, ge=1024)
     """Train on at most this many bytes of text, sampled over all sources with `data.seed`."""
 
@@ -66,9 +114,13 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     """Raw text by name; needed by `duet data`, not by `duet train`."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     split: SplitConfig = SplitConfig()
+    duplicates: DuplicateConfig = DuplicateConfig()
+    shuffle: bool = False
+    """Put the training documents of each source into a random order, which depends on `seed` alone. Without it they
+    stand as in the input."""
     errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: an error that names file and offset, or U+FFFD in their place."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seeds the tokenizer's sample and the hash split."""
+    """Seeds the tokenizer's sample, the hash split and the shuffle."""
     shard_tokens: int = Field(default=128 * 2**20, ge=1024)
-    """Tokens in a shard (the last of a split may hold fewer)."""
+    """Tokens in a shard (the last of a source in a split may hold fewer)."""

@@ -1,32 +1,25 @@
-"""Bytes of a plain, .gz or .zst file to text, with every fault named by file and place."""
+"""Documents of a plain-text or JSONL file, with every fault named by file and place."""
 
 import codecs
-import gzip
-import io
 import json
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import BinaryIO, Literal
-
-import zstandard
+from typing import Any, BinaryIO, Literal
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import CHUNK_BYTES, open_binary, open_raw
 
-CHUNK_BYTES = 2**18
 MAX_LINE_BYTES = 64 * 2**20
-"""Longest line of a JSONL file."""
+"""Longest line of a JSONL file, and longest text in a table: these are held in memory whole."""
 
 Errors = Literal["strict", "replace"]
 
 
 @dataclass
 class ReadCounts:
-    """What reading a source came to; filled while its text is consumed."""
+    """What reading came to; filled while the text is consumed."""
 
     documents: int = 0
     """Documents with text."""
@@ -40,60 +33,22 @@ class ReadCounts:
     """Bytes taken from the files as they lie on disk (compressed, if they are)."""
 
 
-class _ZstdReader(io.RawIOBase):
-    """Frames of a .zst file. Unlike zstandard's stream_reader it notices that the last frame is cut off."""
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document that is about to be read."""
 
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._input = b""
-        self._output = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        while not self._output:
-            # Small bites, since a highly compressed bite may unpack to a thousand times its size.
-            self._input = self._input or self._raw.read(2**14)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("the last frame is cut off")
-                return 0
-            if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
-            self._output = memoryview(self._frame.decompress(self._input))
-            self._input = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame = None
-        size = min(len(buffer), len(self._output))
-        buffer[:size] = self._output[:size]
-        self._output = self._output[size:]
-        return size
+    place: int
+    """Where it stands in its file: byte of the unpacked file, or row of the table."""
+    number: int
+    """Line or row, from 1, counted from where reading began."""
+    chunks: Callable[[ReadCounts], Iterator[str]]
+    """Its text, as often as it is called."""
+    record: Mapping[str, Any]
+    """The object or row it came in; empty for plain text."""
 
 
-@contextmanager
-def open_binary(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The unpacked bytes of `path`, and the file below them (whose `tell` is the progress).
-
-    Raises DataError for a file that cannot be opened or whose compressed data are damaged or cut off.
-    """
-    try:
-        with open(path, "rb") as raw:
-            if path.suffix == ".gz":
-                yield gzip.GzipFile(fileobj=raw), raw  # type: ignore[misc]
-            elif path.suffix == ".zst":
-                yield io.BufferedReader(_ZstdReader(raw), CHUNK_BYTES), raw
-            else:
-                yield raw, raw
-    except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
-        raise DataError(f"{path}: damaged or truncated {path.suffix} data: {error}; fetch the file again") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _decode(data: bytes, final: bool, errors: Errors, where: str, offset: int, counts: ReadCounts) -> tuple[str, int]:
+def decode(data: bytes, final: bool, errors: Errors, where: object, offset: int, counts: ReadCounts) -> tuple[str, int]:
+    """(text, bytes used) of UTF-8. Raises DataError that names the byte, counted from `offset`, if `strict`."""
     try:
         return codecs.utf_8_decode(data, "strict", final)
     except UnicodeDecodeError as error:
@@ -109,53 +64,94 @@ def _decode(data: bytes, final: bool, errors: Errors, where: str, offset: int, c
     return text, used
 
 
-def read_plain(path: Path, errors: Errors, counts: ReadCounts) -> Iterator[str]:
+def plain_document(name: str, errors: Errors) -> Document:
+    """A plain-text file: one document of any length."""
+    return Document(0, 1, lambda counts: read_plain(name, errors, counts), {})
+
+
+def read_plain(name: str, errors: Errors, counts: ReadCounts) -> Iterator[str]:
     """The text of a plain-text file in chunks, newlines untouched. Raises DataError (file, byte offset) as `strict`."""
-    with open_binary(path) as (file, raw):
+    with open_binary(name) as (file, raw):
         base, offset, pending, final = counts.input_bytes, 0, b"", False
         while not final:
             chunk = file.read(CHUNK_BYTES)
             counts.input_bytes = base + raw.tell()
             final = not chunk
             pending += chunk
-            text, used = _decode(pending, final, errors, str(path), offset, counts)
+            text, used = decode(pending, final, errors, name, offset, counts)
             pending, offset = pending[used:], offset + used
             if text:
                 yield text
 
 
-def read_jsonl(path: Path, text_key: str, errors: Errors, counts: ReadCounts) -> Iterator[str]:
-    """The text of each object of a JSONL file; blank lines are no objects.
+def read_jsonl(
+    name: str, text_key: str, errors: Errors, counts: ReadCounts, begin: int = 0, end: int | None = None
+) -> Iterator[Document]:
+    """The objects of the lines that start at byte `begin` or behind and before byte `end`; blank lines are no objects.
 
     Raises DataError that names file and line: no JSON object, no string under `text_key`, not UTF-8, or a line above
-    MAX_LINE_BYTES.
+    MAX_LINE_BYTES. These are held in memory whole.
     """
-    with open_binary(path) as (file, raw):
-        base, offset, number = counts.input_bytes, 0, 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
+    with open_binary(name) as (file, raw):
+        base, offset, number = counts.input_bytes, begin, 0
+        if begin:  # Only an unpacked file is read in parts.
+            file.seek(begin - 1)
+            offset += len(_line(file, begin - 1, _Line(name, 0, 0))) - 1
+        while (end is None or offset < end) and (line := _line(file, offset, _Line(name, begin, number + 1))):
             number += 1
-            where = f"{path}, line {number}"
-            counts.input_bytes = base + raw.tell()
-            if len(line) > MAX_LINE_BYTES:
-                raise DataError(
-                    f"{where} (at byte {offset}) is longer than {MAX_LINE_BYTES} bytes; is it JSON Lines, one object "
-                    "a line? Split larger documents, or store each as a plain-text file (these have no limit)"
-                )
-            text, _ = _decode(line, True, errors, where, offset, counts)
-            offset += len(line)
-            if number == 1:
+            where = _Line(name, begin, number)
+            counts.input_bytes = base + raw.tell() - begin
+            text, _ = decode(line, True, errors, where, offset, counts)
+            if offset == 0:
                 text = text.removeprefix("\ufeff")
             if text.strip():
-                yield _text_of(text, text_key, errors, where, counts)
+                record = _object(text, where)
+                content = _text_of(record, text_key, errors, where, counts)
+                yield Document(offset, number, lambda _, content=content: iter((content,)), record)  # type: ignore[misc]
+            offset += len(line)
 
 
-def _text_of(line: str, text_key: str, errors: Errors, where: str, counts: ReadCounts) -> str:
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """How errors name a line. What it takes is done when it is needed."""
+
+    name: str
+    begin: int
+    number: int
+
+    def __str__(self) -> str:
+        with open_raw(self.name) as file:
+            before, left = 0, self.begin
+            while left and (chunk := file.read(min(CHUNK_BYTES, left))):
+                before += chunk.count(b"\n")
+                left -= len(chunk)
+            if self.begin and not chunk.endswith(b"\n"):
+                before += 1
+        return f"{self.name}, line {before + self.number}"
+
+
+def _line(file: BinaryIO, offset: int, where: _Line) -> bytes:
+    line = file.readline(MAX_LINE_BYTES + 1)
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(
+            f"{where} (at byte {offset}) is longer than {MAX_LINE_BYTES} bytes; is it JSON Lines, one object "
+            "a line? Split larger documents, or store each as a plain-text file (these have no limit)"
+        )
+    return line
+
+
+def _object(line: str, where: _Line) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not a JSON object: {error}; here: {line[:80]!r}") from None
     if not isinstance(record, dict):
         raise DataError(f"{where} is not a JSON object but a {type(record).__name__}: {line[:80]!r}")
+    return record
+
+
+def _text_of(record: Mapping[str, Any], text_key: str, errors: Errors, where: object, counts: ReadCounts) -> str:
+    """The text in a JSON object. Raises DataError if there is none, and for half a surrogate pair if `strict`."""
     if text_key not in record:
         keys = ", ".join(map(repr, record)) or "none"
         raise DataError(f"{where} has no key {text_key!r}; its keys: {keys}. Set text_key of the source to one of them")

@@ -1,21 +1,24 @@
-"""Documents of a source as a stream of pieces of bounded size, in an order that depends on names alone."""
+"""The files of a source, in an order that depends on names alone, and the shares of them that are worked on at once."""
 
-import glob
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.readers import Errors, ReadCounts, open_binary, read_jsonl, read_plain
+from data_pipeline.files import expand, is_uri, open_raw, packing, stamp, unpacked_suffix
+from data_pipeline.readers import Document, Errors, ReadCounts, plain_document, read_jsonl
 
 CUT_RULE = "1 MiB, after the next newline or at 2 MiB"
 """How long documents are cut. Part of the fingerprint, since pieces are tokenized one by one."""
 CUT_AFTER = 2**20
 CUT_LIMIT = 2**21
+
+UNIT_BYTES = 64 * 2**20
+UNIT_FILES = 10_000
+"""A unit of work gathers files up to this size and number; larger ones are divided where their format allows."""
 
 
 class Piece(NamedTuple):
@@ -51,10 +54,45 @@ def _cut_point(buffer: bytearray, start: int, after: int, limit: int) -> int | N
     return end
 
 
-def kind(file: Path) -> str:
-    """How a file is read, which its name says: `jsonl` or `plain`."""
-    inner = file.with_suffix("") if file.suffix in (".gz", ".zst") else file
-    return "jsonl" if inner.suffix == ".jsonl" else "plain"
+def kind(name: str) -> str:
+    """How a file is read, which its name says: `jsonl`, `parquet`, `arrow` or `plain`."""
+    suffix = unpacked_suffix(name)
+    return suffix[1:] if suffix in (".jsonl", ".parquet", ".arrow") else "plain"
+
+
+class Slice(NamedTuple):
+    """A file, or a part of it: bytes of a JSONL file, row groups of a Parquet file."""
+
+    name: str
+    file: int
+    """Number of the file in its source."""
+    begin: int
+    end: int | None
+    """None: to the file's end."""
+    bytes: int
+    """What it adds to the input bytes that are done."""
+    stamp: tuple[int, int]
+    """Of the file, when the work was planned."""
+
+
+class Unit(NamedTuple):
+    """What one process works on at once: slices of one source."""
+
+    number: int
+    source: str
+    slices: tuple[Slice, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Input bytes of the slices."""
+        return sum(part.bytes for part in self.slices)
+
+    @classmethod
+    def load(cls, saved: list[Any]) -> "Unit":
+        """What JSON made of a unit."""
+        number, source, slices = saved
+        parts = [(*part, (size, changed)) for *part, (size, changed) in slices]
+        return cls(number, source, tuple(map(Slice._make, parts)))
 
 
 class Source:
@@ -65,78 +103,98 @@ class Source:
 
         Raises DataError for a path that does not exist, a glob without a match and an empty directory."""
         self.name = name
-        self.text_key = config.text_key
-        found = {file.resolve(): file for path in config.paths for file in _expand(key, path)}
-        self.files = sorted(found.values())
-        self._stamps = [self._stamp(file) for file in self.files]
+        self.config = config
+        names = {
+            name if is_uri(name) else Path(name).resolve(): name for path in config.paths for name in expand(key, path)
+        }
+        self.files = sorted(
+            names.values(), key=lambda name: (is_uri(name), (name,) if is_uri(name) else Path(name).parts)
+        )
+        self.stamps = [stamp(name) for name in self.files]
 
     @property
     def input_bytes(self) -> int:
         """Size of the files as they lie on disk."""
-        return sum(size for size, _ in self._stamps)
+        return sum(size for size, _ in self.stamps)
 
-    @staticmethod
-    def _stamp(file: Path) -> tuple[int, int]:
-        status = file.stat()
-        return status.st_size, status.st_mtime_ns
+    def parts(self) -> Iterator[list[str]]:
+        """All files in order, so many at once as make a unit of work."""
+        group: list[str] = []
+        gathered = 0
+        for name, (size, _) in zip(self.files, self.stamps, strict=True):
+            group.append(name)
+            gathered += size
+            if gathered >= UNIT_BYTES or len(group) == UNIT_FILES:
+                yield group
+                group, gathered = [], 0
+        if group:
+            yield group
 
-    def hashes(self, advance: Callable[[int], None]) -> Iterator[tuple[str, int, str]]:
-        """(path, bytes, xxh3_64) of each file as it lies on disk; `advance` is told the bytes of every chunk."""
-        for file in self.files:
-            digest, size = xxhash.xxh3_64(), 0
-            with open_binary(file) as (_, raw):
-                while chunk := raw.read(2**20):
-                    digest.update(chunk)
-                    size += len(chunk)
-                    advance(len(chunk))
-            yield str(file), size, digest.hexdigest()
-
-    def pieces(self, errors: Errors, counts: ReadCounts) -> Iterator[Piece]:
-        """All text, file by file; empty documents are counted as dropped. Raises DataError as the readers do."""
-        for file in self.files:
-            for document in self._documents(file, errors, counts):
-                empty = True
-                for piece in cut(document):
-                    empty = False
-                    counts.bytes += len(piece.text.encode())
-                    yield piece
-                if empty:
-                    counts.dropped["empty"] += 1
-                else:
-                    counts.documents += 1
-
-    def _documents(self, file: Path, errors: Errors, counts: ReadCounts) -> Iterator[Iterable[str]]:
-        if kind(file) == "jsonl":
-            for text in read_jsonl(file, self.text_key, errors, counts):
-                yield (text,)
-        else:
-            yield read_plain(file, errors, counts)
-
-    def check_unchanged(self) -> None:
-        """Raises DataError if a file was written to since this source was made."""
-        for file, stamp in zip(self.files, self._stamps, strict=True):
-            if self._stamp(file) != stamp:
-                raise DataError(f"{file} changed while it was read; let its writer finish and run the command again")
+    def slices(self) -> Iterator[list[Slice]]:
+        """The slices of each unit of work, which together are all files in order."""
+        group: list[Slice] = []
+        gathered = 0
+        for number, (name, recorded) in enumerate(zip(self.files, self.stamps, strict=True)):
+            for part in _divide(name, number, recorded):
+                if group and (gathered + part.bytes > UNIT_BYTES or len(group) == UNIT_FILES):
+                    yield group
+                    group, gathered = [], 0
+                group.append(part)
+                gathered += part.bytes
+        if group:
+            yield group
 
 
-def _expand(key: str, path: str) -> Iterator[Path]:
-    where = Path(path).expanduser()
-    if where.is_file():
-        yield where
-    elif where.is_dir():
-        found = False
-        for folder, folders, files in os.walk(where):
-            folders[:] = [child for child in folders if not child.startswith(".")]
-            for file in files:
-                if not file.startswith("."):
-                    found = True
-                    yield Path(folder, file)
-        if not found:
-            raise DataError(f"{key}: {path} is a directory without files")
-    elif glob.has_magic(path):
-        matches = [file for file in map(Path, glob.glob(str(where), recursive=True)) if file.is_file()]  # noqa: PTH207
-        if not matches:
-            raise DataError(f"{key}: no file matches {path!r} (from {Path.cwd()})")
-        yield from matches
-    else:
-        raise DataError(f"{key}: {path} does not exist (from {Path.cwd()})")
+def check_unchanged(name: str, recorded: tuple[int, int]) -> None:
+    """Raises DataError if size or time of a file are not those that were recorded."""
+    try:
+        unchanged = stamp(name) == recorded
+    except OSError:
+        unchanged = False
+    if not unchanged:
+        raise DataError(f"{name} changed while it was read; let its writer finish and run the command again")
+
+
+def _divide(name: str, number: int, recorded: tuple[int, int]) -> Iterator[Slice]:
+    size = recorded[0]
+    if size > UNIT_BYTES and not packing(name):
+        if kind(name) == "jsonl":
+            for begin in range(0, size, UNIT_BYTES):
+                yield Slice(name, number, begin, min(begin + UNIT_BYTES, size), min(UNIT_BYTES, size - begin), recorded)
+            return
+        if kind(name) == "parquet":
+            from data_pipeline.tables import parquet_groups, whole_spans
+
+            for begin, end, part in whole_spans(parquet_groups(name), UNIT_BYTES):
+                yield Slice(name, number, begin, end, part, recorded)
+            return
+    yield Slice(name, number, 0, None, size, recorded)
+
+
+def documents(part: Slice, config: SourceConfig, errors: Errors, counts: ReadCounts) -> Iterator[Document]:
+    """The documents of a slice, whose text is read when it is asked for. Raises DataError as the readers do."""
+    match kind(part.name):
+        case "plain":
+            yield plain_document(part.name, errors)
+        case "jsonl":
+            yield from read_jsonl(part.name, config.text_key, errors, counts, part.begin, part.end)
+        case table:
+            from data_pipeline.tables import Columns, read_arrow, read_parquet
+
+            language = (config.filter.language_key,) if config.filter.language is not None else ()
+            columns = Columns(part.name, config.text_key, None if config.filter.function else language, errors)
+            if table == "arrow":
+                yield from read_arrow(columns, counts)
+            else:
+                yield from read_parquet(columns, counts, part.begin, part.end)
+
+
+def hash_file(name: str, advance: Callable[[int], None]) -> tuple[int, str]:
+    """Bytes and xxh3_64 of a file as it lies on disk; `advance` is told the bytes of every chunk."""
+    digest, size = xxhash.xxh3_64(), 0
+    with open_raw(name) as raw:
+        while chunk := raw.read(2**20):
+            digest.update(chunk)
+            size += len(chunk)
+            advance(len(chunk))
+    return size, digest.hexdigest()

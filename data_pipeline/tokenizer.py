@@ -1,48 +1,79 @@
-"""SentencePiece: training on a bounded sample, and a lossless encoder."""
+"""Tokenizers: SentencePiece trained on a bounded sample, or a model from elsewhere."""
 
 import hashlib
 import heapq
 import io
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import sentencepiece
 import xxhash
 
 from data_pipeline.config import TokenizerConfig
+from data_pipeline.encoders import SPACE_MARK, HuggingFaceEncoder, SentencePieceEncoder
 from data_pipeline.errors import DataError
 from data_pipeline.sources import cut
 
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer in a dataset's folder."""
+MODEL, JSON = "spm.model", "tokenizer.json"
 UNK_ID = 0
 EOS_ID = 1
-_SPACE_MARK = "\u2581"
-"""SentencePiece's stand-in for a space. In text it would come back as a space, so it never reaches the model."""
 _UNKNOWN_MARK = "\u2585"
 """SentencePiece's trainer silently skips a sentence that holds it, and takes NUL for a bad encoding."""
-_RESERVED = re.compile(f"[\0{_SPACE_MARK}{_UNKNOWN_MARK}]+")
+_RESERVED = re.compile(f"[\0{SPACE_MARK}{_UNKNOWN_MARK}]+")
 _THREADS = 16  # A constant: the trainer's floating-point sums depend on it.
 
 
-def sample(texts: Iterable[str], limit: int, seed: int) -> list[str]:
-    """At most `limit` UTF-8 bytes of `texts`, in segments of 2 to 4 KiB (cut at newlines where there are some).
+class Segment(NamedTuple):
+    """2 to 4 KiB of text, cut at newlines where there are some."""
 
-    A segment is in if its hash, of (seed, number of the segment), is among the smallest: uniform, in one pass and in
-    bounded memory. Order is kept.
-    """
-    kept: list[tuple[int, int, str]] = []
-    size = number = 0
+    rank: int
+    """Pseudorandom, from its place and a seed: the lowest are in the sample."""
+    place: int
+    text: str
+
+
+class Reservoir:
+    """A uniform sample of text in one pass and bounded memory: at most `limit` UTF-8 bytes of segments, in order."""
+
+    def __init__(self, limit: int, seed: int, unit: int = 0) -> None:
+        """`unit`: number of the unit of work that the text comes from."""
+        self._limit = limit
+        self._seed = seed
+        self._next = unit << 40
+        self._size = 0
+        self._kept: list[tuple[int, int, str]] = []
+
+    def add_text(self, text: str) -> None:
+        """Considers the segments of `text`, which follows what was added before."""
+        for piece in cut([text], after=2**11, limit=2**12):
+            rank = xxhash.xxh3_64_intdigest(self._next.to_bytes(8, "little"), seed=self._seed)
+            self.add(Segment(rank, self._next, piece.text))
+            self._next += 1
+
+    def add(self, segment: Segment) -> None:
+        """Considers a segment of another reservoir of the same seed."""
+        heapq.heappush(self._kept, (-segment.rank, segment.place, segment.text))
+        self._size += len(segment.text.encode())
+        while self._size > self._limit:
+            self._size -= len(heapq.heappop(self._kept)[2].encode())
+
+    def segments(self) -> list[Segment]:
+        """The sample, in the order of the text."""
+        return sorted((Segment(-rank, place, text) for rank, place, text in self._kept), key=lambda item: item.place)
+
+
+def sample(texts: Iterable[str], limit: int, seed: int) -> list[str]:
+    """At most `limit` UTF-8 bytes of `texts`, as a Reservoir takes them."""
+    reservoir = Reservoir(limit, seed)
     for text in texts:
-        for segment in cut([text], after=2**11, limit=2**12):
-            rank = xxhash.xxh3_64_intdigest(number.to_bytes(8, "little"), seed=seed)
-            heapq.heappush(kept, (-rank, number, segment.text))
-            number += 1
-            size += len(segment.text.encode())
-            while size > limit:
-                size -= len(heapq.heappop(kept)[2].encode())
-    return [text for _, _, text in sorted(kept, key=lambda item: item[1])]
+        reservoir.add_text(text)
+    return [segment.text for segment in reservoir.segments()]
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, seed: int) -> bytes:
@@ -54,7 +85,9 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, seed: int) ->
     if not segments:
         raise DataError("there is no text to train a tokenizer on: every document of the training split is empty")
     if config.type == "char":
-        model = _train(segments, config, len(set().union(*segments)) + 2 + len(config.user_defined_symbols))
+        model = _train(
+            segments, config, len(set().union(*segments)) + 2 + len(config.user_defined_symbols) + config.sentinels
+        )
         needed = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
         if needed > config.vocab_size:
             raise DataError(
@@ -75,6 +108,8 @@ def _train(segments: list[str], config: TokenizerConfig, vocab_size: int) -> byt
             vocab_size=vocab_size,
             character_coverage=config.character_coverage,
             user_defined_symbols=config.user_defined_symbols,
+            # Control symbols: text that spells one does not give it.
+            control_symbols=[sentinel(number) for number in range(config.sentinels)],
             byte_fallback=config.type != "char",
             # Text goes in and comes out as it is.
             normalization_rule_name="identity",
@@ -107,54 +142,66 @@ def _explain(message: str, config: TokenizerConfig) -> str:
     return f"SentencePiece cannot train with data.tokenizer {config.model_dump()}: {message}"
 
 
+def sentinel(number: int) -> str:
+    """The piece that stands for the `number`-th span that was cut out (Raffel et al., 2020, T5)."""
+    return f"<extra_id_{number}>"
+
+
 class Tokenizer:
-    """A trained model. `decode(encode(text)) == text` unless the type is `char` and a character is unknown."""
+    """A trained model. `decode(encode(text)) == text` for one that was trained here, unless its type is `char` and a
+    character is unknown; others may normalise."""
 
     def __init__(self, model: bytes, name: str = "tokenizer") -> None:
-        """`model`: the bytes of a model file; `name`: what errors call it. Raises DataError if it is unfit."""
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise DataError(f"{name} is not a SentencePiece model: {error}") from None
+        """`model`: the bytes of a SentencePiece model or a tokenizer.json; `name`: what errors call it.
+
+        Raises DataError if it is unfit."""
+        kind = HuggingFaceEncoder if model.lstrip()[:1] == b"{" else SentencePieceEncoder
+        self._encoder: HuggingFaceEncoder | SentencePieceEncoder = kind(model, name)
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = self._processor.vocab_size()
-        self.unk_id: int = self._processor.unk_id()
-        self.eos_id: int = self._processor.eos_id()
-        if self.eos_id < 0:
-            raise DataError(f"{name} has no end-of-text piece </s>; train one with `duet data tokenizer`")
-        mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
-        self._space_mark = np.array([self.unk_id] if self.unk_id in mark else mark, np.int32)
+        self.vocab_size = self._encoder.vocab_size
+        self.unk_id = self._encoder.unk_id
+        self.eos_id = self._encoder.eos_id
+        found = map(self._encoder.token, map(sentinel, itertools.count()))
+        self.sentinel_ids = [token for token in itertools.takewhile(lambda token: token is not None, found) if token]
+        """Tokens that no text gives: for span corruption."""
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads a model file. Raises DataError if it is missing or no SentencePiece model."""
+        """Reads a model file. Raises DataError if it is missing or no tokenizer."""
         try:
             model = Path(path).read_bytes()
         except OSError as error:
             raise DataError(f"no tokenizer at {path}: {error.strerror}; `duet data tokenizer` trains one") from None
         return cls(model, str(path))
 
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """The tokenizer in a dataset's `tokenizer` folder. Raises DataError if there is none."""
+        return cls.load(model_file(folder))
+
     def encode(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
         """Ids of each text, int32 [tokens], without EOS. The number of threads makes no difference to them."""
-        encoded = self._encode(texts, num_threads)
-        for index, text in enumerate(texts):
-            if _SPACE_MARK in text:
-                parts = self._encode(text.split(_SPACE_MARK), num_threads)
-                joined = [array for part in parts for array in (self._space_mark, part)]
-                encoded[index] = np.concatenate(joined[1:])
-        return encoded
-
-    def _encode(self, texts: list[str], num_threads: int) -> list[np.ndarray]:
-        return self._processor.encode(texts, return_type="numpy", num_threads=num_threads)
+        return self._encoder.encode(texts, num_threads)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`; EOS has none, an unknown character reads ' \u2047 ', cut-off bytes U+FFFD."""
-        return self._processor.decode(np.asarray(ids).tolist())
+        """The text of `ids`; EOS and sentinels have none, an unknown character reads ' \u2047 ', cut-off bytes
+        U+FFFD."""
+        return self._encoder.decode(np.asarray(ids).tolist())
 
     def piece(self, token: int) -> str:
-        """The piece `token` as SentencePiece spells it."""
-        return self._processor.id_to_piece(token)
+        """The piece `token` as the model spells it."""
+        return self._encoder.piece(token)
 
     def is_byte(self, token: int) -> bool:
         """Whether `token` is one of the 256 pieces that spell characters outside the vocabulary."""
-        return self._processor.is_byte(token)
+        return self._encoder.is_byte(token)
+
+
+def model_file(folder: Path) -> Path:
+    """Where the model is in a dataset's `tokenizer` folder."""
+    return next((folder / name for name in (MODEL, JSON) if (folder / name).exists()), folder / MODEL)
+
+
+def model_name(model: bytes) -> str:
+    """What a model's file is called."""
+    return JSON if model.lstrip()[:1] == b"{" else MODEL

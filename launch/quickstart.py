@@ -13,8 +13,8 @@ def run(folder: Path, ranks: int) -> int:
         the exit code.
     """
     from data_pipeline.build import build
-    from launch.data import progress_line
     from launch.local import run_ranks
+    from launch.progress import progress_line
     from launch.python_docs import collect
     from pretrain.config import load
 

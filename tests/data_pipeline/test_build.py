@@ -14,7 +14,7 @@ import pytest
 
 from data_pipeline.build import build, build_tokenizer
 from data_pipeline.config import DataConfig
-from data_pipeline.corpus import SPLITS, Corpus
+from data_pipeline.corpus import SPLITS, Corpus, UnitReader
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.inspection import documents
@@ -39,7 +39,7 @@ def texts(dataset: Dataset) -> dict[str, list[str]]:
 
 
 def files_of(root: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(root).items() if name != ".lock"}
+    return {name: data for name, data in contents(root).items() if name != ".lock" and not name.startswith("_work")}
 
 
 def subprocess_build(settings: DataConfig, prelude: str = "") -> subprocess.Popen[str]:
@@ -99,14 +99,18 @@ def test_tail_cuts_each_source_at_a_character(tmp_path: Path, jsonl: WriteJsonl,
         "two": {"paths": [str(jsonl("two.jsonl", ["b" * 1000]))]},
     }
     split = {"rule": "tail", "fraction": fraction}
-    corpus = Corpus(config(tmp_path, split=split, sources=sources))
-    pieces = list(corpus.pieces("test", {}))
-    assert pieces == list(corpus.pieces("test", {}))
-    assert "".join(piece.text for piece in pieces) == "漢字" * 50 + "a" + "é" * 99 + "b" * 1000
-    held = sum(len(piece.text.encode()) for piece in pieces if piece.split == "validation")
-    assert held == pytest.approx(fraction * 1499, abs=4)
-    assert sum(piece.ends for piece in pieces) == 4
-    assert sum(piece.starts for piece in pieces) == 4 + sum(not piece.ends for piece in pieces)
+    settings = config(tmp_path / "d", split=split, sources=sources, tokenizer={"type": "char"})
+    manifest = build(settings)
+    parts = {source.name: source.split_bytes for source in manifest.sources}
+    for name, size in (("one", 499), ("two", 1000)):
+        assert parts[name]["train"] + parts[name]["validation"] == size
+        assert parts[name]["validation"] == pytest.approx(fraction * size, abs=4)
+    unit = Corpus(settings).units()[0]
+    pieces = list(UnitReader(settings, unit, lambda size: None, None, parts["one"]["train"] + 1).pieces())
+    assert "".join(piece.text for piece in pieces) == "漢字" * 50 + "a" + "é" * 99
+    assert sum(piece.ends for piece in pieces) == 3
+    assert sum(piece.starts for piece in pieces) == 3 + sum(not piece.ends for piece in pieces)
+    assert sum(len(piece.text.encode()) for piece in pieces if piece.split == "train") == parts["one"]["train"]
 
 
 def test_a_hash_split_keeps_documents_whole_and_duplicates_together(tmp_path: Path, jsonl: WriteJsonl) -> None:
@@ -371,7 +375,7 @@ def test_manifests_of_unknown_format_or_damaged_are_errors(dataset: Dataset) -> 
     path = dataset.path / "manifest.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "format": 99}))
-    with pytest.raises(DataError, match="format 99, this version reads format 1"):
+    with pytest.raises(DataError, match="format 99, this version reads formats 1 and 2"):
         Dataset.open(dataset.path)
     path.write_text(path.read_text()[:500])
     with pytest.raises(DataError, match=r"manifest\.json is damaged"):

@@ -1,3 +1,4 @@
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -6,11 +7,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from data_pipeline.build import build
 from data_pipeline.config import TokenizerConfig
+from data_pipeline.corpus import SPLITS
+from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
+from data_pipeline.inspection import documents
 from data_pipeline.tokenizer import Tokenizer, sample, train_tokenizer
+from data_pipeline.tokenizer_report import tokenizer_report
 from tests.corpora import corpora
-from tests.data_pipeline.conftest import prose
+from tests.data_pipeline.conftest import config, contents, prose, stream
 
 
 @cache
@@ -139,3 +145,112 @@ def test_files_that_are_no_models_are_errors(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "spm.model")
     with pytest.raises(DataError, match=r"no tokenizer at .*gone.*duet data tokenizer"):
         Tokenizer.load(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
+def test_no_text_gives_a_sentinel(kind: str) -> None:
+    settings = TokenizerConfig.model_validate(
+        {"type": kind, "vocab_size": 500, "sentinels": 5, "character_coverage": 0.999}
+    )
+    tokenizer = Tokenizer(train_tokenizer([prose(4000), "<extra_id_0> 1234567"], settings, 0))
+    assert [tokenizer.piece(token) for token in tokenizer.sentinel_ids] == [f"<extra_id_{n}>" for n in range(5)]
+    text = "a <extra_id_0> b"
+    ids = tokenizer.encode([text])[0]
+    assert not set(ids.tolist()) & {*tokenizer.sentinel_ids, tokenizer.eos_id}
+    if kind != "char":
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.vocab_size == 500
+    assert tokenizer.decode([*ids[:1], tokenizer.sentinel_ids[3], *ids[1:]]) == tokenizer.decode(ids)
+
+
+def test_a_model_from_elsewhere_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(prose(3000))
+    model = train_tokenizer([prose(3000, 7)], TokenizerConfig(vocab_size=380, character_coverage=0.99), 3)
+    (tmp_path / "old.model").write_bytes(model)
+    settings = config(tmp_path / "d", tmp_path / "a.txt", tokenizer={"model": str(tmp_path / "old.model")})
+    built = build(settings)
+    assert (tmp_path / "d" / "tokenizer" / "spm.model").read_bytes() == model
+    assert built.tokenizer.type == "old.model"
+    assert built.tokenizer.vocab_size == 380
+    tokens = stream(Dataset.open(tmp_path / "d").windows("train", 50, partial=True))
+    text = prose(3000).encode()[: built.splits["train"].bytes].decode()
+    assert tokens.tolist() == Tokenizer(model).encode([text])[0].tolist()
+    other = train_tokenizer([prose(3000, 7)], TokenizerConfig(vocab_size=381, character_coverage=0.99), 3)
+    (tmp_path / "old.model").write_bytes(other)
+    with pytest.raises(DataError, match=r"another dataset is at .*tokenizer\.model \(sha256\)"):
+        build(settings)
+    for extra, message in (
+        ({"model": str(tmp_path / "gone.model")}, r"data\.tokenizer\.model=.*gone\.model cannot be read"),
+        ({"model": str(tmp_path / "a.txt")}, r"a\.txt is not a SentencePiece model"),
+        ({"model": str(tmp_path / "old.model"), "sentinels": 3}, r"old\.model has 0 pieces <extra_id_0>.*sentinels=3"),
+    ):
+        with pytest.raises(DataError, match=message):
+            build(config(tmp_path / "e", tmp_path / "a.txt", tokenizer=extra))
+
+
+def json_tokenizer(path: Path, eos: str = "<|endoftext|>") -> Path:
+    """A byte-level BPE of Hugging Face's library, trained on a little text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[eos, "<extra_id_0>", "<extra_id_1>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    made.train_from_iterator([prose(3000)], trainer)
+    made.save(str(path))
+    return path
+
+
+def test_a_tokenizer_of_hugging_face_builds_a_dataset(tmp_path: Path) -> None:
+    file = json_tokenizer(tmp_path / "tokenizer.json")
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(prose(1500, number) + "".join(AWKWARD[:10]))
+    texts = [tmp_path / f"{number}.txt" for number in range(3)]
+    settings = {"split": {"rule": "hash", "fraction": 0.4}, "seed": 1}
+    built = build(config(tmp_path / "d", *texts, tokenizer={"model": str(file), "sentinels": 2}, **settings))
+    build(config(tmp_path / "e", *texts, tokenizer={"model": str(file), "sentinels": 2}, **settings), processes=2)
+    assert contents(tmp_path / "d" / "train") == contents(tmp_path / "e" / "train")
+    dataset = Dataset.open(tmp_path / "d")
+    dataset.verify()
+    tokenizer = dataset.tokenizer()
+    assert tokenizer.piece(tokenizer.eos_id) == "<|endoftext|>"
+    assert built.tokenizer.unk_id == -1
+    spelled = tokenizer.encode(["a <|endoftext|><extra_id_0> b"])[0]
+    assert not set(spelled.tolist()) & {tokenizer.eos_id, *tokenizer.sentinel_ids}
+    assert [tokenizer.piece(token) for token in built.tokenizer.sentinels] == ["<extra_id_0>", "<extra_id_1>"]
+    found = [tokenizer.decode(np.concatenate(rows)) for split in SPLITS for rows in documents(dataset, split)]
+    assert sorted(found) == sorted(text.read_bytes().decode() for text in texts)
+    with pytest.raises(DataError, match=r"t\.json has no end-of-text piece; it must have one of </s>"):
+        Tokenizer.load(json_tokenizer(tmp_path / "t.json", "[end]"))
+    (tmp_path / "bad.json").write_text('{"version": 1}')
+    with pytest.raises(DataError, match=r"bad\.json is not a tokenizer\.json"):
+        Tokenizer.load(tmp_path / "bad.json")
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(DataError, match=r"needs the library tokenizers: pip install 'duet-pretrain\[tokenizers\]'"):
+        Tokenizer(b'{"version": "1.0"}')
+
+
+def test_the_report_is_by_source(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(prose(3000))
+    (tmp_path / "b.txt").write_text("漢字かな交じり文" * 3)
+    sources = {name: {"paths": [str(tmp_path / f"{name}.txt")]} for name in "ab"}
+    tokenizer = {"vocab_size": 400, "character_coverage": 0.99}
+    found = tokenizer_report(config(tmp_path / "d", sources=sources, tokenizer=tokenizer))
+    assert list(found.sources) == ["a", "b"]
+    for name, report in found.sources.items():
+        assert report.sample_bytes == pytest.approx(len((tmp_path / f"{name}.txt").read_bytes()) * 0.9, abs=4)
+        assert report.unknown_rate == 0
+        assert report.round_trip == 1
+    assert found.sources["a"].bytes_per_token > 1.2
+    assert found.sources["b"].bytes_per_token == 1
+    assert found.sources["a"].coverage > 0.95
+    assert found.sources["b"].coverage == 0
+    assert not (tmp_path / "d" / "_work").exists()

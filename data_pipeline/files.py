@@ -1,0 +1,226 @@
+"""Input files by name, which is a local path or a URI of pyarrow.fs; plain or packed, each fault named by file."""
+
+import bz2
+import functools
+import glob
+import gzip
+import io
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, BinaryIO
+from urllib.parse import quote, unquote, urlsplit
+
+import zstandard
+
+from data_pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+CHUNK_BYTES = 2**18
+PACKINGS = (".gz", ".zst", ".bz2", ".xz")
+_URI = re.compile(r"[a-z][a-z0-9+.-]+://")
+
+
+class _ZstdReader(io.RawIOBase):
+    """Frames of a .zst file. Unlike zstandard's stream_reader it notices that the last frame is cut off."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+        while not self._output:
+            # Small bites, since a highly compressed bite may unpack to a thousand times its size.
+            self._input = self._input or self._raw.read(2**14)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("the last frame is cut off")
+                return 0
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            self._output = memoryview(self._frame.decompress(self._input))
+            self._input = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
+
+
+def is_uri(name: str) -> bool:
+    """Whether `name` is a URI (s3://bucket/key, gs://…, file:///…), not a path."""
+    return _URI.match(name) is not None
+
+
+def packing(name: str) -> str:
+    """The ending that says how a file is packed, such as `.gz`, or nothing."""
+    suffix = PurePosixPath(_path(name)).suffix
+    return suffix if suffix in PACKINGS else ""
+
+
+def unpacked_suffix(name: str) -> str:
+    """The ending that says what is in a file, such as `.jsonl` for a.jsonl.gz."""
+    path = PurePosixPath(_path(name))
+    return (path.with_suffix("") if path.suffix in PACKINGS else path).suffix
+
+
+def _path(name: str) -> str:
+    return urlsplit(name).path if is_uri(name) else name
+
+
+@contextmanager
+def open_raw(name: str) -> Iterator[BinaryIO]:
+    """The bytes of a file as it is stored; seekable. Raises DataError for a file that cannot be opened or read."""
+    try:
+        if is_uri(name):
+            filesystem, path = _resolve(name)
+            with filesystem.open_input_file(path) as remote:
+                yield io.BufferedReader(remote, 2**20)
+        else:
+            with open(name, "rb") as file:
+                yield file
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
+
+
+@contextmanager
+def open_binary(name: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The unpacked bytes of a file, and the file below them (whose `tell` is the progress).
+
+    Raises DataError for a file that cannot be opened or whose compressed data are damaged or cut off.
+    """
+    packed = packing(name)
+    try:
+        with open_raw(name) as raw:
+            try:
+                yield _unpack(raw, packed), raw
+            except OSError as error:
+                if packed == ".bz2" and error.errno is None:
+                    raise EOFError(str(error)) from None
+                raise
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, zstandard.ZstdError) as error:
+        raise DataError(f"{name}: damaged or truncated {packed} data: {error}; fetch the file again") from error
+
+
+def _unpack(raw: BinaryIO, packed: str) -> BinaryIO:
+    match packed:
+        case ".gz":
+            return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+        case ".zst":
+            return io.BufferedReader(_ZstdReader(raw), CHUNK_BYTES)
+        case ".bz2":
+            return bz2.BZ2File(raw)  # type: ignore[return-value]
+        case ".xz":
+            return lzma.LZMAFile(raw)  # type: ignore[return-value]
+    return raw
+
+
+def stamp(name: str) -> tuple[int, int]:
+    """Size and time of the last change in ns: what tells that a file was written to."""
+    if not is_uri(name):
+        status = Path(name).stat()
+        return status.st_size, status.st_mtime_ns
+    filesystem, path = _resolve(name)
+    info = filesystem.get_file_info(path)
+    return info.size or 0, info.mtime_ns or 0
+
+
+def expand(key: str, path: str) -> Iterator[str]:
+    """Names of the files that `path` stands for: a file, a folder (all files below but hidden ones) or a glob.
+
+    Raises DataError, naming the configuration's `key`, for one that stands for nothing."""
+    if is_uri(path):
+        yield from _expand_uri(key, path)
+        return
+    where = Path(path).expanduser()
+    if where.is_file():
+        yield str(where)
+    elif where.is_dir():
+        found = False
+        for folder, folders, files in os.walk(where):
+            folders[:] = [child for child in folders if not child.startswith(".")]
+            for file in files:
+                if not file.startswith("."):
+                    found = True
+                    yield str(Path(folder, file))
+        if not found:
+            raise DataError(f"{key}: {path} is a directory without files")
+    elif glob.has_magic(path):
+        matches = [file for file in glob.glob(str(where), recursive=True) if Path(file).is_file()]  # noqa: PTH207
+        if not matches:
+            raise DataError(f"{key}: no file matches {path!r} (from {Path.cwd()})")
+        yield from matches
+    else:
+        raise DataError(f"{key}: {path} does not exist (from {Path.cwd()})")
+
+
+def _expand_uri(key: str, uri: str) -> Iterator[str]:
+    from pyarrow.fs import FileSelector, FileType
+
+    try:
+        filesystem, path = _resolve(uri)
+        pattern = _translate(path) if glob.has_magic(path) else None
+        folder = path if pattern is None else path[: re.search(r"[*[]", path).start()].rpartition("/")[0]  # type: ignore[union-attr]
+        info = filesystem.get_file_info(folder)
+        if pattern is None and info.type == FileType.File:
+            yield uri
+            return
+        if info.type != FileType.Directory:
+            raise DataError(f"{key}: {uri} does not exist")
+        below = filesystem.get_file_info(FileSelector(folder, recursive=True))
+    except OSError as error:
+        raise DataError(f"{key}: {uri} cannot be listed: {error}") from error
+    found = False
+    for info in below:
+        inner = info.path.removeprefix(folder).strip("/")
+        hidden = any(part.startswith(".") for part in inner.split("/"))
+        if info.type == FileType.File and (pattern.fullmatch(info.path) if pattern else not hidden):
+            found = True
+            parts, base = urlsplit(uri), _root(uri)[1]
+            yield parts._replace(path=quote(info.path.removeprefix(base))).geturl()
+    if not found:
+        raise DataError(f"{key}: no file matches {uri}" if pattern else f"{key}: {uri} is a directory without files")
+
+
+def _translate(pattern: str) -> re.Pattern[str]:
+    """A glob over the keys of a store: `*` stays within a folder, `**` does not."""
+    parts = re.split(r"(\*\*/|\*|\[[^]]+\])", pattern)
+    meaning = {"**/": "(?:.*/)?", "*": "[^/]*"}
+    return re.compile(
+        "".join(meaning.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts)
+    )
+
+
+def _resolve(uri: str) -> tuple["FileSystem", str]:
+    filesystem, base = _root(uri)
+    return filesystem, base + unquote(urlsplit(uri).path)
+
+
+def _root(uri: str) -> tuple["FileSystem", str]:
+    parts = urlsplit(uri)
+    return _connect(parts._replace(path="/", fragment="").geturl())
+
+
+@functools.lru_cache(maxsize=64)
+def _connect(root: str) -> tuple["FileSystem", str]:
+    import pyarrow as pa
+    from pyarrow.fs import FileSystem
+
+    try:
+        filesystem, base = FileSystem.from_uri(root)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{root}: no file system can be reached under it: {error}") from error
+    return filesystem, base.rstrip("/")

@@ -1,0 +1,148 @@
+"""Documents of Parquet and Arrow files: one a row, read a few rows at a time."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.errors import DataError
+from data_pipeline.files import open_binary, packing
+from data_pipeline.readers import MAX_LINE_BYTES, Document, Errors, ReadCounts, decode
+
+_ROWS = 128  # Rows that are held in memory at once.
+_FILE_MAGIC = b"ARROW1\0\0"
+
+
+def parquet_groups(name: str) -> list[int]:
+    """Bytes of each row group. Raises DataError if it is no Parquet file."""
+    with _parquet(name) as file:
+        return [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
+
+
+@contextmanager
+def _parquet(name: str) -> Iterator[pq.ParquetFile]:
+    if packing(name):
+        raise DataError(f"{name}: Parquet is packed inside and cannot be read packed; unpack the file")
+    with open_binary(name) as (file, _), _faults(name, "Parquet"):
+        # Pages are read as they come; a row group may be larger than memory.
+        yield pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
+
+
+@contextmanager
+def _faults(name: str, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise DataError(f"{name}: cannot be read as {kind}: {error}; fetch the file again") from error
+
+
+class Columns(NamedTuple):
+    """What is wanted of a table, and how errors name its rows."""
+
+    name: str
+    text: str
+    others: tuple[str, ...] | None
+    """Columns that a filter looks at; None: all."""
+    errors: Errors
+
+
+def read_parquet(columns: Columns, counts: ReadCounts, begin: int = 0, end: int | None = None) -> Iterator[Document]:
+    """The rows of row groups `begin` to `end`. Raises DataError that names the file, and the row where it can."""
+    with _parquet(columns.name) as file:
+        wanted = _wanted(columns, file.schema_arrow)
+        groups = range(begin, file.num_row_groups if end is None else end)
+        before = sum(file.metadata.row_group(group).num_rows for group in range(begin))
+        base, done = counts.input_bytes, 0
+        for group in groups:
+            with _faults(columns.name, "Parquet"):
+                batches = file.iter_batches(_ROWS, row_groups=[group], columns=wanted)
+                for batch in batches:
+                    yield from _rows(batch, columns, before, done, counts)
+                    done += batch.num_rows
+            size = sum(
+                file.metadata.row_group(group).column(c).total_compressed_size for c in range(file.metadata.num_columns)
+            )
+            counts.input_bytes = base = base + size
+
+
+def read_arrow(columns: Columns, counts: ReadCounts) -> Iterator[Document]:
+    """The rows of an Arrow IPC file or stream, which may be packed. Raises DataError as read_parquet does."""
+    with open_binary(columns.name) as (file, raw), _faults(columns.name, "Arrow IPC"):
+        base, done = counts.input_bytes, 0
+        schema, batches = _batches(io.BufferedReader(file, 2**20), bool(packing(columns.name)))  # type: ignore[arg-type]
+        wanted = _wanted(columns, schema)
+        for batch in batches:
+            counts.input_bytes = base + raw.tell()
+            for start in range(0, batch.num_rows, _ROWS):
+                yield from _rows(batch.select(wanted).slice(start, _ROWS), columns, 0, done, counts)
+                done += min(_ROWS, batch.num_rows - start)
+
+
+def _batches(file: io.BufferedReader, packed: bool) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    if file.peek(len(_FILE_MAGIC))[: len(_FILE_MAGIC)] != _FILE_MAGIC:
+        stream = pa.ipc.open_stream(file)
+        return stream.schema, iter(stream)
+    if packed:
+        # A file is this magic, a stream, and a footer, which reading from the front does not need.
+        file.read(len(_FILE_MAGIC))
+        stream = pa.ipc.open_stream(file)
+        return stream.schema, iter(stream)
+    # The footer tells whether the file is whole.
+    opened = pa.ipc.open_file(file)
+    return opened.schema, map(opened.get_batch, range(opened.num_record_batches))
+
+
+def _wanted(columns: Columns, schema: pa.Schema) -> list[str]:
+    others = tuple(schema.names) if columns.others is None else columns.others
+    for key in (columns.text, *others):
+        if key not in schema.names:
+            names = ", ".join(map(repr, schema.names)) or "none"
+            raise DataError(
+                f"{columns.name} has no column {key!r}; its columns: {names}. Name one of them in the source"
+            )
+    kind = schema.field(columns.text).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        strings = [
+            field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+        ]
+        raise DataError(
+            f"{columns.name}: column {columns.text!r} is {kind}, not string; columns of strings: "
+            f"{', '.join(map(repr, strings)) or 'none'}. Set text_key of the source to one of them"
+        )
+    return list(dict.fromkeys((columns.text, *others)))
+
+
+def _rows(batch: pa.RecordBatch, columns: Columns, before: int, done: int, counts: ReadCounts) -> Iterator[Document]:
+    """`before`: rows of the file before reading began; `done`: rows read since then."""
+    texts = batch.column(columns.text)
+    if pa.types.is_dictionary(texts.type):
+        texts = texts.cast(texts.type.value_type)
+    # As bytes, so that text that is not UTF-8 is met by the same rule as everywhere.
+    values = texts.cast(pa.large_binary()).to_pylist()
+    others = {key: batch.column(key).to_pylist() for key in batch.schema.names if key != columns.text}
+    for row, value in enumerate(values):
+        where = f"{columns.name}, row {before + done + row + 1}"
+        record: dict[str, Any] = {key: column[row] for key, column in others.items()}
+        if value is not None and len(value) > MAX_LINE_BYTES:
+            raise DataError(
+                f"{where} has a text of {len(value)} bytes, more than {MAX_LINE_BYTES}: split it, or store it as a "
+                "plain-text file (these have no limit)"
+            )
+        text, _ = decode(value or b"", True, columns.errors, where, 0, counts)
+        record[columns.text] = text
+        yield Document(before + done + row, done + row + 1, lambda _, text=text: iter((text,)), record)  # type: ignore[misc]
+
+
+def whole_spans(sizes: list[int], limit: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, bytes) of runs of row groups that hold at least `limit` bytes each, but for the last."""
+    begin = size = 0
+    for number, group in enumerate(sizes):
+        size += group
+        if size >= limit or number == len(sizes) - 1:
+            yield begin, number + 1, size
+            begin, size = number + 1, 0

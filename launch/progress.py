@@ -1,0 +1,66 @@
+"""Progress of long work, on standard error: a live bar on a terminal, plain lines else."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from data_pipeline.corpus import Progress
+
+_LINE_SECONDS = 10.0
+_NOTHING_TO_DO = "already built from this text and these settings: nothing to do"
+
+
+def megabytes(size: int) -> str:
+    """A size for people."""
+    return f"{size / 1e6:.2f} MB"
+
+
+@contextmanager
+def progress_line() -> "Iterator[Progress]":
+    """A live bar on a terminal, else a plain line every ten seconds, on standard error."""
+    if not sys.stderr.isatty():
+        yield _plain_lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        tasks = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage == "unchanged":
+                bars.console.print(_NOTHING_TO_DO)
+                return
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield show
+
+
+def _plain_lines() -> Callable[[str, int, int], None]:
+    stage_now, began, told, first = "", 0.0, 0.0, 0
+
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal stage_now, began, told, first
+        now = time.monotonic()
+        if stage != stage_now:
+            stage_now, began, told, first = stage, now, now, done
+            if stage == "unchanged":
+                typer.echo(_NOTHING_TO_DO, err=True)
+        elif now - told >= _LINE_SECONDS:
+            told = now
+            speed = max(done - first, 1) / (now - began)
+            left = timedelta(seconds=round((total - done) / speed))
+            typer.echo(
+                f"{stage}: {megabytes(done)} of {megabytes(total)}, {speed / 1e6:.1f} MB/s, {left} left", err=True
+            )
+
+    return show

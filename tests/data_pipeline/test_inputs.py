@@ -1,0 +1,263 @@
+"""Every kind of input, packed in every way, from a disk or a store: the same documents."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from data_pipeline import files, sources
+from data_pipeline.build import build
+from data_pipeline.config import DataConfig, SourceConfig, SplitConfig
+from data_pipeline.corpus import UnitReader
+from data_pipeline.dataset import Dataset
+from data_pipeline.errors import DataError
+from data_pipeline.sources import Source, Unit
+from tests.data_pipeline.conftest import config, prose, stream
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+DOCUMENTS = [
+    *(prose(50 * (i % 4), i) for i in range(40)),
+    "\0 NUL \0\0",
+    "אבג \u202eright to left\u202c",
+    "😀 astral 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \U0010ffff",
+    "e\u0301 \ufeff \u2028",
+]
+
+
+def jsonl(documents: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text, "n": n}) + "\n" for n, text in enumerate(documents)).encode()
+
+
+def parquet(documents: list[str], **options: object) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"n": range(len(documents)), "text": documents}), sink, **options)
+    return sink.getvalue()
+
+
+def arrow(documents: list[str], kind: pa.DataType | None = None, stream: bool = False) -> bytes:
+    column = pa.array(documents, kind or pa.string())
+    table = pa.table({"n": range(len(documents)), "text": column})
+    sink = io.BytesIO()
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    return sink.getvalue()
+
+
+def read(*paths: Path | str, errors: str = "strict", **source: Any) -> list[str]:
+    """The documents, one by one."""
+    found = Source("s", "data.sources.s.paths", SourceConfig(paths=[str(path) for path in paths], **source))
+    settings = DataConfig.model_validate(
+        {"sources": {"s": found.config}, "errors": errors, "split": SplitConfig(fraction=1e-9)}
+    )
+    documents: list[str] = []
+    for number, part in enumerate(found.slices()):
+        for piece in UnitReader(settings, Unit(number, "s", tuple(part)), lambda size: None).pieces():
+            if piece.starts:
+                documents.append("")
+            documents[-1] += piece.text
+    return documents
+
+
+WANTED = [text for text in DOCUMENTS if text]
+FORMATS: dict[str, bytes] = {
+    "jsonl": jsonl(DOCUMENTS),
+    "file.arrow": arrow(DOCUMENTS),
+    "stream.arrow": arrow(DOCUMENTS, stream=True),
+    "large.arrow": arrow(DOCUMENTS, pa.large_string()),
+    "dictionary.arrow": arrow(DOCUMENTS, pa.dictionary(pa.int32(), pa.string())),
+}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_and_packings_hold_the_same_documents(tmp_path: Path, name: str, suffix: str) -> None:
+    file = tmp_path / f"a.{name}{suffix}"
+    file.write_bytes(PACKERS[suffix](FORMATS[name]))
+    assert read(file) == WANTED
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd", "snappy"])
+def test_parquet_is_read_group_by_group(tmp_path: Path, compression: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.parquet"
+    file.write_bytes(parquet(DOCUMENTS, compression=compression, row_group_size=5))
+    assert read(file) == WANTED
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1500)
+    found = Source("s", "k", SourceConfig(paths=[str(file)]))
+    parts = [part for unit in found.slices() for part in unit]
+    assert len(parts) > 3
+    assert parts[0].begin == 0
+    assert [part.end for part in parts[:-1]] == [part.begin for part in parts[1:]]
+    assert read(file) == WANTED
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(file.read_bytes()))
+    with pytest.raises(DataError, match=r"a\.parquet\.gz: Parquet is packed inside"):
+        read(tmp_path / "a.parquet.gz")
+
+
+@pytest.mark.parametrize("limit", [7, 50, 1000, 4001])
+def test_parts_of_a_jsonl_file_are_all_of_it(tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [json.dumps({"text": f"{n}" + "漢" * (n % 90)}, ensure_ascii=n % 2 == 0) for n in range(120)]
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\r\n".join(lines))
+    wanted = [json.loads(line)["text"] for line in lines]
+    monkeypatch.setattr(sources, "UNIT_BYTES", limit)
+    assert read(tmp_path / "a.jsonl") == wanted
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write("\nno json\n")
+    with pytest.raises(DataError, match=r"a\.jsonl, line 240 is not a JSON object"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_line_ends_stay_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r")
+    assert read(tmp_path / "a.txt") == ["one\r\ntwo\r"]
+
+
+TABLES: list[tuple[str, bytes, dict[str, Any], str]] = [
+    (
+        "a.parquet",
+        parquet(DOCUMENTS),
+        {"text_key": "body"},
+        r"a\.parquet has no column 'body'; its columns: 'n', 'text'",
+    ),
+    (
+        "a.parquet",
+        parquet(DOCUMENTS),
+        {"text_key": "n"},
+        r"column 'n' is int64, not string; columns of strings: 'text'",
+    ),
+    ("a.arrow", arrow(DOCUMENTS), {"text_key": "n"}, r"column 'n' is int64, not string"),
+    ("a.parquet", parquet(DOCUMENTS)[:-9], {}, r"a\.parquet: cannot be read as Parquet"),
+    ("a.arrow", arrow(DOCUMENTS)[:-9], {}, r"a\.arrow: cannot be read as Arrow IPC"),
+    ("a.arrow", b"no arrow at all", {}, r"a\.arrow: cannot be read as Arrow IPC"),
+    ("a.arrow.gz", gzip.compress(arrow(DOCUMENTS))[:-9], {}, r"a\.arrow\.gz: damaged or truncated \.gz data"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "source", "message"), TABLES)
+def test_unusable_tables_are_explained(
+    tmp_path: Path, name: str, content: bytes, source: dict[str, Any], message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name, **source)
+
+
+@pytest.mark.parametrize("suffix", [".bz2", ".xz"])
+@pytest.mark.parametrize("fault", ["cut", "other"])
+def test_damaged_archives_are_named(tmp_path: Path, suffix: str, fault: str) -> None:
+    file = tmp_path / f"a.txt{suffix}"
+    file.write_bytes(PACKERS[suffix](prose(3000).encode())[:-20] if fault == "cut" else b"plain text, not packed")
+    with pytest.raises(DataError, match=rf"a\.txt\{suffix}: damaged or truncated \{suffix} data"):
+        read(file)
+
+
+def test_text_in_a_table_that_is_not_utf8_is_named_by_row(tmp_path: Path) -> None:
+    values = pa.array([b"fine", b"caf\xe9", None, b"", b"last"], pa.binary())
+    column = pa.Array.from_buffers(pa.string(), len(values), values.buffers(), null_count=1)
+    with pa.ipc.new_file(tmp_path / "a.arrow", pa.schema({"text": pa.string()})) as writer:
+        writer.write_batch(pa.record_batch({"text": column}))
+    with pytest.raises(DataError, match=r"a\.arrow, row 2: byte 3 \(0xe9\) is not UTF-8.*data\.errors=replace"):
+        read(tmp_path / "a.arrow")
+    assert read(tmp_path / "a.arrow", errors="replace") == ["fine", "caf\ufffd", "last"]
+
+
+# --- a store ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Callable[[str], str]]:
+    """A real S3 server on this machine; gives the URI of a key."""
+    pytest.importorskip("moto", reason="moto's server is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():
+            patch.setenv(name, value)
+        end = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/corpus", method="PUT")).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < end, "the server did not start"
+                time.sleep(0.02)
+        options = f"endpoint_override=http%3A%2F%2F127.0.0.1%3A{port}&region=us-east-1"
+        yield lambda key: f"s3://corpus/{key}?{options}"
+    server.terminate()
+    server.wait()
+
+
+def put(uri: str, content: bytes) -> None:
+    filesystem, path = files._resolve(uri)
+    with filesystem.open_output_stream(path, compression=None) as file:
+        file.write(content)
+
+
+def test_a_store_is_read_like_a_disk(tmp_path: Path, store: Callable[[str], str]) -> None:
+    put(store("web/a%20b.jsonl"), jsonl(DOCUMENTS[:9]))
+    put(store("web/b/c.jsonl.zst"), zstandard.compress(jsonl(DOCUMENTS[9:20])))
+    put(store("web/d.parquet"), parquet(DOCUMENTS[20:30], row_group_size=3))
+    put(store("web/e.arrow"), arrow(DOCUMENTS[30:]))
+    put(store("web/.hidden"), b"hidden")
+    assert read(store("web")) == WANTED
+    assert read(store("web/**/*.jsonl*")) == [text for text in DOCUMENTS[:20] if text]
+    assert read(store("web/*.jsonl*")) == [text for text in DOCUMENTS[:9] if text]
+    assert read(store("web/e.arrow")) == [text for text in DOCUMENTS[30:] if text]
+    for path, message in (
+        ("gone.txt", "does not exist"),
+        ("web/*.md", "no file matches"),
+        ("web/x/", "does not exist"),
+    ):
+        with pytest.raises(DataError, match=f"data.sources.s.paths: .*{message}"):
+            read(store(path))
+
+
+def test_a_dataset_comes_from_a_store_as_from_a_disk(
+    tmp_path: Path, store: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "UNIT_BYTES", 3000)
+    (tmp_path / "x").mkdir()
+    for name, part in (("a.jsonl", DOCUMENTS[:20]), ("b.jsonl", DOCUMENTS[20:])):
+        (tmp_path / "x" / name).write_bytes(jsonl(part))
+        put(store(f"x/{name}"), jsonl(part))
+    split = {"rule": "hash", "fraction": 0.3}
+    here = build(config(tmp_path / "d", tmp_path / "x", split=split, tokenizer={"type": "char"}))
+    there = {"text": {"paths": [store("x")]}}
+    build(config(tmp_path / "e", sources=there, split=split, tokenizer={"type": "char"}), processes=2)
+    found = Dataset.open(tmp_path / "e")
+    assert found.manifest.fingerprint == here.fingerprint
+    assert stream(found.windows("train", 10)).size > 100
+
+
+def test_a_store_that_cannot_be_reached_is_named() -> None:
+    with pytest.raises(DataError, match="nosuch://bucket"):
+        read("nosuch://bucket/a.txt")
