@@ -13,6 +13,11 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     object a line; any other is plain text, one document a file. Either may also end in .gz or .zst."""
     text_key: str = "text"
     """Key of the text in a JSONL object."""
+    weight: float = Field(default=1.0, gt=0.0)
+    """Share of the training samples that come from this source, beside the weights of the others. Read by `duet train`;
+    the dataset does not depend on it."""
+    repeat: float | None = Field(default=None, gt=0.0)
+    """At most this many epochs of this source; without it as many as its weight asks for. Read by `duet train`."""
 
 
 class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
@@ -71,4 +76,4 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds the tokenizer's sample and the hash split."""
     shard_tokens: int = Field(default=128 * 2**20, ge=1024)
-    """Tokens in a shard (the last of a split may hold fewer)."""
+    """Tokens in a shard (the last of a source in a split may hold fewer)."""

@@ -1,6 +1,8 @@
 """A finished dataset: opened lazily, checked cheaply, read without copies until the batch itself."""
 
+import itertools
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +128,8 @@ class Dataset:
 class Windows:
     """Window i of a split: tokens [i * T, i * T + T] of its stream, T = context: every token is predicted once.
 
-    Windows run on over documents, batches and shards. What is left behind the last whole window is dropped, unless
+    The stream is those of the sources, one after the other in the order of the manifest. Windows run on over documents,
+    batches, shards and sources. What is left behind the last whole window is dropped, unless
     `partial`: then it is one more window.
     """
 
@@ -137,6 +140,7 @@ class Windows:
         self.num_tokens = dataset.manifest.splits[split].tokens
         self._dataset = dataset
         self._shards = dataset.manifest.shards_of(split)
+        self._starts = [0, *itertools.accumulate(shard.tokens for shard in self._shards)]
         self._num_windows = (self.num_tokens - 1 + (context - 1 if partial else 0)) // context
         if context < 1 or self._num_windows < 1:
             raise DataError(
@@ -162,8 +166,8 @@ class Windows:
             if start >= self.num_tokens:
                 out[filled:] = -1
                 return
-            number, in_shard = divmod(start, manifest.shard_tokens)
-            batch, in_batch = divmod(in_shard, manifest.batch_tokens)
+            number = bisect_right(self._starts, start) - 1
+            batch, in_batch = divmod(start - self._starts[number], manifest.batch_tokens)
             tokens = dataset.shard(self._shards[number]).tokens(batch)[in_batch : in_batch + len(out) - filled]
             if not len(tokens):
                 raise DataError(f"shard {self._shards[number].path} holds fewer tokens than the manifest says")

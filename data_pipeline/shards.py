@@ -1,7 +1,9 @@
 """Arrow IPC files of tokens: one column `tokens: list<uint16|int32>`, whose flat values are the training stream.
 
 A row is a stretch of one document within one record batch; EOS as its last token says that the document ends there.
-All batches of a shard but the last hold BATCH_TOKENS tokens, all shards of a split but the last `shard_tokens`.
+All batches of a shard but the last hold BATCH_TOKENS tokens, all shards of a stream (one source in one split) but the
+last `shard_tokens`. Only a batch's first row can go on with a document from before; `documents` in the batch's metadata
+counts the rows that do not, so document bounds survive the edges of batches and shards.
 """
 
 import os
@@ -92,11 +94,14 @@ class _OpenShard:
 
 
 class ShardWriter:
-    """Writes the token stream of one split as `<folder>/<prefix>-000000.arrow` and so on. Close it with `finish`."""
+    """Writes one token stream as `<folder>/<prefix>-000000.arrow` and so on. Close it with `finish`."""
 
-    def __init__(self, folder: Path, prefix: str, shard_tokens: int, dtype: np.dtype, metadata: dict[str, str]) -> None:
-        """`metadata` goes into the schema of every shard."""
+    def __init__(
+        self, folder: Path, prefix: str, shard_tokens: int, dtype: np.dtype, metadata: dict[str, str], first: int = 0
+    ) -> None:
+        """`metadata` goes into the schema of every shard; `first`: number of the first one."""
         self.shards: list[WrittenShard] = []
+        self._first = first
         self._folder = folder
         self._prefix = prefix
         self._shard_tokens = shard_tokens
@@ -145,7 +150,7 @@ class ShardWriter:
         self._end_row()
         if not self._filled:
             return
-        path = self._folder / f"{self._prefix}-{len(self.shards):06d}.arrow"
+        path = self._folder / f"{self._prefix}-{self._first + len(self.shards):06d}.arrow"
         with disk_errors(path):
             if self._shard is None:
                 self._shard = _OpenShard(path, self._schema)
