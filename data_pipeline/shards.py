@@ -222,17 +222,20 @@ class Shard:
         if column.offset or column.offsets[0].as_py() != 0 or column.offsets[-1].as_py() != len(column.values):
             raise pa.ArrowInvalid("its offsets do not match its tokens")
 
+    def check_batch(self, batch: int) -> None:
+        """Compares a batch with its hash. Raises DataError if it is damaged."""
+        values, offsets, recorded, _ = self._batch(batch)
+        if _batch_hash(values, offsets).encode() != recorded:
+            start = sum(len(self.tokens(before)) for before in range(batch))
+            raise DataError(
+                f"shard {self._path}: batch {batch} (tokens {start} to {start + len(values) - 1} of the shard) "
+                f"does not match its hash{_zero_page(values)}; {_MEND}"
+            )
+
     def check_batches(self) -> None:
         """Compares every batch with its hash. Raises DataError that names the first damaged one."""
-        start = 0
         for batch in range(self.num_batches):
-            values, offsets, recorded, _ = self._batch(batch)
-            if _batch_hash(values, offsets).encode() != recorded:
-                raise DataError(
-                    f"shard {self._path}: batch {batch} (tokens {start} to {start + len(values) - 1} of the shard) "
-                    f"does not match its hash{_zero_page(values)}; {_MEND}"
-                )
-            start += len(values)
+            self.check_batch(batch)
 
 
 _MEND = "restore the file from a copy, or run `duet data build --overwrite`"
