@@ -16,6 +16,14 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def hashed(seed: int, purpose: str, positions: np.ndarray, width: int) -> np.ndarray:
+    """Draws that depend on nothing else: uint64 [n, width], each row that of a sample position, int64 [n]."""
+    key = np.frombuffer(hashlib.sha256(f"{seed}:{purpose}".encode()).digest(), np.uint64)
+    rows = _mix((positions.astype(np.uint64) + np.uint64(1)) * _ODD ^ key[0])
+    columns = _mix((np.arange(width, dtype=np.uint64) + np.uint64(1)) * _ODD ^ key[1])
+    return _mix(rows[:, None] + columns)
+
+
 class Permutation:
     """Keyed permutations of 0 to n - 1, one for each tweak.
 

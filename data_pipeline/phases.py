@@ -1,5 +1,6 @@
 """Phases of a run's data: which source has its turn at which position, decided by counts alone."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -139,6 +140,15 @@ class Schedule:
         last = [segment for segment in self._segments if segment.start < position][-1:]
         counts = last[0].counts(position) if last else np.array([self.phase.base_counts[name] for name in self.names])
         return self.phase.base_counts | dict(zip(self.names, counts.tolist(), strict=True))
+
+    def dropped(self, position: int) -> list[tuple[int, list[str]]]:
+        """Where sources were left out before `position`, and which."""
+        self.extend(position)
+        segments = [segment for segment in self._segments if segment.start < position]
+        return [
+            (after.start, [self.names[k] for k in before.sources.tolist() if k not in after.sources])
+            for before, after in itertools.pairwise(segments)
+        ]
 
     def check(self, position: int) -> None:
         """Raises DataError unless the data last until `position`."""

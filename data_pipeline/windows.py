@@ -116,6 +116,23 @@ class Windows:
             counts.append(len(starts))
         return np.concatenate(found, dtype=np.int64) + np.repeat(shifts, counts)
 
+    def shard_at(self, batch: int, offset: int) -> tuple[str, int]:
+        """Path of the shard that holds a place, relative to the dataset, and the token's number in it."""
+        which = int(self._first_batch.searchsorted(batch, "right")) - 1
+        return self._shards[which].path, (batch - int(self._first_batch[which])) * self._batch_tokens + offset
+
+    def document_at(self, batch: int, offset: int) -> int:
+        """Number of the document in the stream, from 0, that a place belongs to."""
+        self._mapped()
+        which = int(self._first_batch.searchsorted(batch, "right")) - 1
+        before = sum(shard.documents for shard in self._shards[:which])
+        for number in range(int(self._first_batch[which]), batch + 1):
+            if number not in self._tokens:
+                self._open(number)
+            bounds = self._bounds[number]
+            before += len(bounds) if number < batch else int(bounds.searchsorted(np.int32(offset), "right"))
+        return before - 1
+
     def _mapped(self) -> dict[int, np.ndarray]:
         """Tokens of the record batches that are open."""
         if self._pid != os.getpid():
