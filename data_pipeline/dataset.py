@@ -22,7 +22,7 @@ from data_pipeline.windows import Windows
 TOKENIZER = "tokenizer"
 MODEL = "spm.model"
 _MAX_OPEN_SHARDS = 64
-_FOOTERS_AT_START = 4096
+_FOOTERS_AT_START = 1024
 _MEND = "restore it from a copy, or run `duet data build --overwrite`"
 
 
@@ -40,7 +40,7 @@ class Dataset:
     def open(cls, path: str | Path, check: bool = True) -> Self:
         """Reads the manifest; with `check`, looks at the shards, not at their contents.
 
-        Existence and size of all (2 us each); footer and batch count of the first 4,096 (100 us each), of others when
+        Existence and size of all (2 us each); footer and batch count of the first 1,024 (100 us each), of others when
         they are first read.
 
         Raises DataError when there is no dataset, or a shard is missing, truncated or has a damaged footer.

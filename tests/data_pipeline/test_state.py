@@ -1,3 +1,4 @@
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def with_sources(dataset: Dataset, fingerprint: str, **streams: str) -> Dataset:
     """The dataset as if it had been built with these sources only: name = the source whose tokens it has."""
     facts = {source.name: source for source in dataset.manifest.sources}
     shards = [
-        shard.model_copy(update={"source": name})
+        replace(shard, source=name)
         for name, stream in streams.items()
         for shard in dataset.manifest.shards
         if shard.source == stream
