@@ -84,13 +84,18 @@ class Reader:
             first += len(firsts) * self._global_batch
 
     def _read(self, positions: np.ndarray, sources: list[int], batches: list[int], offsets: list[int]) -> StepSamples:
-        tokens = torch.empty(len(positions), self._plan.context + 1, dtype=torch.int64, pin_memory=self._pin_memory)
-        out, starts = tokens.numpy(), []
+        shape, starts = (len(positions), self._plan.context + 1), []
+        tokens = torch.empty(shape, dtype=torch.int64, pin_memory=True) if self._pin_memory else None
+        out = np.empty(shape, np.int64) if tokens is None else tokens.numpy()
         for windows, its_batches, its_offsets, rows in self._by_source(sources, batches, offsets):
             windows.copy(its_batches, its_offsets, rows, out)
             if self._documents:
                 starts.append(windows.document_starts(its_batches, its_offsets, rows))
-        return StepSamples(torch.from_numpy(positions), tokens, np.sort(np.concatenate(starts)) if starts else None)
+        return StepSamples(
+            torch.from_numpy(positions),
+            torch.from_numpy(out) if tokens is None else tokens,
+            np.sort(np.concatenate(starts)) if starts else None,
+        )
 
     def _by_source(
         self, sources: list[int], batches: list[int], offsets: list[int]

@@ -54,7 +54,7 @@ def dataset(tmp_path: Path) -> Dataset:
     return Dataset.open(tmp_path / "dataset")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Three sources of different sizes, some of several documents and shards."""
     folder = tmp_path_factory.mktemp("mixed")

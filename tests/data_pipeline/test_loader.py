@@ -68,6 +68,19 @@ def test_mixed_sources_come_in_their_shares_whatever_the_ranks(mixed: Dataset, o
         assert np.array_equal(tokens[rows], mixed.windows("train", 32, source=name).read(window[rows]))
 
 
+@pytest.mark.parametrize("planned", [1, 20, 48])
+def test_the_order_is_worked_out_in_stretches_that_make_no_difference(
+    mixed: Dataset, planned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(mixed)
+    whole = steps(plan, 10, 12, 1, 7)
+    monkeypatch.setattr("data_pipeline.loader._PLANNED_SAMPLES", planned)
+    monkeypatch.setattr("data_pipeline.loader._GROUP_TOKENS", 12 * 33 * 3)
+    for one, other in zip(whole, steps(plan, 10, 12, 3, 7), strict=True):
+        assert torch.equal(one.positions, other.positions)
+        assert torch.equal(one.tokens, other.tokens)
+
+
 def test_no_rank_gets_one_source_only(mixed: Dataset) -> None:
     """Slots of an even mixture alternate: dealt out in turn to two ranks, each would see one source."""
     plan = plan_of(mixed, weights={"large": 1, "small": 1})

@@ -55,11 +55,14 @@ def in_turn(phase: Phase, weights: dict[str, int], counts: dict[str, int], sampl
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_run_of_kills_and_changes_reads_the_reference_order(mixed: Dataset, data: st.DataObject) -> None:
+def test_a_run_of_kills_and_changes_reads_the_reference_order(
+    mixed: Dataset, data: st.DataObject, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """World size and batch change at every start, kills throw back to a saved state, phases change the weights.
 
     What was kept is compared with an order worked out from nothing but weights, counts and each source's permutation.
     """
+    monkeypatch.setattr("data_pipeline.loader._PLANNED_SAMPLES", data.draw(st.sampled_from([1, 30, 4096])))
     names = ["large", "middle", "small"]
     lengths = {name: len(mixed.windows("train", CONTEXT, source=name)) for name in names}
     orders = {name: SampleOrder(mixed.stream_fingerprint(name), SEED, lengths[name]) for name in names}

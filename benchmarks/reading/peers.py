@@ -6,7 +6,7 @@ A peer's own files are written from the benchmark's token array; data are hot in
 import importlib
 import importlib.abc
 import importlib.machinery
-import json
+import itertools
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -32,23 +32,36 @@ def order(windows: int) -> Iterator[list[int]]:
 
 
 def megatron(tokens: np.ndarray, ends: np.ndarray, folder: Path) -> Batches:
-    """megatron-core's IndexedDataset: documents in a flat file, windows read out of it; no masks, no sample index."""
+    """megatron-core: windows put together from documents of an IndexedDataset, as GPTDataset does it after its index
+    of samples (worked out before); without its masks, position ids and collation."""
     indexed = importlib.import_module("megatron.core.datasets.indexed_dataset")
     prefix = str(folder / "megatron")
     builder = indexed.IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
-    # Sequences of a window each, so that a read is one call.
-    windows = (len(tokens) - 1) // CONTEXT
-    for index in range(windows):
-        builder.add_item(torch.from_numpy(tokens[index * CONTEXT : index * CONTEXT + CONTEXT + 1].astype(np.int64)))
+    for begin, end in itertools.pairwise([0, *ends.tolist()]):
+        builder.add_item(torch.from_numpy(tokens[begin:end].astype(np.int64)))
         builder.end_document()
     builder.finalize(prefix + ".idx")
     dataset = indexed.IndexedDataset(prefix)
-    for numbers in order(windows):
-        yield torch.from_numpy(np.stack([dataset[number] for number in numbers]).astype(np.int64))
+    windows = (len(tokens) - 1) // CONTEXT
+    starts = np.arange(windows + 1) * CONTEXT
+    first = ends.searchsorted(starts, "right")
+    offset = starts - np.concatenate([[0], ends])[first]
+
+    def window(number: int) -> np.ndarray:
+        begin, last = int(first[number]), int(first[number + 1])
+        if begin == last:
+            return dataset.get(begin, offset=int(offset[number]), length=CONTEXT + 1)
+        parts = [dataset.get(begin, offset=int(offset[number]))]
+        parts += [dataset.get(document) for document in range(begin + 1, last)]
+        return np.concatenate([*parts, dataset.get(last, length=int(offset[number + 1]) + 1)])
+
+    for numbers in order(windows - 1):
+        yield torch.from_numpy(np.stack([window(number) for number in numbers]).astype(np.int64))
 
 
 def mds(tokens: np.ndarray, ends: np.ndarray, folder: Path) -> Batches:
-    """mosaicml-streaming: `ds[i]` of samples of 2,049 tokens. `transformers` and `torchvision` are stubs here."""
+    """mosaicml-streaming: `ds[i]` of a StreamingDataset of 2,049 tokens a sample. `transformers` and `torchvision` are
+    stubs here."""
     sys.meta_path.append(_Stubs())
     streaming = importlib.import_module("streaming")
     windows = (len(tokens) - 1) // CONTEXT
@@ -58,7 +71,7 @@ def mds(tokens: np.ndarray, ends: np.ndarray, folder: Path) -> Batches:
     ) as writer:
         for index in range(windows):
             writer.write({"tokens": tokens[index * CONTEXT : index * CONTEXT + CONTEXT + 1]})
-    dataset = streaming.LocalDataset(str(out))
+    dataset = streaming.StreamingDataset(local=str(out), batch_size=BATCH)
     for numbers in order(windows):
         yield torch.from_numpy(np.stack([dataset[number]["tokens"] for number in numbers]).astype(np.int64))
 
@@ -140,16 +153,3 @@ class _Stub(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         return type(name, (), {})
-
-
-def versions() -> str:
-    """Of the peers that are there."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in (*PEERS, "numpy", "torch", "pyarrow"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return json.dumps(found)
