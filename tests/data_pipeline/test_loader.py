@@ -34,7 +34,7 @@ def steps(plan: Plan, count: int, global_batch: int, world_size: int, start: int
     return merged
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_order_is_the_same_on_any_world_size_and_after_any_restart(dataset: Dataset, data: st.DataObject) -> None:
     """A run that changes world size and batch at every restart sees samples 0, 1, 2, ... and nothing else."""
