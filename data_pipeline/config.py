@@ -51,8 +51,9 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     text_key: str = "text"
     """Key of the text in a JSONL object, or column of a table."""
     filter: FilterConfig = FilterConfig()
-    weight: float = Field(default=1.0, gt=0.0)
-    """Share of the training samples that come from this source, beside the weights of the others. Read by `duet train`;
+    weight: float | None = Field(default=None, gt=0.0)
+    """Share of the training samples that come from this source, beside the weights of the others; what it has of tokens
+    unless given. Read by `duet train`;
     the dataset does not depend on it."""
     repeat: float | None = Field(default=None, gt=0.0)
     """At most this many epochs of this source; without it as many as its weight asks for. Read by `duet train`."""
@@ -124,3 +125,12 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     """Seeds the tokenizer's sample, the hash split and the shuffle."""
     shard_tokens: int = Field(default=128 * 2**20, ge=1024)
     """Tokens in a shard (the last of a source in a split may hold fewer)."""
+    weights: dict[str, float] = {}
+    """Shares of the training samples by source, instead of the sources' own `weight`; a source left out is not read."""
+    order: Literal["global", "block"] = "global"
+    """`global`: any window of a source may come next, which suits local disks; `block`: those of 16 shards at a time,
+    each record batch compared with its hash when it is first read."""
+    exhausted: Literal["stop", "drop"] = "stop"
+    """When a source has been read as often as its `repeat` allows: an error before training, or go on without it."""
+    phase: int = Field(default=1, ge=1)
+    """Raise it by one to go on with other data, weights or order in the same run: the change begins a new phase."""
