@@ -53,8 +53,7 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     filter: FilterConfig = FilterConfig()
     weight: float | None = Field(default=None, gt=0.0)
     """Share of the training samples that come from this source, beside the weights of the others; what it has of tokens
-    unless given. Read by `duet train`;
-    the dataset does not depend on it."""
+    unless given. Read by `duet train`; the dataset does not depend on it."""
     repeat: float | None = Field(default=None, gt=0.0)
     """At most this many epochs of this source; without it as many as its weight asks for. Read by `duet train`."""
 

@@ -49,7 +49,7 @@ def reference() -> str:
 def _leaves(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
     for name, field in section.model_fields.items():
         inner = field.annotation
-        if get_origin(inner) is dict:
+        if get_origin(inner) is dict and issubclass(get_args(inner)[1], BaseModel):
             yield from _leaves(f"{prefix}.{name}.NAME", get_args(inner)[1])
         elif isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from _leaves(f"{prefix}.{name}", inner)
@@ -72,6 +72,8 @@ def _kind(annotation: Any) -> str:
         return " or ".join(_kind(argument) for argument in arguments if argument is not type(None))
     if origin is list:
         return f"list of {_kind(arguments[0])}"
+    if origin is dict:
+        return f"{_kind(arguments[1])} by name"
     if origin is tuple:
         return f"{len(arguments)} × {_kind(arguments[0])}"
     return {str: "text", int: "integer", float: "number", bool: "true or false"}[annotation]
