@@ -197,6 +197,14 @@ def test_using_a_finished_run(dataset: Path, reference: Path, tmp_path: Path) ->
     assert first.stdout == second.stdout
     assert first.stdout.startswith("License")
     assert len(first.stdout) > len("License\n")
+    several = duet("generate", run_dir, "--prompt", "License", "--prompt", "The", "--tokens", "20")
+    assert several.returncode == 0, several.stderr
+    assert several.stdout.startswith(f"== 1 of 2 ==\n{first.stdout}== 2 of 2 ==\nThe")
+    stopped = duet("generate", run_dir, "--prompt", "License", "--tokens", "20", "--stop", first.stdout[9:11])
+    assert stopped.stdout == first.stdout[: first.stdout.index(first.stdout[9:11], 7)] + "\n"
+    wrong = duet("generate", run_dir, "--top-p", "0")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: top_p=0.0; it is a probability above 0, up to 1\n"
     listed = duet("checkpoint", "ls", run_dir)
     assert [line.split("step ")[1].split()[0] for line in listed.stdout.splitlines()] == ["24", "20", "15"]
     assert "token_embed.weight" in duet("checkpoint", "inspect", run_dir).stdout
