@@ -85,7 +85,7 @@ class Generation:
             return
         rows = torch.tensor(stay, dtype=torch.int64, device=self._ids.device)
         self._texts = [self._texts[row] for row in stay]
-        self._generators: Sequence[torch.Generator | None] = generators or [None] * len(prompts)
+        self._generators = [self._generators[row] for row in stay]
         self._ids, self._padding = self._ids[rows], self._padding[rows]
         if self._cache is not None:
             self._cache.reorder(rows)

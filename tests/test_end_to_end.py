@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -200,8 +201,10 @@ def test_using_a_finished_run(dataset: Path, reference: Path, tmp_path: Path) ->
     several = duet("generate", run_dir, "--prompt", "License", "--prompt", "The", "--tokens", "20")
     assert several.returncode == 0, several.stderr
     assert several.stdout.startswith(f"== 1 of 2 ==\n{first.stdout}== 2 of 2 ==\nThe")
-    stopped = duet("generate", run_dir, "--prompt", "License", "--tokens", "20", "--stop", first.stdout[9:11])
-    assert stopped.stdout == first.stdout[: first.stdout.index(first.stdout[9:11], 7)] + "\n"
+    stop = re.compile("[a-z]{2}").search(first.stdout, len("License"))
+    assert stop
+    stopped = duet("generate", run_dir, "--prompt", "License", "--tokens", "20", "--stop", stop[0])
+    assert stopped.stdout == first.stdout[: stop.start()] + "\n"
     wrong = duet("generate", run_dir, "--top-p", "0")
     assert wrong.returncode == 2
     assert wrong.stderr == "error: top_p=0.0; it is a probability above 0, up to 1\n"
