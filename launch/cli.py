@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import UserError
-from launch import checkpoint, data, runs, tracking
+from launch import checkpoint, data, model, runs, tracking
 
 ConfigArgs = Annotated[
     list[str],
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(model.app, name="model")
 app.add_typer(runs.app, name="runs")
 app.add_typer(tracking.app, name="track")
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
