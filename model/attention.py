@@ -6,6 +6,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data_pipeline.errors import ConfigError
+from model.cache import Cached
 from model.config import ModelConfig
 from model.dropout import noise_site, weight_dropout
 from model.layers import Linear
@@ -14,7 +15,7 @@ from model.positions import rotate
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 
-class CausalAttention(nn.Module):
+class CausalAttention(Cached):
     """softmax(q k^T / sqrt(d)) v in each head of d channels, over positions up to the query's own.
 
     "Attention Is All You Need", equation 1, with a causal mask. No parameters.
@@ -40,33 +41,40 @@ class CausalAttention(nn.Module):
         query = query.unflatten(-1, (self._heads, -1))
         key, value = (x.unflatten(-1, (self._heads // self._group, -1)) for x in (key, value))
         if self._config.positions == "rotary":
-            positions = torch.arange(query.shape[1], device=query.device)
+            count = query.shape[1]
+            positions = torch.arange(count, device=query.device) if self.cache is None else self.cache.positions(count)
             query, key = rotate(query, positions), rotate(key, positions)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        visible = None
+        if self.cache is not None:
+            key, value, visible = self.cache.extend(self, key, value)
         if self._group > 1:
             key, value = (x.repeat_interleave(self._group, dim=1) for x in (key, value))
         if self._config.attention == "explicit" or (self._rate and keys is not None):
-            return self._explicit(query, key, value, keys).transpose(1, 2).flatten(2)
+            return self._explicit(query, key, value, keys, visible).transpose(1, 2).flatten(2)
         if self._config.attention == "flash":
-            return _fused(query, key, value).transpose(1, 2).flatten(2)
-        found = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            return _fused(query, key, value, visible).transpose(1, 2).flatten(2)
+        found = functional.scaled_dot_product_attention(query, key, value, visible, is_causal=visible is None)
         return found.transpose(1, 2).flatten(2)
 
-    def _explicit(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None) -> Tensor:
+    def _explicit(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Tensor | None
+    ) -> Tensor:
         length = query.shape[2]
         scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
-        future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+        if visible is None:
+            visible = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
         exact = torch.promote_types(scores.dtype, torch.float32)
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1, dtype=exact).to(value.dtype)
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=exact).to(value.dtype)
         if self._rate and keys is not None:
             weights = weight_dropout(weights, keys, self._site, self._rate, self._config.context)
         return weights @ value
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _fused(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
     try:
         with sdpa_kernel(_FUSED):
-            return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            return functional.scaled_dot_product_attention(query, key, value, visible, is_causal=visible is None)
     except RuntimeError as error:
         if not any(text in str(error) for text in ("No available kernel", "No viable backend")):
             raise

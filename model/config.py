@@ -31,6 +31,7 @@ _SECOND_STREAM = (
     "encoder_loss",
 )
 """Keys that mean nothing without an encoder."""
+NO_VOCABULARY = "model.vocab_size is not set: take it from the dataset's tokenizer, or give it"
 
 
 class EncoderLossConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):

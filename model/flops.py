@@ -1,13 +1,14 @@
 """What a token costs in floating-point operations, and what a device can do in a second. Free of torch."""
 
-from model.config import ModelConfig
+from data_pipeline.errors import ConfigError
+from model.config import NO_VOCABULARY, ModelConfig
 
 _PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 """Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets; for H100 and H200 the SXM boards."""
 _OTHER_BOARDS = ("H100 PCIe", "H100 NVL", "H200 NVL", "MIG")
 
 
-def forward_flops_per_token(config: ModelConfig) -> int:
+def forward_flops_by_part(config: ModelConfig) -> dict[str, int]:
     """FLOPs of a forward pass over a full context, for each token of it; 2 for a multiplication with addition.
 
     Matrix products only, and attention over the full T x T square, of which a causal model needs half (the convention
@@ -25,23 +26,38 @@ def forward_flops_per_token(config: ModelConfig) -> int:
 
         parallel encoder-decoder   2 (L (28 + 3 n) C² + C² + V C) + 4 (3 + n) L T C    with n masks in a pair of layers
         decoder only               2 (L (12 + 3 n) C² + V C)      + 4 (1 + n) L T C    with n masks in a layer
+
+    Returns:
+        Parts as `model.parameters` names them; those that cost nothing here are not in it.
+
+    Raises:
+        ConfigError: `vocab_size` is not known yet.
     """
-    assert config.vocab_size is not None
+    if config.vocab_size is None:
+        raise ConfigError(NO_VOCABULARY)
     width = config.width
     square, weights = 2 * width**2, 4 * config.context * width
     attention = square * 2 + square * 2 // config.queries_per_kv_head + weights
     feed_forward = 2 * (3 if config.ff == "swiglu" else 2) * config.hidden_width * width
-    total = 2 * config.vocab_size * width
+    layers = config.layers
+    parts = {"token table": 2 * config.vocab_size * width}
     if config.architecture == "decoder_only":
-        total += config.layers * (attention + feed_forward)
+        parts |= {"layers: attention": layers * attention, "layers: feed forward": layers * feed_forward}
     else:
-        total += config.num_encoder_layers * (attention + feed_forward)
-        total += config.layers * (2 * attention + feed_forward) + square
-    if config.learned_dropout.source != "elementwise":
-        total += config.num_masks(config.dropout_sites) * (3 * square + weights)
-    if config.learned_dropout.source == "embed" and config.dropout_sites:
-        total += 4 * square + weights
-    return total
+        encoder = config.num_encoder_layers
+        parts |= {"encoder: attention": encoder * attention, "encoder: feed forward": encoder * feed_forward}
+        parts |= {"decoder: attention": layers * attention, "decoder: cross attention": layers * attention}
+        parts |= {"decoder: feed forward": layers * feed_forward, "decoder input": square}
+    if config.dropout_sites and config.learned_dropout.source != "elementwise":
+        parts["masks"] = config.num_masks(config.dropout_sites) * (3 * square + weights)
+    if config.dropout_sites and config.learned_dropout.source == "embed":
+        parts["mask source"] = 4 * square + weights
+    return parts
+
+
+def forward_flops_per_token(config: ModelConfig) -> int:
+    """The sum of `forward_flops_by_part`."""
+    return sum(forward_flops_by_part(config).values())
 
 
 def training_flops_per_token(config: ModelConfig) -> int:

@@ -1,52 +1,110 @@
-"""Text from a model, one token after the other."""
+"""Texts from a model, one token after the other."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from model.cache import Cache
 from model.language_model import LanguageModel
+from model.sampling import Sampling
+
+
+class Generation:
+    """Texts that grow side by side, each as it would alone.
+
+    The model reads each token once, into a `Cache`. When the longest text no longer fits the model's context, its last
+    `context` tokens are the window, which is read anew for every token: vectors know their distance from its start, so
+    none of them can be kept.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Tensor],
+        sampling: Sampling,
+        *,
+        eos_id: int | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> None:
+        """Texts that begin with `prompts`; nothing is computed yet.
+
+        Args:
+            model: in evaluation mode.
+            prompts: [T0] int64 each, T0 >= 1, on the model's device.
+            eos_id: ends a text; it is not given out.
+            generators: source of each text's draws, on the model's device; torch's own unless given.
+
+        Raises:
+            ValueError: a prompt is empty.
+        """
+        if not all(map(len, prompts)):
+            raise ValueError("a prompt needs at least one token")
+        self._model = model
+        self._sampling = sampling
+        self._eos_id = eos_id
+        self._texts = list(range(len(prompts)))
+        self._generators: Sequence[torch.Generator | None] = generators or [None] * len(prompts)
+        longest = max(map(len, prompts), default=0)
+        # A text's own first token fills its row, so that the row holds no token that the text does not.
+        rows = [torch.cat([prompt[:1].expand(longest - len(prompt)), prompt]) for prompt in prompts]
+        self._ids = torch.stack(rows) if rows else torch.empty(0, 0, dtype=torch.int64)
+        self._padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=self._ids.device)
+        self._cache: Cache | None = None
+        self._ended: set[int] = set()
+
+    @torch.no_grad()
+    def step(self) -> dict[int, int]:
+        """The next token of each text that goes on, by the number of its prompt; empty when all have ended."""
+        self._leave_ended()
+        if not self._texts:
+            return {}
+        logits = self._logits()
+        present = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, self._ids, True)
+        tokens = self._sampling.draw(logits, present, self._generators)
+        self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
+        found = dict(zip(self._texts, tokens.tolist(), strict=True))
+        self._ended |= {text for text, token in found.items() if token == self._eos_id}
+        return {text: token for text, token in found.items() if text not in self._ended}
+
+    def end(self, text: int) -> None:
+        """Compute no more of a text."""
+        self._ended.add(text)
+
+    def _logits(self) -> Tensor:
+        context, length = self._model.config.context, self._ids.shape[1]
+        if self._cache is not None and length <= context:
+            return self._cache.logits(self._model, self._ids[:, -1:])
+        hidden = max(0, length - context)
+        self._cache = Cache((self._padding - hidden).clamp(min=0), context)
+        return self._cache.logits(self._model, self._ids[:, hidden:])
+
+    def _leave_ended(self) -> None:
+        stay = [row for row, text in enumerate(self._texts) if text not in self._ended]
+        if len(stay) == len(self._texts):
+            return
+        rows = torch.tensor(stay, dtype=torch.int64, device=self._ids.device)
+        self._texts = [self._texts[row] for row in stay]
+        self._generators = [self._generators[row] for row in stay]
+        self._ids, self._padding = self._ids[rows], self._padding[rows]
+        if self._cache is not None:
+            self._cache.reorder(rows)
 
 
 def generate(
     model: LanguageModel,
     prompt_ids: Tensor,
+    sampling: Sampling,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
     eos_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
-    """Continue a prompt. Each token is computed from the last `context` tokens anew.
-
-    Args:
-        prompt_ids: [T0] int64, T0 >= 1, on the model's device.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw among the k likeliest tokens only.
-        eos_id: ends the text; it is not given out.
-        generator: source of the draws, on the model's device.
-
-    Raises:
-        ValueError: the prompt is empty.
-    """
-    if not len(prompt_ids):
-        raise ValueError("a prompt needs at least one token")
-    ids = prompt_ids
+    """Continue one prompt; see `Generation`."""
+    generators = None if generator is None else [generator]
+    generation = Generation(model, [prompt_ids], sampling, eos_id=eos_id, generators=generators)
     for _ in range(max_new_tokens):
-        with torch.no_grad():
-            logits = model.logits(ids[None, -model.config.context :])[0, -1].float()
-            token = _draw(logits, temperature, top_k, generator)
-        if (value := int(token)) == eos_id:
+        found = generation.step()
+        if not found:
             return
-        yield value
-        ids = torch.cat([ids, token])
-
-
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """Logits [V] -> token [1]."""
-    if temperature == 0.0:
-        return logits.argmax(keepdim=True)
-    if top_k is not None and top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        yield found[0]

@@ -5,6 +5,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from model.cache import Cached
 from model.config import ModelConfig
 from model.dropout import Statistics
 from model.interface import Batch, ModelOutput
@@ -22,7 +23,7 @@ class Embedded(NamedTuple):
     tokens: Tensor
     """E [B, T, C]: the tokens, with their positions where these are added."""
     next_positions: Tensor | None
-    """[T, C]: the position vectors of the tokens to predict, where the model uses them."""
+    """[T, C] or [B, T, C]: the position vectors of the tokens to predict, where the model uses them."""
     mask_source: Tensor | None
     """[B, T, C], where all masks come from one source."""
 
@@ -37,7 +38,7 @@ class Transformed(NamedTuple):
     """In training, where it is on; else empty."""
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Cached):
     """Predicts each token from those before it; an architecture says how, in `transform`."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -87,19 +88,24 @@ class LanguageModel(nn.Module):
         x = self.final_norm(x)
         if self.config.subtract_next_position != "none":
             x = self.output_norm(x - next_positions)
+        if self.cache is not None:
+            x = x[:, -1:]  # nothing else is asked of the head, which is large
         return self.token_embed(x), embed_statistics | statistics, encoder_loss
 
     def _with_positions(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, T, C] with their positions, and the position vectors [T, C] one further where they are used."""
+        """Tokens [B, T, C] with their positions, and the position vectors one further where they are used."""
         if self.config.positions == "rotary":
             return x, None
         length = x.shape[1]
-        positions = torch.arange(length + self._uses_next, device=x.device)
+        if self.cache is None:
+            positions = torch.arange(length + self._uses_next, device=x.device)
+        else:
+            positions = self.cache.positions(length + self._uses_next)
         if self.config.positions == "learned":
             vectors = self.position_embed(positions)
         else:  # as large as a table that starts at N(0, 0.02), or the sines would drown the tokens
             vectors = (sinusoid(positions, x.shape[2]) * (2**0.5 * INIT_STD)).to(x.dtype)
-        return x + vectors[:length], vectors[1:] if self._uses_next else None
+        return x + vectors[..., :length, :], vectors[..., 1:, :] if self._uses_next else None
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Of the token after each of input_ids [B, T], T <= context -> [B, T, V], with evaluation rounding."""

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import CausalAttention
+from model.cache import Cached
 from model.config import ModelConfig
 from model.dropout import SiteDropout, Statistics, noise_site
 from model.layers import INIT_STD, Linear
 from model.losses import entropy, l1
 from model.mask_config import Site
-from model.noise import sample_keys, uniform
+from model.noise import sample_keys, uniform, uniform_at
 from model.telemetry import mask_statistics
 
 _STEEPNESS = 60.0
@@ -29,7 +30,7 @@ def straight_through(forward: Tensor, mask: Tensor) -> Tensor:
     return forward.detach() + (mask - mask.detach())
 
 
-class LearnedDropout(SiteDropout):
+class LearnedDropout(SiteDropout, Cached):
     """x -> x * m, with m = 0.5 cos(angle(x) + shift) + 0.5 rounded as configured (docs/model.md B1-B3)."""
 
     def __init__(self, config: ModelConfig, site: Site, layer: int) -> None:
@@ -48,7 +49,8 @@ class LearnedDropout(SiteDropout):
         """Mask x; see `SiteDropout.forward`."""
         mask = cosine_mask(at_least_fp32(self._angle(x, source)) + at_least_fp32(self.shift))
         used = self._round(mask, keys)
-        return x * used.to(x.dtype), {self.name: self._statistics(mask, used)}
+        statistics = {self.name: self._statistics(mask, used)} if self.cache is None else {}
+        return x * used.to(x.dtype), statistics
 
     def _angle(self, x: Tensor, source: Tensor | None) -> Tensor:
         if self.config.source == "elementwise":
@@ -78,6 +80,8 @@ class LearnedDropout(SiteDropout):
         return straight_through(hard, mask)
 
     def _noise(self, keys: Tensor, mask: Tensor) -> Tensor:
+        if self.cache is not None:
+            return uniform_at(keys, self._noise_site, self.cache.positions(mask.shape[1]), mask.shape[2])
         return uniform(keys, self._noise_site, (mask.shape[1], mask.shape[2]))
 
     def _statistics(self, mask: Tensor, used: Tensor) -> dict[str, Tensor]:

@@ -59,8 +59,29 @@ def uniform(keys: Tensor, site: int, shape: tuple[int, int]) -> Tensor:
         [B, T, C] float32.
     """
     count = shape[0] * shape[1]
-    stream = _mix(keys + _signed(site * _GAMMA))
+    stream = _stream(keys, site)
     # Two numbers come from each 64-bit state: half the work.
     states = torch.arange(1, count // 2 + count % 2 + 1, device=keys.device) * _GAMMA_INT64
     bits = _mix(stream[:, None] + states).view(torch.int32)[:, :count]
     return ((bits >> 8) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24).view(-1, *shape)
+
+
+def uniform_at(keys: Tensor, site: int, positions: Tensor, width: int) -> Tensor:
+    """The same numbers, of chosen positions only.
+
+    Args:
+        keys: [B] int64, or [1].
+        positions: [B, T] int64: rows t of `uniform`'s shape (T, C).
+        width: C.
+
+    Returns:
+        [B, T, C] float32.
+    """
+    numbers = positions[..., None] * width + torch.arange(width, device=positions.device)
+    bits = _mix(_stream(keys, site)[:, None, None] + (numbers // 2 + 1) * _GAMMA_INT64)
+    return ((bits >> (numbers % 2 * 32 + 8)) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24)
+
+
+def _stream(keys: Tensor, site: int) -> Tensor:
+    """State [B] before the first number of a site."""
+    return _mix(keys + _signed(site * _GAMMA))

@@ -3,7 +3,7 @@
 from data_pipeline.errors import ConfigError
 from model.architectures.decoder_only import DecoderOnly
 from model.architectures.parallel_encoder_decoder import ParallelEncoderDecoder
-from model.config import Architecture, ModelConfig
+from model.config import NO_VOCABULARY, Architecture, ModelConfig
 from model.language_model import LanguageModel
 
 ARCHITECTURES: dict[Architecture, type[LanguageModel]] = {
@@ -21,5 +21,5 @@ def build(config: ModelConfig) -> LanguageModel:
         ConfigError: `vocab_size` is not known yet.
     """
     if config.vocab_size is None:
-        raise ConfigError("model.vocab_size is not set: take it from the dataset's tokenizer, or give it")
+        raise ConfigError(NO_VOCABULARY)
     return ARCHITECTURES[config.architecture](config)

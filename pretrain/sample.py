@@ -5,11 +5,11 @@ import torch
 from data_pipeline.dataset import Dataset
 from model.generate import generate
 from model.language_model import LanguageModel
+from model.sampling import Sampling
 from pretrain.config import Config
 
 PROMPT_TOKENS = 16
-TEMPERATURE = 0.8
-TOP_K = 50
+SAMPLING = Sampling(temperature=0.8, top_k=50)
 
 
 @torch.no_grad()
@@ -26,10 +26,10 @@ def sample_text(model: LanguageModel, dataset: Dataset, config: Config, device: 
     tokens = generate(
         model,
         prompt,
+        SAMPLING,
         max_new_tokens=config.train.sample_tokens,
-        temperature=TEMPERATURE,
-        top_k=TOP_K,
         eos_id=tokenizer.eos_id,
         generator=generator,
     )
-    return tokenizer.decode(prompt.tolist()) + " ⟶ " + tokenizer.decode(list(tokens))
+    with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled anew for every length
+        return tokenizer.decode(prompt.tolist()) + " ⟶ " + tokenizer.decode(list(tokens))

@@ -1,6 +1,6 @@
 """A trained model, read from a checkpoint onto one device: evaluation and generation after the run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -9,13 +9,15 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.errors import CheckpointError
 from data_pipeline.tokenizer import Tokenizer
 from model import registry
-from model.generate import generate
+from model.generate import Generation
 from model.language_model import LanguageModel
+from model.sampling import Sampling
 from pretrain.checkpoint import Checkpoint, complete, step_path
 from pretrain.config import Config
 from pretrain.distributed import join
 from pretrain.evaluate import evaluate
 from pretrain.run import RunFolder
+from pretrain.text import GrowingText
 
 
 def load_model(run: Path, step: int | None) -> tuple[LanguageModel, Config, Checkpoint]:
@@ -52,29 +54,45 @@ def evaluate_run(run: Path, step: int | None) -> dict[str, float]:
         return evaluate(model.to(ranks.device), windows, text_bytes, batch, ranks)
 
 
-def generate_text(
-    run: Path, step: int | None, prompt: str, *, tokens: int, temperature: float, top_k: int | None, seed: int
-) -> Iterator[str]:
-    """Continue a prompt; the prompt first, then each piece of text as soon as it is whole characters."""
+def generate_texts(
+    run: Path,
+    step: int | None,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    tokens: int,
+    stops: Sequence[str],
+    seed: int,
+) -> Iterator[tuple[int, str]]:
+    """Continue prompts side by side, each as it would alone, by at most `tokens` tokens.
+
+    Text number n draws from seed + n, and ends before the first of `stops` that it holds.
+
+    Returns:
+        (number of the text, piece of it) as soon as a piece is certain; the prompts first.
+
+    Raises:
+        UserError: as `load_model` and `GrowingText` do.
+    """
     model, config, _ = load_model(run, step)
     tokenizer: Tokenizer = Dataset.open(config.data.path).tokenizer()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ids = tokenizer.encode([prompt])[0].tolist() if prompt else []
-    shown = ""
-    produced: list[int] = []
-    yield prompt
-    for token in generate(
+    texts = [GrowingText(tokenizer.decode, stops) for _ in prompts]
+    encoded = [ids.tolist() if len(ids) else [tokenizer.eos_id] for ids in tokenizer.encode(list(prompts))]
+    generation = Generation(
         model.to(device),
-        torch.tensor(ids or [tokenizer.eos_id], device=device),
-        max_new_tokens=tokens,
-        temperature=temperature,
-        top_k=top_k,
+        [torch.tensor(ids, device=device) for ids in encoded],
+        sampling,
         eos_id=tokenizer.eos_id,
-        generator=torch.Generator(device).manual_seed(seed),
-    ):
-        produced.append(token)
-        text = tokenizer.decode(produced)
-        if text.endswith("\ufffd"):  # a character of several byte pieces, not whole yet
-            continue
-        yield text[len(shown) :]
-        shown = text
+        generators=[torch.Generator(device).manual_seed(seed + number) for number in range(len(prompts))],
+    )
+    yield from enumerate(prompts)
+    for _ in range(tokens):
+        found = generation.step()
+        for number, token in found.items():
+            yield number, texts[number].add(token)
+            if texts[number].ended:
+                generation.end(number)
+        if not found:
+            break
+    yield from ((number, text.finish()) for number, text in enumerate(texts))

@@ -68,6 +68,8 @@ def test_the_rules_see_a_breach(tmp_path: Path) -> None:
         ["checkpoint", "ls", "--help"],
         ["config", "show", "model/tiny"],
         ["config", "presets"],
+        ["model", "params", "--help"],
+        ["model", "flops", "model/tiny", "model.vocab_size=512"],
     ],
     ids=" ".join,
 )

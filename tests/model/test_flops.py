@@ -1,5 +1,6 @@
 """The formula against what torch counts while the real model runs."""
 
+import re
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import Architecture, ModelConfig
 from model.flops import (
+    forward_flops_by_part,
     forward_flops_per_token,
     peak_flops,
     training_flops_per_token,
@@ -59,6 +61,33 @@ def test_the_formula_knows_every_option(name: str) -> None:
     if config.learned_dropout.detach_embed:  # no gradient with respect to the one input of its first map
         training -= 2 * 3 * config.width**2 * tokens
     assert counted(config, 2, backward=True) == training
+
+
+MODULES = {
+    "token table": "token_embed",
+    "attention": r"(encoder|decoder|layers)\.\d+\.attention",
+    "cross attention": r"decoder\.\d+\.cross_attention",
+    "feed forward": r"(encoder|decoder|layers)\.\d+\.ff",
+    "decoder input": "decoder_input",
+    "masks": r"(\w+\.\d+\.)?\w+_dropout",
+    "mask source": "mask_source",
+}
+"""Where each part is computed."""
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_part_is_what_torch_counts_in_its_modules(name: str) -> None:
+    config = variant(name, layers=3, attention="explicit")
+    model = build(config)
+    with FlopCounterMode(display=False) as counter:
+        model(batch_of(config, sequences=1))
+    counted = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    parts = forward_flops_by_part(config)
+    for part, flops in parts.items():
+        stream, _, kind = part.rpartition(": ")
+        modules = [n for n in counted if re.fullmatch(MODULES[kind], n) and n.startswith(stream)]
+        assert sum(counted[n] for n in modules) == flops * config.context, part
+    assert sum(parts.values()) == forward_flops_per_token(config)
 
 
 @pytest.mark.parametrize(("sites", "expected"), [(0, 25_051_136), (2, 31_342_592)])

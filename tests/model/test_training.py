@@ -9,6 +9,7 @@ from model.generate import generate
 from model.interface import IGNORE, Batch
 from model.language_model import LanguageModel
 from model.mask_config import LearnedDropoutConfig
+from model.sampling import Sampling
 from tests.model.helpers import (
     ARCHITECTURES,
     VARIANTS,
@@ -45,7 +46,7 @@ def test_an_overfit_model_recites(architecture: Architecture, enabled: bool) -> 
     assert losses[0] > 2.5
     assert losses[-1] < 0.3
     model.eval()
-    recited = list(generate(model, sequence[:1], max_new_tokens=config.context, temperature=0.0))
+    recited = list(generate(model, sequence[:1], Sampling(temperature=0.0), max_new_tokens=config.context))
     assert recited == sequence[1:].tolist()
 
 

@@ -1,0 +1,87 @@
+"""Tokens a second with a cache, and with the whole window computed for each token, from 16 tokens to a full context.
+
+Exits with 1 when a target is missed.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+
+from model import registry
+from model.config import ModelConfig
+from model.generate import Generation
+from model.language_model import LanguageModel
+from model.sampling import Sampling
+
+CONTEXT, PROMPT = 256, 16
+TARGET = 2.0
+RUNS = 5
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "parallel, 3 layers, width 128": (1, {}),
+    "parallel, 3 layers, width 128, 8 texts": (8, {}),
+    "parallel, 4 layers, width 384": (1, {"layers": 4, "width": 384, "heads": 6}),
+    "parallel, 3 layers, width 128, no masks": (1, {"learned_dropout": {"enabled": False}}),
+    "decoder only, 6 layers, width 128": (1, {"architecture": "decoder_only", "layers": 6}),
+}
+"""Texts side by side, and the model."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print rows as JSON")
+    as_json = parser.parse_args().json
+    torch.set_num_threads(1)
+    rows = [measure(name, texts, options) for name, (texts, options) in CASES.items()]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print("| medians | ratio | at least |\n|---|---|---|")
+        for row in rows:
+            print(f"| {row['name']} | {row['ratio']:.2f} | {row['target']} |")
+    return int(any(row["ratio"] < row["target"] for row in rows))
+
+
+def measure(name: str, texts: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Both ways in turn, each once to warm up."""
+    torch.manual_seed(0)
+    model = registry.build(ModelConfig(vocab_size=4096, context=CONTEXT, **options)).eval()
+    prompts = torch.randint(4096, (texts, PROMPT))
+    with_cache, anew = [], []
+    for run in range(RUNS + 1):
+        seconds = cached(model, prompts), recomputed(model, prompts)
+        if run:
+            with_cache.append(seconds[0])
+            anew.append(seconds[1])
+    tokens = texts * (CONTEXT - PROMPT)
+    fast, slow = (tokens / statistics.median(times) for times in (with_cache, anew))
+    return {
+        "name": f"{name}: cache ({fast:,.0f} tokens/s) / window ({slow:,.0f} tokens/s)",
+        "ratio": fast / slow,
+        "target": TARGET,
+    }
+
+
+def cached(model: LanguageModel, prompts: torch.Tensor) -> float:
+    since = time.perf_counter()
+    generation = Generation(model, list(prompts), Sampling(temperature=0.0))
+    for _ in range(CONTEXT - PROMPT):
+        generation.step()
+    return time.perf_counter() - since
+
+
+@torch.no_grad()
+def recomputed(model: LanguageModel, prompts: torch.Tensor) -> float:
+    since = time.perf_counter()
+    ids = prompts
+    for _ in range(CONTEXT - PROMPT):
+        ids = torch.cat([ids, model(ids)[:, -1].argmax(-1)[:, None]], dim=1)
+    return time.perf_counter() - since
+
+
+if __name__ == "__main__":
+    sys.exit(main())
