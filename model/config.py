@@ -105,6 +105,10 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Standard deviation of W_dec at the start; width^-0.5 unless given (0.02 starves the decoder)."""
     decoder_residual_writes: Literal[2, 3] = 2
     """Maps that write to the decoder's stream start at 0.02 / sqrt(this x layers); a decoder layer writes 3 times."""
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of each label's weight that is spread over the whole vocabulary, in training."""
+    z_loss: float = Field(default=0.0, ge=0.0)
+    """Weight of the mean of log² Z, Z the sum over exp(logits), in training; PaLM took 1e-4."""
     encoder_loss: EncoderLossConfig = EncoderLossConfig()
     learned_dropout: LearnedDropoutConfig = LearnedDropoutConfig()
     l0: L0Config = L0Config()

@@ -32,7 +32,7 @@ class Transformed(NamedTuple):
     """What an architecture gives."""
 
     x: Tensor
-    """[B, T, C], before the final norm; vector t depends on tokens up to t only."""
+    """[B, T, C], before the final norm or after it; vector t depends on tokens up to t only."""
     statistics: Statistics
     encoder_loss: dict[str, Tensor]
     """In training, where it is on; else empty."""
@@ -73,11 +73,18 @@ class LanguageModel(Cached):
         if isinstance(inputs, Tensor):
             return self.predict(inputs, None)[0]
         keys = sample_keys(inputs.seed, inputs.step, inputs.samples) if self.training else None
-        logits, statistics, encoder_loss = self.predict(inputs.input_ids, keys)
-        return objective(logits, inputs, statistics, encoder_loss, self.config, self.training)
+        x, statistics, encoder_loss = self.hidden(inputs.input_ids, keys)
+        smoothing, z_weight = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
+        tokens = self.token_embed(x, inputs.labels, smoothing, z_weight)
+        return objective(tokens, inputs, statistics, encoder_loss, self.config, self.training)
 
     def predict(self, input_ids: Tensor, keys: Tensor | None) -> tuple[Tensor, Statistics, dict[str, Tensor]]:
         """Logits [B, T, V] of input_ids [B, T], T <= context; statistics and encoder loss as in `Transformed`."""
+        x, statistics, encoder_loss = self.hidden(input_ids, keys)
+        return self.token_embed(x), statistics, encoder_loss
+
+    def hidden(self, input_ids: Tensor, keys: Tensor | None) -> Transformed:
+        """What the head reads, x [B, T, C], of input_ids [B, T], T <= context."""
         length = input_ids.shape[1]
         if length > self.config.context:
             raise ValueError(f"{length} tokens do not fit a context of {self.config.context}")
@@ -90,7 +97,7 @@ class LanguageModel(Cached):
             x = self.output_norm(x - next_positions)
         if self.cache is not None:
             x = x[:, -1:]  # nothing else is asked of the head, which is large
-        return self.token_embed(x), embed_statistics | statistics, encoder_loss
+        return Transformed(x, embed_statistics | statistics, encoder_loss)
 
     def _with_positions(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, T, C] with their positions, and the position vectors one further where they are used."""

@@ -4,9 +4,12 @@ Weights are drawn from torch's global generator when a module is made: seed it w
 every rank, before building.
 """
 
+from typing import overload
+
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.chunked_loss import TokenLoss, token_loss
 from model.config import ModelConfig
 
 INIT_STD = 0.02
@@ -41,9 +44,22 @@ class TiedEmbedding(Embedding):
     One module for both, so that ZeRO-3 gathers the table where it is used.
     """
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """ids [B, T] int64 -> vectors [B, T, C]; vectors [B, T, C] -> logits [B, T, V]."""
-        return functional.linear(inputs, self.weight) if inputs.is_floating_point() else super().forward(inputs)
+    @overload
+    def forward(self, inputs: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, inputs: Tensor, labels: Tensor, smoothing: float, z_weight: float) -> TokenLoss: ...
+    def forward(
+        self, inputs: Tensor, labels: Tensor | None = None, smoothing: float = 0.0, z_weight: float = 0.0
+    ) -> Tensor | TokenLoss:
+        """ids [B, T] int64 -> vectors [B, T, C]; vectors [B, T, C] -> logits [B, T, V], or their loss.
+
+        With labels [B, T] the logits are made by chunks and never returned; see `token_loss`.
+        """
+        if not inputs.is_floating_point():
+            return super().forward(inputs)
+        if labels is None:
+            return functional.linear(inputs, self.weight)
+        return token_loss(inputs, self.weight, labels, smoothing, z_weight)
 
 
 def stream_norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:

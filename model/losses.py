@@ -1,31 +1,13 @@
-"""Cross entropy, the penalties on masks, and the schedule of their weights."""
+"""The penalties on masks, and the schedule of their weights."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from model.interface import IGNORE
 from model.mask_config import PenaltyConfig
 
 _EPS = 1e-6
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labels that are not IGNORE, in nats, in fp32; 0 when there is none.
-
-    Args:
-        logits: [B, T, V], any float type.
-        labels: [B, T] int64.
-
-    Returns:
-        0-d float32.
-    """
-    total = functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-    return total / (labels != IGNORE).sum().clamp(min=1)
 
 
 def entropy(mask: Tensor, kind: Literal["shannon", "complement", "binary"]) -> Tensor:

@@ -3,28 +3,31 @@
 import torch
 from torch import Tensor
 
+from model.chunked_loss import TokenLoss
 from model.config import ModelConfig
 from model.dropout import Statistics
 from model.interface import Batch, ModelOutput
-from model.losses import cross_entropy, weight_at
+from model.losses import weight_at
 from model.mask_config import PenaltyConfig
 
 
 def objective(
-    logits: Tensor,
+    tokens: TokenLoss,
     batch: Batch,
     statistics: Statistics,
     encoder_loss: dict[str, Tensor],
     config: ModelConfig,
     training: bool,
 ) -> ModelOutput:
-    """Cross entropy of the logits [B, T, V]; in training plus the penalties, averaged over the masks.
+    """The loss of the tokens; in training plus the penalties, averaged over the masks.
 
     Every mask counts alike. In evaluation the penalties are told but do not enter the loss. `encoder_loss` is what
     `EncoderLoss` gives, in training where it is on; else empty.
     """
-    loss = ce = cross_entropy(logits, batch.labels)
-    metrics = {"cross_entropy": ce}
+    loss = tokens.loss
+    metrics = {"cross_entropy": tokens.cross_entropy}
+    if config.z_loss:
+        metrics["z_loss"] = tokens.z_loss
     if statistics:
         masks = list(statistics.values())
         mean = {name: torch.stack([mask[name] for mask in masks]).mean() for name in masks[0]}

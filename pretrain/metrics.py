@@ -27,6 +27,7 @@ NAMES = {
     "l0": "penalty/l0",
     "l0_weight": "penalty/l0_weight",
     "encoder_loss": "loss/encoder",
+    "z_loss": "loss/z",
 }
 """What the model calls a metric and where a reader finds it; all others are the gates'."""
 SLOW = 1.2

@@ -291,13 +291,13 @@ def slow_rank(ranks: Ranks, args: list[str], slow: int, seconds: float) -> int:
     """A run in which one rank's forward pass takes longer."""
     from pretrain import trainer
 
-    original = LanguageModel.predict
+    original = LanguageModel.hidden
 
-    def predict(model: LanguageModel, *rest: Any) -> Any:
+    def hidden(model: LanguageModel, *rest: Any) -> Any:
         time.sleep(seconds if ranks.rank == slow else 0.0)
         return original(model, *rest)
 
-    LanguageModel.predict = predict  # type: ignore[method-assign,assignment]
+    LanguageModel.hidden = hidden  # type: ignore[method-assign,assignment]
     return trainer.train(load(args), ranks, StopRequest(), time.time())
 
 

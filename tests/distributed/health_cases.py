@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model import language_model
-from model.interface import Batch, ModelOutput
+from model.interface import Batch
+from model.language_model import LanguageModel
 from pretrain import health, recorder, trainer, trends
 from pretrain.config import load
 from pretrain.distributed import Ranks
@@ -50,26 +50,30 @@ def run(
     def meets(samples: tuple[int, ...], batch: Batch) -> bool:
         return bool(set(samples) & set(batch.samples.tolist()))
 
-    original, build = language_model.objective, trainer.registry.build
+    factor, build = 1.0, trainer.registry.build
 
-    def objective(logits: torch.Tensor, batch: Batch, *rest: Any) -> ModelOutput:
-        nonlocal poisoned
-        training = rest[-1]
-        if training:
+    def look(model: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal poisoned, factor
+        factor = 1.0
+        if model.training:
+            (batch,) = args
             if killed_by in batch.samples.tolist():
                 os.kill(os.getpid(), signal.SIGKILL)
             poisoned = meets(nan_gradient, batch)
-            logits = logits * (100 if meets(spike, batch) else 1) * (torch.nan if meets(nan_loss, batch) else 1)
-        return original(logits, batch, *rest)
+            factor = (100.0 if meets(spike, batch) else 1.0) * (torch.nan if meets(nan_loss, batch) else 1.0)
 
-    def build_poisoned(config: Any) -> language_model.LanguageModel:
+    def scale_logits(head: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (args[0] * factor, *args[1:]) if args[0].is_floating_point() else None
+
+    def build_poisoned(config: Any) -> LanguageModel:
         model = build(config)
+        model.register_forward_pre_hook(look)
+        model.token_embed.register_forward_pre_hook(scale_logits)
         model.get_parameter("final_norm.weight").register_hook(
             lambda gradient: gradient * torch.nan if poisoned else None
         )
         return model
 
-    language_model.objective = objective  # type: ignore[assignment]
     trainer.registry.build = build_poisoned
     if sabotage == "look at nothing again":
         health.diagnose = lambda step, *rest: Diagnosis(step, [], ranks.world_size)
@@ -147,17 +151,17 @@ def never_gives_the_lock_away(ranks: Ranks, logs: str) -> list[str]:
 def leaking(ranks: Ranks, args: list[str], slow: float, leak_mib: int) -> list[tuple[str, str]]:
     """Rank 1 takes `slow` seconds more for each forward pass and keeps some memory after each step."""
     kept: list[bytes] = []
-    after_step, original = health.Health.after_step, language_model.LanguageModel.predict
+    after_step, original = health.Health.after_step, LanguageModel.hidden
 
     def leak(self: health.Health, *rest: Any) -> None:
         after_step(self, *rest)
         kept.append(os.urandom(1 << 20) * leak_mib if ranks.rank == 1 else b"")
 
-    def predict(model: language_model.LanguageModel, *rest: Any) -> Any:
+    def hidden(model: LanguageModel, *rest: Any) -> Any:
         time.sleep(slow if ranks.rank == 1 else 0.0)
         return original(model, *rest)
 
     trends.SLOW_SECONDS = 0.0
     health.Health.after_step = leak  # type: ignore[method-assign,assignment]
-    language_model.LanguageModel.predict = predict  # type: ignore[method-assign,assignment]
+    LanguageModel.hidden = hidden  # type: ignore[method-assign,assignment]
     return train(ranks, args)

@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "encoder_loss": {"kind": "log_cosine", "affine": True, "detach": "embedding"},
         **_OFF,
     },
+    "smoothed": {"label_smoothing": 0.1, "z_loss": 0.01},
     "dropout": {"dropout": 0.2, "bias": True},
     "dropout_decoder": {**_ALONE, **_OFF, "dropout": 0.2, "norm_position": "post", "attention": "explicit"},
     "dropout_modern": {**_MODERN, **_OFF, "dropout": 0.1, "attention_dropout": 0.3},

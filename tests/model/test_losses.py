@@ -1,4 +1,4 @@
-"""Cross entropy, penalties and their schedule."""
+"""Penalties and their schedule."""
 
 import math
 from typing import Any, Literal
@@ -7,10 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from model.interface import IGNORE
-from model.losses import cross_entropy, entropy, l1, weight_at
+from model.losses import entropy, l1, weight_at
 from model.mask_config import EntropyConfig, L1Config
 
 KINDS: tuple[Literal["shannon", "complement", "binary"], ...] = ("shannon", "complement", "binary")
@@ -68,23 +66,3 @@ def test_schedule(penalty: EntropyConfig | L1Config, step: int, expected: float)
     weight = weight_at(torch.tensor(step), penalty)
     assert weight.dtype == torch.float32
     assert weight.item() == pytest.approx(expected)
-
-
-def test_cross_entropy_counts_only_labels_that_count() -> None:
-    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
-    labels = torch.randint(0, 7, (2, 5))
-    labels[0, 1:] = IGNORE
-    chosen = [(0, 0), *((1, t) for t in range(5))]
-    expected = -torch.stack([logits[b, t].log_softmax(-1)[labels[b, t]] for b, t in chosen]).mean()
-    torch.testing.assert_close(cross_entropy(logits, labels), expected)
-    assert cross_entropy(logits.bfloat16(), labels).dtype == torch.float32
-
-
-def test_cross_entropy_of_nothing_is_zero_with_zero_gradient() -> None:
-    logits = torch.randn(2, 5, 7, requires_grad=True)
-    loss = cross_entropy(logits, torch.full((2, 5), IGNORE))
-    loss.backward()
-    gradient: Tensor | None = logits.grad
-    assert loss == 0
-    assert gradient is not None
-    assert (gradient == 0).all()
