@@ -7,12 +7,12 @@ _PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 _OTHER_BOARDS = ("H100 PCIe", "H100 NVL", "H200 NVL", "MIG")
 
 
-def forward_flops_per_token(config: ModelConfig) -> int:
-    """FLOPs of a forward pass over a full context, for each token of it; 2 for a multiplication with addition.
+def forward_flops(config: ModelConfig) -> int:
+    """FLOPs of a forward pass over a sample of a full context; 2 for a multiplication with addition.
 
     Matrix products only, and attention over the full T x T square, of which a causal model needs half (the convention
     of PaLM, arXiv:2204.02311, appendix B). With width C, context T, vocabulary V, feed forward of width F (three maps
-    for SwiGLU), and g heads of queries to one of keys:
+    for SwiGLU), and g heads of queries to one of keys, for each token:
 
         attention                  2 (2 + 2 / g) C² + 4 T C
         feed forward               2 (2 or 3) F C
@@ -24,27 +24,50 @@ def forward_flops_per_token(config: ModelConfig) -> int:
     The decoder's input map adds 2 C². For L layers of the defaults that is
 
         parallel encoder-decoder   2 (L (28 + 3 n) C² + C² + V C) + 4 (3 + n) L T C    with n masks in a pair of layers
-        decoder only               2 (L (12 + 3 n) C² + V C)      + 4 (1 + n) L T C    with n masks in a layer
+        decoder or encoder only    2 (L (12 + 3 n) C² + V C)      + 4 (1 + n) L T C    with n masks in a layer
+
+    An encoder-decoder of two sequences reads S tokens and predicts U of them (`ModelConfig.lengths`); its cross
+    attention costs 4 C² a token of U, 4 C² / g a token of S, and 4 S U C.
     """
     assert config.vocab_size is not None
     width = config.width
-    square, weights = 2 * width**2, 4 * config.context * width
-    attention = square * 2 + square * 2 // config.queries_per_kv_head + weights
-    feed_forward = 2 * (3 if config.ff == "swiglu" else 2) * config.hidden_width * width
-    total = 2 * config.vocab_size * width
-    if config.architecture == "decoder_only":
-        total += config.layers * (attention + feed_forward)
-    else:
-        total += config.num_encoder_layers * (attention + feed_forward)
-        total += config.layers * (2 * attention + feed_forward) + square
+    inputs, targets = config.lengths
+    square = 2 * width**2
+    shared = square * 2 // config.queries_per_kv_head
+
+    def own(tokens: int) -> int:  # a layer's self attention and feed forward
+        feed_forward = 2 * (3 if config.ff == "swiglu" else 2) * config.hidden_width * width
+        return tokens * (2 * square + shared + feed_forward) + 4 * tokens**2 * width
+
+    def mask(tokens: int) -> int:
+        return tokens * 3 * square + 4 * tokens**2 * width
+
+    cross = targets * 2 * square + inputs * shared + 4 * inputs * targets * width
+    decoder_layers = config.num_decoder_layers or config.layers - config.num_encoder_layers
+    total = config.num_encoder_layers * own(inputs) + decoder_layers * own(targets)
+    total += config.num_decoder_layers * cross + targets * 2 * config.vocab_size * width
+    if config.architecture == "parallel_encoder_decoder":
+        total += targets * square
+    sites = config.dropout_sites
     if config.learned_dropout.source != "elementwise":
-        total += config.num_masks(config.dropout_sites) * (3 * square + weights)
-    if config.learned_dropout.source == "embed" and config.dropout_sites:
-        total += 4 * square + weights
+        on_inputs = config.num_masks(tuple(site for site in sites if site in ("enc_ff", "enc_sa")))
+        on_targets = config.num_masks(tuple(site for site in sites if site in ("dec_ff", "dec_sa", "cross")))
+        total += on_inputs * mask(inputs) + on_targets * mask(targets)
+    embedded = (inputs, targets) if config.architecture == "encoder_decoder" else (inputs,)
+    for tokens in embedded:
+        if "embed" in sites and config.learned_dropout.source != "elementwise":
+            total += mask(tokens)
+        if sites and config.learned_dropout.source == "embed":
+            total += mask(tokens) + tokens * square
     return total
 
 
-def training_flops_per_token(config: ModelConfig) -> int:
+def forward_flops_per_token(config: ModelConfig) -> float:
+    """`forward_flops` over the tokens of a context; a whole number but for an encoder-decoder of two sequences."""
+    return forward_flops(config) / config.context
+
+
+def training_flops_per_token(config: ModelConfig) -> float:
     """Three times the forward pass: the backward pass computes two products for each one (PaLM, appendix B)."""
     return 3 * forward_flops_per_token(config)
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import ConfigError
+from model.config import ModelConfig
 from model.language_model import LanguageModel
 
 
@@ -28,8 +30,10 @@ def generate(
         generator: source of the draws, on the model's device.
 
     Raises:
+        ConfigError: the model is not causal, so it does not continue a text.
         ValueError: the prompt is empty.
     """
+    check_continues(model.config)
     if not len(prompt_ids):
         raise ValueError("a prompt needs at least one token")
     ids = prompt_ids
@@ -41,6 +45,16 @@ def generate(
             return
         yield value
         ids = torch.cat([ids, token])
+
+
+def check_continues(config: ModelConfig) -> None:
+    """Raises ConfigError for a model that cannot continue a prompt."""
+    if config.architecture == "encoder_only":
+        raise ConfigError("encoder_only fills masked places from both sides: it has no next token to draw")
+    if config.architecture == "encoder_decoder":
+        raise ConfigError(
+            "encoder_decoder was trained to write the spans that are missing in a text, not to continue a prompt"
+        )
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -7,9 +7,9 @@ _BASE = 10_000.0
 
 
 def _angles(positions: Tensor, pairs: int) -> Tensor:
-    """Positions [T] int64 -> p / 10000^(i / pairs), [T, pairs] float32."""
+    """Positions [..., T] int64 -> p / 10000^(i / pairs), [..., T, pairs] float32."""
     exponents = torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs
-    return positions[:, None] * _BASE**-exponents
+    return positions[..., None] * _BASE**-exponents
 
 
 def sinusoid(positions: Tensor, width: int) -> Tensor:
@@ -18,13 +18,13 @@ def sinusoid(positions: Tensor, width: int) -> Tensor:
     "Attention Is All You Need", section 3.5.
 
     Args:
-        positions: [T] int64.
+        positions: [..., T] int64.
 
     Returns:
-        [T, C] float32.
+        [..., T, C] float32.
     """
     angles = _angles(positions, width // 2 + width % 2)
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[:, :width]
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., :width]
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
@@ -34,13 +34,13 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         x: queries or keys [B, T, H, d], d even.
-        positions: [T] int64.
+        positions: [T] or [B, T] int64.
 
     Returns:
         [B, T, H, d], of x's type; computed in float32 at least.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
-    angles = _angles(positions, x.shape[-1] // 2).to(exact)[:, None]
+    angles = _angles(positions, x.shape[-1] // 2).to(exact)[..., None, :]
     sin, cos = angles.sin(), angles.cos()
     first, second = x.to(exact).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -8,13 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import Architecture, ModelConfig
 from model.flops import (
+    forward_flops,
     forward_flops_per_token,
     peak_flops,
     training_flops_per_token,
     utilisation_per_token,
 )
 from model.mask_config import LearnedDropoutConfig
-from tests.model.helpers import ARCHITECTURES, VARIANTS, batch_of, build, variant
+from tests.model.helpers import ARCHITECTURES, EVERY, batch_of, build, variant
 
 SHAPES: list[dict[str, Any]] = [
     {"layers": 3, "width": 64, "heads": 4, "context": 32, "vocab_size": 100},
@@ -49,13 +50,14 @@ def test_the_formula_is_what_torch_counts(architecture: Architecture, shape: dic
     assert counted(config, 2, backward=True) == training_flops_per_token(config) * tokens
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_formula_knows_every_option(name: str) -> None:
-    changes: dict[str, Any] = {"attention": "auto"} if VARIANTS[name].get("attention") == "flash" else {}
+    changes: dict[str, Any] = {"attention": "auto"} if EVERY[name].get("attention") == "flash" else {}
     config = variant(name, layers=3, **changes)
     tokens = 2 * config.context
-    assert counted(config, 2, backward=False) == forward_flops_per_token(config) * tokens
-    training = training_flops_per_token(config) * tokens
+    forward = 2 * forward_flops(config)
+    assert counted(config, 2, backward=False) == forward == pytest.approx(forward_flops_per_token(config) * tokens)
+    training = 3 * forward
     if config.learned_dropout.detach_embed:  # no gradient with respect to the one input of its first map
         training -= 2 * 3 * config.width**2 * tokens
     assert counted(config, 2, backward=True) == training
