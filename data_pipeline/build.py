@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,7 +185,9 @@ def _tokenizer_facts(tokenizer: Tokenizer, model_type: str) -> TokenizerFacts:
 
 
 @dataclass
-class _SplitOutput:
+class _Output:
+    """The stream of one source in one split, and what went into it."""
+
     writer: ShardWriter
     documents: int = 0
     bytes: int = 0
@@ -203,14 +205,21 @@ class _SplitOutput:
         if piece.ends:
             self.writer.append(eos, False)
 
-    def facts(self, split: Split, shards: list[WrittenShard]) -> SplitFacts:
-        return SplitFacts(
-            tokens=sum(shard.tokens for shard in shards),
-            documents=self.documents,
-            bytes=self.bytes,
-            unknown=self.unknown,
-            byte_counts=self.byte_counts.tolist() if split == "validation" else None,
-        )
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.writer.shards)
+
+
+def _split_facts(split: Split, outputs: Iterable[_Output]) -> SplitFacts:
+    outputs = list(outputs)
+    byte_counts = np.sum([output.byte_counts for output in outputs], axis=0)
+    return SplitFacts(
+        tokens=sum(output.tokens for output in outputs),
+        documents=sum(output.documents for output in outputs),
+        bytes=sum(output.bytes for output in outputs),
+        unknown=sum(output.unknown for output in outputs),
+        byte_counts=byte_counts.tolist() if split == "validation" else None,
+    )
 
 
 def _write(
@@ -225,24 +234,40 @@ def _write(
         "eos_id": str(tokenizer.eos_id),
         "tokenizer_sha256": tokenizer.sha256,
     }
-    outputs = {
-        split: _SplitOutput(ShardWriter(work, split[0], config.shard_tokens, dtype, metadata)) for split in SPLITS
-    }
+    outputs: dict[Split, dict[str, _Output]] = {split: {} for split in SPLITS}
+
+    def begin(source: str) -> None:
+        """Streams of the sources before are complete."""
+        for split in SPLITS:
+            for output in outputs[split].values():
+                output.writer.finish()
+            first = sum(len(output.writer.shards) for output in outputs[split].values())
+            writer = ShardWriter(work, split[0], config.shard_tokens, dtype, metadata, first)
+            outputs[split][source] = _Output(writer)
+
     counts: dict[str, ReadCounts] = {}
     try:
-        _tokenize(corpus, counts, tokenizer, outputs)
-        written = {split: output.writer.finish() for split, output in outputs.items()}
+        _tokenize(corpus, counts, tokenizer, outputs, begin)
+        for split in SPLITS:
+            for output in outputs[split].values():
+                output.writer.finish()
     finally:
-        for output in outputs.values():
-            output.writer.abort()
-    for split, output in outputs.items():
-        if not output.documents:
+        for split in SPLITS:
+            for output in outputs[split].values():
+                output.writer.abort()
+    for split in SPLITS:
+        if not any(output.documents for output in outputs[split].values()):
             raise DataError(
                 f"no text fell into the {split} split (data.split.rule={config.split.rule}, "
                 f"fraction={config.split.fraction}, {sum(tally.documents for tally in counts.values())} documents): "
                 "for few documents use data.split.rule=tail, else another fraction"
             )
-    shards = [_name(shard, split, work) for split in SPLITS for shard in written[split]]
+    shards = [
+        _name(shard, split, name, work)
+        for split in SPLITS
+        for name, output in outputs[split].items()
+        for shard in output.writer.shards
+    ]
     rule = {**config.split.model_dump(include={"rule", "fraction"}), "seed": config.seed, "cut": CUT_RULE}
     return Manifest(
         fingerprint=fingerprint(facts, dtype.name, rule, shards),
@@ -257,25 +282,37 @@ def _write(
                 inputs=[InputFile(path=path, bytes=size, xxh3=digest) for path, size, digest in files],
                 documents=tally.documents,
                 bytes=tally.bytes,
+                tokens={split: outputs[split][name].tokens for split in SPLITS},
+                split_documents={split: outputs[split][name].documents for split in SPLITS},
+                split_bytes={split: outputs[split][name].bytes for split in SPLITS},
                 dropped=dict(tally.dropped),
                 replaced=tally.replaced,
             )
             for (name, tally), files in zip(counts.items(), inputs, strict=True)
         ],
         shards=shards,
-        splits={split: output.facts(split, written[split]) for split, output in outputs.items()},
+        splits={split: _split_facts(split, outputs[split].values()) for split in SPLITS},
     )
 
 
 def _tokenize(
-    corpus: Corpus, counts: dict[str, ReadCounts], tokenizer: Tokenizer, outputs: dict[Split, _SplitOutput]
+    corpus: Corpus,
+    counts: dict[str, ReadCounts],
+    tokenizer: Tokenizer,
+    outputs: dict[Split, dict[str, _Output]],
+    begin: Callable[[str], None],
 ) -> None:
     threads = min(os.cpu_count() or 1, _MAX_THREADS)
     eos = np.array([tokenizer.eos_id])
+    pending = [source.name for source in corpus.sources]
     for group in _groups(corpus.pieces("tokenize", counts)):
         encoded = tokenizer.encode([piece.text for piece in group], threads)
         for piece, ids in zip(group, encoded, strict=True):
-            outputs[piece.split].add(piece, ids, eos, tokenizer.unk_id)
+            while piece.source not in outputs["train"]:
+                begin(pending.pop(0))
+            outputs[piece.split][piece.source].add(piece, ids, eos, tokenizer.unk_id)
+    for source in pending:
+        begin(source)
 
 
 def _groups(pieces: Iterator[SplitPiece]) -> Iterator[list[SplitPiece]]:
@@ -291,13 +328,14 @@ def _groups(pieces: Iterator[SplitPiece]) -> Iterator[list[SplitPiece]]:
         yield group
 
 
-def _name(shard: WrittenShard, split: Split, work: Path) -> ShardFacts:
+def _name(shard: WrittenShard, split: Split, source: str, work: Path) -> ShardFacts:
     """Renames a shard after its content, so that no cache can take an old one for it."""
     named = shard.path.with_name(f"{shard.path.stem}-{shard.xxh3_128[:8]}.arrow")
     shard.path.rename(named)
     return ShardFacts(
         path=f"{split}/{named.name}",
         split=split,
+        source=source,
         tokens=shard.tokens,
         documents=shard.documents,
         batches=shard.batches,

@@ -13,6 +13,11 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     object a line; any other is plain text, one document a file. Either may also end in .gz or .zst."""
     text_key: str = "text"
     """Key of the text in a JSONL object."""
+    weight: float = Field(default=1.0, gt=0.0)
+    """Share of the training samples that come from this source, beside the weights of the others. Read by `duet train`;
+    the dataset does not depend on it."""
+    repeat: float | None = Field(default=None, gt=0.0)
+    """At most this many epochs of this source; without it as many as its weight asks for. Read by `duet train`."""
 
 
 class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
@@ -71,4 +76,13 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds the tokenizer's sample and the hash split."""
     shard_tokens: int = Field(default=128 * 2**20, ge=1024)
-    """Tokens in a shard (the last of a split may hold fewer)."""
+    """Tokens in a shard (the last of a source in a split may hold fewer)."""
+    weights: dict[str, float] = {}
+    """Shares of the training samples by source, instead of the sources' own `weight`; a source left out is not read."""
+    order: Literal["global", "block"] = "global"
+    """`global`: any window of a source may come next, which suits local disks; `block`: those of 16 shards at a time,
+    each record batch compared with its hash when it is first read."""
+    exhausted: Literal["stop", "drop"] = "stop"
+    """When a source has been read as often as its `repeat` allows: an error before training, or go on without it."""
+    phase: int = Field(default=1, ge=1)
+    """Raise it by one to go on with other data, weights or order in the same run: the change begins a new phase."""

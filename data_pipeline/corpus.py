@@ -29,6 +29,7 @@ class SplitPiece(NamedTuple):
     """Whether this is the document's first piece on this side."""
     ends: bool
     """Whether the document ends here. A `tail` cut inside a document is not an end."""
+    source: str
 
 
 class Corpus:
@@ -73,13 +74,13 @@ class Corpus:
         for source, pieces in self._read(stage, counts):
             if self.config.split.rule == "hash":
                 threshold = Fraction(str(self.config.split.fraction)) * 2**64
-                yield from _split_hash(pieces, self.config.seed, threshold)
+                yield from _split_hash(pieces, self.config.seed, threshold, source.name)
             elif self.config.split.rule == "given":
-                yield from _label(pieces, "validation" if source.name == GIVEN else "train")
+                yield from _label(pieces, "validation" if source.name == GIVEN else "train", source.name)
             else:
                 assert self._text_bytes is not None
                 share = 1 - Fraction(str(self.config.split.fraction))
-                yield from _split_tail(pieces, int(self._text_bytes[source.name] * share))
+                yield from _split_tail(pieces, int(self._text_bytes[source.name] * share), source.name)
 
     def _read(self, stage: str, counts: dict[str, ReadCounts]) -> Iterator[tuple[Source, Iterator[Piece]]]:
         done = 0
@@ -103,24 +104,24 @@ class Corpus:
         return {name: tally.bytes for name, tally in counts.items()}
 
 
-def _label(pieces: Iterable[Piece], split: Split) -> Iterator[SplitPiece]:
+def _label(pieces: Iterable[Piece], split: Split, source: str) -> Iterator[SplitPiece]:
     starts = True
     for piece in pieces:
-        yield SplitPiece(split, piece.text, starts, not piece.continues)
+        yield SplitPiece(split, piece.text, starts, not piece.continues, source)
         starts = not piece.continues
 
 
-def _split_hash(pieces: Iterable[Piece], seed: int, threshold: Fraction) -> Iterator[SplitPiece]:
+def _split_hash(pieces: Iterable[Piece], seed: int, threshold: Fraction, source: str) -> Iterator[SplitPiece]:
     """Held out if xxh3_64 of the document's first piece is below `threshold`: exact duplicates stay on one side."""
     starts, split = True, SPLITS[0]
     for piece in pieces:
         if starts:
             split = SPLITS[xxhash.xxh3_64_intdigest(piece.text.encode(), seed=seed) < threshold]
-        yield SplitPiece(split, piece.text, starts, not piece.continues)
+        yield SplitPiece(split, piece.text, starts, not piece.continues, source)
         starts = not piece.continues
 
 
-def _split_tail(pieces: Iterable[Piece], train_bytes: int) -> Iterator[SplitPiece]:
+def _split_tail(pieces: Iterable[Piece], train_bytes: int, source: str) -> Iterator[SplitPiece]:
     """The first `train_bytes` UTF-8 bytes (rounded down to a character) train, the rest is held out."""
     position = 0
     starts = dict.fromkeys(SPLITS, True)
@@ -133,7 +134,7 @@ def _split_tail(pieces: Iterable[Piece], train_bytes: int) -> Iterator[SplitPiec
         for split, part in zip(SPLITS, (encoded[:room], encoded[room:]), strict=True):
             if part:
                 ends = not piece.continues and (split == "validation" or room == len(encoded))
-                yield SplitPiece(split, part.decode(), starts[split], ends)
+                yield SplitPiece(split, part.decode(), starts[split], ends, source)
                 starts[split] = False
         if not piece.continues:
             starts = dict.fromkeys(SPLITS, True)

@@ -1,23 +1,29 @@
 """A finished dataset: opened lazily, checked cheaply, read without copies until the batch itself."""
 
+import hashlib
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import xxhash
 
-from data_pipeline.corpus import Split
+from data_pipeline.corpus import SPLITS, Split
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import Manifest, ShardFacts
+from data_pipeline.manifest import Manifest, ShardFacts, SourceFacts
 from data_pipeline.shards import Shard
 from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.windows import Windows
 
 TOKENIZER = "tokenizer"
 MODEL = "spm.model"
-_MAX_OPEN_SHARDS = 1024  # Each is a memory map, of which Linux allows a process 65,530.
+_MAX_OPEN_SHARDS = 64
+_FOOTERS_AT_START = 1024
+_MEND = "restore it from a copy, or run `duet data build --overwrite`"
 
 
 class Dataset:
@@ -31,15 +37,50 @@ class Dataset:
         self._pid = os.getpid()
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Checks existence, size, footer and batch count of every shard (50 us each), not their contents.
+    def open(cls, path: str | Path, check: bool = True) -> Self:
+        """Reads the manifest; with `check`, looks at the shards, not at their contents.
+
+        Existence and size of all (2 us each); footer and batch count of the first 1,024 (100 us each), of others when
+        they are first read.
 
         Raises DataError when there is no dataset, or a shard is missing, truncated or has a damaged footer.
         """
         dataset = cls(Path(path), Manifest.load(Path(path)))
-        for shard in dataset.manifest.shards:
-            dataset._check_frame(shard)
+        if check:
+            for shard in dataset.manifest.shards:
+                dataset._check_size(shard)
+            for shard in dataset.manifest.shards[:_FOOTERS_AT_START]:
+                dataset._open_shard(shard)
         return dataset
+
+    def sources(self) -> dict[str, SourceFacts]:
+        """The sources with tokens to train on, by name, in the order of the manifest."""
+        return {source.name: source for source in self.manifest.sources if source.tokens.get("train")}
+
+    def shards_of(self, split: Split, source: str | None = None) -> list[ShardFacts]:
+        """The shards of a split in stream order, of one source or of all."""
+        return self._streams[split, source]
+
+    @cached_property
+    def _streams(self) -> dict[tuple[Split, str | None], list[ShardFacts]]:
+        """Made in one pass, since there may be many sources and shards."""
+        streams: dict[tuple[Split, str | None], list[ShardFacts]] = {}
+        for source in (None, *(source.name for source in self.manifest.sources)):
+            streams |= {(split, source): [] for split in SPLITS}
+        for shard in self.manifest.shards:
+            streams[shard.split, None].append(shard)
+            streams[shard.split, shard.source].append(shard)
+        return streams
+
+    def stream_fingerprint(self, source: str) -> str:
+        """Names the training tokens of a source, whatever else is in the dataset: keys the order of its samples."""
+        manifest = self.manifest
+        if manifest.format == 1:  # whose runs know one stream, by the name of the dataset
+            return manifest.fingerprint
+        digest = hashlib.sha256(f"{manifest.tokenizer.sha256} {manifest.dtype}".encode())
+        for shard in self.shards_of("train", source):
+            digest.update(f" {shard.tokens} {shard.xxh3_128}".encode())
+        return digest.hexdigest()
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of this dataset. Raises DataError if the file there is missing or another one."""
@@ -52,60 +93,103 @@ class Dataset:
             )
         return tokenizer
 
-    def windows(self, split: Split, context: int, partial: bool = False) -> "Windows":
-        """Windows of `context` predictions over the stream of `split`; see Windows.
+    def windows(
+        self, split: Split, context: int, partial: bool = False, source: str | None = None, check: bool = False
+    ) -> Windows:
+        """Windows of `context` predictions over the stream of `split`, of one source or of all; see Windows.
 
-        Raises DataError when the split is too small for one.
+        Raises DataError when the stream is too small for one.
         """
-        return Windows(self, split, context, partial)
+        return Windows(self, split, context, partial, source, check)
 
-    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Reads everything and compares all hashes; `progress` is called with (bytes done, bytes in all).
+    def verify(self, progress: Callable[[int, int], None] | None = None, threads: int = 4) -> None:
+        """Reads everything, compares all hashes, counts what is there; `progress` gets (bytes done, bytes in all).
 
         Raises DataError that names the first damaged, swapped or missing file, and the place in it.
         """
         self.tokenizer()
         total = sum(shard.bytes for shard in self.manifest.shards)
         done = 0
-        for shard in self.manifest.shards:
-            self._check_frame(shard)
-            digest = xxhash.xxh3_128()
-            with open(self.path / shard.path, "rb") as file:
-                while chunk := file.read(2**22):
-                    digest.update(chunk)
-                    done += len(chunk)
-                    if progress is not None:
-                        progress(done, total)
-            if digest.hexdigest() != shard.xxh3_128:
-                self._explain(shard, digest.hexdigest())
+        lock = threading.Lock()
+        failed = threading.Event()
+
+        def advance(size: int) -> None:
+            nonlocal done
+            with lock:
+                done += size
+                if progress is not None:
+                    progress(done, total)
+
+        def check(shard: ShardFacts) -> DataError | None:
+            try:
+                if not failed.is_set():
+                    self._verify_shard(shard, advance)
+            except DataError as error:
+                failed.set()
+                return error
+            return None
+
+        with ThreadPoolExecutor(threads) as pool:
+            errors = [error for error in pool.map(check, self.manifest.shards) if error is not None]
+        if errors:
+            raise errors[0]
+
+    def _verify_shard(self, shard: ShardFacts, advance: Callable[[int], None]) -> None:
+        self._check_size(shard)
+        opened = self._open_shard(shard)
+        digest = xxhash.xxh3_128()
+        with open(self.path / shard.path, "rb") as file:
+            while chunk := file.read(2**22):
+                digest.update(chunk)
+                advance(len(chunk))
+        if digest.hexdigest() != shard.xxh3_128:
+            self._explain(shard, digest.hexdigest())
+        tokens = documents = 0
+        for batch in range(opened.num_batches):
+            ids = opened.tokens(batch)
+            tokens += len(ids)
+            documents += len(opened.rows(batch)) - 1 - opened.continues(batch)
+            if (highest := int(ids.max())) >= self.manifest.tokenizer.vocab_size or ids.min() < 0:
+                raise DataError(
+                    f"shard {self.path / shard.path}: batch {batch} holds token {highest}, the vocabulary has "
+                    f"{self.manifest.tokenizer.vocab_size}; the build was wrong, or the manifest is another dataset's"
+                )
+        if (tokens, documents) != (shard.tokens, shard.documents):
+            raise DataError(
+                f"shard {self.path / shard.path} holds {tokens} tokens and {documents} documents, the manifest says "
+                f"{shard.tokens} and {shard.documents}: it is another dataset's; {_MEND}"
+            )
 
     def shard(self, facts: ShardFacts) -> Shard:
-        """The open shard; maps are made on first use, and again after a fork."""
+        """The open shard; maps are made on first use, and again after a fork. Raises DataError if it is damaged."""
         if self._pid != os.getpid():
             self._open.clear()
             self._pid = os.getpid()
         shard = self._open.get(facts.path)
         if shard is None:
-            shard = self._open[facts.path] = Shard(self.path / facts.path)
+            shard = self._open[facts.path] = self._open_shard(facts)
             if len(self._open) > _MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
         return shard
 
-    def _check_frame(self, shard: ShardFacts) -> None:
-        path = self.path / shard.path
+    def _check_size(self, shard: ShardFacts) -> None:
+        path = f"{self.path}/{shard.path}"
         try:
-            size = path.stat().st_size
+            size = os.stat(path).st_size  # noqa: PTH116 - a Path costs thrice as much
         except FileNotFoundError:
-            raise DataError(f"shard {path} is missing; restore it, or run `duet data build --overwrite`") from None
+            raise DataError(f"shard {path} is missing; {_MEND}") from None
         if size != shard.bytes:
             state = "truncated" if size < shard.bytes else "too long"
+            raise DataError(f"shard {path} is {state}: {size} bytes, the manifest says {shard.bytes}; {_MEND}")
+
+    def _open_shard(self, facts: ShardFacts) -> Shard:
+        shard = Shard(self.path / facts.path)
+        if shard.num_batches != facts.batches:
             raise DataError(
-                f"shard {path} is {state}: {size} bytes, the manifest says {shard.bytes}; restore it from a copy, or "
-                "run `duet data build --overwrite`"
+                f"shard {self.path / facts.path} has {shard.num_batches} batches, the manifest says {facts.batches}: "
+                "another file?"
             )
-        batches = Shard(path).num_batches
-        if batches != shard.batches:
-            raise DataError(f"shard {path} has {batches} batches, the manifest says {shard.batches}: another file?")
+        return shard
 
     def _explain(self, shard: ShardFacts, found: str) -> None:
         path = self.path / shard.path
@@ -121,52 +205,3 @@ class Dataset:
     def __getstate__(self) -> dict[str, Any]:
         """Memory maps stay behind: a copy in another process makes its own."""
         return {**self.__dict__, "_open": OrderedDict()}
-
-
-class Windows:
-    """Window i of a split: tokens [i * T, i * T + T] of its stream, T = context: every token is predicted once.
-
-    Windows run on over documents, batches and shards. What is left behind the last whole window is dropped, unless
-    `partial`: then it is one more window.
-    """
-
-    def __init__(self, dataset: Dataset, split: Split, context: int, partial: bool = False) -> None:
-        """Raises DataError when the split holds too few tokens for one window."""
-        self.context = context
-        self.split = split
-        self.num_tokens = dataset.manifest.splits[split].tokens
-        self._dataset = dataset
-        self._shards = dataset.manifest.shards_of(split)
-        self._num_windows = (self.num_tokens - 1 + (context - 1 if partial else 0)) // context
-        if context < 1 or self._num_windows < 1:
-            raise DataError(
-                f"the {split} split of {dataset.path} has {self.num_tokens} tokens: too few for one window of context "
-                f"{context} (it needs {2 if partial else context + 1}); use a shorter context, or more text"
-            )
-
-    def __len__(self) -> int:
-        """Number of windows."""
-        return self._num_windows
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """The windows `indices`, int64 [n], as int64 [n, T + 1]; positions behind the stream's end are -1."""
-        out = np.empty((len(indices), self.context + 1), np.int64)
-        for row, index in zip(out, indices.tolist(), strict=True):
-            self._copy(index * self.context, row)
-        return out
-
-    def _copy(self, start: int, out: np.ndarray) -> None:
-        manifest, dataset = self._dataset.manifest, self._dataset
-        filled = 0
-        while filled < len(out):
-            if start >= self.num_tokens:
-                out[filled:] = -1
-                return
-            number, in_shard = divmod(start, manifest.shard_tokens)
-            batch, in_batch = divmod(in_shard, manifest.batch_tokens)
-            tokens = dataset.shard(self._shards[number]).tokens(batch)[in_batch : in_batch + len(out) - filled]
-            if not len(tokens):
-                raise DataError(f"shard {self._shards[number].path} holds fewer tokens than the manifest says")
-            out[filled : filled + len(tokens)] = tokens
-            filled += len(tokens)
-            start += len(tokens)

@@ -66,11 +66,11 @@ def _is_known(tokenizer: Tokenizer, character: str) -> bool:
     return tokenizer.unk_id not in ids and not any(map(tokenizer.is_byte, ids))
 
 
-def documents(dataset: Dataset, split: Split) -> Iterator[list[np.ndarray]]:
-    """Each document of `split` in stream order: views of its tokens with their EOS, uint16 or int32, which together are
-    the document (one view for each record batch it touches)."""
+def documents(dataset: Dataset, split: Split, source: str | None = None) -> Iterator[list[np.ndarray]]:
+    """Each document of `split`, of one source or of all, in stream order: views of its tokens with their EOS, uint16 or
+    int32, which together are the document (one view for each record batch it touches)."""
     rows: list[np.ndarray] = []
-    for facts in dataset.manifest.shards_of(split):
+    for facts in dataset.shards_of(split, source):
         shard = dataset.shard(facts)
         for batch in range(shard.num_batches):
             tokens, bounds = shard.tokens(batch), shard.rows(batch).tolist()

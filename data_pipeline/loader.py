@@ -2,40 +2,19 @@
 
 import queue
 import threading
-from typing import Literal, NamedTuple, Self
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel
 
-from data_pipeline.dataset import Windows
 from data_pipeline.errors import DataError
-from data_pipeline.order import SampleOrder
+from data_pipeline.plan import Plan
+from data_pipeline.windows import Windows
 
-_PREFETCH_STEPS = 4
-
-
-class DataState(BaseModel, frozen=True):
-    """Where a run stands in its data: the same on all ranks, advanced by the trainer when a step is done."""
-
-    format: Literal[1] = 1
-    fingerprint: str
-    seed: int
-    samples_seen: int = 0
-    tokens_seen: int = 0
-
-    def after(self, samples: int, tokens: int) -> Self:
-        """The state once `samples` more samples of `tokens` predicted tokens in all are trained on."""
-        seen = {"samples_seen": self.samples_seen + samples, "tokens_seen": self.tokens_seen + tokens}
-        return self.model_copy(update=seen)
-
-    def check(self, fingerprint: str) -> None:
-        """Raises DataError unless `fingerprint` is the one this state counts on."""
-        if fingerprint != self.fingerprint:
-            raise DataError(
-                f"the dataset changed: the run was trained on {self.fingerprint[:12]}, data.path now holds "
-                f"{fingerprint[:12]}. Restore that dataset, or start a new run from the checkpoint"
-            )
+_PREFETCH_GROUPS = 4
+_GROUP_TOKENS = 2**17  # Steps change hands in groups of so many, since waking a thread costs as much as a small step.
+_PLANNED_SAMPLES = 4096  # Permuting a few indices costs as much as permuting thousands.
 
 
 class StepSamples(NamedTuple):
@@ -44,22 +23,33 @@ class StepSamples(NamedTuple):
     positions: torch.Tensor
     """Sample positions in the run, int64 [n]."""
     tokens: torch.Tensor
-    """Windows at these positions, int64 [n, T + 1]: inputs are [:, :-1], labels [:, 1:]."""
+    """Windows at these positions, int64 [n, T + 1]: inputs are [:, :-1], labels [:, 1:]. Pinned if asked for."""
+    document_starts: np.ndarray | None
+    """Where documents begin, as `row * (T + 1) + column`, ascending; a row's first token is not listed."""
 
 
-class Loader:
-    """Endless iterator of steps; one thread reads ahead. Close it (or use `with`) to end the thread.
+class Reader:
+    """Steps one by one, in the calling thread.
 
-    Step k covers positions [N, N + global_batch), N = start + k * global_batch; rank r has each world_size-th
-    of them, beginning with the r-th.
+    Step k covers positions [N, N + global_batch), N = start + k * global_batch; a rank has each world_size-th of them,
+    after a permutation of the batch if several sources are mixed.
     """
 
     def __init__(
-        self, windows: Windows, order: SampleOrder, *, global_batch: int, rank: int, world_size: int, start: int = 0
+        self,
+        plan: Plan,
+        *,
+        global_batch: int,
+        rank: int,
+        world_size: int,
+        start: int = 0,
+        documents: bool = False,
+        pin_memory: bool = False,
     ) -> None:
-        """`start`: samples already seen. Raises DataError when the ranks cannot share `global_batch` equally."""
-        if order.num_windows != len(windows):
-            raise ValueError(f"order is over {order.num_windows} windows, there are {len(windows)}")
+        """`start`: samples already seen; `documents`: tell where they begin; `pin_memory`: for copies to a CUDA device.
+
+        Raises DataError when the ranks cannot share `global_batch` equally.
+        """
         if global_batch % world_size:
             below = global_batch // world_size * world_size
             batches = f"{below} or {below + world_size}" if below else str(world_size)
@@ -68,14 +58,72 @@ class Loader:
                 f"a global batch of {global_batch} samples cannot be shared equally by {world_size} ranks: "
                 f"use {batches} samples, or {worlds[-1]} ranks"
             )
-        self._windows = windows
-        self._order = order
+        self._plan = plan
+        self._windows = list(plan.windows.values())
         self._global_batch = global_batch
         self._rank = rank
         self._world_size = world_size
+        self._start = start
+        self._documents = documents
+        self._pin_memory = pin_memory
+
+    def __iter__(self) -> Iterator[StepSamples]:
+        """Steps from `start` on. Raises DataError for a damaged shard, and where the data end."""
+        share = self._global_batch // self._world_size
+        ahead, first = max(1, _PLANNED_SAMPLES // share), self._start
+        while True:
+            # The last step before the end of the data is whole.
+            steps = (self._plan.schedule.extend(first + ahead * self._global_batch) - first) // self._global_batch
+            firsts = first + np.arange(max(1, min(steps, ahead))) * self._global_batch
+            positions = self._plan.schedule.share(firsts, self._global_batch, self._rank, self._world_size)
+            sources, batches, offsets = (
+                found.reshape(positions.shape) for found in self._plan.places(positions.ravel())
+            )
+            for step in zip(positions, sources.tolist(), batches.tolist(), offsets.tolist(), strict=True):
+                yield self._read(*step)
+            first += len(firsts) * self._global_batch
+
+    def _read(self, positions: np.ndarray, sources: list[int], batches: list[int], offsets: list[int]) -> StepSamples:
+        shape, starts = (len(positions), self._plan.context + 1), []
+        tokens = torch.empty(shape, dtype=torch.int64, pin_memory=True) if self._pin_memory else None
+        out = np.empty(shape, np.int64) if tokens is None else tokens.numpy()
+        for windows, its_batches, its_offsets, rows in self._by_source(sources, batches, offsets):
+            windows.copy(its_batches, its_offsets, rows, out)
+            if self._documents:
+                starts.append(windows.document_starts(its_batches, its_offsets, rows))
+        return StepSamples(
+            torch.from_numpy(positions),
+            torch.from_numpy(out) if tokens is None else tokens,
+            np.sort(np.concatenate(starts)) if starts else None,
+        )
+
+    def _by_source(
+        self, sources: list[int], batches: list[int], offsets: list[int]
+    ) -> Iterator[tuple[Windows, Sequence[int], Sequence[int], Sequence[int]]]:
+        """Record batches, offsets and rows of each source in a step."""
+        if len(self._windows) == 1:
+            yield self._windows[0], batches, offsets, range(len(batches))
+            return
+        rows: dict[int, list[int]] = {}
+        for row, source in enumerate(sources):
+            rows.setdefault(source, []).append(row)
+        for source, of_source in rows.items():
+            yield (
+                self._windows[source],
+                [batches[row] for row in of_source],
+                [offsets[row] for row in of_source],
+                of_source,
+            )
+
+
+class Loader:
+    """Endless iterator of a reader's steps; one thread reads ahead. Close it (or use `with`) to end the thread."""
+
+    def __init__(self, reader: Reader) -> None:
         self._stop = threading.Event()
-        self._queue: queue.Queue[StepSamples | BaseException] = queue.Queue(_PREFETCH_STEPS)
-        self._thread = threading.Thread(target=self._fill, args=(start,), name="data-prefetch", daemon=True)
+        self._group: Iterator[StepSamples] = iter(())
+        self._queue: queue.Queue[list[StepSamples] | BaseException] = queue.Queue(_PREFETCH_GROUPS)
+        self._thread = threading.Thread(target=self._fill, args=(reader,), name="data-prefetch", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Self:
@@ -86,11 +134,14 @@ class Loader:
         """The next step. Raises what the thread raised (DataError for a damaged shard); StopIteration once closed."""
         if self._stop.is_set():
             raise StopIteration
+        for step in self._group:
+            return step
         item = self._queue.get()
         if isinstance(item, BaseException):
             self.close()
             raise item
-        return item
+        self._group = iter(item)
+        return next(self._group)
 
     def __enter__(self) -> Self:
         """For `with`."""
@@ -109,15 +160,17 @@ class Loader:
                 self._queue.get_nowait()
             self._thread.join(0.01)
 
-    def _fill(self, position: int) -> None:
+    def _fill(self, reader: Reader) -> None:
+        group: list[StepSamples] = []
         try:
-            while not self._stop.is_set():
-                self._queue.put(self._step(position))
-                position += self._global_batch
+            for step in reader:
+                group.append(step)
+                if len(group) * step.tokens.numel() >= _GROUP_TOKENS:
+                    self._queue.put(group)
+                    group = []
+                if self._stop.is_set():
+                    return
         except BaseException as error:  # Re-raised in the consumer.
+            if group:
+                self._queue.put(group)
             self._queue.put(error)
-
-    def _step(self, position: int) -> StepSamples:
-        positions = np.arange(position + self._rank, position + self._global_batch, self._world_size)
-        tokens = self._windows.read(self._order.windows(positions))
-        return StepSamples(torch.from_numpy(positions), torch.from_numpy(tokens))

@@ -3,18 +3,23 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ValidationError
 
 from data_pipeline.atomic import disk_errors, write_atomic
-from data_pipeline.corpus import Split
+from data_pipeline.corpus import GIVEN, Split
 from data_pipeline.errors import DataError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+ALL = "all"
+"""The source of a format 1 dataset that was built from several: its one stream holds them all."""
 
 
 class TokenizerFacts(BaseModel, frozen=True):
@@ -36,7 +41,7 @@ class InputFile(BaseModel, frozen=True):
 
 
 class SourceFacts(BaseModel, frozen=True):
-    """What one source came to."""
+    """What one source came to. Its train shards, one after the other, are a token stream of its own."""
 
     name: str
     inputs: list[InputFile]
@@ -44,17 +49,29 @@ class SourceFacts(BaseModel, frozen=True):
     """Documents that went into the dataset."""
     bytes: int
     """UTF-8 bytes of their text."""
+    tokens: dict[Split, int]
+    """Tokens of its stream in each split; 0 where it has none."""
+    split_documents: dict[Split, int]
+    """Documents with text in each split."""
+    split_bytes: dict[Split, int]
+    """UTF-8 bytes of text in each split."""
     dropped: dict[str, int]
     """Documents left out, by reason."""
     replaced: int
     """Undecodable bytes that became U+FFFD."""
 
 
-class ShardFacts(BaseModel, frozen=True):
-    """One shard; `path` is relative to the dataset, `documents` are those that start in it."""
+@dataclass(frozen=True, slots=True)
+class ShardFacts:
+    """One shard; `path` is relative to the dataset, `documents` are those that start in it.
+
+    No pydantic model: there may be 64,000 on every rank, and those take 1.5 KB each.
+    """
 
     path: str
     split: Split
+    source: str
+    """Name of the source whose stream this is a part of."""
     tokens: int
     documents: int
     batches: int
@@ -63,7 +80,7 @@ class ShardFacts(BaseModel, frozen=True):
 
 
 class SplitFacts(BaseModel, frozen=True):
-    """Totals of one split."""
+    """Totals of one split over all sources."""
 
     tokens: int
     documents: int
@@ -86,9 +103,9 @@ class SplitFacts(BaseModel, frozen=True):
 class Manifest(BaseModel, frozen=True):
     """The contents of manifest.json. No time, host or output path in it: a rebuild is byte-identical."""
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     fingerprint: str
-    """Names the two token streams exactly: what the order of samples depends on."""
+    """Names the token streams exactly: what the order of samples depends on."""
     identity: dict[str, Any]
     """The configuration and the hashes of the inputs it was built from."""
     tokenizer: TokenizerFacts
@@ -97,14 +114,15 @@ class Manifest(BaseModel, frozen=True):
     batch_tokens: int
     """Tokens of each record batch but a shard's last."""
     shard_tokens: int
-    """Tokens of each shard but a split's last."""
+    """Tokens of each shard but the last of a source in a split."""
     sources: list[SourceFacts]
     shards: list[ShardFacts]
+    """By split, then by source (in the order of `sources`), then in stream order."""
     splits: dict[Split, SplitFacts]
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Raises DataError when there is none, it is damaged, or its format is unknown."""
+        """Reads format 1 as well. Raises DataError when there is none, it is damaged, or its format is unknown."""
         path = folder / MANIFEST
         try:
             content = path.read_bytes()
@@ -116,13 +134,13 @@ class Manifest(BaseModel, frozen=True):
         try:
             data = json.loads(content)
             found = data.get("format") if isinstance(data, dict) else None
-            if found != FORMAT:
+            if found not in READABLE:
                 raise DataError(
-                    f"{path} has format {found!r}, this version reads format {FORMAT}: use the version of duet that "
-                    "built it, or build again with --overwrite"
+                    f"{path} has format {found!r}, this version reads formats 1 and {FORMAT}: use the version of duet "
+                    "that built it, or build again with --overwrite"
                 )
-            return cls.model_validate(data)
-        except (ValueError, ValidationError) as error:
+            return cls.model_validate(_with_one_source(data) if found == 1 else data)
+        except (ValueError, LookupError, TypeError, ValidationError) as error:
             raise DataError(f"{path} is damaged: {error}; restore it, or build again with --overwrite") from None
 
     def save(self, folder: Path) -> None:
@@ -130,19 +148,41 @@ class Manifest(BaseModel, frozen=True):
         with disk_errors(folder / MANIFEST):
             write_atomic(folder / MANIFEST, self.model_dump_json(indent=1) + "\n")
 
-    def shards_of(self, split: Split) -> list[ShardFacts]:
-        """The shards of a split in stream order."""
-        return [shard for shard in self.shards if shard.split == split]
+    def shards_of(self, split: Split, source: str | None = None) -> list[ShardFacts]:
+        """The shards of a split in stream order: of one source, or of all in the order of `sources`."""
+        return [shard for shard in self.shards if shard.split == split and source in (None, shard.source)]
+
+
+def _with_one_source(data: dict[str, Any]) -> dict[str, Any]:
+    """A format 1 manifest as one of today: its one stream a split is that of its only source, or of ALL."""
+    splits, sources = data["splits"], data["sources"]
+    names = [source["name"] for source in sources if source["name"] != GIVEN]
+    name = names[0] if len(names) == 1 else ALL
+    merged = {
+        "name": name,
+        "inputs": [file for source in sources for file in source["inputs"]],
+        "documents": sum(source["documents"] for source in sources),
+        "bytes": sum(source["bytes"] for source in sources),
+        "tokens": {split: facts["tokens"] for split, facts in splits.items()},
+        "split_documents": {split: facts["documents"] for split, facts in splits.items()},
+        "split_bytes": {split: facts["bytes"] for split, facts in splits.items()},
+        "dropped": sum((Counter(source["dropped"]) for source in sources), Counter()),
+        "replaced": sum(source["replaced"] for source in sources),
+    }
+    return {**data, "sources": [merged], "shards": [{**shard, "source": name} for shard in data["shards"]]}
 
 
 def fingerprint(tokenizer: TokenizerFacts, dtype: str, split_rule: dict[str, Any], shards: list[ShardFacts]) -> str:
-    """sha256 of everything the order and content of samples depend on; free of paths and times."""
+    """sha256 of everything the order and content of samples depend on; free of paths and times.
+
+    A source's weight is no part of it: it says how often the stream is read, not what is in it.
+    """
     facts = {
         "format": FORMAT,
         "tokenizer": tokenizer.model_dump(),
         "dtype": dtype,
         "split": split_rule,
-        "shards": [shard.model_dump(exclude={"path"}) for shard in shards],
+        "shards": [{key: value for key, value in asdict(shard).items() if key != "path"} for shard in shards],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

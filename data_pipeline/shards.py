@@ -1,7 +1,9 @@
 """Arrow IPC files of tokens: one column `tokens: list<uint16|int32>`, whose flat values are the training stream.
 
 A row is a stretch of one document within one record batch; EOS as its last token says that the document ends there.
-All batches of a shard but the last hold BATCH_TOKENS tokens, all shards of a split but the last `shard_tokens`.
+All batches of a shard but the last hold BATCH_TOKENS tokens, all shards of a stream (one source in one split) but the
+last `shard_tokens`. Only a batch's first row can go on with a document from before; `documents` in the batch's metadata
+counts the rows that do not, so document bounds survive the edges of batches and shards.
 """
 
 import os
@@ -92,11 +94,14 @@ class _OpenShard:
 
 
 class ShardWriter:
-    """Writes the token stream of one split as `<folder>/<prefix>-000000.arrow` and so on. Close it with `finish`."""
+    """Writes one token stream as `<folder>/<prefix>-000000.arrow` and so on. Close it with `finish`."""
 
-    def __init__(self, folder: Path, prefix: str, shard_tokens: int, dtype: np.dtype, metadata: dict[str, str]) -> None:
-        """`metadata` goes into the schema of every shard."""
+    def __init__(
+        self, folder: Path, prefix: str, shard_tokens: int, dtype: np.dtype, metadata: dict[str, str], first: int = 0
+    ) -> None:
+        """`metadata` goes into the schema of every shard; `first`: number of the first one."""
         self.shards: list[WrittenShard] = []
+        self._first = first
         self._folder = folder
         self._prefix = prefix
         self._shard_tokens = shard_tokens
@@ -145,7 +150,7 @@ class ShardWriter:
         self._end_row()
         if not self._filled:
             return
-        path = self._folder / f"{self._prefix}-{len(self.shards):06d}.arrow"
+        path = self._folder / f"{self._prefix}-{self._first + len(self.shards):06d}.arrow"
         with disk_errors(path):
             if self._shard is None:
                 self._shard = _OpenShard(path, self._schema)
@@ -195,9 +200,15 @@ class Shard:
         try:
             record, facts = self._reader.get_batch_with_custom_metadata(batch)
             self._check_bounds(record)
-            column = record.column(0)
-            values, offsets = column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy()
-            return values, offsets, facts[b"xxh3"], int(facts[b"documents"])
+            # Not `to_numpy`, which imports pandas: half a second of a rank's start.
+            values_type = np.uint16 if record.schema.field(0).type.value_type == pa.uint16() else np.int32
+            _, offsets, _, values = record.column(0).buffers()
+            return (
+                np.frombuffer(values, values_type, len(record.column(0).values)),
+                np.frombuffer(offsets, np.int32, record.num_rows + 1),
+                facts[b"xxh3"],
+                int(facts[b"documents"]),
+            )
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
             raise DataError(f"shard {self._path}: batch {batch} cannot be read ({error}); {_MEND}") from None
 
@@ -217,17 +228,20 @@ class Shard:
         if column.offset or column.offsets[0].as_py() != 0 or column.offsets[-1].as_py() != len(column.values):
             raise pa.ArrowInvalid("its offsets do not match its tokens")
 
+    def check_batch(self, batch: int) -> None:
+        """Compares a batch with its hash. Raises DataError if it is damaged."""
+        values, offsets, recorded, _ = self._batch(batch)
+        if _batch_hash(values, offsets).encode() != recorded:
+            start = sum(len(self.tokens(before)) for before in range(batch))
+            raise DataError(
+                f"shard {self._path}: batch {batch} (tokens {start} to {start + len(values) - 1} of the shard) "
+                f"does not match its hash{_zero_page(values)}; {_MEND}"
+            )
+
     def check_batches(self) -> None:
         """Compares every batch with its hash. Raises DataError that names the first damaged one."""
-        start = 0
         for batch in range(self.num_batches):
-            values, offsets, recorded, _ = self._batch(batch)
-            if _batch_hash(values, offsets).encode() != recorded:
-                raise DataError(
-                    f"shard {self._path}: batch {batch} (tokens {start} to {start + len(values) - 1} of the shard) "
-                    f"does not match its hash{_zero_page(values)}; {_MEND}"
-                )
-            start += len(values)
+            self.check_batch(batch)
 
 
 _MEND = "restore the file from a copy, or run `duet data build --overwrite`"

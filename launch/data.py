@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.data_plan import locate, plan
+
 if TYPE_CHECKING:
     from data_pipeline.config import DataConfig
     from data_pipeline.corpus import Progress
@@ -103,7 +105,7 @@ def build(
 @app.command()
 def inspect(
     dataset: DatasetArg,
-    samples: Annotated[int, typer.Option(min=0, help="Documents to show.")] = 3,
+    samples: Annotated[int, typer.Option(min=0, help="Documents to show of each source.")] = 3,
     limit: Annotated[int, typer.Option(min=1, help="Documents read for the histogram, of each split.")] = 100_000,
 ) -> None:
     """Show what a dataset holds: counts, how long its documents are, and some of them as the model sees them.
@@ -118,9 +120,10 @@ def inspect(
     typer.echo(f"tokenizer    {facts.tokenizer.type}, {facts.tokenizer.vocab_size} pieces, tokens as {facts.dtype}")
     for source in facts.sources:
         dropped = ", ".join(f"{count} {reason}" for reason, count in source.dropped.items()) or "none"
+        tokens = ", ".join(f"{count} tokens {split}" for split, count in source.tokens.items())
         typer.echo(
             f"source       {source.name}: {len(source.inputs)} files, {source.documents} documents, "
-            f"{_megabytes(source.bytes)}; dropped: {dropped}; bytes replaced: {source.replaced}"
+            f"{_megabytes(source.bytes)}, {tokens}; dropped: {dropped}; bytes replaced: {source.replaced}"
         )
     _split_lines(facts)
     _histograms(opened, limit)
@@ -128,8 +131,13 @@ def inspect(
 
 
 @app.command()
-def verify(dataset: DatasetArg) -> None:
-    """Read a whole dataset and compare every hash; name the first file that is damaged, swapped or missing.
+def verify(
+    dataset: DatasetArg,
+    threads: Annotated[int, typer.Option(min=1, help="Shards that are read at a time.")] = 4,
+) -> None:
+    """Read a whole dataset and compare every hash and count; name a file that is damaged, swapped or missing.
+
+    Exits with 0 if all is well, with 2 if not.
 
     Example: `duet data verify data/python-docs`
     """
@@ -137,9 +145,13 @@ def verify(dataset: DatasetArg) -> None:
 
     opened = Dataset.open(dataset)
     with progress_line() as progress:
-        opened.verify(lambda done, total: progress("verify", done, total))
+        opened.verify(lambda done, total: progress("verify", done, total), threads)
     shards = opened.manifest.shards
     typer.echo(f"{dataset}: {len(shards)} shards, {_megabytes(sum(shard.bytes for shard in shards))}, all hashes match")
+
+
+app.command()(plan)
+app.command()(locate)
 
 
 def _plan(data: "DataConfig") -> None:
@@ -217,10 +229,12 @@ def _samples(dataset: "Dataset", samples: int) -> None:
     from data_pipeline.inspection import documents
 
     tokenizer = dataset.tokenizer()
-    for number, rows in enumerate(islice(documents(dataset, "train"), samples)):
-        length = sum(map(len, rows))
-        shown = tokenizer.decode(rows[0][:_SAMPLE_TOKENS])
-        typer.echo(f"\ntrain document {number}, {length} tokens:\n{shown}{' …' if length > _SAMPLE_TOKENS else ''}")
+    for source in dataset.sources():
+        for number, rows in enumerate(islice(documents(dataset, "train", source), samples)):
+            length = sum(map(len, rows))
+            shown = tokenizer.decode(rows[0][:_SAMPLE_TOKENS])
+            more = " …" if length > _SAMPLE_TOKENS else ""
+            typer.echo(f"\n{source}: train document {number}, {length} tokens:\n{shown}{more}")
 
 
 def _megabytes(size: int) -> str:

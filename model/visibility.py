@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,12 +82,13 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask)
 
     Not run on a GPU yet: checked against the dense mask in the plain form only.
     """
-    plain = not query.is_cuda or torch.compiler.is_compiling()
-    found = (flex_attention if plain else _compiled_flex())(query, key, value, block_mask=mask)
+    if query.is_cuda and not torch.compiler.is_compiling():
+        return _compiled_flex()(query, key, value, block_mask=mask)
+    found = flex_attention(query, key, value, block_mask=mask)
     assert isinstance(found, Tensor)
     return found
 
 
 @cache
-def _compiled_flex() -> Callable[..., object]:
+def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_pipeline.atomic import sync_folder
 from data_pipeline.errors import CheckpointError
-from data_pipeline.loader import DataState
+from data_pipeline.state import DataState
 from pretrain.distributed import Ranks
 from pretrain.engine import ADAM_STATES, Engine, Fragment
 from pretrain.rng import restore_rng_states

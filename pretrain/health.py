@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import RunError
-from data_pipeline.loader import DataState
+from data_pipeline.state import DataState
 from model.interface import Batch
 from pretrain.config import Config
 from pretrain.distributed import Ranks

@@ -125,11 +125,13 @@ class RunFolder:
             RunError: it may not; names what differs.
         """
         recorded = self.facts()["dataset"]
-        if recorded["fingerprint"] != dataset["fingerprint"]:
+        # From its second phase on, what the data may be is decided by where the run stands in them.
+        if recorded["fingerprint"] != dataset["fingerprint"] and config.data.phase == 1:
             raise RunError(
                 f"{self.path}: this run was trained on dataset {recorded['fingerprint'][:12]} ({recorded['path']}), "
                 f"data.path={config.data.path} is dataset {dataset['fingerprint'][:12]}; "
-                "give the old data.path, or start a new run with another run.name"
+                "give the old data.path, start a new run with another run.name, or go on with these data as a new "
+                "phase (data.phase=2)"
             )
         ours = self.config()
         changed = {

@@ -16,8 +16,9 @@ import torch
 from data_pipeline.atomic import disk_errors
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import RunError
-from data_pipeline.loader import DataState, Loader
-from data_pipeline.order import SampleOrder
+from data_pipeline.loader import Loader, Reader
+from data_pipeline.plan import Plan, go_on, wanted_phase
+from data_pipeline.state import DataState
 from model import registry
 from pretrain import checkpoint, journal, origin, provenance
 from pretrain.config import Config
@@ -93,7 +94,8 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
     folder = RunFolder(config.run_dir)
     config.micro_batches(ranks.world_size)
     with disk_errors(folder.path, RunError), ExitStack() as stack:
-        dataset = ranks.together(lambda: Dataset.open(config.data.path))
+        first_of_node = os.environ["LOCAL_RANK"] == "0"
+        dataset = ranks.together(lambda: Dataset.open(config.data.path, check=first_of_node))
         lease = ranks.together(lambda: _own(folder, stack) if ranks.is_first else None)
         attempt = ranks.broadcast(lease.attempt if lease else None)
         config = ranks.together(lambda: _claim(folder, config, dataset), only_first=True)
@@ -131,16 +133,16 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
     config, ranks, engine, recorder = session.config, session.ranks, session.engine, session.recorder
     health = session.health
     micro_batch, _ = config.micro_batches(ranks.world_size)
-    windows = session.dataset.windows("train", config.model.context)
-    order = SampleOrder(data.fingerprint, data.seed, len(windows))
-    loader = Loader(
-        windows,
-        order,
+    plan = Plan(session.dataset, data.phases[-1], data.seed)
+    reader = Reader(
+        plan,
         global_batch=config.global_batch,
         rank=ranks.rank,
         world_size=ranks.world_size,
         start=data.samples_seen,
+        pin_memory=ranks.device.type == "cuda",
     )
+    loader = Loader(reader)
     meter = Meter(config, engine, ranks, session.goodput, restarts=recorder.attempt - 1)
     profile_steps = config.profile.steps if ranks.is_first else None
     profile = Profile(profile_steps, session.folder.path / "profile", ranks.device, recorder.profile)
@@ -167,7 +169,7 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
             known = {
                 "data/tokens_seen": data.tokens_seen,
                 "data/samples_seen": data.samples_seen,
-                "data/epoch": data.samples_seen / len(windows),
+                **plan.epoch_metrics(data.samples_seen),
                 "optim/lr": lr,
                 "optim/grad_norm": grad_norm,
             }
@@ -264,7 +266,8 @@ def _own(folder: RunFolder, stack: ExitStack) -> Lease:
 def _claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     """Complete the configuration by the dataset's vocabulary and tie the run folder to both."""
     config = origin.resolve(complete(config, dataset))
-    dataset.windows("train", config.model.context)  # both must be large enough for one window
+    # Both splits must be large enough for one window.
+    Plan(dataset, wanted_phase(dataset, config.data, config.model.context), config.run.seed)
     dataset.windows("validation", config.model.context, partial=True)
     first = not folder.run_file.exists()
     if first and sum(shard.bytes for shard in dataset.manifest.shards) <= VERIFY_UP_TO_BYTES:
@@ -283,28 +286,32 @@ def _restore(
 
     Raises:
         CheckpointError: none is whole, or those that the journal tells of are gone.
-        DataError: it was trained on other data.
+        DataError: it was trained on other data, or they do not last until the end.
     """
-    fingerprint = dataset.manifest.fingerprint
     found = checkpoint.newest(folder.checkpoints, ranks, recorder.warning)
     if not found:
         ranks.together(folder.check_never_saved)
-        if config.run.start_from is None:
-            return 0, DataState(fingerprint=fingerprint, seed=config.run.seed)
-        found = ranks.together(lambda: checkpoint.Checkpoint(origin.checkpoint_folder(config)))
-        ranks.together(lambda: found.verify(ranks.rank, ranks.world_size))
+        if config.run.start_from is not None:
+            found = ranks.together(lambda: checkpoint.Checkpoint(origin.checkpoint_folder(config)))
+            ranks.together(lambda: found.verify(ranks.rank, ranks.world_size))
+    step = found.manifest.step if found else 0
 
     def load() -> DataState:
-        data = found.data_state(config.run.seed)
-        data.check(fingerprint)
-        found.load(engine)
-        found.restore_rng(ranks)
-        for state, now in engine.types.items():
-            if (saved := found.manifest.state["types"].get(state)) != now:
-                recorder.warning(f"{found.path}: {state} was saved as {saved} and is {now} now: it was converted")
+        fresh = DataState(fingerprint=dataset.manifest.fingerprint, seed=config.run.seed)
+        data = go_on(found.data_state(config.run.seed) if found else fresh, dataset, config.data, config.model.context)
+        left = (config.train.steps - step) * config.global_batch
+        Plan(dataset, data.phases[-1], data.seed).schedule.check(data.samples_seen + left)
+        if found:
+            found.load(engine)
+            found.restore_rng(ranks)
+            for state, now in engine.types.items():
+                if (saved := found.manifest.state["types"].get(state)) != now:
+                    recorder.warning(f"{found.path}: {state} was saved as {saved} and is {now} now: it was converted")
         return data
 
-    return found.manifest.step, ranks.together(load)
+    data = ranks.together(load)
+    ranks.together(lambda: folder.describe(dataset=identity(dataset)), only_first=True)
+    return step, data
 
 
 def _facts(config: Config, ranks: Ranks, dataset: Dataset, parameters: int) -> dict[str, Any]:

@@ -54,6 +54,20 @@ def dataset(tmp_path: Path) -> Dataset:
     return Dataset.open(tmp_path / "dataset")
 
 
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Three sources of different sizes, some of several documents and shards."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for number, (name, words) in enumerate({"large": 9000, "middle": 4000, "small": 1500}.items()):
+        (folder / name).mkdir()
+        texts = prose(words, seed=number).splitlines(keepends=True)
+        for part in range(0, len(texts), 60):
+            (folder / name / f"{part:04d}.txt").write_text("".join(texts[part : part + 60]), newline="")
+    settings = {"sources": {name: {"paths": [str(folder / name)]} for name in ("large", "middle", "small")}}
+    build(config(folder / "dataset", shard_tokens=4096, **settings))
+    return Dataset.open(folder / "dataset")
+
+
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[[str, list[str]], Path]:
     """Writes documents as a JSONL file."""

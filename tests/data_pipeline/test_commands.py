@@ -81,7 +81,7 @@ def test_the_documentation_of_python_is_a_corpus(tmp_path: Path) -> None:
     assert "all hashes match" in duet_data("verify", str(dataset))
 
 
-@pytest.mark.parametrize("command", ["collect", "tokenizer", "build", "inspect", "verify"])
+@pytest.mark.parametrize("command", ["collect", "tokenizer", "build", "inspect", "verify", "plan", "locate"])
 def test_every_command_has_an_example(command: str) -> None:
     assert f"duet data {command}" in duet_data(command, "--help").replace("\n", " ")
 

@@ -39,7 +39,7 @@ def leaky(self: CausalAttention, query: Tensor, key: Tensor, value: Tensor, *res
 
 
 class LeakyAttention(CausalAttention):
-    forward = leaky
+    forward = leaky  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,0 +1,112 @@
+"""One rank's start at a dataset of 10^12 tokens in 64,000 shards: seconds to the first batch, memory it takes.
+
+Run by benchmarks/data.py, each time in a process of its own. The shards are real files, hard links to a few.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch  # noqa: F401 - imported before the clock starts, as a run has it
+
+from data_pipeline.config import DataConfig
+from data_pipeline.corpus import Split
+from data_pipeline.dataset import Dataset
+from data_pipeline.loader import Reader
+from data_pipeline.manifest import Manifest, ShardFacts, SourceFacts, SplitFacts, TokenizerFacts
+from data_pipeline.plan import Plan, go_on
+from data_pipeline.shards import BATCH_TOKENS, ShardWriter
+from data_pipeline.state import DataState
+
+SHARDS = 64_000
+SOURCES = 8
+SHARD_TOKENS = 15 * BATCH_TOKENS
+CONTEXT = 2048
+GLOBAL_BATCH = 4096
+
+
+def write(root: Path) -> None:
+    """The dataset: 64,000 names for eight files, 1.007e12 tokens."""
+    (root / "train").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    shards, sources = [], []
+    for source in range(SOURCES):
+        writer = ShardWriter(root / "train", f"s{source}", SHARD_TOKENS, np.dtype(np.uint16), {})
+        tokens = rng.integers(0, 32_000, SHARD_TOKENS, np.uint16)
+        for begin in range(0, SHARD_TOKENS, 1000):
+            writer.append(tokens[begin : begin + 1000], True)
+        [written] = writer.finish()
+        count = SHARDS // SOURCES
+        for number in range(count):
+            name = f"train/s{source}-{number:06d}-{written.xxh3_128[:8]}.arrow"
+            os.link(written.path, root / name)
+            shards.append(
+                ShardFacts(
+                    path=name,
+                    split="train",
+                    source=f"s{source}",
+                    tokens=written.tokens,
+                    documents=written.documents,
+                    batches=written.batches,
+                    bytes=written.bytes,
+                    xxh3_128=written.xxh3_128,
+                )
+            )
+        each: dict[Split, int] = {"train": written.tokens * count}
+        sources.append(
+            SourceFacts(
+                name=f"s{source}",
+                inputs=[],
+                documents=written.documents * count,
+                bytes=0,
+                tokens=each,
+                split_documents={"train": written.documents * count},
+                split_bytes={"train": 0},
+                dropped={},
+                replaced=0,
+            )
+        )
+    total = sum(shard.tokens for shard in shards)
+    Manifest(
+        fingerprint="f" * 64,
+        identity={},
+        tokenizer=TokenizerFacts(sha256="0" * 64, vocab_size=32_000, type="bpe", eos_id=1, unk_id=0),
+        dtype="uint16",
+        batch_tokens=BATCH_TOKENS,
+        shard_tokens=SHARD_TOKENS,
+        sources=sources,
+        shards=shards,
+        splits={"train": SplitFacts(tokens=total, documents=0, bytes=0, unknown=0)},
+    ).save(root)
+
+
+def memory() -> int:
+    """Bytes of this process that no file backs."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
+def start(root: str, rank: int, position: int) -> dict[str, float]:
+    before, since, cpu = memory(), time.perf_counter(), time.process_time()
+    dataset = Dataset.open(root, check=rank == 0)
+    state = DataState(fingerprint=dataset.manifest.fingerprint, seed=0)
+    state = go_on(state, dataset, DataConfig(path=root), CONTEXT).after(position, 0)
+    plan = Plan(dataset, state.phases[-1], state.seed)
+    opened = time.process_time() - cpu
+    reader = Reader(plan, global_batch=GLOBAL_BATCH, rank=rank, world_size=4096, start=state.samples_seen)
+    next(iter(reader))
+    return {
+        "open": opened,
+        "seconds": time.perf_counter() - since,
+        "cpu": time.process_time() - cpu,
+        "memory": memory() - before,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(start(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

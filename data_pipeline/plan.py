@@ -1,0 +1,118 @@
+"""What is read at each position of a run: source and window as pure functions of the position."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from data_pipeline.config import DataConfig
+from data_pipeline.dataset import Dataset
+from data_pipeline.errors import DataError
+from data_pipeline.mixture import integer_weights
+from data_pipeline.order import SampleOrder
+from data_pipeline.phases import Phase, Schedule
+from data_pipeline.state import DataState
+
+_BLOCK_SHARDS = 16
+"""Shards in a block of `block` order: a batch comes from this many."""
+
+
+def wanted_phase(dataset: Dataset, config: DataConfig, context: int) -> Phase:
+    """How `config` wants samples to be drawn from `dataset`, as a first phase.
+
+    Weights are `data.weights`, else those of `data.sources`; without either, sources weigh what they have of windows,
+    and all come to the end of an epoch together.
+
+    Raises DataError for a weight of a source that is not there, or that cannot be used.
+    """
+    sources = dataset.sources()
+    windows = {name: max(0, source.tokens["train"] - 1) // context for name, source in sources.items()}
+    caps = {
+        name: int(windows[name] * source.repeat)
+        for name, source in config.sources.items()
+        if name in windows and source.repeat is not None
+    }
+    weights = integer_weights(_weights(config, windows))
+    return Phase(
+        base_counts=dict.fromkeys(sources, 0),
+        weights=weights,
+        caps={name: cap for name, cap in caps.items() if name in weights},
+        exhausted=config.exhausted,
+        context=context,
+        unit=context,
+        order=config.order,
+        streams={name: dataset.stream_fingerprint(name) for name in sources},
+    )
+
+
+def _weights(config: DataConfig, windows: Mapping[str, int]) -> Mapping[str, float]:
+    given: Mapping[str, float] = config.weights
+    if not given and set(windows) <= set(config.sources):
+        given = {name: weight for name in windows if (weight := config.sources[name].weight) is not None}
+    if unknown := [name for name in given if name not in windows]:
+        raise DataError(f"data.weights.{unknown[0]}: no such source in {config.path}; it has {', '.join(windows)}")
+    if config.weights or len(given) == len(windows):
+        return {name: given.get(name, 0) for name in windows}
+    if given:
+        missing = [name for name in windows if name not in given]
+        raise DataError(f"data.sources.{missing[0]} has no weight, though {next(iter(given))} has: give all, or none")
+    return windows if any(windows.values()) else dict.fromkeys(windows, 1)  # which Windows refuses, with advice
+
+
+class Plan:
+    """The samples of one phase: source and window as a pure function of the position, the same on all ranks."""
+
+    def __init__(self, dataset: Dataset, phase: Phase, seed: int) -> None:
+        """Raises DataError when a source has too few tokens for one window, or is not what it was."""
+        self.schedule = Schedule(phase, seed)
+        self.context = phase.context
+        self.windows = {
+            name: dataset.windows("train", phase.context, source=name, check=phase.order == "block")
+            for name in phase.weights
+        }
+        self._parts = phase.unit // phase.context
+        block = max(1, _BLOCK_SHARDS * dataset.manifest.shard_tokens // phase.unit) if phase.order == "block" else None
+        self._orders = [
+            SampleOrder(phase.streams[name], seed, max(1, (windows.num_tokens - 1) // phase.unit), block)
+            for name, windows in self.windows.items()
+        ]
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the source and window in it at each sample position: int64 [n] to int64 [n], int64 [n].
+
+        Raises DataError for positions behind the end of the data.
+        """
+        source, count = self.schedule.at(positions)
+        window = np.empty_like(positions)
+        for k in np.unique(source).tolist():
+            rows = source == k
+            units, part = np.divmod(count[rows], self._parts)
+            window[rows] = self._orders[k].windows(units) * self._parts + part
+        return source, window
+
+    def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Number of the source, and record batch and offset at which the sample begins, at each position: int64 [n]."""
+        source, window = self.at(positions)
+        batch, offset = np.empty_like(window), np.empty_like(window)
+        for k, windows in enumerate(self.windows.values()):
+            rows = source == k
+            batch[rows], offset[rows] = windows.places(window[rows])
+        return source, batch, offset
+
+    def epoch_metrics(self, position: int) -> dict[str, float]:
+        """How often the data have been read before `position`: `data/epoch`, and `data/epoch_NAME` where several are
+        mixed."""
+        counts = self.schedule.counts(position)
+        lengths = {name: len(windows) for name, windows in self.windows.items()}
+        metrics = {"data/epoch": sum(counts[name] for name in lengths) / sum(lengths.values())}
+        if len(lengths) > 1:
+            metrics |= {f"data/epoch_{name}": counts[name] / length for name, length in lengths.items()}
+        return metrics
+
+
+def go_on(state: DataState, dataset: Dataset, config: DataConfig, context: int) -> DataState:
+    """The state from which a run goes on with `dataset` as `config` wants, in a new phase if `config.phase` says so.
+
+    Raises DataError when what is to be read changed otherwise; names what differs.
+    """
+    wanted = wanted_phase(dataset, config, context)
+    return state.entered(wanted, dataset.manifest.fingerprint, config.phase)

@@ -1,0 +1,66 @@
+"""What ranks do in the tests of the data pipeline; started through the fixture `ranks`."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from data_pipeline.atomic import write_atomic
+from data_pipeline.config import DataConfig
+from data_pipeline.dataset import Dataset
+from data_pipeline.loader import Loader, Reader
+from data_pipeline.plan import Plan, go_on
+from data_pipeline.state import DataState
+from pretrain.distributed import Ranks
+
+SAVE_EVERY = 3
+
+
+def read_steps(
+    ranks: Ranks,
+    path: str,
+    folder: str,
+    data: dict[str, Any],
+    context: int,
+    global_batch: int,
+    steps: int,
+    kill_at: int | None = None,
+) -> int:
+    """Go on from the state saved in `folder` and write down what each step read; the last rank may be killed.
+
+    Returns the position from which it went on.
+    """
+    dataset = Dataset.open(path, check=ranks.is_first)
+    saved = Path(folder) / "state.json"
+    state = DataState(fingerprint=dataset.manifest.fingerprint, seed=3)
+    if saved.exists():
+        state = DataState.model_validate_json(saved.read_text())
+    state = go_on(state, dataset, DataConfig.model_validate({"path": path, **data}), context)
+    began = state.samples_seen
+    reader = Reader(
+        Plan(dataset, state.phases[-1], state.seed),
+        global_batch=global_batch,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        start=began,
+    )
+    with Loader(reader) as loader, open(Path(folder) / "read.jsonl", "a") as log:
+        for step in range(1, steps + 1):
+            samples = next(loader)
+            if step == kill_at and ranks.rank == ranks.world_size - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            mine = [
+                (position, xxhash.xxh3_64_hexdigest(row.tobytes()))
+                for position, row in zip(samples.positions.tolist(), samples.tokens.numpy(), strict=True)
+            ]
+            together = [pair for rank in ranks.gather(mine) for pair in rank]
+            state = state.after(global_batch, global_batch * context)
+            if ranks.is_first:
+                log.write(json.dumps(sorted(together)) + "\n")
+                log.flush()
+                if step % SAVE_EVERY == 0:
+                    write_atomic(saved, state.model_dump_json())
+    return began
