@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 
 from data_pipeline.dataset import Dataset
-from data_pipeline.errors import CheckpointError
+from data_pipeline.errors import CheckpointError, ConfigError
 from data_pipeline.tokenizer import Tokenizer
 from model import registry
-from model.generate import generate
+from model.generate import check_continues, generate
 from model.language_model import LanguageModel
+from pretrain.batches import Batches
 from pretrain.checkpoint import Checkpoint, complete, step_path
 from pretrain.config import Config
 from pretrain.distributed import join
@@ -49,14 +50,25 @@ def evaluate_run(run: Path, step: int | None) -> dict[str, float]:
     with join(config.engine.timeout_minutes) as ranks:
         text_bytes = dataset.manifest.splits["validation"].bytes
         batch = max(1, 8192 // config.model.context)
-        return evaluate(model.to(ranks.device), windows, text_bytes, batch, ranks)
+        batches = Batches.of(config, dataset, ranks.device)
+        return evaluate(model.to(ranks.device), windows, text_bytes, batch, ranks, batches)
 
 
 def generate_text(
     run: Path, step: int | None, prompt: str, *, tokens: int, temperature: float, top_k: int | None, seed: int
 ) -> Iterator[str]:
-    """Continue a prompt; the prompt first, then each piece of text as soon as it is whole characters."""
+    """Continue a prompt; the prompt first, then each piece of text as soon as it is whole characters.
+
+    Raises:
+        ConfigError: the model was not trained to continue a text.
+    """
     model, config, _ = load_model(run, step)
+    check_continues(config.model)
+    if config.data.objective != "causal":
+        raise ConfigError(
+            f"{run}: trained with data.objective={config.data.objective}, where a prompt is read both ways; it is not "
+            "generated from"
+        )
     tokenizer: Tokenizer = Dataset.open(config.data.path).tokenizer()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ids = tokenizer.encode([prompt])[0].tolist() if prompt else []
