@@ -173,3 +173,17 @@ def test_a_model_that_is_to_mind_documents_must_be_told_of_them() -> None:
         build(config)(batch_of(config))
     losses: list[Any] = [build(config)(packed(config)).loss for _ in range(2)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("name", ["everywhere", "everywhere_embed", "bert_modern", "t5_modern"])
+def test_layers_are_traced_without_a_break(name: str) -> None:
+    """As `engine.compile` compiles them, one by one; t5 has no documents, but two lengths."""
+    config = variant(name)
+    model = open_masks(build(config))
+    batch = batch_of(config) if name.startswith("t5") else packed(config)
+    expected = model(batch).loss
+    torch._dynamo.reset()
+    layers = [m for m in model.modules() if type(m).__name__ in ("EncoderLayer", "DecoderLayer")]
+    for layer in layers:
+        layer.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(model(batch).loss, expected)
