@@ -7,7 +7,7 @@ _PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 _OTHER_BOARDS = ("H100 PCIe", "H100 NVL", "H200 NVL", "MIG")
 
 
-def forward_flops(config: ModelConfig) -> int:
+def sample_flops_by_part(config: ModelConfig) -> dict[str, int]:
     """FLOPs of a forward pass over a sample of a full context; 2 for a multiplication with addition.
 
     Matrix products only, and attention over the full T x T square, of which a causal model needs half (the convention
@@ -28,38 +28,51 @@ def forward_flops(config: ModelConfig) -> int:
 
     An encoder-decoder of two sequences reads S tokens and predicts U of them (`ModelConfig.lengths`); its cross
     attention costs 4 C² a token of U, 4 C² / g a token of S, and 4 S U C.
+
+    Returns:
+        By stream and kind of part; those that cost nothing here are not in it.
     """
     assert config.vocab_size is not None
-    width = config.width
+    width, sites = config.width, config.dropout_sites
     inputs, targets = config.lengths
     square = 2 * width**2
     shared = square * 2 // config.queries_per_kv_head
+    per_token = 2 * (3 if config.ff == "swiglu" else 2) * config.hidden_width * width
 
-    def own(tokens: int) -> int:  # a layer's self attention and feed forward
-        feed_forward = 2 * (3 if config.ff == "swiglu" else 2) * config.hidden_width * width
-        return tokens * (2 * square + shared + feed_forward) + 4 * tokens**2 * width
+    def attention(layers: int, tokens: int) -> int:
+        return layers * (tokens * (2 * square + shared) + 4 * tokens**2 * width)
 
-    def mask(tokens: int) -> int:
-        return tokens * 3 * square + 4 * tokens**2 * width
-
-    cross = targets * 2 * square + inputs * shared + 4 * inputs * targets * width
-    decoder_layers = config.num_decoder_layers or config.layers - config.num_encoder_layers
-    total = config.num_encoder_layers * own(inputs) + decoder_layers * own(targets)
-    total += config.num_decoder_layers * cross + targets * 2 * config.vocab_size * width
+    parts = {"token table": targets * 2 * config.vocab_size * width}
+    if not config.num_decoder_layers:
+        parts["layers: attention"] = attention(config.layers, inputs)
+        parts["layers: feed forward"] = config.layers * inputs * per_token
+    else:
+        cross = targets * 2 * square + inputs * shared + 4 * inputs * targets * width
+        parts["encoder: attention"] = attention(config.num_encoder_layers, inputs)
+        parts["encoder: feed forward"] = config.num_encoder_layers * inputs * per_token
+        parts["decoder: attention"] = attention(config.layers, targets)
+        parts["decoder: cross attention"] = config.layers * cross
+        parts["decoder: feed forward"] = config.layers * targets * per_token
     if config.architecture == "parallel_encoder_decoder":
-        total += targets * square
-    sites = config.dropout_sites
-    if config.learned_dropout.source != "elementwise":
-        on_inputs = config.num_masks(tuple(site for site in sites if site in ("enc_ff", "enc_sa")))
-        on_targets = config.num_masks(tuple(site for site in sites if site in ("dec_ff", "dec_sa", "cross")))
-        total += on_inputs * mask(inputs) + on_targets * mask(targets)
+        parts["decoder input"] = targets * square
     embedded = (inputs, targets) if config.architecture == "encoder_decoder" else (inputs,)
-    for tokens in embedded:
-        if "embed" in sites and config.learned_dropout.source != "elementwise":
-            total += mask(tokens)
-        if sites and config.learned_dropout.source == "embed":
-            total += mask(tokens) + tokens * square
-    return total
+    if sites and config.learned_dropout.source != "elementwise":
+
+        def masks(tokens: int) -> int:
+            return tokens * 3 * square + 4 * tokens**2 * width
+
+        on_inputs = config.num_masks(tuple(site for site in sites if site.startswith("enc_")))
+        on_targets = config.num_masks(tuple(site for site in sites if site in ("dec_ff", "dec_sa", "cross")))
+        on_embedded = sum(masks(tokens) for tokens in embedded) if "embed" in sites else 0
+        parts["masks"] = on_inputs * masks(inputs) + on_targets * masks(targets) + on_embedded
+        if config.learned_dropout.source == "embed":
+            parts["mask source"] = sum(masks(tokens) + tokens * square for tokens in embedded)
+    return parts
+
+
+def forward_flops(config: ModelConfig) -> int:
+    """Of a sample: the sum of `sample_flops_by_part`."""
+    return sum(sample_flops_by_part(config).values())
 
 
 def forward_flops_per_token(config: ModelConfig) -> float:
