@@ -1,6 +1,8 @@
 """Whole runs with other objectives than the next token, through the command line."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +45,23 @@ def test_a_model_of_another_objective_is_trained_and_validated(
         assert f"{'loss/val':<28} {found[-1]['loss/val']:.6f}" in again.stdout, again.stderr
 
 
-def test_a_causal_model_minds_documents(dataset: Path, tmp_path: Path) -> None:
-    found = run(dataset, tmp_path / "run", "model.document_mask=true")
-    assert len(found) == 2
-    assert all("loss/val_bits_per_byte" not in metrics for metrics in found)
+@pytest.mark.parametrize(
+    ("marked", "model"),
+    [
+        (False, ["model.document_mask=true"]),
+        (True, ["model.architecture=encoder_decoder", "data.objective=span_corruption"]),
+    ],
+)
+def test_other_ranks_and_stages_learn_the_same(
+    ranks: Callable[..., list[Any]], dataset: Path, marked_dataset: Path, tmp_path: Path, marked: bool, model: list[str]
+) -> None:
+    args = [*SMALL, *STEPS, *model, f"data.path={marked_dataset if marked else dataset}"]
+    case = "tests.distributed.cases:train_run"
+    ranks(case, 1, args=[*args, f"run.dir={tmp_path / 'one'}", "engine.zero_stage=1"])
+    ranks(case, 2, args=[*args, f"run.dir={tmp_path / 'two'}", "engine.zero_stage=3", "batch.micro_batch=2"])
+    one, two = (list(read(tmp_path / name / "metrics.jsonl")) for name in ("one", "two"))
+    for loss, count in (("loss/train", 4), ("loss/val", 2)):
+        mine, others = ([r.metrics[loss] for r in run if loss in r.metrics] for run in (one, two))
+        assert len(mine) == count
+        assert others == pytest.approx(mine, abs=1e-4)
+    assert not any("loss/val_bits_per_byte" in r.metrics for r in one)

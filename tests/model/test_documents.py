@@ -175,10 +175,10 @@ def test_a_model_that_is_to_mind_documents_must_be_told_of_them() -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("name", ["everywhere", "everywhere_embed", "bert_modern", "t5_modern"])
+@pytest.mark.parametrize("name", ["everywhere", "t5_modern"])
 def test_layers_are_traced_without_a_break(name: str) -> None:
     """As `engine.compile` compiles them, one by one; t5 has no documents, but two lengths."""
-    config = variant(name)
+    config = variant(name, layers=1)
     model = open_masks(build(config))
     batch = batch_of(config) if name.startswith("t5") else packed(config)
     expected = model(batch).loss
