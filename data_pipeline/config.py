@@ -106,7 +106,7 @@ class SplitConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
 
 
 class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
-    """A dataset: where it is, and what it is built from."""
+    """A dataset: where it is, what it is built from, and what is made of it to learn from."""
 
     path: str = "data/dataset"
     """The dataset's folder (manifest, tokenizer, shards)."""
@@ -124,6 +124,10 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     """Seeds the tokenizer's sample, the hash split and the shuffle."""
     shard_tokens: int = Field(default=128 * 2**20, ge=1024)
     """Tokens in a shard (the last of a source in a split may hold fewer)."""
+    objective: Literal["causal", "prefix", "masked", "span_corruption"] = "causal"
+    """What a model learns from the text: the next token; the same behind a prefix that is read both ways; tokens hidden
+    by `<mask>` (BERT); spans cut out, each for a sentinel `<extra_id_0>`, … (T5). The last two need their pieces among
+    `tokenizer.user_defined_symbols`, and a `model.architecture` that fits."""
     weights: dict[str, float] = {}
     """Shares of the training samples by source, instead of the sources' own `weight`; a source left out is not read."""
     order: Literal["global", "block"] = "global"

@@ -14,12 +14,14 @@ def describe(config: Config, ranks: int) -> str:
     from data_pipeline.dataset import Dataset
     from model import registry
     from pretrain import origin
+    from pretrain.batches import Batches
     from pretrain.dataset_identity import complete, identity
     from pretrain.run import RunFolder
 
     dataset = Dataset.open(config.data.path)
     windows = len(dataset.windows("train", config.model.context))
-    dataset.windows("validation", config.model.context, partial=True)
+    dataset.windows("validation", config.model.context, partial=config.data.objective != "span_corruption")
+    Batches.of(config, dataset, torch.device("cpu"))  # needs pieces of the tokenizer
     config = origin.resolve(complete(config, dataset))
     origin.check(config, identity(dataset))
     folder = RunFolder(config.run_dir)

@@ -40,11 +40,11 @@ def flops(config: ConfigArgs, as_json: JsonOption = False) -> None:
     Examples: `duet model flops model/published model.vocab_size=50257`,
     `duet model flops model/decoder-125m model.vocab_size=50257 model.context=4096 --json`
     """
-    from model.flops import forward_flops_by_part, training_flops_per_token
+    from model.flops import forward_flops_per_token, sample_flops_by_part, training_flops_per_token
 
     model = _model(config)
-    parts = forward_flops_by_part(model)
-    _print({"forward": sum(parts.values()), "training": training_flops_per_token(model)}, parts, as_json)
+    parts = {name: count / model.context for name, count in sample_flops_by_part(model).items()}
+    _print({"forward": forward_flops_per_token(model), "training": training_flops_per_token(model)}, parts, as_json)
 
 
 def _model(config: list[str]) -> ModelConfig:
@@ -53,13 +53,13 @@ def _model(config: list[str]) -> ModelConfig:
     return load(config).model
 
 
-def _print(totals: Mapping[str, int], parts: Mapping[str, int], as_json: bool) -> None:
+def _print(totals: Mapping[str, float], parts: Mapping[str, float], as_json: bool) -> None:
     """A line for each number; of parts, their share of the sum, too."""
     if as_json:
         typer.echo(json.dumps({**{key.replace(" ", "_"): value for key, value in totals.items()}, "parts": parts}))
         return
     width = max(map(len, [*totals, *parts]))
     for name, count in totals.items():
-        typer.echo(f"{name:<{width}} {count:>18,}")
+        typer.echo(f"{name:<{width}} {count:>18,.0f}")
     for name, count in sorted(parts.items(), key=lambda part: -part[1]):
-        typer.echo(f"{name:<{width}} {count:>18,} {count / sum(parts.values()):7.2%}")
+        typer.echo(f"{name:<{width}} {count:>18,.0f} {count / sum(parts.values()):7.2%}")

@@ -1,9 +1,10 @@
-"""Causal multi-head attention: within a stream, and from one stream to another."""
+"""Multi-head attention, causal unless told otherwise: within a stream, and from one stream to another."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask
 
 from data_pipeline.errors import ConfigError
 from model.cache import Cached
@@ -11,6 +12,7 @@ from model.config import ModelConfig
 from model.dropout import noise_site, weight_dropout
 from model.layers import Linear
 from model.positions import rotate
+from model.visibility import CAUSAL, Visible, attend_in_blocks
 
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
@@ -18,7 +20,7 @@ _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend
 class CausalAttention(Cached):
     """softmax(q k^T / sqrt(d)) v in each head of d channels, over positions up to the query's own.
 
-    "Attention Is All You Need", equation 1, with a causal mask. No parameters.
+    "Attention Is All You Need", equation 1, with a causal mask or what `visible` says instead. No parameters.
     """
 
     def __init__(self, config: ModelConfig, heads: int, *, group: int = 1, name: str = "", rate: float = 0.0) -> None:
@@ -36,45 +38,62 @@ class CausalAttention(Cached):
         self._rate = rate
         self._site = noise_site(f"attention/{name}")
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None) -> Tensor:
-        """Query [B, T, C], key and value [B, T, C / group], noise keys [B] or None in evaluation -> [B, T, C]."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible = CAUSAL
+    ) -> Tensor:
+        """Query [B, T, C], key and value [B, T, C / group], noise keys [B] or None in evaluation -> [B, T, C].
+
+        Keys and values may be of another length than the queries if `visible` is not causal.
+        """
         query = query.unflatten(-1, (self._heads, -1))
         key, value = (x.unflatten(-1, (self._heads // self._group, -1)) for x in (key, value))
-        if self._config.positions == "rotary":
-            count = query.shape[1]
-            positions = torch.arange(count, device=query.device) if self.cache is None else self.cache.positions(count)
+        if self._config.positions == "rotary" and visible.aligned:
+            positions = visible.positions
+            if positions is None:
+                positions = torch.arange(query.shape[1], device=query.device)
             query, key = rotate(query, positions), rotate(key, positions)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        visible = None
         if self.cache is not None:
-            key, value, visible = self.cache.extend(self, key, value)
+            key, value, mask = self.cache.extend(self, key, value)
+            visible = Visible(mask=mask)
         if self._group > 1:
             key, value = (x.repeat_interleave(self._group, dim=1) for x in (key, value))
         if self._config.attention == "explicit" or (self._rate and keys is not None):
-            return self._explicit(query, key, value, keys, visible).transpose(1, 2).flatten(2)
-        if self._config.attention == "flash":
-            return _fused(query, key, value, visible).transpose(1, 2).flatten(2)
-        found = functional.scaled_dot_product_attention(query, key, value, visible, is_causal=visible is None)
+            found = self._explicit(query, key, value, keys, visible)
+        elif isinstance(visible.mask, BlockMask):
+            found = attend_in_blocks(query, key, value, visible.mask)
+        elif self._config.attention == "flash":
+            found = _fused(query, key, value, visible)
+        else:
+            found = _plain(query, key, value, visible)
         return found.transpose(1, 2).flatten(2)
 
-    def _explicit(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Tensor | None
-    ) -> Tensor:
-        length = query.shape[2]
+    def _explicit(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
         scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
-        if visible is None:
-            visible = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
+        mask = visible.mask
+        assert not isinstance(mask, BlockMask)
+        if mask is None and visible.causal:
+            mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
         exact = torch.promote_types(scores.dtype, torch.float32)
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=exact).to(value.dtype)
+        weights = scores.softmax(-1, dtype=exact).to(value.dtype)
         if self._rate and keys is not None:
             weights = weight_dropout(weights, keys, self._site, self._rate, self._config.context)
         return weights @ value
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
+def _plain(query: Tensor, key: Tensor, value: Tensor, visible: Visible) -> Tensor:
+    """What torch takes; the mask of `visible` is dense."""
+    assert not isinstance(visible.mask, BlockMask)
+    causal = visible.causal and visible.mask is None
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=visible.mask, is_causal=causal)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, visible: Visible = CAUSAL) -> Tensor:
     try:
         with sdpa_kernel(_FUSED):
-            return functional.scaled_dot_product_attention(query, key, value, visible, is_causal=visible is None)
+            return _plain(query, key, value, visible)
     except RuntimeError as error:
         if not any(text in str(error) for text in ("No available kernel", "No viable backend")):
             raise
@@ -85,7 +104,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = N
 
 
 class SelfAttention(nn.Module):
-    """Causal attention of a stream to itself."""
+    """Attention of a stream to itself."""
 
     def __init__(self, config: ModelConfig, name: str, std: float) -> None:
         """One projection [3C, C] for queries, keys and values (fewer rows with grouped queries), one [C, C] out.
@@ -101,14 +120,14 @@ class SelfAttention(nn.Module):
         self.out = Linear(config.width, config.width, bias=config.bias, std=std)
         self.attention = CausalAttention(config, config.heads, group=group, name=name, rate=config.attention_rate)
 
-    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
         query, key, value = self.qkv(x).split(self._sizes, dim=-1)
-        return self.out(self.attention(query, key, value, keys))
+        return self.out(self.attention(query, key, value, keys, visible))
 
 
 class CrossAttention(nn.Module):
-    """Causal attention of one stream to another of the same length: position t sees the other's up to t."""
+    """Attention of one stream to another; causal, position t sees the other's up to t, of a stream as long."""
 
     def __init__(self, config: ModelConfig, name: str, std: float) -> None:
         """Projections [C, C] for queries, [2C, C] for keys and values, [C, C] out; `name` and `std` as above."""
@@ -119,7 +138,7 @@ class CrossAttention(nn.Module):
         self.out = Linear(config.width, config.width, bias=config.bias, std=std)
         self.attention = CausalAttention(config, heads, group=group, name=name, rate=config.attention_rate)
 
-    def forward(self, x: Tensor, other: Tensor, keys: Tensor | None) -> Tensor:
-        """Queries from x [B, T, C], keys and values from other [B, T, C] -> [B, T, C]."""
+    def forward(self, x: Tensor, other: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
+        """Queries from x [B, T, C], keys and values from other [B, S, C] -> [B, T, C]; S = T if it is causal."""
         key, value = self.key_value(other).chunk(2, dim=-1)
-        return self.out(self.attention(self.query(x), key, value, keys))
+        return self.out(self.attention(self.query(x), key, value, keys, visible))

@@ -7,17 +7,24 @@ from model.config import ModelConfig
 from model.dropout import SiteDropout, Statistics
 from model.layers import FeedForward, residual_std, stream_norm
 from model.sites import dropout_at
+from model.visibility import CAUSAL, Visible
 
 
 class Residual:
     """A stream on its way through a layer: x grows by updates that each pass their site; statistics are collected."""
 
-    def __init__(self, x: Tensor, keys: Tensor | None, source: Tensor | None, post_norm: bool) -> None:
-        """x [B, T, C]; noise keys [B] or None in evaluation; source [B, T, C] of masks that share one."""
+    def __init__(
+        self, x: Tensor, keys: Tensor | None, source: Tensor | None, visible: Visible, post_norm: bool
+    ) -> None:
+        """x [B, T, C]; noise keys [B] or None in evaluation; source [B, T, C] of masks that share one.
+
+        `visible`: to the stream's own attention, and so to that of its masks.
+        """
         self.x = x
         self.statistics: Statistics = {}
         self._keys = keys
         self._source = source
+        self._visible = visible
         self._post_norm = post_norm
 
     def normed(self, norm: nn.Module) -> Tensor:
@@ -26,13 +33,13 @@ class Residual:
 
     def add(self, update: Tensor, dropout: SiteDropout, norm: nn.Module) -> None:
         """x + dropout(update); normed where the norm comes after the addition."""
-        update, statistics = dropout(update, self._keys, self._source)
+        update, statistics = dropout(update, self._keys, self._source, self._visible)
         self.statistics |= statistics
         self.x = norm(self.x + update) if self._post_norm else self.x + update
 
 
 class EncoderLayer(nn.Module):
-    """Causal self attention, then feed forward. A decoder-only model is made of these, too."""
+    """Self attention, then feed forward. A decoder-only model is made of these, too."""
 
     def __init__(self, config: ModelConfig, layer: int, *, alone: bool = False) -> None:
         """`layer` counts from 0 in its stream; `alone`: the only stream, whose sites are called the decoder's."""
@@ -46,17 +53,22 @@ class EncoderLayer(nn.Module):
         self.ff = FeedForward(config, std)
         self.ff_dropout = dropout_at(config, "dec_ff" if alone else "enc_ff", layer)
 
-    def forward(self, x: Tensor, keys: Tensor | None, source: Tensor | None) -> tuple[Tensor, Statistics]:
+    def forward(
+        self, x: Tensor, keys: Tensor | None, source: Tensor | None, visible: Visible = CAUSAL
+    ) -> tuple[Tensor, Statistics]:
         """x and source [B, T, C], noise keys [B] or None in evaluation -> x [B, T, C] and mask statistics."""
-        stream = Residual(x, keys, source, self._post_norm)
-        update = self.attention(stream.normed(self.attention_norm), keys)
+        stream = Residual(x, keys, source, visible, self._post_norm)
+        update = self.attention(stream.normed(self.attention_norm), keys, visible)
         stream.add(update, self.attention_dropout, self.attention_norm)
         stream.add(self.ff(stream.normed(self.ff_norm)), self.ff_dropout, self.ff_norm)
         return stream.x, stream.statistics
 
 
 class DecoderLayer(nn.Module):
-    """Causal self attention, causal cross attention to a vector of the encoder at each position, feed forward."""
+    """Self attention, cross attention to the encoder, feed forward.
+
+    Cross attention sees of the encoder what self attention sees of the stream, or `across`.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         """`layer` counts from 0 in its stream."""
@@ -77,16 +89,23 @@ class DecoderLayer(nn.Module):
         self.ff_dropout = dropout_at(config, "dec_ff", layer)
 
     def forward(
-        self, x: Tensor, encoder: Tensor, keys: Tensor | None, source: Tensor | None
+        self,
+        x: Tensor,
+        encoder: Tensor,
+        keys: Tensor | None,
+        source: Tensor | None,
+        visible: Visible = CAUSAL,
+        across: Visible | None = None,
     ) -> tuple[Tensor, Statistics]:
-        """x, encoder and source [B, T, C], noise keys [B] or None in evaluation -> x [B, T, C], mask statistics."""
-        stream = Residual(x, keys, source, self._post_norm)
+        """x and source [B, T, C], encoder [B, S, C], noise keys [B] or None in evaluation -> x, mask statistics."""
+        stream = Residual(x, keys, source, visible, self._post_norm)
         for cross in (self._cross_first, not self._cross_first):
             if cross:
-                update = self.cross_attention(stream.normed(self.cross_norm), self.encoder_norm(encoder), keys)
+                read = self.encoder_norm(encoder)
+                update = self.cross_attention(stream.normed(self.cross_norm), read, keys, across or visible)
                 stream.add(update, self.cross_dropout, self.cross_norm)
             else:
-                update = self.attention(stream.normed(self.attention_norm), keys)
+                update = self.attention(stream.normed(self.attention_norm), keys, visible)
                 stream.add(update, self.attention_dropout, self.attention_norm)
         stream.add(self.ff(stream.normed(self.ff_norm)), self.ff_dropout, self.ff_norm)
         return stream.x, stream.statistics

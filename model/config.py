@@ -6,31 +6,53 @@ from pydantic import BaseModel, Field, model_validator
 
 from model.mask_config import L0Config, LearnedDropoutConfig, Site
 
-Architecture = Literal["parallel_encoder_decoder", "decoder_only"]
+Architecture = Literal["parallel_encoder_decoder", "decoder_only", "encoder_decoder", "encoder_only"]
+Objective = Literal["causal", "prefix", "masked", "span_corruption"]
+"""What is made of the text for a model to learn from, as `data.objective` names it."""
 
 SITES: dict[Architecture, tuple[Site, ...]] = {
     "parallel_encoder_decoder": ("enc_ff", "dec_ff", "enc_sa", "dec_sa", "cross", "embed"),
     "decoder_only": ("dec_ff", "dec_sa", "embed"),
+    "encoder_decoder": ("enc_ff", "dec_ff", "enc_sa", "dec_sa", "cross", "embed"),
+    "encoder_only": ("enc_ff", "enc_sa", "embed"),
 }
 """Where masks can stand in each architecture."""
 DEFAULT_SITES: dict[Architecture, tuple[Site, ...]] = {
     "parallel_encoder_decoder": ("enc_ff", "dec_ff"),
     "decoder_only": ("dec_ff",),
+    "encoder_decoder": ("enc_ff", "dec_ff"),
+    "encoder_only": ("enc_ff",),
 }
 
-_SECOND_STREAM = (
+_SIDE_BY_SIDE = (
     "topology",
-    "cross_heads",
     "cross_source",
-    "decoder_order",
     "add_next_position",
     "subtract_next_position",
     "decoder_input_norm",
     "decoder_input_std",
-    "decoder_residual_writes",
     "encoder_loss",
 )
-"""Keys that mean nothing without an encoder."""
+"""Keys that mean nothing unless two streams read the same tokens."""
+_SECOND_STREAM = (*_SIDE_BY_SIDE, "cross_heads", "decoder_order", "decoder_residual_writes")
+"""Keys that mean nothing without a second stream."""
+
+_WITHOUT: dict[Architecture, tuple[tuple[str, ...], str]] = {
+    "parallel_encoder_decoder": ((), ""),
+    "decoder_only": (_SECOND_STREAM, "has no second stream"),
+    "encoder_decoder": ((*_SIDE_BY_SIDE, "document_mask"), "reads one sequence and writes another"),
+    "encoder_only": (_SECOND_STREAM, "has no second stream"),
+}
+"""Keys that an architecture cannot use, and why."""
+
+_FITS: dict[Architecture, tuple[tuple[Objective, ...], str]] = {
+    "parallel_encoder_decoder": (("causal", "prefix"), "predicts each token from those before it"),
+    "decoder_only": (("causal", "prefix"), "predicts each token from those before it"),
+    "encoder_decoder": (("span_corruption",), "reads a text with gaps and writes what is missing"),
+    "encoder_only": (("masked",), "sees every token, the next one included, so some have to be hidden from it"),
+}
+"""What an architecture can learn from, and why."""
+
 NO_VOCABULARY = "model.vocab_size is not set: take it from the dataset's tokenizer, or give it"
 
 
@@ -55,7 +77,8 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """One of the architectures, its shape and its parts."""
 
     architecture: Architecture = "parallel_encoder_decoder"
-    """Two causal streams, or the plain baseline."""
+    """Two causal streams; the plain baseline; an encoder of one sequence and a decoder of another, as T5; an encoder,
+    as BERT. The last two go with another `data.objective`."""
     topology: Literal["parallel", "serial"] = "parallel"
     """The decoder beside the encoder, both from the embedded tokens; or behind all of it, from its output."""
     layers: int = Field(default=3, ge=1)
@@ -76,11 +99,12 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     bias: bool = False
     """Biases in linear layers and LayerNorms."""
     norm: Literal["layernorm", "rmsnorm", "batchnorm"] = "layernorm"
-    """Of the residual stream; `batchnorm` is refused, since these models are causal."""
+    """Of the residual stream; `batchnorm` is refused, with the reason."""
     norm_position: Literal["pre", "post"] = "pre"
     """On the input of each sublayer, or on the stream after each addition."""
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
-    """A table, or sines of the position, added to the tokens; or a rotation of queries and keys in every attention."""
+    """A table, or sines of the position, added to the tokens; or a rotation of queries and keys in every attention
+    (but not from one sequence to another)."""
     ff: Literal["gelu", "swiglu"] = "gelu"
     """C -> F -> C with the exact GELU, or with SiLU of one half times the other."""
     ff_width: int | None = Field(default=None, ge=1)
@@ -91,6 +115,8 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Ordinary dropout on the embedded tokens and on each update of the stream; off in evaluation."""
     attention_dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Of the attention weights; the rate `dropout` unless given. Needs `explicit` attention."""
+    document_mask: bool = False
+    """No attention leaves its document, and positions count from its start, as if each document came alone."""
     cross_source: Literal["layer_output", "layer_input"] = "layer_output"
     """What decoder layer l reads of encoder layer l; `layer_input` leaves the last encoder layer out."""
     decoder_order: Literal["self_cross_ff", "cross_self_ff"] = "self_cross_ff"
@@ -134,11 +160,39 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
         return self.dropout if self.attention_dropout is None else self.attention_dropout
 
     @property
+    def needs_weights(self) -> bool:
+        """Attention weights are formed, in training at least."""
+        return self.attention == "explicit" or self.attention_rate > 0.0
+
+    @property
+    def causal(self) -> bool:
+        """Each token is predicted from those before it, so the model can continue a text and has bits per byte."""
+        return self.architecture in ("parallel_encoder_decoder", "decoder_only")
+
+    @property
     def num_encoder_layers(self) -> int:
-        """Of the second stream; 0 where there is none."""
+        """0 where there is no encoder."""
         if self.architecture == "decoder_only":
             return 0
         return self.layers - (self.cross_source == "layer_input")
+
+    @property
+    def num_decoder_layers(self) -> int:
+        """With cross attention; 0 where there is no second stream."""
+        return self.layers if self.architecture in ("parallel_encoder_decoder", "encoder_decoder") else 0
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens that a sample of N holds for the first stream, and labels.
+
+        Span corruption cuts out 15 % in spans of 3 in the mean; each leaves a token in the input and is headed by it in
+        the labels, and an end is added to both (Raffel et al. 2020, arXiv:1910.10683, section 3.1.4).
+        """
+        if self.architecture != "encoder_decoder":
+            return self.context, self.context
+        noise = max(round(self.context * 0.15), 1)
+        spans = max(round(noise / 3), 1)
+        return self.context - noise + spans + 1, noise + spans + 1
 
     @property
     def dropout_sites(self) -> tuple[Site, ...]:
@@ -152,8 +206,18 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
 
     def num_masks(self, sites: tuple[Site, ...]) -> int:
         """One in each layer that has the site."""
-        per_site = {"embed": 1, "enc_ff": self.num_encoder_layers, "enc_sa": self.num_encoder_layers}
+        embed = 2 if self.architecture == "encoder_decoder" else 1
+        per_site = {"embed": embed, "enc_ff": self.num_encoder_layers, "enc_sa": self.num_encoder_layers}
         return sum(per_site.get(site, self.layers) for site in sites)
+
+    def check_objective(self, objective: Objective) -> None:
+        """Raises ValueError unless the architecture can learn from it."""
+        fitting, reason = _FITS[self.architecture]
+        if objective not in fitting:
+            raise ValueError(
+                f"data.objective={objective} does not fit model.architecture={self.architecture}, which {reason}; "
+                f"take data.objective={' or '.join(fitting)}"
+            )
 
     def _sites_of(self, masks: LearnedDropoutConfig | L0Config) -> tuple[Site, ...]:
         return tuple(masks.sites or DEFAULT_SITES[self.architecture]) if masks.enabled else ()
@@ -161,7 +225,7 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelConfig":
         heads = {"heads": self.heads}
-        if self.architecture == "parallel_encoder_decoder":
+        if self.num_decoder_layers:
             heads["cross_heads"] = self.num_cross_heads
         for key, count in heads.items():
             if self.width % count:
@@ -190,14 +254,23 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
                     raise ValueError(f"{key}.sites: {self.architecture} has no site {site}; it has {', '.join(valid)}")
             if len(set(sites or ())) < len(sites or ()):
                 raise ValueError(f"{key}.sites: a site is named twice in {', '.join(sites or ())}")
-        if self.architecture == "decoder_only":
-            for key in _SECOND_STREAM:
-                if getattr(self, key) != type(self).model_fields[key].default:
-                    raise ValueError(f"{key}: decoder_only has no second stream; leave it out")
+        keys, reason = _WITHOUT[self.architecture]
+        for key in keys:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: {self.architecture} {reason}; leave it out")
+        if max(self.lengths) > self.context:
+            raise ValueError(
+                f"context={self.context}: of so few tokens span corruption makes {self.lengths[0]}; take 10 or more"
+            )
         return self
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> "ModelConfig":
+        if self.norm == "batchnorm" and self.architecture == "encoder_only":
+            raise ValueError(
+                "norm=batchnorm keeps running statistics, which are no parameters, and checkpoints hold parameters "
+                "only: a run could not go on from one; take layernorm or rmsnorm"
+            )
         if self.norm == "batchnorm":
             raise ValueError(
                 "norm=batchnorm takes its statistics over all positions, so a causal model would see the tokens it is "

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.mask_config import Site
 from model.noise import uniform
+from model.visibility import CAUSAL, Visible
 
 Statistics = dict[str, dict[str, Tensor]]
 """By mask, for example `enc_ff/00`: site and layer; then by name, 0-d float32."""
@@ -48,19 +49,24 @@ class SiteDropout(nn.Module):
         self._rate = config.dropout
         self._dropout_site = noise_site(f"dropout/{self.name}")
 
-    def forward(self, x: Tensor, keys: Tensor | None, source: Tensor | None = None) -> tuple[Tensor, Statistics]:
+    def forward(
+        self, x: Tensor, keys: Tensor | None, source: Tensor | None = None, visible: Visible = CAUSAL
+    ) -> tuple[Tensor, Statistics]:
         """Mask and drop out x [B, T, C].
 
         Args:
             keys: [B] int64, which key the noise of training; None asks for evaluation.
             source: [B, T, C], what all masks come from where they do not come from x.
+            visible: to the attention that a mask is computed by.
 
         Returns:
             x, and the statistics of the mask if there is one.
         """
-        x, statistics = self.mask(x, keys, source)
+        x, statistics = self.mask(x, keys, source, visible)
         return dropout(x, keys, self._dropout_site, self._rate), statistics
 
-    def mask(self, x: Tensor, keys: Tensor | None, source: Tensor | None) -> tuple[Tensor, Statistics]:
+    def mask(
+        self, x: Tensor, keys: Tensor | None, source: Tensor | None, visible: Visible
+    ) -> tuple[Tensor, Statistics]:
         """x as it is: no mask stands here."""
         return x, {}

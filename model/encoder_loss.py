@@ -27,8 +27,10 @@ class EncoderLoss(nn.Module):
         self.embedding_norm = nn.Identity() if loss.embedding_norm == "none" else norm()
         self.output_norm = norm() if loss.output_norm else nn.Identity()
 
-    def forward(self, embedded: Tensor, output: Tensor) -> dict[str, Tensor]:
+    def forward(self, embedded: Tensor, output: Tensor, positions: Tensor | None = None) -> dict[str, Tensor]:
         """Compare the embedded tokens with the encoder's output, both [B, T, C].
+
+        `positions` [B, T]: place of each token in its document, at whose start the running mean begins anew.
 
         Returns:
             0-d float32: `encoder_loss`, without its weight, and of both sides of the comparison (`_embedding` and
@@ -43,8 +45,13 @@ class EncoderLoss(nn.Module):
             embedded = self.embedding_norm(embedded)
         # A running sum in bf16 would lose the later tokens.
         exact = torch.promote_types(embedded.dtype, torch.float32)
-        count = torch.arange(1, embedded.shape[1] + 1, device=embedded.device, dtype=exact)
-        average = embedded.to(exact).cumsum(dim=1) / count[:, None]
+        places = torch.arange(embedded.shape[1], device=embedded.device)
+        total = embedded.to(exact).cumsum(dim=1)
+        if positions is not None:
+            before = functional.pad(total, (0, 0, 1, 0))  # [B, T + 1, C]: of the tokens before each
+            starts = (places - positions)[..., None].expand_as(total)
+            total, places = total - before.gather(1, starts), positions
+        average = total / (places + 1)[..., None]
         if norm == "average":
             average = self.embedding_norm(average.to(embedded.dtype)).to(exact)
         target = self.output_norm(output).to(exact)

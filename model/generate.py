@@ -5,7 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import ConfigError
 from model.cache import Cache
+from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.sampling import Sampling
 
@@ -36,8 +38,10 @@ class Generation:
             generators: source of each text's draws, on the model's device; torch's own unless given.
 
         Raises:
+            ConfigError: the model is not causal, so it does not continue a text.
             ValueError: a prompt is empty.
         """
+        check_continues(model.config)
         if not all(map(len, prompts)):
             raise ValueError("a prompt needs at least one token")
         self._model = model
@@ -108,3 +112,13 @@ def generate(
         if not found:
             return
         yield found[0]
+
+
+def check_continues(config: ModelConfig) -> None:
+    """Raises ConfigError for a model that cannot continue a prompt."""
+    if config.architecture == "encoder_only":
+        raise ConfigError("encoder_only fills masked places from both sides: it has no next token to draw")
+    if config.architecture == "encoder_decoder":
+        raise ConfigError(
+            "encoder_decoder was trained to write the spans that are missing in a text, not to continue a prompt"
+        )

@@ -13,6 +13,7 @@ from model.dropout import SiteDropout, Statistics, noise_site
 from model.mask_config import Site
 from model.noise import uniform
 from model.telemetry import mask_statistics
+from model.visibility import Visible
 
 _TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1
 """The paper's beta, gamma and zeta (section 4.1)."""
@@ -33,7 +34,9 @@ class HardConcreteGates(SiteDropout):
         self.log_alpha = nn.Parameter(torch.full((config.width,), start))
         self._noise_site = noise_site(self.name)
 
-    def mask(self, x: Tensor, keys: Tensor | None, source: Tensor | None) -> tuple[Tensor, Statistics]:
+    def mask(
+        self, x: Tensor, keys: Tensor | None, source: Tensor | None, visible: Visible
+    ) -> tuple[Tensor, Statistics]:
         """Gate the channels of x; see `SiteDropout.forward`. The statistic `l0` is penalised."""
         log_alpha = self.log_alpha.to(torch.promote_types(self.log_alpha.dtype, torch.float32))
         if keys is None:

@@ -16,13 +16,22 @@ class Batch:
     input_ids: Tensor
     """[B, T] int64."""
     labels: Tensor
-    """[B, T] int64: the token after each input, or IGNORE."""
+    """[B, T] int64: the token to predict at each input, for a causal model the next one, or IGNORE."""
     samples: Tensor
     """[B] int64: global position of each sequence in the data order; keys the noise."""
     step: Tensor
     """0-d int64: optimizer step, from 1; keys the noise and the penalty schedules."""
     seed: int
     """Of the run; keys the noise."""
+    segment_ids: Tensor | None = None
+    """[B, T]: number of each token's document in its row, which attention does not leave; padding has a number of its
+    own. None: a row is one document."""
+    position_ids: Tensor | None = None
+    """[B, T] int64: place of each token in its document; its place in the row unless given."""
+    prefix_lengths: Tensor | None = None
+    """[B] int64: so many tokens at the start of each row are seen by all of it."""
+    decoder_input_ids: Tensor | None = None
+    """[B, U] int64: what the decoder of an `encoder_decoder` reads, U <= N; `labels` are [B, U] then."""
 
 
 class ModelOutput(NamedTuple):

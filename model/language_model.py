@@ -1,4 +1,4 @@
-"""What the causal language models share: tables, final norm, tied head and objective."""
+"""What the architectures share: tables, final norm, tied head and objective."""
 
 from typing import NamedTuple, overload
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from model.cache import Cached
 from model.config import ModelConfig
-from model.dropout import Statistics
+from model.dropout import SiteDropout, Statistics
 from model.interface import Batch, ModelOutput
 from model.layers import INIT_STD, Embedding, TiedEmbedding, stream_norm
 from model.learned_dropout import MaskSource
@@ -15,6 +15,7 @@ from model.noise import sample_keys
 from model.objective import objective
 from model.positions import sinusoid
 from model.sites import dropout_at
+from model.visibility import CAUSAL, Visible, visible_in
 
 
 class Embedded(NamedTuple):
@@ -26,20 +27,24 @@ class Embedded(NamedTuple):
     """[T, C] or [B, T, C]: the position vectors of the tokens to predict, where the model uses them."""
     mask_source: Tensor | None
     """[B, T, C], where all masks come from one source."""
+    visible: Visible
+    """To self attention."""
+    statistics: Statistics
+    """Of the mask on E."""
 
 
 class Transformed(NamedTuple):
     """What an architecture gives."""
 
     x: Tensor
-    """[B, T, C], before the final norm or after it; vector t depends on tokens up to t only."""
+    """[B, T, C], before the final norm or after it; in a causal model vector t depends on tokens up to t only."""
     statistics: Statistics
     encoder_loss: dict[str, Tensor]
     """In training, where it is on; else empty."""
 
 
 class LanguageModel(Cached):
-    """Predicts each token from those before it; an architecture says how, in `transform`."""
+    """Predicts tokens from those that it sees; an architecture says how, in `transform`."""
 
     def __init__(self, config: ModelConfig) -> None:
         """`config.vocab_size` is known."""
@@ -73,46 +78,66 @@ class LanguageModel(Cached):
         if isinstance(inputs, Tensor):
             return self.predict(inputs, None)[0]
         keys = sample_keys(inputs.seed, inputs.step, inputs.samples) if self.training else None
-        x, statistics, encoder_loss = self.hidden(inputs.input_ids, keys)
+        if self.config.document_mask and inputs.segment_ids is None:
+            raise ValueError("model.document_mask is on, and the batch does not say where documents are")
+        x, statistics, encoder_loss = self.hidden(inputs.input_ids, keys, inputs)
         smoothing, z_weight = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
         tokens = self.token_embed(x, inputs.labels, smoothing, z_weight)
         return objective(tokens, inputs, statistics, encoder_loss, self.config, self.training)
 
-    def predict(self, input_ids: Tensor, keys: Tensor | None) -> tuple[Tensor, Statistics, dict[str, Tensor]]:
-        """Logits [B, T, V] of input_ids [B, T], T <= context; statistics and encoder loss as in `Transformed`."""
-        x, statistics, encoder_loss = self.hidden(input_ids, keys)
+    def predict(
+        self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None
+    ) -> tuple[Tensor, Statistics, dict[str, Tensor]]:
+        """Logits [B, T, V] of input_ids [B, T]; all else as in `hidden`."""
+        x, statistics, encoder_loss = self.hidden(input_ids, keys, batch)
         return self.token_embed(x), statistics, encoder_loss
 
-    def hidden(self, input_ids: Tensor, keys: Tensor | None) -> Transformed:
-        """What the head reads, x [B, T, C], of input_ids [B, T], T <= context."""
+    def hidden(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None) -> Transformed:
+        """What the head reads, x [B, T, C], of input_ids [B, T], T <= context.
+
+        `batch`: what else it says of these inputs: documents, prefixes, what a decoder reads.
+        """
+        visible = CAUSAL._replace(causal=self.config.causal) if batch is None else visible_in(batch, self.config)
+        if self.cache is not None:
+            visible = visible._replace(positions=self.cache.positions(input_ids.shape[1]))
+        embedded = self.embed(input_ids, keys, visible, self.embed_dropout)
+        x, statistics, encoder_loss = self.transform(embedded, keys)
+        x = self.final_norm(x)
+        if self.config.subtract_next_position != "none":
+            x = self.output_norm(x - embedded.next_positions)
+        if self.cache is not None:
+            x = x[:, -1:]  # nothing else is asked of the head, which is large
+        return Transformed(x, embedded.statistics | statistics, encoder_loss)
+
+    def embed(self, input_ids: Tensor, keys: Tensor | None, visible: Visible, dropout: SiteDropout) -> Embedded:
+        """What a stream starts from: the tokens [B, T] in vectors, with positions and past a site."""
         length = input_ids.shape[1]
         if length > self.config.context:
             raise ValueError(f"{length} tokens do not fit a context of {self.config.context}")
-        x, next_positions = self._with_positions(self.token_embed(input_ids))
-        mask_source = None if self.mask_source is None else self.mask_source(x)
-        x, embed_statistics = self.embed_dropout(x, keys, mask_source)
-        x, statistics, encoder_loss = self.transform(Embedded(x, next_positions, mask_source), keys)
-        x = self.final_norm(x)
-        if self.config.subtract_next_position != "none":
-            x = self.output_norm(x - next_positions)
-        if self.cache is not None:
-            x = x[:, -1:]  # nothing else is asked of the head, which is large
-        return Transformed(x, embed_statistics | statistics, encoder_loss)
+        x, next_positions = self._with_positions(self.token_embed(input_ids), visible.positions)
+        mask_source = None if self.mask_source is None else self.mask_source(x, visible)
+        x, statistics = dropout(x, keys, mask_source, visible)
+        return Embedded(x, next_positions, mask_source, visible, statistics)
 
-    def _with_positions(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, T, C] with their positions, and the position vectors one further where they are used."""
+    def _with_positions(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, T, C] with their positions, and the position vectors one further where they are used.
+
+        Positions [B, T] give vectors [B, T, C]; without them all rows share [T, C].
+        """
         if self.config.positions == "rotary":
             return x, None
+        if positions is not None:
+            return x + self._vectors(positions), self._vectors(positions + 1) if self._uses_next else None
         length = x.shape[1]
-        if self.cache is None:
-            positions = torch.arange(length + self._uses_next, device=x.device)
-        else:
-            positions = self.cache.positions(length + self._uses_next)
+        vectors = self._vectors(torch.arange(length + self._uses_next, device=x.device))
+        return x + vectors[:length], vectors[1:] if self._uses_next else None
+
+    def _vectors(self, positions: Tensor) -> Tensor:
+        """Positions [..., T] -> their vectors [..., T, C]."""
         if self.config.positions == "learned":
-            vectors = self.position_embed(positions)
-        else:  # as large as a table that starts at N(0, 0.02), or the sines would drown the tokens
-            vectors = (sinusoid(positions, x.shape[2]) * (2**0.5 * INIT_STD)).to(x.dtype)
-        return x + vectors[..., :length, :], vectors[..., 1:, :] if self._uses_next else None
+            return self.position_embed(positions)
+        # As large as a table that starts at N(0, 0.02), or the sines would drown the tokens.
+        return (sinusoid(positions, self.config.width) * (2**0.5 * INIT_STD)).to(self.token_embed.weight.dtype)
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Of the token after each of input_ids [B, T], T <= context -> [B, T, V], with evaluation rounding."""

@@ -1,4 +1,4 @@
-"""Learned dropout: a mask in [0, 1] that the model computes, by default by causal attention from what it masks.
+"""Learned dropout: a mask in [0, 1] that the model computes, by default by attention from what it masks.
 
 It saves no compute: the mask comes from the finished output (docs/model.md B).
 """
@@ -15,6 +15,7 @@ from model.losses import entropy, l1
 from model.mask_config import Site
 from model.noise import sample_keys, uniform, uniform_at
 from model.telemetry import mask_statistics
+from model.visibility import CAUSAL, Visible
 
 _STEEPNESS = 60.0
 """Of the sigmoid around m = 0.5 (docs/model.md B3)."""
@@ -45,29 +46,33 @@ class LearnedDropout(SiteDropout, Cached):
         self.shift = nn.Parameter(torch.full((config.width,), self.config.shift_init))
         self._noise_site = noise_site(self.name)
 
-    def mask(self, x: Tensor, keys: Tensor | None, source: Tensor | None) -> tuple[Tensor, Statistics]:
+    def mask(
+        self, x: Tensor, keys: Tensor | None, source: Tensor | None, visible: Visible
+    ) -> tuple[Tensor, Statistics]:
         """Mask x; see `SiteDropout.forward`."""
-        mask = cosine_mask(at_least_fp32(self._angle(x, source)) + at_least_fp32(self.shift))
-        used = self._round(mask, keys)
+        mask = cosine_mask(at_least_fp32(self._angle(x, source, visible)) + at_least_fp32(self.shift))
+        used = self._round(mask, keys, visible.positions)
         statistics = {self.name: self._statistics(mask, used)} if self.cache is None else {}
         return x * used.to(x.dtype), statistics
 
-    def _angle(self, x: Tensor, source: Tensor | None) -> Tensor:
+    def _angle(self, x: Tensor, source: Tensor | None, visible: Visible) -> Tensor:
         if self.config.source == "elementwise":
             return at_least_fp32(self.scale) * at_least_fp32(x.detach())
         if self.config.source == "embed":
             assert source is not None
             x = source
         query, key, value = self.qkv(x).chunk(3, dim=-1)
-        return self._attention(query, key, value, None)
+        return self._attention(query, key, value, None, visible)
 
-    def _round(self, mask: Tensor, keys: Tensor | None) -> Tensor:
+    def _round(self, mask: Tensor, keys: Tensor | None, positions: Tensor | None) -> Tensor:
         if keys is None:
             if self.config.eval_rounding == "sample":
                 # The same draws for every sequence, so that they depend on nothing but the position.
                 nowhere = torch.zeros(1, dtype=torch.int64, device=mask.device)
                 keys = sample_keys(self.config.eval_seed, nowhere[0], nowhere)
-                return (self._noise(keys, mask) < mask).to(mask.dtype)
+                if positions is None:
+                    return (self._noise(keys, mask) < mask).to(mask.dtype)
+                return (uniform_at(keys, self._noise_site, positions, mask.shape[2]) < mask).to(mask.dtype)
             return _threshold(mask) if self.config.eval_rounding == "threshold" else mask
         rounding = self.config.rounding
         if rounding == "none":
@@ -80,8 +85,6 @@ class LearnedDropout(SiteDropout, Cached):
         return straight_through(hard, mask)
 
     def _noise(self, keys: Tensor, mask: Tensor) -> Tensor:
-        if self.cache is not None:
-            return uniform_at(keys, self._noise_site, self.cache.positions(mask.shape[1]), mask.shape[2])
         return uniform(keys, self._noise_site, (mask.shape[1], mask.shape[2]))
 
     def _statistics(self, mask: Tensor, used: Tensor) -> dict[str, Tensor]:
@@ -95,7 +98,7 @@ class LearnedDropout(SiteDropout, Cached):
 
 
 class MaskSource(nn.Module):
-    """What all masks come from with source `embed`: one causal attention over the embedded tokens."""
+    """What all masks come from with source `embed`: one attention over the embedded tokens."""
 
     def __init__(self, config: ModelConfig) -> None:
         """Projections [3C, C] and [C, C], both from N(0, 0.02)."""
@@ -105,11 +108,11 @@ class MaskSource(nn.Module):
         self.out = Linear(config.width, config.width, bias=False)
         self._attention = CausalAttention(config, config.heads)
 
-    def forward(self, embedded: Tensor) -> Tensor:
+    def forward(self, embedded: Tensor, visible: Visible = CAUSAL) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
         # Detached is what comes in: what goes out would leave these weights without a gradient.
         query, key, value = self.qkv(embedded.detach() if self._detach else embedded).chunk(3, dim=-1)
-        return self.out(self._attention(query, key, value, None))
+        return self.out(self._attention(query, key, value, None, visible))
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ _TOP = {
     "token_embed": "token table",
     "position_embed": "position table",
     "embed_dropout": "masks",
+    "target_dropout": "masks",
     "decoder_input_norm": "norms",
     "final_norm": "norms",
     "output_norm": "norms",

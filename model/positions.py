@@ -7,7 +7,7 @@ _BASE = 10_000.0
 
 
 def _angles(positions: Tensor, pairs: int) -> Tensor:
-    """Positions [...] int64 -> p / 10000^(i / pairs), [..., pairs] float32."""
+    """Positions [..., T] int64 -> p / 10000^(i / pairs), [..., T, pairs] float32."""
     exponents = torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs
     return positions[..., None] * _BASE**-exponents
 
@@ -18,10 +18,10 @@ def sinusoid(positions: Tensor, width: int) -> Tensor:
     "Attention Is All You Need", section 3.5.
 
     Args:
-        positions: [...] int64.
+        positions: [..., T] int64.
 
     Returns:
-        [..., C] float32.
+        [..., T, C] float32.
     """
     angles = _angles(positions, width // 2 + width % 2)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., :width]
@@ -40,7 +40,7 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
         [B, T, H, d], of x's type; computed in float32 at least.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
-    angles = _angles(positions, x.shape[-1] // 2).to(exact).unsqueeze(-2)
+    angles = _angles(positions, x.shape[-1] // 2).to(exact)[..., None, :]
     sin, cos = angles.sin(), angles.cos()
     first, second = x.to(exact).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -2,6 +2,8 @@
 
 from data_pipeline.errors import ConfigError
 from model.architectures.decoder_only import DecoderOnly
+from model.architectures.encoder_decoder import EncoderDecoder
+from model.architectures.encoder_only import EncoderOnly
 from model.architectures.parallel_encoder_decoder import ParallelEncoderDecoder
 from model.config import NO_VOCABULARY, Architecture, ModelConfig
 from model.language_model import LanguageModel
@@ -9,6 +11,8 @@ from model.language_model import LanguageModel
 ARCHITECTURES: dict[Architecture, type[LanguageModel]] = {
     "parallel_encoder_decoder": ParallelEncoderDecoder,
     "decoder_only": DecoderOnly,
+    "encoder_decoder": EncoderDecoder,
+    "encoder_only": EncoderOnly,
 }
 
 

@@ -46,6 +46,16 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
     profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
+    def _the_objective_fits_the_model(self) -> "Config":
+        self.model.check_objective(self.data.objective)
+        if self.data.objective == "prefix" and self.model.document_mask:
+            raise ValueError(
+                "data.objective=prefix reads the start of a window both ways, whatever documents are in it; "
+                "leave model.document_mask out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batch_holds_whole_sequences(self) -> "Config":
         tokens, context = self.batch.tokens, self.model.context
         if tokens % context:

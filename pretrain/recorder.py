@@ -181,6 +181,8 @@ class Recorder:
         if bits := points.get("loss/val_bits_per_byte"):
             order0 = facts["dataset"]["order0_entropy"]
             rows.append(("validation", f"{bits[-1].value:.4f} bits/byte (order-0 entropy of that text: {order0:.4f})"))
+        elif loss := points.get("loss/val"):
+            rows.append(("validation", f"{loss[-1].value:.4f} nats/label"))
         steps = step - self._first_step
         if steps:
             rate = points["time/tokens_per_second"][-1].value

@@ -123,7 +123,8 @@ def _ending(run: RunData) -> str:
 def _validation(run: RunData) -> str:
     bits, order0 = run.last(BITS_PER_BYTE), run.order0_entropy
     if bits is None:
-        return "It was never validated."
+        loss = run.last(VALIDATION)
+        return "It was never validated." if loss is None else f"Validation: {loss:.4f} nats per label."
     if order0 is None:
         return f"Validation: {bits:.4f} bits per byte."
     said = f"Validation: {bits:.4f} bits per byte"

@@ -137,7 +137,8 @@ class RunFolder:
         changed = {
             key: values
             for key, values in differences(ours, config).items()
-            if not key.startswith(MAY_CHANGE) and not (key == "train.steps" and self._steps_may_change(ours, config))
+            if (not key.startswith(MAY_CHANGE) or key == "data.objective")
+            and not (key == "train.steps" and self._steps_may_change(ours, config))
         }
         if changed:
             raise RunError(

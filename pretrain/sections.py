@@ -108,7 +108,7 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     keep_every: int | None = Field(default=None, ge=1)
     """Checkpoints of steps that are a multiple of this stay for ever; none unless given."""
     sample_tokens: int = Field(default=100, ge=0)
-    """Tokens of the text that is generated at each validation."""
+    """Tokens of the text that is generated at each validation; none unless `data.objective` is `causal`."""
 
     @model_validator(mode="before")
     @classmethod

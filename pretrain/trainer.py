@@ -21,11 +21,12 @@ from data_pipeline.plan import Plan, go_on, wanted_phase
 from data_pipeline.state import DataState
 from model import registry
 from pretrain import checkpoint, journal, origin, provenance
+from pretrain.batches import Batches
 from pretrain.config import Config
 from pretrain.dataset_identity import complete, identity
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
-from pretrain.evaluate import evaluate, to_batch
+from pretrain.evaluate import evaluate
 from pretrain.goodput import Goodput, earlier_goodput
 from pretrain.health import Health
 from pretrain.lease import Lease, LeaseLost
@@ -55,6 +56,7 @@ class Session:
     ranks: Ranks
     folder: RunFolder
     dataset: Dataset
+    batches: Batches
     engine: Engine
     recorder: Recorder
     goodput: Goodput
@@ -99,6 +101,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
         lease = ranks.together(lambda: _own(folder, stack) if ranks.is_first else None)
         attempt = ranks.broadcast(lease.attempt if lease else None)
         config = ranks.together(lambda: _claim(folder, config, dataset), only_first=True)
+        batches = ranks.together(lambda: Batches.of(config, dataset, ranks.device))
         torch.manual_seed(config.run.seed)
         model = registry.build(config.model)
         parameters = sum(p.numel() for p in model.parameters())
@@ -121,7 +124,9 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
             published=recorder.checkpoint,
         )
         health = Health(config, ranks, engine, recorder, folder.logs, past)
-        session = Session(config, ranks, folder, dataset, engine, recorder, goodput, system, lease, stop, saver, health)
+        session = Session(
+            config, ranks, folder, dataset, batches, engine, recorder, goodput, system, lease, stop, saver, health
+        )
         with system, saver, health:
             step, signal = run_steps(session, step, data)
         recorder.finish(step, signal, time.time() - started)
@@ -140,6 +145,7 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
         rank=ranks.rank,
         world_size=ranks.world_size,
         start=data.samples_seen,
+        documents=config.model.document_mask,
         pin_memory=ranks.device.type == "cuda",
     )
     loader = Loader(reader)
@@ -153,12 +159,7 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
             profile.before(step)
             engine.stopwatch.start()
             samples = next(loader)
-            batches = [
-                to_batch(tokens, positions, step, config.run.seed, ranks.device)
-                for tokens, positions in zip(
-                    samples.tokens.split(micro_batch), samples.positions.split(micro_batch), strict=True
-                )
-            ]
+            batches = session.batches.of_step(samples, micro_batch, step, config.run.seed)
             engine.stopwatch.lap("data")
             lr = learning_rate(config, step * config.batch.tokens)
             metrics, grad_norm, applied = engine.train_step(batches, lr)
@@ -203,9 +204,9 @@ def validation(session: Session, step: int) -> float:
     windows = dataset.windows("validation", config.model.context, partial=True)
     batch = max(1, 8192 // config.model.context)
     text_bytes = dataset.manifest.splits["validation"].bytes
-    metrics = evaluate(session.engine.module, windows, text_bytes, batch, session.ranks)
+    metrics = evaluate(session.engine.module, windows, text_bytes, batch, session.ranks, session.batches)
     session.recorder.validation(step, metrics)
-    if config.train.sample_tokens:
+    if config.train.sample_tokens and config.data.objective == "causal":
         session.recorder.sample(step, sample_text(session.engine.module, dataset, config, session.ranks.device))
     return metrics["loss/val"]
 
@@ -268,7 +269,8 @@ def _claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     config = origin.resolve(complete(config, dataset))
     # Both splits must be large enough for one window.
     Plan(dataset, wanted_phase(dataset, config.data, config.model.context), config.run.seed)
-    dataset.windows("validation", config.model.context, partial=True)
+    # Spans are cut out of whole windows.
+    dataset.windows("validation", config.model.context, partial=config.data.objective != "span_corruption")
     first = not folder.run_file.exists()
     if first and sum(shard.bytes for shard in dataset.manifest.shards) <= VERIFY_UP_TO_BYTES:
         dataset.verify()

@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 
 from data_pipeline.dataset import Dataset
-from data_pipeline.errors import CheckpointError
+from data_pipeline.errors import CheckpointError, ConfigError
 from data_pipeline.tokenizer import Tokenizer
 from model import registry
-from model.generate import Generation
+from model.generate import Generation, check_continues
 from model.language_model import LanguageModel
 from model.sampling import Sampling
+from pretrain.batches import Batches
 from pretrain.checkpoint import Checkpoint, complete, step_path
 from pretrain.config import Config
 from pretrain.distributed import join
@@ -51,7 +52,8 @@ def evaluate_run(run: Path, step: int | None) -> dict[str, float]:
     with join(config.engine.timeout_minutes) as ranks:
         text_bytes = dataset.manifest.splits["validation"].bytes
         batch = max(1, 8192 // config.model.context)
-        return evaluate(model.to(ranks.device), windows, text_bytes, batch, ranks)
+        batches = Batches.of(config, dataset, ranks.device)
+        return evaluate(model.to(ranks.device), windows, text_bytes, batch, ranks, batches)
 
 
 def generate_texts(
@@ -73,8 +75,15 @@ def generate_texts(
 
     Raises:
         UserError: as `load_model` and `GrowingText` do.
+        ConfigError: the model was not trained to continue a text.
     """
     model, config, _ = load_model(run, step)
+    check_continues(config.model)
+    if config.data.objective != "causal":
+        raise ConfigError(
+            f"{run}: trained with data.objective={config.data.objective}, where a prompt is read both ways; it is not "
+            "generated from"
+        )
     tokenizer: Tokenizer = Dataset.open(config.data.path).tokenizer()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = [GrowingText(tokenizer.decode, stops) for _ in prompts]

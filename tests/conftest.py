@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import ROOT, duet
+from tests.runs import CHARACTERS, MARKED, ROOT, build_dataset
 
 
 class RanksFailed(AssertionError):
@@ -42,8 +42,10 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A character-level dataset of the licence's text."""
-    path = tmp_path_factory.mktemp("data") / "licence"
-    source = f"data.sources.text.paths=[{ROOT / 'LICENSE'}]"
-    done = duet("data", "build", "data/characters", source, f"data.path={path}")
-    assert done.returncode == 0, done.stderr
-    return path
+    return build_dataset(CHARACTERS, tmp_path_factory.mktemp("data") / "licence")
+
+
+@pytest.fixture(scope="session")
+def marked_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with the pieces that hide tokens."""
+    return build_dataset(MARKED, tmp_path_factory.mktemp("data") / "marked")

@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 
 from data_pipeline.dataset import Dataset
+from data_pipeline.loader import StepSamples
 from data_pipeline.order import SampleOrder
 from model import registry
+from pretrain.batches import Batches
 from pretrain.config import Config, load, presets
 from pretrain.dataset_identity import complete
 from pretrain.distributed import Ranks, join
 from pretrain.engine import Engine
-from pretrain.evaluate import to_batch
-from tests.runs import ROOT, duet
+from tests.runs import CHARACTERS, MARKED, ROOT, build_dataset
 
 FOLDER = ROOT / "tests" / "golden"
 STEPS = 50
@@ -31,6 +32,11 @@ MOST_PARAMETERS = 3_000_000
 def golden_file(preset: str) -> Path:
     """Where a preset's curve is kept."""
     return FOLDER / f"{preset.removeprefix('model/')}.json"
+
+
+def data_of(preset: str) -> str:
+    """The preset of data that a model can learn from."""
+    return MARKED if load([preset]).data.objective in ("masked", "span_corruption") else CHARACTERS
 
 
 def config_of(preset: str, dataset: Path) -> Config:
@@ -66,7 +72,8 @@ def small_presets(dataset: Path) -> list[str]:
 def curve(ranks: Ranks, preset: str, dataset: str, seed: int | None = None) -> list[float]:
     """Cross entropy of each step, in nats per token; `seed` is that of the first weights, the preset's unless given."""
     config = config_of(preset, Path(dataset))
-    windows = Dataset.open(dataset).windows("train", config.model.context)
+    opened = Dataset.open(dataset)
+    windows, batches = opened.windows("train", config.model.context), Batches.of(config, opened, ranks.device)
     order = SampleOrder("golden", config.run.seed, len(windows))
     torch.manual_seed(config.run.seed if seed is None else seed)
     engine = Engine(registry.build(config.model), config, ranks)
@@ -74,7 +81,8 @@ def curve(ranks: Ranks, preset: str, dataset: str, seed: int | None = None) -> l
     for step in range(1, STEPS + 1):
         positions = torch.arange((step - 1) * SEQUENCES, step * SEQUENCES)
         tokens = torch.from_numpy(windows.read(order.windows(positions.numpy())))
-        metrics, _, _ = engine.train_step([to_batch(tokens, positions, step, config.run.seed, ranks.device)], lr=1e-3)
+        made = batches.of_step(StepSamples(positions, tokens, None), SEQUENCES, step, config.run.seed)
+        metrics, _, _ = engine.train_step(made, lr=1e-3)
         losses.append(round(float(metrics[0]["cross_entropy"]), 5))
     return losses
 
@@ -83,15 +91,12 @@ def main() -> None:
     """Write all curves anew."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        dataset = Path(folder) / "licence"
-        source = f"data.sources.text.paths=[{ROOT / 'LICENSE'}]"
-        done = duet("data", "build", "data/characters", source, f"data.path={dataset}")
-        assert done.returncode == 0, done.stderr
+        datasets = {name: build_dataset(name, Path(folder) / Path(name).name) for name in (CHARACTERS, MARKED)}
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         FOLDER.mkdir(exist_ok=True)
         with join(timeout_minutes=2) as ranks:
-            for preset in small_presets(dataset):
-                losses = curve(ranks, preset, str(dataset))
+            for preset in small_presets(datasets[CHARACTERS]):
+                losses = curve(ranks, preset, str(datasets[data_of(preset)]))
                 golden_file(preset).write_text(json.dumps(losses) + "\n")
                 print(f"{preset}: {losses[0]} → {losses[-1]}", flush=True)
 

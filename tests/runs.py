@@ -26,6 +26,7 @@ SMALL = [
     "train.sample_tokens=0",
 ]
 """A model and a batch that take milliseconds a step; noise and both penalties on."""
+CHARACTERS, MARKED = "data/characters", "data/characters-marked"
 
 
 def duet(
@@ -40,6 +41,14 @@ def duet(
         text=True,
         timeout=timeout,
     )
+
+
+def build_dataset(preset: str, path: Path) -> Path:
+    """The licence's text, by a preset of data."""
+    source = f"data.sources.text.paths=[{ROOT / 'LICENSE'}]"
+    done = duet("data", "build", preset, source, f"data.path={path}")
+    assert done.returncode == 0, done.stderr
+    return path
 
 
 def start_duet(*args: str, log: Path) -> subprocess.Popen[bytes]:

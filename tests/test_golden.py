@@ -7,17 +7,26 @@ from typing import Any
 
 import pytest
 
-from tests.golden import FOLDER, golden_file, small_presets
+from tests.golden import FOLDER, data_of, golden_file, small_presets
+from tests.runs import CHARACTERS, MARKED
 
 TOLERANCE = 1e-3
 """Processors round differently, and learned dropout can turn that into another mask element."""
 
 
-def test_each_small_preset_follows_its_golden_curve(ranks: Callable[..., list[Any]], dataset: Path) -> None:
+def test_each_small_preset_follows_its_golden_curve(
+    ranks: Callable[..., list[Any]], dataset: Path, marked_dataset: Path
+) -> None:
     names = small_presets(dataset)
     assert {golden_file(name) for name in names} == set(FOLDER.glob("*.json")), "run `python -m tests.golden`"
+    datasets = {CHARACTERS: dataset, MARKED: marked_dataset}
     for name in names:
-        [losses] = ranks("tests.golden:curve", 1, preset=name, dataset=str(dataset))
+        [losses] = ranks(
+            "tests.golden:curve",
+            1,
+            preset=name,
+            dataset=str(datasets[data_of(name)]),
+        )
         expected = json.loads(golden_file(name).read_text())
         assert losses == pytest.approx(expected, abs=TOLERANCE), name
         assert min(losses) < losses[0] - 0.5, f"{name} does not learn"

@@ -20,6 +20,6 @@ class DecoderOnly(LanguageModel):
         """Run the layers; see `LanguageModel.transform`."""
         x, statistics = embedded.tokens, Statistics()
         for layer in self.layers:
-            x, masks = layer(x, keys, embedded.mask_source)
+            x, masks = layer(x, keys, embedded.mask_source, embedded.visible)
             statistics |= masks
         return Transformed(x, statistics, {})

@@ -48,17 +48,17 @@ class ParallelEncoderDecoder(LanguageModel):
             x = x + embedded.next_positions
         for layer in self.decoder:
             output = next(outputs)
-            x, masks = layer(x, output, keys, embedded.mask_source)
+            x, masks = layer(x, output, keys, embedded.mask_source, embedded.visible)
             statistics |= masks
         if keys is None or self.encoder_loss is None:
             return Transformed(x, statistics, {})
-        return Transformed(x, statistics, self.encoder_loss(embedded.tokens, output))
+        return Transformed(x, statistics, self.encoder_loss(embedded.tokens, output, embedded.visible.positions))
 
     def _encode(self, embedded: Embedded, keys: Tensor | None, statistics: Statistics) -> Iterator[Tensor]:
         """The embedded tokens, then the output of each encoder layer, computed when it is asked for."""
         x = embedded.tokens
         yield x
         for layer in self.encoder:
-            x, masks = layer(x, keys, embedded.mask_source)
+            x, masks = layer(x, keys, embedded.mask_source, embedded.visible)
             statistics |= masks
             yield x

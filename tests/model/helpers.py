@@ -1,5 +1,6 @@
 """Small models and batches."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,6 +65,32 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Every option at least once, in the combinations that could break one another."""
 
+_T5 = {"architecture": "encoder_decoder"}
+_BERT = {"architecture": "encoder_only"}
+_BERT_EVERYWHERE = ["enc_ff", "enc_sa", "embed"]
+NOT_CAUSAL: dict[str, dict[str, Any]] = {
+    "t5": {**_T5, "norm": "rmsnorm", "cross_heads": 2, "bias": True},
+    "t5_modern": {**_T5, **_MODERN, "norm_position": "post", "learned_dropout": {"sites": _EVERYWHERE}},
+    "t5_embed": {
+        **_T5,
+        "decoder_order": "cross_self_ff",
+        "decoder_residual_writes": 3,
+        "learned_dropout": {"sites": _EVERYWHERE, "source": "embed", "eval_rounding": "sample"},
+    },
+    "t5_dropout": {**_T5, **_OFF, "positions": "sinusoidal", "dropout": 0.2},
+    "t5_l0": {**_T5, **_OFF, "attention": "flash", "l0": {"enabled": True, "sites": _EVERYWHERE}},
+    "bert": {**_BERT, "norm_position": "post", "bias": True},
+    "bert_modern": {**_BERT, **_MODERN, "attention": "flash", "learned_dropout": {"sites": _BERT_EVERYWHERE}},
+    "bert_embed": {**_BERT, "attention": "explicit", "learned_dropout": {"sites": _BERT_EVERYWHERE, "source": "embed"}},
+    "bert_dropout": {**_BERT, **_OFF, "positions": "sinusoidal", "dropout": 0.2},
+    "bert_elementwise": {
+        **_BERT,
+        "learned_dropout": {"sites": _BERT_EVERYWHERE, "source": "elementwise", "eval_rounding": "sample"},
+    },
+}
+"""The same of the models that do not predict each token from those before it."""
+EVERY = VARIANTS | NOT_CAUSAL
+
 
 def small(architecture: Architecture = "parallel_encoder_decoder", **changes: Any) -> ModelConfig:
     """Two layers, C 16, N 12; learned dropout on."""
@@ -72,7 +99,7 @@ def small(architecture: Architecture = "parallel_encoder_decoder", **changes: An
 
 
 def variant(name: str, **changes: Any) -> ModelConfig:
-    return small(**(VARIANTS[name] | changes))
+    return small(**(EVERY[name] | changes))
 
 
 def build(config: ModelConfig, seed: int = 0) -> LanguageModel:
@@ -84,7 +111,12 @@ def batch_of(config: ModelConfig, sequences: int = 3, step: int = 5, first_sampl
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCABULARY, (sequences, config.context + 1), generator=generator)
     samples = torch.arange(first_sample, first_sample + sequences)
-    return Batch(ids[:, :-1], ids[:, 1:], samples, torch.tensor(step), seed=9)
+    batch = Batch(ids[:, :-1], ids[:, 1:], samples, torch.tensor(step), seed=9)
+    if config.architecture != "encoder_decoder":
+        return batch
+    inputs, targets = config.lengths
+    read, labels = ids[:, :inputs], ids.flip(0)[:, :targets]
+    return replace(batch, input_ids=read, labels=labels, decoder_input_ids=labels.roll(1, dims=1))
 
 
 def open_masks(model: LanguageModel, shift: float = 1.57, std: float = 0.5) -> LanguageModel:

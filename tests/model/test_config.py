@@ -16,7 +16,7 @@ from model import registry
 from model.bistability import peak, warnings_for
 from model.config import ModelConfig
 from model.mask_config import EntropyConfig, L1Config, LearnedDropoutConfig
-from tests.model.helpers import VARIANTS, variant
+from tests.model.helpers import EVERY, variant
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
 
@@ -66,6 +66,22 @@ def test_a_vocabulary_is_needed_to_build() -> None:
         ({"kv_heads": 1, "cross_heads": 2}, "shares keys among 4 heads, which do not divide cross_heads=2"),
         ({"cross_source": "layer_input", "topology": "serial"}, "with topology=serial every layer reads the whole"),
         ({"cross_source": "layer_input", "layers": 1}, "needs layers >= 2"),
+        (
+            {"norm": "batchnorm", "architecture": "encoder_only"},
+            "running statistics, .* checkpoints hold parameters only",
+        ),
+        ({"norm": "batchnorm", "architecture": "encoder_decoder"}, "would see the tokens it is to predict"),
+        ({"architecture": "encoder_only", "cross_heads": 4}, "cross_heads: encoder_only has no second stream"),
+        (
+            {"architecture": "encoder_decoder", "topology": "serial"},
+            "topology: .* reads one sequence and writes another",
+        ),
+        ({"architecture": "encoder_decoder", "document_mask": True}, "document_mask: .* reads one sequence and writes"),
+        ({"architecture": "encoder_decoder", "context": 9}, "context=9: of so few tokens .* makes 10; take 10 or more"),
+        (
+            {"architecture": "encoder_only", "l0": {"sites": ["dec_ff"]}},
+            "encoder_only has no site dec_ff; it has enc_ff",
+        ),
         ({"dropout": 1.0}, "less than 1"),
         ({"depth": 3}, "Extra inputs"),
     ],
@@ -75,11 +91,32 @@ def test_refusals_say_what_is_wrong(values: dict[str, Any], message: str) -> Non
         ModelConfig.model_validate(values)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "objective", "message"),
+    [
+        ("decoder_only", "causal", None),
+        ("parallel_encoder_decoder", "prefix", None),
+        ("encoder_only", "masked", None),
+        ("encoder_decoder", "span_corruption", None),
+        ("decoder_only", "masked", "predicts each token from those before it; take data.objective=causal or prefix"),
+        ("encoder_only", "causal", "sees every token, the next one included, .* take data.objective=masked"),
+        ("encoder_decoder", "causal", "reads a text with gaps .* take data.objective=span_corruption"),
+    ],
+)
+def test_an_objective_has_to_fit(architecture: Any, objective: Any, message: str | None) -> None:
+    config = ModelConfig(architecture=architecture)
+    if message is None:
+        config.check_objective(objective)
+    else:
+        with pytest.raises(ValueError, match=f"data.objective={objective} does not fit .*{architecture}.*{message}"):
+            config.check_objective(objective)
+
+
 def test_flash_attention_goes_with_dropout_elsewhere() -> None:
     assert ModelConfig(attention="flash", dropout=0.1, attention_dropout=0.0).attention_rate == 0.0
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_dumped_configuration_is_the_same_one(name: str) -> None:
     config = variant(name)
     assert ModelConfig.model_validate(config.model_dump(mode="json")) == config

@@ -4,19 +4,21 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import Architecture, ModelConfig
 from model.flops import (
-    forward_flops_by_part,
+    forward_flops,
     forward_flops_per_token,
     peak_flops,
+    sample_flops_by_part,
     training_flops_per_token,
     utilisation_per_token,
 )
 from model.mask_config import LearnedDropoutConfig
-from tests.model.helpers import ARCHITECTURES, VARIANTS, batch_of, build, variant
+from tests.model.helpers import ARCHITECTURES, EVERY, batch_of, build, variant
 
 SHAPES: list[dict[str, Any]] = [
     {"layers": 3, "width": 64, "heads": 4, "context": 32, "vocab_size": 100},
@@ -30,7 +32,8 @@ def counted(config: ModelConfig, sequences: int, backward: bool) -> int:
     model = build(config)
     batch = batch_of(config, sequences)
     # The unfused attention: the fused one's backward pass also computes its forward pass again.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # Where gradients are wanted, the loss computes some of them in its forward pass.
+    with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(backward), FlopCounterMode(display=False) as counter:
         output = model(batch)
         if backward:
             output.loss.backward()
@@ -51,13 +54,14 @@ def test_the_formula_is_what_torch_counts(architecture: Architecture, shape: dic
     assert counted(config, 2, backward=True) == training_flops_per_token(config) * tokens
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_formula_knows_every_option(name: str) -> None:
-    changes: dict[str, Any] = {"attention": "auto"} if VARIANTS[name].get("attention") == "flash" else {}
+    changes: dict[str, Any] = {"attention": "auto"} if EVERY[name].get("attention") == "flash" else {}
     config = variant(name, layers=3, **changes)
     tokens = 2 * config.context
-    assert counted(config, 2, backward=False) == forward_flops_per_token(config) * tokens
-    training = training_flops_per_token(config) * tokens
+    forward = 2 * forward_flops(config)
+    assert counted(config, 2, backward=False) == forward == pytest.approx(forward_flops_per_token(config) * tokens)
+    training = 3 * forward
     if config.learned_dropout.detach_embed:  # no gradient with respect to the one input of its first map
         training -= 2 * 3 * config.width**2 * tokens
     assert counted(config, 2, backward=True) == training
@@ -75,19 +79,19 @@ MODULES = {
 """Where each part is computed."""
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_each_part_is_what_torch_counts_in_its_modules(name: str) -> None:
     config = variant(name, layers=3, attention="explicit")
     model = build(config)
-    with FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(batch_of(config, sequences=1))
     counted = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    parts = forward_flops_by_part(config)
+    parts = sample_flops_by_part(config)
     for part, flops in parts.items():
         stream, _, kind = part.rpartition(": ")
         modules = [n for n in counted if re.fullmatch(MODULES[kind], n) and n.startswith(stream)]
-        assert sum(counted[n] for n in modules) == flops * config.context, part
-    assert sum(parts.values()) == forward_flops_per_token(config)
+        assert sum(counted[n] for n in modules) == flops, part
+    assert sum(parts.values()) == forward_flops(config)
 
 
 @pytest.mark.parametrize(("sites", "expected"), [(0, 25_051_136), (2, 31_342_592)])

@@ -26,12 +26,15 @@ def count(architecture: Architecture = "parallel_encoder_decoder", *, dropout: b
         ("parallel_encoder_decoder", 2, 952_064),
         ("parallel_encoder_decoder", 3, 1_411_584),
         ("decoder_only", 4, 804_096),
+        # 16 C² of matrices and 4 norms in a layer of the decoder, as in the parallel one; no map into it, one table.
+        ("encoder_decoder", 2, 129 * 128 + 2 * (28 * 128**2 + 6 * 128) + 128),
+        ("encoder_only", 4, 804_096),  # what a decoder-only model has
     ],
 )
 def test_tinyshakespeare_size(architecture: Architecture, layers: int, expected: int) -> None:
     shape: dict[str, Any] = {"layers": layers, "width": 128, "heads": 4, "context": 64, "vocab_size": 65}
     assert count(architecture, **shape) == expected
-    sites = layers * (2 if architecture == "parallel_encoder_decoder" else 1)
+    sites = layers * (2 if architecture.endswith("encoder_decoder") else 1)
     assert count(architecture, dropout=True, **shape) == expected + sites * (3 * 128**2 + 128)
 
 

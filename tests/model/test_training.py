@@ -12,7 +12,7 @@ from model.mask_config import LearnedDropoutConfig
 from model.sampling import Sampling
 from tests.model.helpers import (
     ARCHITECTURES,
-    VARIANTS,
+    EVERY,
     VOCABULARY,
     batch_of,
     build,
@@ -60,7 +60,7 @@ def test_other_variants_learn(name: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_parameter_has_a_gradient(name: str, bias: bool) -> None:
     config = variant(name, bias=bias)
     model = build(config)
@@ -69,7 +69,7 @@ def test_every_parameter_has_a_gradient(name: str, bias: bool) -> None:
     assert idle == []
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_bf16_forward_and_backward_are_finite(name: str) -> None:
     config = variant(name)
     model = open_masks(build(config)).bfloat16()
@@ -130,7 +130,7 @@ def test_options_of_the_start() -> None:
         assert weights[name].std().item() == pytest.approx(std, rel=0.03), name
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_recomputed_layers_meet_the_same_noise(name: str) -> None:
     config = variant(name)
     model = open_masks(build(config))
@@ -147,7 +147,7 @@ def test_recomputed_layers_meet_the_same_noise(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_evaluation_is_deterministic_and_has_no_penalty(name: str) -> None:
     config = variant(name)
     model = open_masks(build(config)).eval()

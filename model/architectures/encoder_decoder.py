@@ -1,0 +1,46 @@
+"""The encoder-decoder of two sequences, in the manner of T5 (Raffel et al. 2020, arXiv:1910.10683).
+
+The encoder reads a text with gaps, all of it at every position; the decoder writes what is missing, token by token.
+"""
+
+from torch import Tensor, nn
+
+from data_pipeline.errors import ConfigError
+from model.blocks import DecoderLayer, EncoderLayer
+from model.config import ModelConfig
+from model.interface import Batch
+from model.language_model import LanguageModel, Transformed
+from model.sites import dropout_at
+from model.visibility import ACROSS, CAUSAL, EVERYTHING
+
+
+class EncoderDecoder(LanguageModel):
+    """L encoder layers, then L decoder layers that each read the encoder's output. Both share the tables."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """`config.vocab_size` is known."""
+        super().__init__(config)
+        self.target_dropout = dropout_at(config, "embed", 1)
+        self.encoder = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.layers))
+        self.decoder = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.layers))
+
+    def hidden(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None) -> Transformed:
+        """What the head reads, [B, U, C], of `batch.decoder_input_ids` [B, U], with input_ids [B, S] read; both up to
+        the context.
+
+        Raises:
+            ConfigError: there is nothing for the decoder to read.
+        """
+        if batch is None or batch.decoder_input_ids is None:
+            raise ConfigError("encoder_decoder reads two sequences, and there is one only")
+        source = self.embed(input_ids, keys, EVERYTHING, self.embed_dropout)
+        statistics, read = source.statistics, source.tokens
+        for layer in self.encoder:
+            read, masks = layer(read, keys, source.mask_source, EVERYTHING)
+            statistics = statistics | masks
+        target = self.embed(batch.decoder_input_ids, keys, CAUSAL, self.target_dropout)
+        statistics, x = statistics | target.statistics, target.tokens
+        for layer in self.decoder:
+            x, masks = layer(x, read, keys, target.mask_source, CAUSAL, ACROSS)
+            statistics = statistics | masks
+        return Transformed(self.final_norm(x), statistics, {})

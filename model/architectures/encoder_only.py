@@ -1,0 +1,28 @@
+"""The encoder-only baseline for masked language modelling, in the manner of BERT (Devlin et al. 2019).
+
+The head is the tied table alone: no map before it, no bias.
+"""
+
+from torch import Tensor, nn
+
+from model.blocks import EncoderLayer
+from model.config import ModelConfig
+from model.dropout import Statistics
+from model.language_model import Embedded, LanguageModel, Transformed
+
+
+class EncoderOnly(LanguageModel):
+    """L layers of self attention over all of the sequence, and feed forward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """`config.vocab_size` is known."""
+        super().__init__(config)
+        self.layers = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.layers))
+
+    def transform(self, embedded: Embedded, keys: Tensor | None) -> Transformed:
+        """Run the layers; see `LanguageModel.transform`."""
+        x, statistics = embedded.tokens, Statistics()
+        for layer in self.layers:
+            x, masks = layer(x, keys, embedded.mask_source, embedded.visible)
+            statistics |= masks
+        return Transformed(x, statistics, {})

@@ -1,0 +1,147 @@
+"""From windows of tokens to what a model is shown: the objective of `data.objective`, on the device."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline import collate
+from data_pipeline.dataset import Dataset
+from data_pipeline.loader import StepSamples
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.windows import Windows
+from model.config import Objective
+from model.interface import IGNORE, Batch
+from pretrain.config import Config
+
+_VALIDATION_SEED = 0
+"""What is random in validation is the same in every run and at every step."""
+
+
+def to_batch(tokens: Tensor, samples: Tensor, step: int, seed: int, device: torch.device) -> Batch:
+    """Windows [B, T+1] of tokens, -1 where there is none, as a causal model's batch."""
+    tokens = tokens.to(device, non_blocking=True)
+    inputs, labels = tokens[:, :-1].clamp(min=0), tokens[:, 1:]
+    labels = torch.where(labels < 0, IGNORE, labels)
+    return Batch(inputs, labels, samples.to(device, non_blocking=True), torch.full((), step, device=device), seed)
+
+
+class Batches:
+    """Makes batches of windows. Nothing it does depends on ranks or on the size of a micro-batch."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        objective: Objective = "causal",
+        *,
+        context: int = 0,
+        document_mask: bool = False,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """`tokenizer` and `context`, the tokens of a window's inputs, are needed where tokens are hidden or cut out.
+
+        Raises:
+            DataError: the tokenizer lacks the pieces that the objective needs.
+        """
+        self.document_mask = document_mask
+        self._device = device
+        self._objective = objective
+        self._tokenizer = tokenizer
+        if objective in ("masked", "span_corruption"):
+            assert tokenizer is not None
+            self._eos_id = tokenizer.eos_id
+        if objective == "masked":
+            assert tokenizer is not None
+            self._mask_id, self._vocab_size = collate.mask_id(tokenizer), tokenizer.vocab_size
+        if objective == "span_corruption":
+            assert tokenizer is not None
+            self._cut_out = collate.SpanCorruption(context, tokenizer.sentinel_ids, self._eos_id)
+
+    @classmethod
+    def of(cls, config: Config, dataset: Dataset, device: torch.device) -> "Batches":
+        """As the configuration asks. Raises DataError like the constructor."""
+        hides = config.data.objective in ("masked", "span_corruption")
+        return cls(
+            device,
+            config.data.objective,
+            context=config.model.context,
+            document_mask=config.model.document_mask,
+            tokenizer=dataset.tokenizer() if hides else None,
+        )
+
+    @property
+    def predicts_every_token(self) -> bool:
+        """Whether the losses of all labels add up to the likelihood of the text."""
+        return self._objective == "causal" and not self.document_mask
+
+    def of_step(self, samples: StepSamples, micro_batch: int, step: int, seed: int) -> list[Batch]:
+        """A rank's share of a step in micro-batches."""
+        made = []
+        size = micro_batch * samples.tokens.shape[1]
+        parts = zip(samples.tokens.split(micro_batch), samples.positions.split(micro_batch), strict=True)
+        for number, (tokens, positions) in enumerate(parts):
+            starts = samples.document_starts
+            if starts is not None:
+                first, last = np.searchsorted(starts, [number * size, (number + 1) * size])
+                starts = starts[first:last] - number * size
+            made.append(self._batch(tokens, positions, starts, step, seed))
+        return made
+
+    def of_validation(self, windows: Windows, indices: np.ndarray) -> Batch:
+        """Windows of held-out text by number, at least one; a row that counts for nothing if there is none."""
+        tokens, starts = np.full((1, windows.context + 1), -1, np.int64), np.empty(0, np.int64)
+        if len(indices):
+            tokens = windows.read(indices)
+            if self.document_mask:
+                batches, offsets = windows.places(indices)
+                starts = windows.document_starts(batches.tolist(), offsets.tolist(), range(len(indices)))
+        positions = torch.from_numpy(indices if len(indices) else np.zeros(1, np.int64))
+        return self._batch(torch.from_numpy(tokens), positions, starts, 0, _VALIDATION_SEED)
+
+    def _batch(self, tokens: Tensor, positions: Tensor, starts: np.ndarray | None, step: int, seed: int) -> Batch:
+        """Windows int64 [B, T + 1], -1 behind the end of the text; `starts` of documents as a reader gives them."""
+        batch = to_batch(tokens, positions, step, seed, self._device)
+        window, where = tokens.numpy(), positions.numpy()
+        segments = None
+        if self.document_mask:
+            assert starts is not None
+            segments = collate.sequences(starts, len(window), window.shape[1] - 1)
+            batch = replace(
+                batch,
+                segment_ids=self._put(segments.segment_ids),
+                position_ids=self._put(segments.position_ids),
+            )
+        if self._objective == "causal":
+            return batch if segments is None else replace(batch, labels=self._put(collate.causal(window, starts)[1]))
+        if self._objective == "prefix":
+            inputs, labels, lengths = collate.prefix(window, where, seed)
+            return replace(
+                batch, input_ids=self._put(inputs), labels=self._put(labels), prefix_lengths=self._put(lengths)
+            )
+        if self._objective == "masked":
+            return self._masked(batch, window, where, seed)
+        inputs, labels = self._cut_out(np.maximum(window, 0), where, seed)
+        written = np.concatenate([np.full((len(labels), 1), self._eos_id), labels[:, :-1]], axis=1)
+        labels[(window[:, :-1] < 0).any(axis=1)] = IGNORE  # spans are cut out of whole windows
+        return replace(
+            batch,
+            input_ids=self._put(inputs),
+            labels=self._put(labels),
+            decoder_input_ids=self._put(written),
+        )
+
+    def _masked(self, batch: Batch, window: np.ndarray, where: np.ndarray, seed: int) -> Batch:
+        inputs, labels = collate.masked(
+            window, where, seed, mask_id=self._mask_id, vocab_size=self._vocab_size, spared=(self._eos_id,)
+        )
+        batch = replace(batch, input_ids=self._put(inputs), labels=self._put(labels))
+        behind = window[:, :-1] < 0
+        if not behind.any():
+            return batch
+        of_padding = self._put(behind)
+        segments = torch.zeros_like(batch.input_ids) if batch.segment_ids is None else batch.segment_ids
+        return replace(batch, segment_ids=segments.masked_fill(of_padding, -1))
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
