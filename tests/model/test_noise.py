@@ -2,12 +2,13 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.noise import sample_keys, uniform
+from model.noise import sample_keys, uniform, uniform_at
 
 SHAPE = (40, 25)
 
@@ -41,6 +42,15 @@ def test_odd_and_shorter_shapes_draw_the_same_numbers() -> None:
     keys = sample_keys(3, torch.tensor(4), torch.arange(2))
     whole = uniform(keys, 1, (7, 3))
     assert torch.equal(uniform(keys, 1, (5, 3)), whole[:, :5])
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_chosen_positions_meet_the_numbers_of_the_whole(width: int) -> None:
+    keys = sample_keys(3, torch.tensor(4), torch.arange(2))
+    whole = uniform(keys, 2**32 - 9, (7, width))
+    positions = torch.tensor([[6, 0, 1, 1], [2, 3, 4, 5]])
+    for row, chosen in enumerate(positions):
+        assert torch.equal(uniform_at(keys, 2**32 - 9, positions, width)[row], whole[row, chosen])
 
 
 def test_the_numbers_are_those_of_splitmix64() -> None:
