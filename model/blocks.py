@@ -83,10 +83,14 @@ class DecoderLayer(nn.Module):
         stream = Residual(x, keys, source, self._post_norm)
         for cross in (self._cross_first, not self._cross_first):
             if cross:
-                update = self.cross_attention(stream.normed(self.cross_norm), self.encoder_norm(encoder), keys)
-                stream.add(update, self.cross_dropout, self.cross_norm)
+                self.cross(stream, encoder, keys)
             else:
                 update = self.attention(stream.normed(self.attention_norm), keys)
                 stream.add(update, self.attention_dropout, self.attention_norm)
         stream.add(self.ff(stream.normed(self.ff_norm)), self.ff_dropout, self.ff_norm)
         return stream.x, stream.statistics
+
+    def cross(self, stream: Residual, encoder: Tensor, keys: Tensor | None) -> None:
+        """Cross attention of the stream to encoder [B, T, C]."""
+        update = self.cross_attention(stream.normed(self.cross_norm), self.encoder_norm(encoder), keys)
+        stream.add(update, self.cross_dropout, self.cross_norm)

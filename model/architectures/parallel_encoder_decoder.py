@@ -16,6 +16,7 @@ from model.dropout import Statistics
 from model.encoder_loss import EncoderLoss
 from model.language_model import Embedded, LanguageModel, Transformed
 from model.layers import Linear, stream_norm
+from model.pair import Pair
 
 
 class ParallelEncoderDecoder(LanguageModel):
@@ -30,11 +31,18 @@ class ParallelEncoderDecoder(LanguageModel):
         self.decoder_input = Linear(config.width, config.width, bias=config.bias, std=std)
         self.encoder = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.num_encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.layers))
+        if config.streams == "batched":
+            # The decoder's first layer goes with the encoder's second, unless it reads what the encoder's first reads.
+            self._lead = config.num_encoder_layers - config.layers + 1
+            layers = zip(list(self.encoder)[self._lead :], self.decoder, strict=False)
+            self.pairs = nn.ModuleList(Pair(config, *pair) for pair in layers)
         # Not made when it is off: parameters without a gradient would break data parallelism.
         self.encoder_loss = None if config.encoder_loss.kind == "none" else EncoderLoss(config)
 
     def transform(self, embedded: Embedded, keys: Tensor | None) -> Transformed:
         """Run the layers; see `LanguageModel.transform`."""
+        if self.config.streams == "batched":
+            return self._side_by_side(embedded, keys)
         statistics = Statistics()
         outputs = self._encode(embedded, keys, statistics)
         first = next(outputs)
@@ -43,13 +51,33 @@ class ParallelEncoderDecoder(LanguageModel):
             outputs = repeat(first)
         elif self.config.cross_source == "layer_input":
             outputs = chain([first], outputs)
-        x = self.decoder_input(self.decoder_input_norm(first))
-        if self.config.add_next_position:
-            x = x + embedded.next_positions
+        x = self._decoder_start(first, embedded)
         for layer in self.decoder:
             output = next(outputs)
             x, masks = layer(x, output, keys, embedded.mask_source)
             statistics |= masks
+        return self._transformed(x, statistics, embedded, output, keys)
+
+    def _side_by_side(self, embedded: Embedded, keys: Tensor | None) -> Transformed:
+        """The same, decoder layer l together with the encoder layer that depends on nothing of it (A13)."""
+        encoded, source, statistics = embedded.tokens, embedded.mask_source, Statistics()
+        x = self._decoder_start(encoded, embedded)
+        for layer in self.encoder[: self._lead]:
+            encoded, masks = layer(encoded, keys, source)
+            statistics |= masks
+        for pair in self.pairs:
+            encoded, x, masks = pair(encoded, x, keys, source)
+            statistics |= masks
+        x, masks = self.decoder[-1](x, encoded, keys, source)
+        return self._transformed(x, statistics | masks, embedded, encoded, keys)
+
+    def _decoder_start(self, first: Tensor, embedded: Embedded) -> Tensor:
+        x: Tensor = self.decoder_input(self.decoder_input_norm(first))
+        return x + embedded.next_positions if self.config.add_next_position else x
+
+    def _transformed(
+        self, x: Tensor, statistics: Statistics, embedded: Embedded, output: Tensor, keys: Tensor | None
+    ) -> Transformed:
         if keys is None or self.encoder_loss is None:
             return Transformed(x, statistics, {})
         return Transformed(x, statistics, self.encoder_loss(embedded.tokens, output))
