@@ -19,6 +19,7 @@ from model import registry
 from model.config import ModelConfig
 from model.interface import Batch
 from model.language_model import LanguageModel
+from model.mask_config import LearnedDropoutConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS, TOKENS = (64, 128, 256, 512, 1024, 2048), (16, 64, 512, 2048, 8192, 65536)
@@ -64,10 +65,15 @@ def measure(width: int, tokens: int) -> list[dict[str, Any]]:
 
 
 def build(streams: Any, width: int) -> LanguageModel:
-    shape = {"layers": LAYERS, "width": width, "heads": width // 64 or 1, "cross_heads": width // 32}
     config = ModelConfig(
-        streams=streams, context=CONTEXT, vocab_size=VOCABULARY, learned_dropout={"enabled": False}, **shape
-    )  # type: ignore[arg-type]
+        streams=streams,
+        layers=LAYERS,
+        width=width,
+        heads=width // 64,
+        context=CONTEXT,
+        vocab_size=VOCABULARY,
+        learned_dropout=LearnedDropoutConfig(enabled=False),
+    )
     with torch.device(DEVICE):
         model = registry.build(config)
     return model.bfloat16() if DEVICE == "cuda" else model

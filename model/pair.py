@@ -37,21 +37,21 @@ class Pair(nn.Module):
             both streams [B, T, C], and mask statistics.
         """
         encoder, decoder = self._layers
+        layers: list[EncoderLayer | DecoderLayer] = [encoder, decoder]
         post_norm = self._config.norm_position == "post"
         streams = [Residual(start, keys, source, post_norm) for start in (encoded, x)]
         cross_first = self._config.decoder_order == "cross_self_ff"
         if cross_first:
             decoder.cross(streams[1], encoded, keys)
-        inputs = [stream.normed(layer.attention_norm) for stream, layer in zip(streams, self._layers, strict=True)]
+        inputs = [stream.normed(layer.attention_norm) for stream, layer in zip(streams, layers, strict=True)]
         updates = self._attend((encoder.attention, decoder.attention), torch.stack(inputs), keys)
-        for stream, layer, update in zip(streams, self._layers, updates, strict=True):
+        for stream, layer, update in zip(streams, layers, updates, strict=True):
             stream.add(update, layer.attention_dropout, layer.attention_norm)
         if not cross_first:
             decoder.cross(streams[1], encoded, keys)
-        inputs = [stream.normed(layer.ff_norm) for stream, layer in zip(streams, self._layers, strict=True)]
-        for stream, layer, update in zip(
-            streams, self._layers, _feed_forward((encoder.ff, decoder.ff), torch.stack(inputs)), strict=True
-        ):
+        inputs = [stream.normed(layer.ff_norm) for stream, layer in zip(streams, layers, strict=True)]
+        updates = _feed_forward((encoder.ff, decoder.ff), torch.stack(inputs))
+        for stream, layer, update in zip(streams, layers, updates, strict=True):
             stream.add(update, layer.ff_dropout, layer.ff_norm)
         return streams[0].x, streams[1].x, streams[1].statistics | streams[0].statistics
 
@@ -75,8 +75,9 @@ def _feed_forward(maps: tuple[FeedForward, FeedForward], x: Tensor) -> Tensor:
 
 def linear(maps: tuple[nn.Linear, nn.Linear], x: Tensor) -> Tensor:
     """Each map of its half of x [2, B, T, C] -> [2, B, T, outputs]."""
-    weight = torch.stack([one.weight for one in maps]).mT
+    weights: list[Tensor] = [one.weight for one in maps]
     flat = x.flatten(1, 2)
-    biases = [one.bias for one in maps if one.bias is not None]
+    weight = torch.stack(weights).mT
+    biases: list[Tensor] = [one.bias for one in maps if one.bias is not None]
     found = torch.baddbmm(torch.stack(biases)[:, None], flat, weight) if biases else torch.bmm(flat, weight)
     return found.unflatten(1, x.shape[1:3])

@@ -29,12 +29,13 @@ class ParallelEncoderDecoder(LanguageModel):
         std = config.decoder_input_std or config.width**-0.5
         self.decoder_input_norm = stream_norm(config) if config.decoder_input_norm else nn.Identity()
         self.decoder_input = Linear(config.width, config.width, bias=config.bias, std=std)
-        self.encoder = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.num_encoder_layers))
-        self.decoder = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.layers))
+        encoder = [EncoderLayer(config, layer) for layer in range(config.num_encoder_layers)]
+        decoder = [DecoderLayer(config, layer) for layer in range(config.layers)]
+        self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
         if config.streams == "batched":
             # The decoder's first layer goes with the encoder's second, unless it reads what the encoder's first reads.
             self._lead = config.num_encoder_layers - config.layers + 1
-            layers = zip(list(self.encoder)[self._lead :], self.decoder, strict=False)
+            layers = zip(encoder[self._lead :], decoder[:-1], strict=True)
             self.pairs = nn.ModuleList(Pair(config, *pair) for pair in layers)
         # Not made when it is off: parameters without a gradient would break data parallelism.
         self.encoder_loss = None if config.encoder_loss.kind == "none" else EncoderLoss(config)
@@ -73,7 +74,10 @@ class ParallelEncoderDecoder(LanguageModel):
 
     def _decoder_start(self, first: Tensor, embedded: Embedded) -> Tensor:
         x: Tensor = self.decoder_input(self.decoder_input_norm(first))
-        return x + embedded.next_positions if self.config.add_next_position else x
+        if self.config.add_next_position:
+            assert embedded.next_positions is not None
+            x = x + embedded.next_positions
+        return x
 
     def _transformed(
         self, x: Tensor, statistics: Statistics, embedded: Embedded, output: Tensor, keys: Tensor | None

@@ -9,6 +9,7 @@ from data_pipeline.errors import ConfigError
 from model.config import ModelConfig
 from model.interface import ModelOutput
 from model.language_model import LanguageModel
+from model.pair import Pair
 from pretrain.config import load
 from pretrain.layers import checkpoint_activations
 from tests.model.helpers import VARIANTS, batch_of, build, open_masks, variant
@@ -27,6 +28,10 @@ def both(name: str, dtype: torch.dtype, **changes: Any) -> list[LanguageModel]:
     forms = [variant(name, **shape, streams=streams) for streams in ("plain", "batched")]
     # Wide masks have angles of hundreds, whose cosines have lost digits.
     return [open_masks(build(config), std=0.05).to(dtype) for config in forms]
+
+
+def pairs(model: LanguageModel) -> list[Pair]:
+    return [module for module in model.modules() if isinstance(module, Pair)]
 
 
 def results(model: LanguageModel) -> dict[str, torch.Tensor]:
@@ -63,7 +68,7 @@ def test_they_are_the_plain_form_in_fp32(name: str) -> None:
 
 def test_the_comparison_notices_exchanged_streams() -> None:
     plain, batched = both("unrounded", torch.float64)
-    encoder, decoder = batched.pairs[0]._layers
+    encoder, decoder = pairs(batched)[0]._layers
     encoder.ff, decoder.ff = decoder.ff, encoder.ff
     assert difference({"logits": results(batched)["logits"]}, {"logits": results(plain)["logits"]}) > 1e-3
 
@@ -100,7 +105,7 @@ def test_recomputed_pairs_give_the_same_and_keep_less(name: str) -> None:
 
 def test_pairs_are_compiled_without_a_graph_break() -> None:
     eager, compiled = (open_masks(build(variant("batched", layers=2))).double() for _ in range(2))
-    for pair in compiled.pairs:
+    for pair in pairs(compiled):
         pair.compile(backend="aot_eager", fullgraph=True)
     assert difference(results(compiled), results(eager)) < 1e-12
 
