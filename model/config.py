@@ -60,7 +60,7 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """The decoder beside the encoder, both from the embedded tokens; or behind all of it, from its output."""
     streams: Literal["plain", "batched"] = "plain"
     """One layer after the other; or a layer of each stream at a time, with one product for both: the same numbers but
-    for rounding, the same weights. Faster on a CPU for very small shapes only (docs/model.md A13)."""
+    for rounding, the same weights. No faster on a CPU (docs/model.md A13)."""
     layers: int = Field(default=3, ge=1)
     """Layers of each stream."""
     width: int = Field(default=128, ge=1)
