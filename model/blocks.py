@@ -101,11 +101,14 @@ class DecoderLayer(nn.Module):
         stream = Residual(x, keys, source, visible, self._post_norm)
         for cross in (self._cross_first, not self._cross_first):
             if cross:
-                read = self.encoder_norm(encoder)
-                update = self.cross_attention(stream.normed(self.cross_norm), read, keys, across or visible)
-                stream.add(update, self.cross_dropout, self.cross_norm)
+                self.cross(stream, encoder, keys, across or visible)
             else:
                 update = self.attention(stream.normed(self.attention_norm), keys, visible)
                 stream.add(update, self.attention_dropout, self.attention_norm)
         stream.add(self.ff(stream.normed(self.ff_norm)), self.ff_dropout, self.ff_norm)
         return stream.x, stream.statistics
+
+    def cross(self, stream: Residual, encoder: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> None:
+        """Cross attention of the stream to encoder [B, S, C]."""
+        update = self.cross_attention(stream.normed(self.cross_norm), self.encoder_norm(encoder), keys, visible)
+        stream.add(update, self.cross_dropout, self.cross_norm)

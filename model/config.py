@@ -26,6 +26,7 @@ DEFAULT_SITES: dict[Architecture, tuple[Site, ...]] = {
 
 _SIDE_BY_SIDE = (
     "topology",
+    "streams",
     "cross_source",
     "add_next_position",
     "subtract_next_position",
@@ -81,6 +82,9 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     as BERT. The last two go with another `data.objective`."""
     topology: Literal["parallel", "serial"] = "parallel"
     """The decoder beside the encoder, both from the embedded tokens; or behind all of it, from its output."""
+    streams: Literal["plain", "batched"] = "plain"
+    """One layer after the other; or a layer of each stream at a time, with one product for both: the same numbers but
+    for rounding, the same weights. No faster on a CPU (docs/model.md A13)."""
     layers: int = Field(default=3, ge=1)
     """Layers of each stream."""
     width: int = Field(default=128, ge=1)
@@ -281,6 +285,11 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
                 f"attention=flash never forms the attention weights, so it cannot drop them at rate "
                 f"{self.attention_rate}; set attention_dropout=0, or attention=explicit"
             )
+        if self.streams == "batched":
+            if self.topology == "serial":
+                raise ValueError("streams=batched: with topology=serial the decoder begins where the encoder ends")
+            if self.layers < 2:
+                raise ValueError("streams=batched: with layers=1 no two layers are independent; take plain")
         if self.cross_source == "layer_input":
             if self.topology == "serial":
                 raise ValueError("cross_source=layer_input: with topology=serial every layer reads the whole encoder")

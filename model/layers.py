@@ -81,13 +81,18 @@ class FeedForward(nn.Module):
         """Maps [F, C] up ([2F, C] for SwiGLU) and [C, F] down; the latter writes to the stream and starts at std."""
         super().__init__()
         hidden = config.hidden_width
-        self._gated = config.ff == "swiglu"
-        self.up = Linear(config.width, 2 * hidden if self._gated else hidden, bias=config.bias)
+        self.gated = config.ff == "swiglu"
+        self.up = Linear(config.width, 2 * hidden if self.gated else hidden, bias=config.bias)
         self.down = Linear(hidden, config.width, bias=config.bias, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
-        if self._gated:
-            gate, value = self.up(x).chunk(2, dim=-1)
-            return self.down(functional.silu(gate) * value)
-        return self.down(functional.gelu(self.up(x)))
+        return self.down(activate(self.up(x), self.gated))
+
+
+def activate(hidden: Tensor, gated: bool) -> Tensor:
+    """What lies between the maps of a feed forward: [..., F] -> [..., F] or, gated, [..., 2F] -> [..., F]."""
+    if gated:
+        gate, value = hidden.chunk(2, dim=-1)
+        return functional.silu(gate) * value
+    return functional.gelu(hidden)

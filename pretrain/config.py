@@ -112,6 +112,15 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         return self
 
     @model_validator(mode="after")
+    def _batched_streams_have_their_weights(self) -> "Config":
+        if self.model.streams == "batched" and self.engine.zero_stage == 3:
+            raise ValueError(
+                "model.streams=batched reads the weights of two layers at once, and engine.zero_stage=3 gathers those "
+                "of one module at a time; use model.streams=plain, or a lower stage"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _profiled_steps_are_trained(self) -> "Config":
         if self.profile.steps and self.profile.steps[1] > self.train.steps:
             raise ValueError(f"profile.steps={list(self.profile.steps)} goes beyond train.steps={self.train.steps}")

@@ -16,6 +16,7 @@ from model.dropout import Statistics
 from model.encoder_loss import EncoderLoss
 from model.language_model import Embedded, LanguageModel, Transformed
 from model.layers import Linear, stream_norm
+from model.pair import Pair
 
 
 class ParallelEncoderDecoder(LanguageModel):
@@ -28,13 +29,22 @@ class ParallelEncoderDecoder(LanguageModel):
         std = config.decoder_input_std or config.width**-0.5
         self.decoder_input_norm = stream_norm(config) if config.decoder_input_norm else nn.Identity()
         self.decoder_input = Linear(config.width, config.width, bias=config.bias, std=std)
-        self.encoder = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.num_encoder_layers))
-        self.decoder = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.layers))
+        encoder = [EncoderLayer(config, layer) for layer in range(config.num_encoder_layers)]
+        decoder = [DecoderLayer(config, layer) for layer in range(config.layers)]
+        self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
+        if config.streams == "batched":
+            # The decoder's first layer goes with the encoder's second, unless it reads what the encoder's first reads.
+            self._lead = config.num_encoder_layers - config.layers + 1
+            layers = zip(encoder[self._lead :], decoder[:-1], strict=True)
+            self.pairs = nn.ModuleList(Pair(config, *pair) for pair in layers)
         # Not made when it is off: parameters without a gradient would break data parallelism.
         self.encoder_loss = None if config.encoder_loss.kind == "none" else EncoderLoss(config)
 
     def transform(self, embedded: Embedded, keys: Tensor | None) -> Transformed:
         """Run the layers; see `LanguageModel.transform`."""
+        plainly_causal = embedded.visible.mask is None and embedded.visible.positions is None
+        if self.config.streams == "batched" and plainly_causal:  # not with documents apart, prefixes, or a cache
+            return self._side_by_side(embedded, keys)
         statistics = Statistics()
         outputs = self._encode(embedded, keys, statistics)
         first = next(outputs)
@@ -43,13 +53,36 @@ class ParallelEncoderDecoder(LanguageModel):
             outputs = repeat(first)
         elif self.config.cross_source == "layer_input":
             outputs = chain([first], outputs)
-        x = self.decoder_input(self.decoder_input_norm(first))
-        if self.config.add_next_position:
-            x = x + embedded.next_positions
+        x = self._decoder_start(first, embedded)
         for layer in self.decoder:
             output = next(outputs)
             x, masks = layer(x, output, keys, embedded.mask_source, embedded.visible)
             statistics |= masks
+        return self._transformed(x, statistics, embedded, output, keys)
+
+    def _side_by_side(self, embedded: Embedded, keys: Tensor | None) -> Transformed:
+        """The same, decoder layer l together with the encoder layer that depends on nothing of it (A13)."""
+        encoded, source, statistics = embedded.tokens, embedded.mask_source, Statistics()
+        x = self._decoder_start(encoded, embedded)
+        for layer in self.encoder[: self._lead]:
+            encoded, masks = layer(encoded, keys, source)
+            statistics |= masks
+        for pair in self.pairs:
+            encoded, x, masks = pair(encoded, x, keys, source)
+            statistics |= masks
+        x, masks = self.decoder[-1](x, encoded, keys, source)
+        return self._transformed(x, statistics | masks, embedded, encoded, keys)
+
+    def _decoder_start(self, first: Tensor, embedded: Embedded) -> Tensor:
+        x: Tensor = self.decoder_input(self.decoder_input_norm(first))
+        if self.config.add_next_position:
+            assert embedded.next_positions is not None
+            x = x + embedded.next_positions
+        return x
+
+    def _transformed(
+        self, x: Tensor, statistics: Statistics, embedded: Embedded, output: Tensor, keys: Tensor | None
+    ) -> Transformed:
         if keys is None or self.encoder_loss is None:
             return Transformed(x, statistics, {})
         return Transformed(x, statistics, self.encoder_loss(embedded.tokens, output, embedded.visible.positions))
