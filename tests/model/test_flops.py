@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,7 +30,9 @@ def counted(config: ModelConfig, sequences: int, backward: bool) -> int:
     batch = batch_of(config, sequences)
     # The unfused attention: the fused one's backward pass also computes its forward pass again.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        output = model(batch)
+        # With gradients on, the head makes its own in the forward pass.
+        with torch.set_grad_enabled(backward):
+            output = model(batch)
         if backward:
             output.loss.backward()
     return counter.get_total_flops()
