@@ -53,7 +53,7 @@ CAUSAL = CausalAttention.forward
 
 
 def leaky(
-    self: CausalAttention, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible
+    self: CausalAttention, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible = Visible()
 ) -> Tensor:
     """Documents forgotten."""
     return CAUSAL(self, query, key, value, keys, visible._replace(mask=None, causal=self._config.causal))

@@ -79,7 +79,7 @@ MODULES = {
 """Where each part is computed."""
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [name for name in EVERY if not name.startswith("batched")])  # computed in no module
 def test_each_part_is_what_torch_counts_in_its_modules(name: str) -> None:
     config = variant(name, layers=3, attention="explicit")
     model = build(config)
