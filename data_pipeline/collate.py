@@ -14,8 +14,6 @@ from data_pipeline.tokenizer import Tokenizer
 
 IGNORE = -100
 """A label that counts for nothing."""
-SENTINELS = "<extra_id_{}>"
-"""How the sentinels of span corruption are spelled among `data.tokenizer.user_defined_symbols`, from 0."""
 MASK = "<mask>"
 
 
@@ -118,8 +116,7 @@ class SpanCorruption:
         if len(sentinels) < self.spans:
             raise DataError(
                 f"span corruption of {context} tokens needs {self.spans} sentinels, the tokenizer has "
-                f"{len(sentinels)}: add {SENTINELS.format(0)} to {SENTINELS.format(self.spans - 1)} to "
-                "data.tokenizer.user_defined_symbols, or use a shorter context"
+                f"{len(sentinels)}: set data.tokenizer.sentinels={self.spans} and build again, or use a shorter context"
             )
         self.context = context
         self._sentinels = np.array(sentinels[: self.spans], np.int64)
@@ -148,15 +145,6 @@ class SpanCorruption:
         """
         cuts = np.sort(np.argsort(draws, axis=1, kind="stable")[:, : self.spans - 1], axis=1) + 1
         return np.diff(cuts, axis=1, prepend=0, append=total)
-
-
-def sentinel_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids of the tokenizer's sentinels in order, none if it has none."""
-    ids = {tokenizer.piece(token): token for token in range(tokenizer.vocab_size)}
-    found: list[int] = []
-    while (name := SENTINELS.format(len(found))) in ids:
-        found.append(ids[name])
-    return found
 
 
 def mask_id(tokenizer: Tokenizer) -> int:

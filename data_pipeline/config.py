@@ -126,8 +126,8 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     """Tokens in a shard (the last of a source in a split may hold fewer)."""
     objective: Literal["causal", "prefix", "masked", "span_corruption"] = "causal"
     """What a model learns from the text: the next token; the same behind a prefix that is read both ways; tokens hidden
-    by `<mask>` (BERT); spans cut out, each for a sentinel `<extra_id_0>`, … (T5). The last two need their pieces among
-    `tokenizer.user_defined_symbols`, and a `model.architecture` that fits."""
+    by `<mask>` (BERT); spans cut out, each for a sentinel (T5). The last two need `<mask>` among
+    `tokenizer.user_defined_symbols`, or `tokenizer.sentinels`, and a `model.architecture` that fits."""
     weights: dict[str, float] = {}
     """Shares of the training samples by source, instead of the sources' own `weight`; a source left out is not read."""
     order: Literal["global", "block"] = "global"

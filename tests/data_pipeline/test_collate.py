@@ -10,7 +10,6 @@ from data_pipeline.collate import (
     mask_id,
     masked,
     prefix,
-    sentinel_ids,
     sequences,
 )
 from data_pipeline.config import TokenizerConfig
@@ -147,17 +146,18 @@ def test_labels_across_documents_can_be_left_out() -> None:
 
 
 def test_special_pieces_come_from_the_tokenizer() -> None:
-    symbols = ["\n", *(f"<extra_id_{number}>" for number in range(4)), "<mask>"]
-    settings = TokenizerConfig(vocab_size=400, character_coverage=0.99, user_defined_symbols=symbols)
+    settings = TokenizerConfig(
+        vocab_size=400, character_coverage=0.99, user_defined_symbols=["\n", "<mask>"], sentinels=4
+    )
     tokenizer = Tokenizer(train_tokenizer([prose(2000)], settings, 0))
-    ids = sentinel_ids(tokenizer)
-    assert [tokenizer.piece(token) for token in [*ids, mask_id(tokenizer)]] == symbols[1:]
+    ids = tokenizer.sentinel_ids
+    assert tokenizer.piece(mask_id(tokenizer)) == "<mask>"
     SpanCorruption(80, ids, tokenizer.eos_id)
     with pytest.raises(
-        DataError, match=r"128 tokens needs 6 sentinels, the tokenizer has 4: add <extra_id_0> to <extra_id_5>"
+        DataError, match=r"128 tokens needs 6 sentinels, the tokenizer has 4: set data.tokenizer.sentinels=6"
     ):
         SpanCorruption(128, ids, tokenizer.eos_id)
     plain = Tokenizer(train_tokenizer([prose(2000)], TokenizerConfig(vocab_size=400, character_coverage=0.99), 0))
-    assert sentinel_ids(plain) == []
+    assert plain.sentinel_ids == []
     with pytest.raises(DataError, match="the tokenizer has no <mask>"):
         mask_id(plain)

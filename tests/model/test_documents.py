@@ -13,6 +13,7 @@ from model.config import ModelConfig
 from model.encoder_loss import EncoderLoss
 from model.interface import Batch
 from model.noise import sample_keys
+from model.visibility import CAUSAL as EARLIER
 from model.visibility import Visible, block_mask, dense_mask
 from tests.model.helpers import EVERY, VOCABULARY, batch_of, build, open_masks, small, variant
 
@@ -53,14 +54,14 @@ CAUSAL = CausalAttention.forward
 
 
 def leaky(
-    self: CausalAttention, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible = Visible()
+    self: CausalAttention, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible = EARLIER
 ) -> Tensor:
     """Documents forgotten."""
     return CAUSAL(self, query, key, value, keys, visible._replace(mask=None, causal=self._config.causal))
 
 
 class LeakyAttention(CausalAttention):
-    forward = leaky  # type: ignore[assignment]
+    forward = leaky
 
 
 @pytest.mark.parametrize("name", PACKED)

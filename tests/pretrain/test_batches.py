@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.collate import SpanCorruption, sentinel_ids
+from data_pipeline.collate import SpanCorruption
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.loader import StepSamples
@@ -78,7 +78,7 @@ def test_a_decoder_reads_what_it_wrote(marked_dataset: Path) -> None:
     assert batch.decoder_input_ids is not None
     assert (batch.decoder_input_ids[:, 0] == tokenizer.eos_id).all()
     assert torch.equal(batch.decoder_input_ids[:, 1:], batch.labels[:, :-1])
-    assert (batch.labels[:, 0] == sentinel_ids(tokenizer)[0]).all()
+    assert (batch.labels[:, 0] == tokenizer.sentinel_ids[0]).all()
 
 
 def test_what_lies_behind_the_text_is_padding(marked_dataset: Path) -> None:
