@@ -21,7 +21,7 @@ from pretrain import fragments
 from pretrain.adam8 import SIGNED
 from pretrain.config import Config
 from pretrain.distributed import Ranks
-from pretrain.fragments import Fragment
+from pretrain.fragments import Fragment, Kept
 from pretrain.layers import checkpoint_activations, compile_layers
 from pretrain.optim import (
     ADAM_STATES,
@@ -120,7 +120,7 @@ class Engine:
         elif config.optimizer.kind == "adamw8bit":
             layout = f"zero_stage={self.stage}, {config.engine.precision}, world size {ranks.world_size}"
             self.types = dict.fromkeys(SIGNED, f"8-bit blocks ({layout})")
-        self._kept: fragments.Kept = {}
+        self._kept: Kept = {}
 
     @property
     def module(self) -> LanguageModel:
@@ -247,11 +247,11 @@ class Engine:
     def _inner(self) -> torch.optim.Optimizer:
         return fragments.inner(self._deepspeed.optimizer)
 
-    def _pieces(self, states: Mapping[str, tuple[str, ...]], kept: fragments.Kept) -> Iterator[Fragment]:
+    def _pieces(self, states: Mapping[str, tuple[str, ...]], kept: Kept) -> Iterator[Fragment]:
         optimizer, rank = self._deepspeed.optimizer, self._ranks.rank
         return fragments.fragments(optimizer, self.stage, rank, self._names, states, kept)
 
-    def _owned(self, states: Mapping[str, tuple[str, ...]], kept: fragments.Kept) -> list[Fragment]:
+    def _owned(self, states: Mapping[str, tuple[str, ...]], kept: Kept) -> list[Fragment]:
         pieces = self._pieces(states, kept)
         if self.stage:
             return list(pieces)

@@ -179,6 +179,25 @@ def test_adamw_in_8_bits_trains_as_adamw_in_a_quarter_of_its_memory(
     assert 0.25 < less / size < 0.26
 
 
+def test_a_run_in_8_bits_says_when_a_resume_quantises_anew(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
+    args = [*SMALL, *IN_8_BITS, f"data.path={dataset}", f"run.dir={tmp_path / 'run'}", "schedule.kind=wsd"]
+    for world, stage, steps in [(2, 2, 3), (2, 2, 4), (1, 3, 6)]:
+        run = [*args, *engine(stage, "bf16"), f"train.steps={steps}"]
+        ranks("tests.distributed.cases:train_run", world, args=run)
+    records = list(read(tmp_path / "run" / "metrics.jsonl"))
+    warnings = [record for record in records if record.kind == "warning"]
+    assert {record.step for record in warnings} == {4}
+    was, now = "zero_stage=2, bf16, world size 2", "zero_stage=3, bf16, world size 1"
+    assert [record.fields["text"].partition(": ")[2] for record in warnings] == [
+        f"{moment} was saved as 8-bit blocks ({was}) and is 8-bit blocks ({now}) now: it was converted"
+        for moment in ("exp_avg", "exp_avg_sq")
+    ]
+    [first, *_, last] = [record.metrics for record in records if "loss/train" in record.metrics]
+    assert "optim/update_ratio" not in first | last
+    assert last["optim/param_norm"] > 0
+    assert last["loss/train"] < first["loss/train"]
+
+
 @pytest.mark.parametrize("architecture", ["parallel_encoder_decoder", "decoder_only"])
 def test_muon_moves_the_matrices_of_the_layers_and_nothing_else(ranks: Ranks, architecture: str) -> None:
     [found] = ranks(f"{CASES}tagged", 1, args=engine(1, "fp32", *MUON, f"model.architecture={architecture}"))
