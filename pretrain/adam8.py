@@ -137,10 +137,11 @@ def _update(parameter: Tensor, gradient: Tensor, state: Mapping[str, Tensor], gr
     lr, (beta_1, beta_2), steps = group["lr"], group["betas"], float(state["step"])
     size, root_2 = lr / (1 - beta_1**steps), (1 - beta_2**steps) ** 0.5
     firsts, seconds = (_chunks(parameter, state, name) for name in SIGNED)
-    for (theta, *first), (_, *second), g in zip(firsts, seconds, gradient.split(CHUNK * BLOCK), strict=True):
-        m = dequantise(*first, signed=True)[: g.numel()].lerp_(g, 1 - beta_1)
-        v = dequantise(*second, signed=False)[: g.numel()].mul_(beta_2).addcmul_(g, g, value=1 - beta_2)
+    gradients = gradient.split(CHUNK * BLOCK)
+    for (theta, m_codes, m_scales), (_, v_codes, v_scales), g in zip(firsts, seconds, gradients, strict=True):
+        m = dequantise(m_codes, m_scales, signed=True)[: g.numel()].lerp_(g, 1 - beta_1)
+        v = dequantise(v_codes, v_scales, signed=False)[: g.numel()].mul_(beta_2).addcmul_(g, g, value=1 - beta_2)
         theta.mul_(1 - lr * group["weight_decay"])
         theta.addcdiv_(m, v.sqrt().div_(root_2).add_(group["eps"]), value=-size)
-        _store(m, *first, signed=True)
-        _store(v, *second, signed=False)
+        _store(m, m_codes, m_scales, signed=True)
+        _store(v, v_codes, v_scales, signed=False)

@@ -109,8 +109,8 @@ def uses_muon(parameter: nn.Parameter) -> bool:
 
 def kept_states(optimizer: Any) -> Kept:
     """What the optimizer keeps; of moments in 8 bits, copies."""
-    kept = inner(optimizer)
-    return kept.unpack() if isinstance(kept, AdamW8bit) else kept.state
+    wrapped = inner(optimizer)
+    return wrapped.unpack() if isinstance(wrapped, AdamW8bit) else wrapped.state
 
 
 def fragments(
@@ -149,9 +149,10 @@ def share(fragment: Fragment, rank: int, world_size: int) -> Fragment:
 @torch.no_grad()
 def adopt(optimizer: Any, stage: int, optimizer_steps: int, kept: Kept) -> None:
     """Make the model compute with what was written into the fragments of `kept`; a collective."""
-    if isinstance(inner(optimizer), AdamW8bit):
-        inner(optimizer).pack(kept)
-    for state in inner(optimizer).state.values():
+    wrapped = inner(optimizer)
+    if isinstance(wrapped, AdamW8bit):
+        wrapped.pack(kept)
+    for state in wrapped.state.values():
         if "step" in state:
             # One tensor each, since a shared one would count too fast; in place, so that it stays on its device.
             state["step"].fill_(float(optimizer_steps))

@@ -10,7 +10,7 @@ import torch
 import torch._dynamo
 
 from pretrain import checkpoint, fragments
-from pretrain.adam8 import SIGNED, dynamic_map
+from pretrain.adam8 import SIGNED, AdamW8bit, dynamic_map
 from pretrain.config import Config, load
 from pretrain.distributed import Ranks
 from pretrain.engine import CACHES, Engine
@@ -181,6 +181,7 @@ def requantised(ranks: Ranks, root: str, args: list[str]) -> dict[str, Any]:
     found = checkpoint.newest(Path(root), ranks, lambda text: None)
     assert found is not None
     optimizer = fragments.inner(engine._deepspeed.optimizer)
+    assert isinstance(optimizer, AdamW8bit)
     for fragment in engine.fragments():
         found.read(fragment)
     saved = {flat: {name: values.clone() for name, values in kept.items()} for flat, kept in engine._kept.items()}

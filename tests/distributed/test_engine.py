@@ -165,30 +165,26 @@ def test_moments_in_8_bits_go_with_offload(ranks: Ranks, tmp_path: Path) -> None
     assert found["loaded"] == run["saved"]
 
 
-@pytest.mark.parametrize(("stage", "precision", "world"), [(1, "bf16", 2), (3, "fp32", 1)])
-def test_adamw_in_8_bits_trains_as_adamw_in_a_quarter_of_its_memory(
-    ranks: Ranks, stage: int, precision: str, world: int
-) -> None:
-    args = engine(stage, precision, "model.width=64")
-    kinds = ["adamw", "adamw8bit"]
-    [(plain, size), (ours, less)], *_ = ranks(f"{CASES}compared_losses", world, args=args, kinds=kinds, steps=30)
+def test_adamw_in_8_bits_trains_as_adamw_in_a_quarter_of_its_memory(ranks: Ranks) -> None:
+    args, kinds = engine(1, "bf16", "model.width=64"), ["adamw", "adamw8bit"]
+    [(plain, size), (ours, less)], _ = ranks(f"{CASES}compared_losses", 2, args=args, kinds=kinds, steps=30)
     assert ours[0] == plain[0]
-    assert ours[-1] < ours[0] - 1.0
-    assert ours[-1] == pytest.approx(plain[-1], abs=0.05)
     assert ours != plain
+    assert ours == pytest.approx(plain, abs=0.15)
+    assert ours[-1] == pytest.approx(plain[-1], abs=0.01)
+    assert ours[-1] < 0.1 * ours[0]
     assert 0.25 < less / size < 0.26
 
 
 def test_a_run_in_8_bits_says_when_a_resume_quantises_anew(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
     args = [*SMALL, *IN_8_BITS, f"data.path={dataset}", f"run.dir={tmp_path / 'run'}", "schedule.kind=wsd"]
-    for world, stage, steps in [(2, 2, 3), (2, 2, 4), (1, 3, 6)]:
+    for stage, steps in [(1, 3), (2, 5)]:
         run = [*args, *engine(stage, "bf16"), f"train.steps={steps}"]
-        ranks("tests.distributed.cases:train_run", world, args=run)
+        ranks("tests.distributed.cases:train_run", 1, args=run)
     records = list(read(tmp_path / "run" / "metrics.jsonl"))
-    warnings = [record for record in records if record.kind == "warning"]
-    assert {record.step for record in warnings} == {4}
-    was, now = "zero_stage=2, bf16, world size 2", "zero_stage=3, bf16, world size 1"
-    assert [record.fields["text"].partition(": ")[2] for record in warnings] == [
+    was, now = "zero_stage=1, bf16, world size 1", "zero_stage=2, bf16, world size 1"
+    warnings = [record.fields["text"] for record in records if record.kind == "warning"]
+    assert [text.partition(": ")[2] for text in warnings] == [
         f"{moment} was saved as 8-bit blocks ({was}) and is 8-bit blocks ({now}) now: it was converted"
         for moment in ("exp_avg", "exp_avg_sq")
     ]
