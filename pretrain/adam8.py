@@ -23,8 +23,9 @@ BLOCK = 256
 CHUNK = 2**14
 """Blocks that are updated at once: 16 MiB for each temporary tensor in fp32."""
 LEAST_SCALE = 1e-30
-"""Blocks of smaller elements have this scale: below it, products with the map would lose digits."""
+"""Blocks of smaller elements have this scale: none is 0, and no product of it with the map is a denormal number."""
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
+"""The moments, and whether they can be negative."""
 
 
 class AdamW8bit(torch.optim.Optimizer):
