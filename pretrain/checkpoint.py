@@ -126,6 +126,8 @@ class Checkpoint:
     def load(self, engine: Engine) -> None:
         """Copy parameters and moments into an engine of any stage and number of ranks, bit for bit.
 
+        But for the states in `Engine.types`, which are converted when their type is another one.
+
         Raises:
             CheckpointError: the checkpoint is of another model; nothing was changed then.
         """

@@ -5,7 +5,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from data_pipeline.errors import ConfigError
 from model.interface import Batch, ModelOutput
 from model.language_model import LanguageModel
 from pretrain import fragments
+from pretrain.adam8 import SIGNED
 from pretrain.config import Config
 from pretrain.distributed import Ranks
-from pretrain.fragments import Fragment
+from pretrain.fragments import Fragment, Kept
 from pretrain.layers import checkpoint_activations, compile_layers
 from pretrain.optim import (
     ADAM_STATES,
@@ -111,8 +112,15 @@ class Engine:
             for parameter, name in self._names.items()
         }
         """What each parameter is made of, alike on every rank."""
-        self.types = {fragments.MOMENTUM: str(momentum_type).removeprefix("torch.")} if muon else {}
-        """Types of the states that are not always fp32; another one in a checkpoint is converted when it is loaded."""
+        self.types: dict[str, str] = {}
+        """Types of the states that are not always fp32; another one in a checkpoint is converted when it is loaded.
+        Moments in 8 bits are of another type where DeepSpeed's partitions, and so the blocks, may be others."""
+        if muon:
+            self.types = {fragments.MOMENTUM: str(momentum_type).removeprefix("torch.")}
+        elif config.optimizer.kind == "adamw8bit":
+            layout = f"zero_stage={self.stage}, {config.engine.precision}, world size {ranks.world_size}"
+            self.types = dict.fromkeys(SIGNED, f"8-bit blocks ({layout})")
+        self._kept: Kept = {}
 
     @property
     def module(self) -> LanguageModel:
@@ -193,23 +201,24 @@ class Engine:
         """Squares summed over the parameters, and over the last step's update of them; waits for the device.
 
         Of what this rank owns: the sums over the ranks are ‖θ‖² and ‖Δθ‖². The update is 0 for a step that applied
-        none, and None under Muon, whose update cannot be found from what it keeps.
+        none, and None under Muon and AdamW in 8 bits, whose update cannot be found from what they keep.
         """
         norms, update_norms = [], []
-        for fragment in self.owned_fragments():
+        knows_update = self._optimizer.kind == "adamw"
+        states = self.states if knows_update else dict.fromkeys(self.states, ("fp32",))
+        for fragment in self._owned(states, self._inner.state):
             norms += [torch.linalg.vector_norm(part) for part in fragment.states["fp32"].split(CHUNK)]
-            if self._applied and self._optimizer.kind == "adamw":
+            if self._applied and knows_update:
                 decay = self._optimizer.weight_decay if len(self.shapes[fragment.name]) >= 2 else 0.0
                 update_norms += adamw_update_norms(
                     fragment.states, self._lr, decay, self.optimizer_steps, self._optimizer
                 )
-        return _sum_of_squares(norms), None if self._optimizer.kind == "muon" else _sum_of_squares(update_norms)
+        return _sum_of_squares(norms), _sum_of_squares(update_norms) if knows_update else None
 
     @property
     def optimizer_steps(self) -> int:
         """Updates that the optimizer has applied; corrects the bias of AdamW's moments."""
-        state = fragments.inner(self._deepspeed.optimizer).state
-        return int(next(kept["step"] for kept in state.values() if "step" in kept))
+        return int(next(kept["step"] for kept in self._inner.state.values() if "step" in kept))
 
     def fragments(self) -> list[Fragment]:
         """All that this rank holds, in a fixed order. At stage 0 every rank holds everything.
@@ -217,25 +226,37 @@ class Engine:
         Under Muon at stages 1 and 2, ranks that share a parameter each hold all of its momentum: that comes last.
         """
         optimizer = self._deepspeed.optimizer
-        return [*self._pieces(), *fragments.whole_momenta(optimizer, self.stage, self._ranks.rank, self._names)]
+        self._kept = fragments.kept_states(optimizer)
+        pieces = self._pieces(self.states, self._kept)
+        return [*pieces, *fragments.whole_momenta(optimizer, self.stage, self._ranks.rank, self._names)]
 
     def owned_fragments(self) -> list[Fragment]:
         """What this rank writes to a checkpoint: over the ranks, each element exactly once."""
-        if self.stage:
-            return list(self._pieces())
-        shares = (fragments.share(f, self._ranks.rank, self._ranks.world_size) for f in self._pieces())
-        return [share for share in shares if share.numel]
+        return self._owned(self.states, fragments.kept_states(self._deepspeed.optimizer))
 
     def adopt_fragments(self, optimizer_steps: int) -> None:
-        """Make the model compute with what was written into the fragments' views; a collective."""
-        fragments.adopt(self._deepspeed.optimizer, self.stage, optimizer_steps)
+        """Make the model compute with what was written into the views of `fragments()`; a collective."""
+        fragments.adopt(self._deepspeed.optimizer, self.stage, optimizer_steps, self._kept)
+        self._kept = {}
 
     def export_deepspeed(self, folder: Path) -> None:
         """Save in DeepSpeed's own layout (pickles), below a folder named after the optimizer step; a collective."""
         self._deepspeed.save_checkpoint(str(folder), tag=f"step-{self.optimizer_steps:09d}", client_state={})
 
-    def _pieces(self) -> Iterator[Fragment]:
-        return fragments.fragments(self._deepspeed.optimizer, self.stage, self._ranks.rank, self._names, self.states)
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        return fragments.inner(self._deepspeed.optimizer)
+
+    def _pieces(self, states: Mapping[str, tuple[str, ...]], kept: Kept) -> Iterator[Fragment]:
+        optimizer, rank = self._deepspeed.optimizer, self._ranks.rank
+        return fragments.fragments(optimizer, self.stage, rank, self._names, states, kept)
+
+    def _owned(self, states: Mapping[str, tuple[str, ...]], kept: Kept) -> list[Fragment]:
+        pieces = self._pieces(states, kept)
+        if self.stage:
+            return list(pieces)
+        shares = (fragments.share(f, self._ranks.rank, self._ranks.world_size) for f in pieces)
+        return [share for share in shares if share.numel]
 
     def _gradient_norm(self) -> Tensor:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]

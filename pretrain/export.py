@@ -22,6 +22,7 @@ def export_deepspeed(checkpoint: Checkpoint, folder: Path) -> None:
     """Load a checkpoint into an engine on this process alone, and let DeepSpeed save it into a new folder.
 
     Stage and precision are the run's; from stage 1 on, DeepSpeed's own tools apply to the folder (`zero_to_fp32`).
+    Moments that the run keeps in 8 bits are exported in fp32.
 
     Raises:
         CheckpointError: the manifest does not hold the run's configuration, or the folder is there already.
@@ -30,6 +31,9 @@ def export_deepspeed(checkpoint: Checkpoint, folder: Path) -> None:
         config = Config.model_validate(checkpoint.manifest.state["config"])
     except (KeyError, ValidationError) as error:
         raise CheckpointError(f"{checkpoint.path}: the manifest does not hold the configuration: {error!r}") from None
+    if config.optimizer.kind == "adamw8bit":
+        optimizer = config.optimizer.model_copy(update={"kind": "adamw"})
+        config = config.model_copy(update={"optimizer": optimizer})
     if folder.exists():
         raise CheckpointError(f"{folder}: is there already; name a new folder")
     checkpoint.verify()

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.adam8 import AdamW8bit, new_state
+
 MOMENTUM = "momentum_buffer"
+Kept = Mapping[Tensor, Mapping[str, Tensor]]
+"""Tensors that an optimizer keeps, by state, of each tensor that it moves."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Fragment:
     numel: int
     states: dict[str, Tensor]
     """Views [numel] by the parameter's names in `Engine.states`; writing to them, and `adopt_fragments`, changes the
-    engine."""
+    engine. Moments that it keeps in 8 bits are copies in fp32, on the host."""
 
     def part(self, start: int, numel: int) -> "Fragment":
         """`numel` elements of it, from its own `start`."""
@@ -79,10 +83,13 @@ def pieces(optimizer: Any, stage: int, rank: int) -> Iterator[Piece]:
 def create_states(optimizer: Any, stage: int, rank: int, momentum_type: torch.dtype) -> None:
     """What the optimizer would make at its first step, so that a checkpoint can be written and read at any time."""
     kept = inner(optimizer).state
+    in_8_bits = isinstance(inner(optimizer), AdamW8bit)
     for _, group in itertools.groupby(pieces(optimizer, stage, rank), key=lambda piece: id(piece.flat)):
         *_, last = group
         flat = last.flat
-        if not uses_muon(last.parameter):
+        if in_8_bits:
+            kept[flat] = new_state(flat)
+        elif not uses_muon(last.parameter):
             kept[flat] = {
                 "step": torch.tensor(0.0, device=flat.device),  # fused AdamW wants it there
                 "exp_avg": torch.zeros_like(flat, dtype=torch.float32),
@@ -100,11 +107,16 @@ def uses_muon(parameter: nn.Parameter) -> bool:
     return bool(getattr(parameter, "use_muon", False))
 
 
+def kept_states(optimizer: Any) -> Kept:
+    """What the optimizer keeps; of moments in 8 bits, copies."""
+    wrapped = inner(optimizer)
+    return wrapped.unpack() if isinstance(wrapped, AdamW8bit) else wrapped.state
+
+
 def fragments(
-    optimizer: Any, stage: int, rank: int, names: Mapping[Any, str], states: Mapping[str, tuple[str, ...]]
+    optimizer: Any, stage: int, rank: int, names: Mapping[Any, str], states: Mapping[str, tuple[str, ...]], kept: Kept
 ) -> Iterator[Fragment]:
-    """Every piece of this rank that is not empty, with the states that its parameter has."""
-    kept = inner(optimizer).state
+    """Every piece of this rank that is not empty, with those `states` of its parameter."""
     for piece in pieces(optimizer, stage, rank):
         name = names[piece.parameter]
         views = {}
@@ -135,9 +147,12 @@ def share(fragment: Fragment, rank: int, world_size: int) -> Fragment:
 
 
 @torch.no_grad()
-def adopt(optimizer: Any, stage: int, optimizer_steps: int) -> None:
-    """Make the model compute with what was written into the fragments; a collective."""
-    for state in inner(optimizer).state.values():
+def adopt(optimizer: Any, stage: int, optimizer_steps: int, kept: Kept) -> None:
+    """Make the model compute with what was written into the fragments of `kept`; a collective."""
+    wrapped = inner(optimizer)
+    if isinstance(wrapped, AdamW8bit):
+        wrapped.pack(kept)
+    for state in wrapped.state.values():
         if "step" in state:
             # One tensor each, since a shared one would count too fast; in place, so that it stays on its device.
             state["step"].fill_(float(optimizer_steps))

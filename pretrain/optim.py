@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.adam8 import AdamW8bit
 from pretrain.sections import OptimizerConfig
 
 ADAM_STATES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -24,15 +25,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def adamw(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
-    """torch's AdamW; on CUDA in one fused kernel."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True if device.type == "cuda" else None,
-    )
+def adamw(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    """torch's AdamW, on CUDA in one fused kernel; or ours with moments in 8 bits."""
+    groups = parameter_groups(model, config.weight_decay)
+    if config.kind == "adamw8bit":
+        return AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    fused = True if device.type == "cuda" else None
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def muon_settings(config: OptimizerConfig) -> dict[str, Any]:

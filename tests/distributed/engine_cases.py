@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch._dynamo
 
-from pretrain import checkpoint
+from pretrain import checkpoint, fragments
+from pretrain.adam8 import SIGNED, AdamW8bit, dynamic_map
 from pretrain.config import Config, load
 from pretrain.distributed import Ranks
 from pretrain.engine import CACHES, Engine
@@ -172,3 +173,39 @@ def muon_run(ranks: Ranks, args: list[str]) -> int:
     """A whole training run."""
     torch._dynamo.config.disable = True
     return train_run(ranks, args)
+
+
+def requantised(ranks: Ranks, root: str, args: list[str]) -> dict[str, Any]:
+    """Load the newest checkpoint of 8-bit moments: how far they are from what was saved, in steps of the map there."""
+    engine = make_engine(ranks, small(*args), seed=99)
+    found = checkpoint.newest(Path(root), ranks, lambda text: None)
+    assert found is not None
+    optimizer = fragments.inner(engine._deepspeed.optimizer)
+    assert isinstance(optimizer, AdamW8bit)
+    for fragment in engine.fragments():
+        found.read(fragment)
+    saved = {flat: {name: values.clone() for name, values in kept.items()} for flat, kept in engine._kept.items()}
+    engine.adopt_fragments(found.manifest.optimizer_steps)
+    errors, exact = [], True
+    for flat, loaded in optimizer.unpack().items():
+        for name, values in loaded.items():
+            codes, scales = (optimizer.state[flat][key] for key in (name, f"{name}_scale"))
+            gaps = torch.tensor(dynamic_map(SIGNED[name])).diff()
+            index = codes.long()
+            gap = torch.maximum(gaps[index.clamp(max=254)], gaps[(index - 1).clamp(min=0)]) * scales.abs()[:, None]
+            error = (values - saved[flat][name]).abs()
+            errors.append(float((error / gap.view(-1)[: len(error)]).max()))
+            exact &= torch.equal(values, saved[flat][name])
+    return {"loaded": digest(engine, ranks), "error": max(errors), "exact": exact}
+
+
+def compared_losses(ranks: Ranks, args: list[str], kinds: list[str], steps: int) -> list[tuple[list[float], int]]:
+    """Of each kind of optimizer: its losses over the same few samples again and again, and the bytes that it keeps."""
+    found = []
+    for kind in kinds:
+        config = small(*args, f"optimizer.kind={kind}")
+        engine = make_engine(ranks, config)
+        losses = [train_steps(engine, ranks, config, 1, 1)[0] for _ in range(steps)]
+        kept = fragments.inner(engine._deepspeed.optimizer).state.values()
+        found.append((losses, sum(t.nbytes for state in kept for t in state.values())))
+    return found
