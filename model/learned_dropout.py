@@ -34,6 +34,9 @@ def straight_through(forward: Tensor, mask: Tensor) -> Tensor:
 class LearnedDropout(SiteDropout, Cached):
     """x -> x * m, with m = 0.5 cos(angle(x) + shift) + 0.5 rounded as configured (docs/model.md B1-B3)."""
 
+    sides: list[Tensor] | None = None
+    """While it is a list, each forward pass adds which elements of m are at least 0.5: [B, T, C] bool."""
+
     def __init__(self, config: ModelConfig, site: Site, layer: int) -> None:
         """`layer` counts from 0 in its stream."""
         super().__init__(config, site, layer)
@@ -51,6 +54,8 @@ class LearnedDropout(SiteDropout, Cached):
     ) -> tuple[Tensor, Statistics]:
         """Mask x; see `SiteDropout.forward`."""
         mask = cosine_mask(at_least_fp32(self._angle(x, source, visible)) + at_least_fp32(self.shift))
+        if self.sides is not None:
+            self.sides.append(mask >= 0.5)
         used = self._round(mask, keys, visible.positions)
         statistics = {self.name: self._statistics(mask, used)} if self.cache is None else {}
         return x * used.to(x.dtype), statistics

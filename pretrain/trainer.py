@@ -31,6 +31,7 @@ from pretrain.goodput import Goodput, earlier_goodput
 from pretrain.health import Health
 from pretrain.lease import Lease, LeaseLost
 from pretrain.metrics import Meter
+from pretrain.probe import Probe
 from pretrain.profiling import Profile
 from pretrain.recorder import Recorder
 from pretrain.retention import prune
@@ -57,6 +58,7 @@ class Session:
     folder: RunFolder
     dataset: Dataset
     batches: Batches
+    probe: Probe
     engine: Engine
     recorder: Recorder
     goodput: Goodput
@@ -124,8 +126,23 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
             published=recorder.checkpoint,
         )
         health = Health(config, ranks, engine, recorder, folder.logs, past)
+        held_out = dataset.windows("validation", config.model.context, partial=True)
+        probe = Probe(held_out, batches, compiled=config.engine.compile)
         session = Session(
-            config, ranks, folder, dataset, batches, engine, recorder, goodput, system, lease, stop, saver, health
+            config,
+            ranks,
+            folder,
+            dataset,
+            batches,
+            probe,
+            engine,
+            recorder,
+            goodput,
+            system,
+            lease,
+            stop,
+            saver,
+            health,
         )
         with system, saver, health:
             step, signal = run_steps(session, step, data)
@@ -205,7 +222,7 @@ def validation(session: Session, step: int) -> float:
     batch = max(1, 8192 // config.model.context)
     text_bytes = dataset.manifest.splits["validation"].bytes
     metrics = evaluate(session.engine.module, windows, text_bytes, batch, session.ranks, session.batches)
-    session.recorder.validation(step, metrics)
+    session.recorder.validation(step, metrics | session.probe.flips(session.engine.module))
     if config.train.sample_tokens and config.data.objective == "causal":
         session.recorder.sample(step, sample_text(session.engine.module, dataset, config, session.ranks.device))
     return metrics["loss/val"]
