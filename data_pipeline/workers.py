@@ -73,7 +73,10 @@ class _Crew(Generic[Item, Result]):
                     exhausted = True
                     break
                 connection = idle.pop() if idle else self._hire()
-                connection.send(item)
+                try:
+                    connection.send(item)
+                except BrokenPipeError:
+                    raise self._death(connection) from None
                 busy[connection] = begun
                 begun += 1
             if not busy:
@@ -101,12 +104,15 @@ class _Crew(Generic[Item, Result]):
         try:
             return connection.recv()
         except (EOFError, ConnectionResetError):
-            process = self._members[connection]
-            process.join()
-            raise DataError(
-                f"a worker process ended with exit code {process.exitcode} (-9: killed, often for want of memory); the "
-                "units that were finished are kept: run the same command again, perhaps with fewer --processes"
-            ) from None
+            raise self._death(connection) from None
+
+    def _death(self, connection: Connection) -> DataError:
+        process = self._members[connection]
+        process.join()
+        return DataError(
+            f"a worker process ended with exit code {process.exitcode} (-9: killed, often for want of memory); the "
+            "units that were finished are kept: run the same command again, perhaps with fewer --processes"
+        )
 
 
 def _serve(function: Callable[[Any, Advance], Any], connection: Connection) -> None:

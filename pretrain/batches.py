@@ -102,6 +102,8 @@ class Batches:
     def _batch(self, tokens: Tensor, positions: Tensor, starts: np.ndarray | None, step: int, seed: int) -> Batch:
         """Windows int64 [B, T + 1], -1 behind the end of the text; `starts` of documents as a reader gives them."""
         batch = to_batch(tokens, positions, step, seed, self._device)
+        if self.predicts_every_token:
+            return batch
         window, where = tokens.numpy(), positions.numpy()
         segments = None
         if self.document_mask:
@@ -113,7 +115,7 @@ class Batches:
                 position_ids=self._put(segments.position_ids),
             )
         if self._objective == "causal":
-            return batch if segments is None else replace(batch, labels=self._put(collate.causal(window, starts)[1]))
+            return replace(batch, labels=self._put(collate.causal(window, starts)[1]))
         if self._objective == "prefix":
             inputs, labels, lengths = collate.prefix(window, where, seed)
             return replace(
