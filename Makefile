@@ -12,9 +12,9 @@ help:  ## What there is to make
 setup:  ## A virtual environment with everything, pinned
 	@$(PYTHON) .ci/make_venv.py $(VENV) --torch-index "$(TORCH_INDEX)"
 
-system-deps:  ## Chromium and its driver for the browser tests, from Debian's packages
+system-deps:  ## For the tests: Chromium and its driver, Slurm and munge, from Debian's packages
 	@$(SUDO) apt-get update -qq
-	@$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver
+	@$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver slurm-wlm munge
 
 quickstart: setup  ## Collect text, train a tokenizer and a small model, evaluate, report
 	@$(BIN)/duet quickstart

@@ -1,0 +1,33 @@
+"""A real Slurm of four nodes; without its programs these tests are skipped, or fail under DUET_REQUIRE_SLURM."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    if absent := missing():
+        give_up = pytest.fail if os.environ.get("DUET_REQUIRE_SLURM") else pytest.skip
+        give_up(f"no {', '.join(absent)} here; `make system-deps` installs Slurm and munge")
+    with tempfile.TemporaryDirectory(prefix="duet-slurm-") as folder:  # pytest's own are too private for munged
+        cluster = Cluster(Path(folder), nodes=4, gpus=2)
+        try:
+            cluster.up()
+            yield cluster
+        finally:
+            cluster.down()
+
+
+@pytest.fixture
+def cluster(slurm: Cluster) -> Iterator[Cluster]:
+    """The same, without jobs before and after the test, and with all nodes in service."""
+    yield slurm
+    slurm.cancel_all()
+    for node in slurm.nodes:
+        slurm.start_node(node)
