@@ -148,9 +148,11 @@ class Console:
         self._show_status(step, left)
 
     def validation(self, step: int, metrics: dict[str, float]) -> None:
-        """A line of a validation's results."""
+        """A line of a validation's results, but for those of single masks, such as `gate/flips/enc_ff/00`."""
         shown = [
-            (name.rsplit("/", 1)[-1].removeprefix("val_").replace("_", " "), value) for name, value in metrics.items()
+            (name.partition("/")[2].removeprefix("val_").replace("_", " "), value)
+            for name, value in metrics.items()
+            if name.count("/") == 1
         ]
         text = "   ".join(f"{'loss' if name == 'val' else name} {value:.4f}" for name, value in shown)
         self._print(f"{self._position(step)}  {VALIDATION_LABEL}   {text}", "validation")

@@ -55,14 +55,15 @@ def test_new_metrics_bring_a_new_header() -> None:
 def test_validation_note_warning_summary() -> None:
     file = io.StringIO()
     console = Console(100, file)
-    console.validation(50, {"loss/val": 2.5, "loss/val_bits_per_byte": 1.25, "gate/val_density": 0.5})
+    flips = {"gate/flips": 0.25, "gate/flips/enc_ff/00": 0.25}
+    console.validation(50, {"loss/val": 2.5, "loss/val_bits_per_byte": 1.25, "gate/val_density": 0.5} | flips)
     console.note("resumed from step 40")
     console.warning("MLflow is away")
     console.warning("MLflow is away")
     console.summary([(f"row{i}", f"text {i}") for i in range(12)])
     lines = file.getvalue().splitlines()
     assert lines[:3] == [
-        " 50/100  validation   loss 2.5000   bits per byte 1.2500   density 0.5000",
+        " 50/100  validation   loss 2.5000   bits per byte 1.2500   density 0.5000   flips 0.2500",
         "resumed from step 40",
         "warning: MLflow is away",
     ]
