@@ -24,7 +24,7 @@ from tests.runs import CHARACTERS, MARKED, ROOT, build_dataset
 
 FOLDER = ROOT / "tests" / "golden"
 STEPS = 50
-SEQUENCES = 4
+SEQUENCES = 1
 MOST_PARAMETERS = 3_000_000
 """Larger models take more than a few seconds for 50 steps."""
 
