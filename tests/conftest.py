@@ -11,6 +11,13 @@ import pytest
 
 from tests.runs import CHARACTERS, MARKED, ROOT, build_dataset
 
+SLOWEST = ("test_end_to_end.py", "test_health.py", "test_docs.py", "test_drills.py", "test_tracking_faults.py")
+"""Files that take more than a minute. Begun first, so that no process has one of them left when the others are done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
+
 
 class RanksFailed(AssertionError):
     """A rank did not return; carries what the ranks printed."""
