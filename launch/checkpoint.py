@@ -60,6 +60,8 @@ def inspect(path: PathArg) -> None:
         typer.echo(f"{shard.file}: {shard.bytes} bytes, {len(shard.fragments)} fragments, xxh3_128 {shard.xxh3_128}")
     for name, shape in manifest.shapes.items():
         typer.echo(f"{name:<60} {shape!s:<16} {' '.join(manifest.states[name])}")
+    for name, shape in manifest.buffers.items():
+        typer.echo(f"{name:<60} {shape!s:<16} buffer")
 
 
 @app.command("verify")
@@ -80,7 +82,8 @@ def diff(
 ) -> None:
     """Say how two checkpoints differ: metadata, and of each parameter's states the largest and the relative change.
 
-    Relative: norm of the difference over the norm in A. States that agree bit for bit are only counted.
+    Relative: norm of the difference over the norm in A. States that agree bit for bit are only counted. A buffer of the
+    model, such as a running statistic, counts as a state.
 
     Example: `duet checkpoint diff runs/quickstart runs/quickstart/checkpoints/step-000000200`
     """
@@ -97,7 +100,7 @@ def diff(
             equal += 1
         else:
             typer.echo(f"{found.name:<50} {found.state:<12} max {found.largest:.3e}  relative {found.relative:.3e}")
-    typer.echo(f"{equal} state(s) of parameters are equal")
+    typer.echo(f"{equal} state(s) are equal")
 
 
 @app.command("prune")

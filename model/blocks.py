@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from model.attention import CrossAttention, SelfAttention
+from model.batch_norm import apply_norm
 from model.config import ModelConfig
 from model.dropout import SiteDropout, Statistics
 from model.layers import FeedForward, residual_std, stream_norm
@@ -29,13 +30,16 @@ class Residual:
 
     def normed(self, norm: nn.Module) -> Tensor:
         """What a sublayer reads: x after its norm, or x itself where the norm comes after the addition."""
-        return self.x if self._post_norm else norm(self.x)
+        return self.x if self._post_norm else self._norm(norm, self.x)
 
     def add(self, update: Tensor, dropout: SiteDropout, norm: nn.Module) -> None:
         """x + dropout(update); normed where the norm comes after the addition."""
         update, statistics = dropout(update, self._keys, self._source, self._visible)
         self.statistics |= statistics
-        self.x = norm(self.x + update) if self._post_norm else self.x + update
+        self.x = self._norm(norm, self.x + update) if self._post_norm else self.x + update
+
+    def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return apply_norm(norm, x, self._keys, self._visible.padding)
 
 
 class EncoderLayer(nn.Module):
@@ -46,10 +50,10 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self._post_norm = config.norm_position == "post"
         std = residual_std(config)
-        self.attention_norm = stream_norm(config)
+        self.attention_norm = stream_norm(config, both_ways=not config.causal)
         self.attention = SelfAttention(config, f"{'dec' if alone else 'enc'}_sa/{layer:02d}", std)
         self.attention_dropout = dropout_at(config, "dec_sa" if alone else "enc_sa", layer)
-        self.ff_norm = stream_norm(config)
+        self.ff_norm = stream_norm(config, both_ways=not config.causal)
         self.ff = FeedForward(config, std)
         self.ff_dropout = dropout_at(config, "dec_ff" if alone else "enc_ff", layer)
 

@@ -103,7 +103,7 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     bias: bool = False
     """Biases in linear layers and LayerNorms."""
     norm: Literal["layernorm", "rmsnorm", "batchnorm"] = "layernorm"
-    """Of the residual stream; `batchnorm` is refused, with the reason."""
+    """Of the residual stream. `batchnorm` is for encoders that see both ways; a decoder behind one has `layernorm`."""
     norm_position: Literal["pre", "post"] = "pre"
     """On the input of each sublayer, or on the stream after each addition."""
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
@@ -270,15 +270,15 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> "ModelConfig":
-        if self.norm == "batchnorm" and self.architecture == "encoder_only":
-            raise ValueError(
-                "norm=batchnorm keeps running statistics, which are no parameters, and checkpoints hold parameters "
-                "only: a run could not go on from one; take layernorm or rmsnorm"
-            )
-        if self.norm == "batchnorm":
+        if self.norm == "batchnorm" and self.causal:
             raise ValueError(
                 "norm=batchnorm takes its statistics over all positions, so a causal model would see the tokens it is "
                 "to predict; it fits bidirectional encoders only: take layernorm or rmsnorm"
+            )
+        if self.norm == "batchnorm" and self.document_mask:
+            raise ValueError(
+                "norm=batchnorm takes its statistics over all documents of a micro-batch, and with document_mask none "
+                "may know of another: take layernorm or rmsnorm, or leave document_mask out"
             )
         if self.attention == "flash" and self.attention_rate:
             raise ValueError(

@@ -5,6 +5,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from model.batch_norm import apply_norm
 from model.cache import Cached
 from model.config import ModelConfig
 from model.dropout import SiteDropout, Statistics
@@ -57,7 +58,8 @@ class LanguageModel(Cached):
             self.position_embed = Embedding(config.context + self._uses_next, config.width)
         self.embed_dropout = dropout_at(config, "embed", 0)
         # Where norms come after the additions, the last layer's output is normed already.
-        self.final_norm = stream_norm(config) if config.norm_position == "pre" else nn.Identity()
+        both_ways = config.architecture == "encoder_only"
+        self.final_norm = stream_norm(config, both_ways=both_ways) if config.norm_position == "pre" else nn.Identity()
         self.output_norm = stream_norm(config) if config.subtract_next_position == "layer_norm" else nn.Identity()
         shared = config.dropout_sites and config.learned_dropout.source == "embed"
         self.mask_source = MaskSource(config) if shared else None
@@ -102,8 +104,9 @@ class LanguageModel(Cached):
             visible = visible._replace(positions=self.cache.positions(input_ids.shape[1]))
         embedded = self.embed(input_ids, keys, visible, self.embed_dropout)
         x, statistics, encoder_loss = self.transform(embedded, keys)
-        x = self.final_norm(x)
+        x = apply_norm(self.final_norm, x, keys, visible.padding)
         if self.config.subtract_next_position != "none":
+            assert embedded.next_positions is not None
             x = self.output_norm(x - embedded.next_positions)
         if self.cache is not None:
             x = x[:, -1:]  # nothing else is asked of the head, which is large

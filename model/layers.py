@@ -9,6 +9,7 @@ from typing import overload
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.batch_norm import BatchNorm
 from model.chunked_loss import TokenLoss, token_loss
 from model.config import ModelConfig
 
@@ -62,8 +63,13 @@ class TiedEmbedding(Embedding):
         return token_loss(inputs, self.weight, labels, smoothing, z_weight)
 
 
-def stream_norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
-    """Norm over C, eps 1e-5; LayerNorm with a bias only where the model has biases."""
+def stream_norm(config: ModelConfig, *, both_ways: bool = False) -> nn.LayerNorm | nn.RMSNorm | BatchNorm:
+    """Norm over C, eps 1e-5, with a bias only where the model has biases (RMSNorm never).
+
+    `both_ways`: of a stream whose positions all see each other; only there does BatchNorm stand.
+    """
+    if config.norm == "batchnorm" and both_ways:
+        return BatchNorm(config.width, bias=config.bias)
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.width, eps=1e-5)
     return nn.LayerNorm(config.width, eps=1e-5, bias=config.bias)

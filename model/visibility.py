@@ -26,6 +26,8 @@ class Visible(NamedTuple):
     """[B, T] int64, place of each token in its document; its place in the row unless given."""
     aligned: bool = True
     """Queries and keys stand at the same positions; else their distance means nothing."""
+    padding: Tensor | None = None
+    """[B, T] bool, True where a position counts for nothing in a norm over the batch; nowhere unless given."""
 
 
 CAUSAL = Visible()
@@ -45,7 +47,10 @@ def visible_in(batch: Batch, config: ModelConfig) -> Visible:
     smallest = config.width // max(config.heads, config.num_cross_heads if config.num_decoder_layers else 1)
     in_blocks = batch.input_ids.is_cuda and smallest >= _SMALLEST_HEAD and not config.needs_weights
     mask = block_mask(batch, config.causal) if in_blocks else dense_mask(batch, config.causal)
-    return Visible(mask=mask, positions=batch.position_ids)
+    padding = None
+    if config.norm == "batchnorm" and batch.segment_ids is not None:
+        padding = batch.segment_ids < 0
+    return Visible(mask=mask, positions=batch.position_ids, padding=padding)
 
 
 def dense_mask(batch: Batch, causal: bool) -> Tensor:

@@ -1,14 +1,14 @@
 """Sharded checkpoints that any number of ranks and any ZeRO stage can read.
 
 `checkpoints/step-000001000/` holds a safetensors shard from each rank (the fragments it owns, one flat tensor
-for each kind of state) and `manifest.json`, which says what lies where. The manifest is written last and removed first:
-a checkpoint exists only while its manifest does.
+for each kind of state; in the first also the model's buffers) and `manifest.json`, which says what lies where. The
+manifest is written last and removed first: a checkpoint exists only while its manifest does.
 """
 
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,15 @@ from pretrain.engine import ADAM_STATES, Engine, Fragment
 from pretrain.rng import restore_rng_states
 from pretrain.shard import Shard, hash_file
 
-FORMAT = 2
+FORMAT = 3
+"""The second had no buffers."""
 OLDEST_FORMAT = 1
 """Which had AdamW only and did not name the states."""
 
 RNG = "rng/"
 """Before the name of a shard's tensors that hold the states of its rank's random number generators."""
+BUFFER = "buffer/"
+"""Before the name of the first shard's tensors that hold the model's buffers."""
 
 
 class Manifest(BaseModel, extra="forbid", frozen=True):
@@ -46,6 +49,8 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
     shapes: dict[str, list[int]]
     states: dict[str, tuple[str, ...]]
     """What each parameter is made of: fp32, and what its optimizer keeps."""
+    buffers: dict[str, list[int]] = {}
+    """Shapes of the model's buffers."""
     shards: list[Shard]
     state: dict[str, Any]
     """Everything that is not a tensor: data position, fingerprint, tokenizer, configuration, attempt, commit."""
@@ -124,20 +129,15 @@ class Checkpoint:
         return data
 
     def load(self, engine: Engine) -> None:
-        """Copy parameters and moments into an engine of any stage and number of ranks, bit for bit.
+        """Copy parameters, moments and buffers into an engine of any stage and number of ranks, bit for bit.
 
         But for the states in `Engine.types`, which are converted when their type is another one.
 
         Raises:
             CheckpointError: the checkpoint is of another model; nothing was changed then.
         """
-        if self.manifest.shapes != engine.shapes:
-            ours, theirs = engine.shapes, self.manifest.shapes
-            odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-            raise CheckpointError(
-                f"{self.path}: of another model; first difference: {odd[0]} is {theirs.get(odd[0], 'missing')} here, "
-                f"{ours.get(odd[0], 'missing')} in the run"
-            )
+        self._compare(self.manifest.shapes, engine.shapes, "")
+        self.check_buffers(engine.buffers.tensors)
         if self.manifest.states != engine.states:
             wanted, stored = engine.states, self.manifest.states
             name = next(name for name in sorted(wanted) if wanted[name] != stored.get(name))
@@ -147,6 +147,7 @@ class Checkpoint:
             )
         for fragment in engine.fragments():
             self.read(fragment)
+        engine.buffers.load(self.buffers())
         engine.adopt_fragments(self.manifest.optimizer_steps)
 
     def restore_rng(self, ranks: Ranks) -> None:
@@ -163,6 +164,24 @@ class Checkpoint:
         for name, tensor in tensors.items():
             self.read(Fragment(name, 0, tensor.numel(), {"fp32": tensor.view(-1)}))
         return tensors
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's buffers, by name.
+
+        Raises:
+            CheckpointError: the first shard does not hold them.
+        """
+        if not self.manifest.buffers:
+            return {}
+        file = self._open(self.manifest.shards[0])
+        try:
+            return {name: file.get_tensor(BUFFER + name) for name in self.manifest.buffers}
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path / self.manifest.shards[0].file}: damaged: {error}") from error
+
+    def check_buffers(self, wanted: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError unless the buffers of a model are those of the checkpoint."""
+        self._compare(self.manifest.buffers, {name: list(values.shape) for name, values in wanted.items()}, "buffer ")
 
     def read(self, target: Fragment) -> None:
         """Fill every state of a fragment from the stored ones that overlap it."""
@@ -186,6 +205,14 @@ class Checkpoint:
                     stored.setdefault((name, state), []).append((start, numel, slices[state], ends[state]))
                     ends[state] += numel
         return stored
+
+    def _compare(self, theirs: dict[str, list[int]], ours: dict[str, list[int]], kind: str) -> None:
+        odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        if odd:
+            raise CheckpointError(
+                f"{self.path}: of another model; first difference: {kind}{odd[0]} is {theirs.get(odd[0], 'missing')} "
+                f"here, {ours.get(odd[0], 'missing')} in the run"
+            )
 
     def _open(self, shard: Shard) -> Any:
         try:

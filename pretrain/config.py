@@ -121,6 +121,15 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         return self
 
     @model_validator(mode="after")
+    def _batch_statistics_are_taken_once(self) -> "Config":
+        if self.model.norm == "batchnorm" and self.engine.activation_checkpointing:
+            raise ValueError(
+                "engine.activation_checkpointing computes each layer twice, and model.norm=batchnorm would let each "
+                "micro-batch into its running statistics twice; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _profiled_steps_are_trained(self) -> "Config":
         if self.profile.steps and self.profile.steps[1] > self.train.steps:
             raise ValueError(f"profile.steps={list(self.profile.steps)} goes beyond train.steps={self.train.steps}")

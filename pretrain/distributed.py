@@ -50,7 +50,7 @@ class Ranks:
 
     def mean_on_device(self, value: torch.Tensor) -> torch.Tensor:
         """Mean over the ranks, where the values are; queued behind the device's work, the host does not wait for it."""
-        mean = value.detach().float() / self.world_size
+        mean = value.detach().to(torch.promote_types(value.dtype, torch.float32)) / self.world_size
         dist.all_reduce(mean)
         return mean
 

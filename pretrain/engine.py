@@ -19,6 +19,7 @@ from model.interface import Batch, ModelOutput
 from model.language_model import LanguageModel
 from pretrain import fragments
 from pretrain.adam8 import SIGNED
+from pretrain.buffers import Buffers
 from pretrain.config import Config
 from pretrain.distributed import Ranks
 from pretrain.fragments import Fragment, Kept
@@ -105,6 +106,7 @@ class Engine:
             dist_init_required=False,
         )
         self._names: dict[Any, str] = self._deepspeed.param_names
+        self.buffers = Buffers(model, ranks)
         momentum_type = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         fragments.create_states(self._deepspeed.optimizer, self.stage, ranks.rank, momentum_type)
         self.states: dict[str, tuple[str, ...]] = {
@@ -141,6 +143,7 @@ class Engine:
             the update was applied: DeepSpeed skips it on all ranks when a gradient is not finite.
         """
         self._deepspeed.train()
+        self.buffers.before_step()
         self._lr = lr
         set_learning_rate(self._deepspeed.optimizer.param_groups, lr, self._optimizer)
         metrics: list[dict[str, Tensor]] = []
@@ -159,6 +162,7 @@ class Engine:
                     self._deepspeed.micro_steps += 1  # what step() would have counted
                     self.stopwatch.lap("optimizer")
                     self._applied = False
+                    self.buffers.after_step(applied=False)
                     return [*metrics, output.metrics], norm, False
             self._deepspeed.step()
             self.stopwatch.lap("optimizer")
@@ -166,6 +170,7 @@ class Engine:
         if self.stage:
             norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32)
         self._applied = self._deepspeed.was_step_applied()
+        self.buffers.after_step(self._applied)
         return metrics, norm, self._applied
 
     def replay(self, micro_batches: Sequence[Batch], lr: float) -> tuple[list[Tensor], dict[str, list[Tensor]]]:

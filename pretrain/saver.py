@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.atomic import sync_folder, write_atomic
-from pretrain.checkpoint import RNG, Manifest, remove, step_path
+from pretrain.checkpoint import BUFFER, RNG, Manifest, remove, step_path
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine, Fragment
 from pretrain.rng import rng_states
@@ -105,6 +105,9 @@ class Saver:
         self._ranks.together(prepare, only_first=True)
         fragments = self._engine.owned_fragments()
         tensors = self._copy_to_host(fragments) | {RNG + name: values for name, values in rng_states().items()}
+        buffers = self._engine.buffers.tensors
+        if self._ranks.is_first:
+            tensors |= {BUFFER + name: values.to("cpu", copy=True) for name, values in buffers.items()}
         content = {
             "step": step,
             "optimizer_steps": self._engine.optimizer_steps,
@@ -112,6 +115,7 @@ class Saver:
             "zero_stage": self._engine.stage,
             "shapes": self._engine.shapes,
             "states": self._engine.states,
+            "buffers": {name: list(values.shape) for name, values in buffers.items()},
             "state": state,
             "validation_loss": validation_loss,
             "saved": time.time(),

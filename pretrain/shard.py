@@ -19,7 +19,16 @@ from data_pipeline.errors import CheckpointError
 
 BLOCK = 8 * 2**20
 """Bytes that are written, or read, at once."""
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class Shard(BaseModel, extra="forbid", frozen=True):
@@ -32,7 +41,7 @@ class Shard(BaseModel, extra="forbid", frozen=True):
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], abandoned: Event) -> tuple[int, str]:
-    """Write contiguous host tensors [n], flushed to disk. A file that could not be written whole is removed.
+    """Write contiguous host tensors, flushed to disk. A file that could not be written whole is removed.
 
     Returns:
         bytes and hash of the file.
@@ -83,6 +92,6 @@ def _blocks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for _, tensor in ordered:
-        content = tensor.view(torch.uint8).numpy().data
+        content = tensor.flatten().view(torch.uint8).numpy().data
         for start in range(0, len(content), BLOCK):
             yield content[start : start + BLOCK]

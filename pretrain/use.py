@@ -13,6 +13,7 @@ from model.generate import Generation, check_continues
 from model.language_model import LanguageModel
 from model.sampling import Sampling
 from pretrain.batches import Batches
+from pretrain.buffers import persistent_buffers
 from pretrain.checkpoint import Checkpoint, complete, step_path
 from pretrain.config import Config
 from pretrain.distributed import join
@@ -40,7 +41,8 @@ def load_model(run: Path, step: int | None) -> tuple[LanguageModel, Config, Chec
     checkpoint = Checkpoint(path)
     checkpoint.verify()
     model = registry.build(config.model)
-    model.load_state_dict(checkpoint.weights())
+    checkpoint.check_buffers(persistent_buffers(model))
+    model.load_state_dict(checkpoint.weights() | checkpoint.buffers())
     return model.eval(), config, checkpoint
 
 

@@ -34,8 +34,11 @@ def run(dataset: Path, folder: Path, *args: str) -> list[dict[str, float]]:
 def test_a_model_of_another_objective_is_trained_and_validated(
     marked_dataset: Path, tmp_path: Path, architecture: str, objective: str, reason: str
 ) -> None:
+    """The encoder of two sequences with statistics of batches, which are then read from the checkpoint."""
     folder = tmp_path / "run"
-    found = run(marked_dataset, folder, f"model.architecture={architecture}", f"data.objective={objective}")
+    norm = "batchnorm" if architecture == "encoder_decoder" else "layernorm"
+    model = [f"model.architecture={architecture}", f"model.norm={norm}"]
+    found = run(marked_dataset, folder, *model, f"data.objective={objective}")
     assert len(found) == 2
     assert all("loss/val_bits_per_byte" not in metrics for metrics in found)
     assert not [r for r in read(folder / "metrics.jsonl") if r.kind == "sample"]

@@ -168,16 +168,17 @@ def test_when_all_are_damaged_the_run_does_not_start_over(ranks: Ranks, tmp_path
         damaged(ranks, tmp_path, flip_bit, again=False)
 
 
-def test_a_manifest_of_the_first_format_which_did_not_name_the_states_is_read(ranks: Ranks, tmp_path: Path) -> None:
+def test_manifests_of_older_formats_without_buffers_and_without_states_are_read(ranks: Ranks, tmp_path: Path) -> None:
     arguments = {"root": str(tmp_path), "stage": 1, "precision": "fp32"}
     [saved, *_] = ranks(f"{CASES}train_and_save", 2, **arguments, save_at=2, until=2)
     [file] = tmp_path.glob("*/manifest.json")
     manifest = json.loads(file.read_text())
-    for name in ("states", "validation_loss", "saved"):
-        del manifest[name]
-    file.write_text(json.dumps(manifest | {"format": 1}))
-    [resumed, *_] = ranks(f"{CASES}resume", 1, **arguments, until=2)
-    assert resumed["loaded"] == saved["saved"]
+    for number, absent in ((2, ["buffers"]), (1, ["states", "validation_loss", "saved"])):
+        for name in absent:
+            del manifest[name]
+        file.write_text(json.dumps(manifest | {"format": number}))
+        [resumed, *_] = ranks(f"{CASES}resume", 1, **arguments, until=2)
+        assert resumed["loaded"] == saved["saved"]
 
 
 def test_without_a_manifest_there_is_no_checkpoint(ranks: Ranks, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_inspect_shows_everything_that_is_not_a_tensor(run: Path) -> None:
 def test_diff_of_a_checkpoint_with_itself_and_with_another(run: Path) -> None:
     [newest, older] = (step_path(run / "checkpoints", step) for step in (12, 8))
     states = 3 * len(Checkpoint(newest).manifest.shapes)
-    assert checkpoint("diff", run, newest) == f"{states} state(s) of parameters are equal\n"
+    assert checkpoint("diff", run, newest) == f"{states} state(s) are equal\n"
     shown = checkpoint("diff", run, older)
     assert "step: 12 | 8" in shown
     assert "state.data.samples_seen: 96 | 64" in shown

@@ -103,7 +103,7 @@ def test_masks_of_an_encoder_see_both_ways(name: str, monkeypatch: pytest.Monkey
     assert (found[0] - found[1])[0, :-1].abs().amax(dim=-1).min() > 1e-9
 
 
-@pytest.mark.parametrize("name", NOT_CAUSAL)
+@pytest.mark.parametrize("name", [name for name in NOT_CAUSAL if "batchnorm" not in name])
 def test_a_sample_alone_meets_the_same_masks_as_in_a_batch(name: str) -> None:
     config = variant(name)
     model = open_masks(build(config)).double()
