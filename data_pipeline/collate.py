@@ -29,7 +29,7 @@ class Sequences(NamedTuple):
 
 
 def sequences(document_starts: np.ndarray, rows: int, context: int) -> Sequences:
-    """`document_starts`: `row * (T + 1) + column`, ascending, as a reader gives them."""
+    """`document_starts`: `row * (T + 1) + column`, ascending, as a reader gives them. Padding is a sequence, too."""
     row, column = np.divmod(document_starts, context + 1)
     inside = column < context  # The last token of a window is a label only.
     begins = np.zeros((rows, context), bool)

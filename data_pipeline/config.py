@@ -133,6 +133,11 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     order: Literal["global", "block"] = "global"
     """`global`: any window of a source may come next, which suits local disks; `block`: those of 16 shards at a time,
     each record batch compared with its hash when it is first read."""
+    packing: Literal["plain", "best_fit"] = "plain"
+    """`plain`: windows run on over documents; `best_fit`: documents share windows, and none is cut unless it is longer
+    than a window (objectives `causal` and `masked`). `model.document_mask` keeps them apart."""
+    mask_boundaries: bool = False
+    """The first token of a document is nobody's label (`causal`), as it is with `model.document_mask`."""
     exhausted: Literal["stop", "drop"] = "stop"
     """When a source has been read as often as its `repeat` allows: an error before training, or go on without it."""
     phase: int = Field(default=1, ge=1)

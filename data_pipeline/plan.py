@@ -9,6 +9,8 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.mixture import integer_weights
 from data_pipeline.order import SampleOrder
+from data_pipeline.packed_windows import AnyWindows
+from data_pipeline.packing_plan import RULE
 from data_pipeline.phases import Phase, Schedule
 from data_pipeline.state import DataState
 
@@ -22,10 +24,15 @@ def wanted_phase(dataset: Dataset, config: DataConfig, context: int) -> Phase:
     Weights are `data.weights`, else those of `data.sources`; without either, sources weigh what they have of windows,
     and all come to the end of an epoch together.
 
-    Raises DataError for a weight of a source that is not there, or that cannot be used.
+    Raises DataError for a weight of a source that is not there, or that cannot be used, and when windows are to be
+    packed and `packing_plan.prepare` was not called.
     """
     sources = dataset.sources()
-    windows = {name: max(0, source.tokens["train"] - 1) // context for name, source in sources.items()}
+    packed = config.packing == "best_fit"
+    if packed:
+        windows = {name: len(dataset.packed_windows("train", context, name)) for name in sources}
+    else:
+        windows = {name: max(0, source.tokens["train"] - 1) // context for name, source in sources.items()}
     caps = {
         name: int(windows[name] * source.repeat)
         for name, source in config.sources.items()
@@ -40,7 +47,8 @@ def wanted_phase(dataset: Dataset, config: DataConfig, context: int) -> Phase:
         context=context,
         unit=context,
         order=config.order,
-        streams={name: dataset.stream_fingerprint(name) for name in sources},
+        packing=config.packing,
+        streams={name: dataset.stream_fingerprint(name) + (f" {RULE} {context}" if packed else "") for name in sources},
     )
 
 
@@ -65,14 +73,11 @@ class Plan:
         """Raises DataError when a source has too few tokens for one window, or is not what it was."""
         self.schedule = Schedule(phase, seed)
         self.context = phase.context
-        self.windows = {
-            name: dataset.windows("train", phase.context, source=name, check=phase.order == "block")
-            for name in phase.weights
-        }
+        self.windows = {name: _windows(dataset, phase, name) for name in phase.weights}
         self._parts = phase.unit // phase.context
         block = max(1, _BLOCK_SHARDS * dataset.manifest.shard_tokens // phase.unit) if phase.order == "block" else None
         self._orders = [
-            SampleOrder(phase.streams[name], seed, max(1, (windows.num_tokens - 1) // phase.unit), block)
+            SampleOrder(phase.streams[name], seed, max(1, len(windows) // self._parts), block)
             for name, windows in self.windows.items()
         ]
 
@@ -90,7 +95,8 @@ class Plan:
         return source, window
 
     def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Number of the source, and record batch and offset at which the sample begins, at each position: int64 [n]."""
+        """Number of the source, and the place of the sample in it as its windows tell it, at each position: int64 [n]
+        three times."""
         source, window = self.at(positions)
         batch, offset = np.empty_like(window), np.empty_like(window)
         for k, windows in enumerate(self.windows.values()):
@@ -107,6 +113,13 @@ class Plan:
         if len(lengths) > 1:
             metrics |= {f"data/epoch_{name}": counts[name] / length for name, length in lengths.items()}
         return metrics
+
+
+def _windows(dataset: Dataset, phase: Phase, source: str) -> AnyWindows:
+    check = phase.order == "block"
+    if phase.packing == "best_fit":
+        return dataset.packed_windows("train", phase.context, source, check)
+    return dataset.windows("train", phase.context, source=source, check=check)
 
 
 def go_on(state: DataState, dataset: Dataset, config: DataConfig, context: int) -> DataState:

@@ -70,6 +70,7 @@ def inspect(
             f"{megabytes(source.bytes)}, {tokens}; dropped: {dropped}; bytes replaced: {source.replaced}"
         )
     split_lines(facts)
+    _packed(opened)
     _histograms(opened, limit)
     _samples(opened, samples)
 
@@ -86,16 +87,31 @@ def verify(
     Example: `duet data verify data/python-docs`
     """
     from data_pipeline.dataset import Dataset
+    from data_pipeline.packing_plan import plans
 
     opened = Dataset.open(dataset)
     with progress_line() as progress:
         opened.verify(lambda done, total: progress("verify", done, total), threads)
+    for _, packed in plans(opened):
+        packed.check()
     shards = opened.manifest.shards
     typer.echo(f"{dataset}: {len(shards)} shards, {megabytes(sum(shard.bytes for shard in shards))}, all hashes match")
 
 
 app.command()(plan)
 app.command()(locate)
+
+
+def _packed(dataset: "Dataset") -> None:
+    """What `duet data plan`, or a run, has packed."""
+    from data_pipeline.packing_plan import plans
+
+    for name, packed in plans(dataset):
+        facts = packed.facts
+        typer.echo(
+            f"packed       {name}: context {packed.context}: {facts.windows} windows, {packed.padding:.2%} padding, "
+            f"{facts.documents} documents, {facts.cut} of them longer than a window"
+        )
 
 
 def _histograms(dataset: "Dataset", limit: int) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 from data_pipeline import collate
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import StepSamples
+from data_pipeline.packed_windows import AnyWindows
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.windows import Windows
 from model.config import Objective
 from model.interface import IGNORE, Batch
 from pretrain.config import Config
@@ -37,14 +37,20 @@ class Batches:
         *,
         context: int = 0,
         document_mask: bool = False,
+        mask_boundaries: bool = False,
+        packed: bool = False,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         """`tokenizer` and `context`, the tokens of a window's inputs, are needed where tokens are hidden or cut out.
+
+        `mask_boundaries`: the first token of a document is nobody's label; `packed`: windows begin with a document.
 
         Raises:
             DataError: the tokenizer lacks the pieces that the objective needs.
         """
         self.document_mask = document_mask
+        self.needs_documents = document_mask or mask_boundaries
+        self._packed = packed
         self._device = device
         self._objective = objective
         self._tokenizer = tokenizer
@@ -67,13 +73,19 @@ class Batches:
             config.data.objective,
             context=config.model.context,
             document_mask=config.model.document_mask,
+            mask_boundaries=config.data.mask_boundaries,
+            packed=config.data.packing == "best_fit",
             tokenizer=dataset.tokenizer() if hides else None,
         )
 
     @property
     def predicts_every_token(self) -> bool:
         """Whether the losses of all labels add up to the likelihood of the text."""
-        return self._objective == "causal" and not self.document_mask
+        return self._is_plain and not self._packed
+
+    @property
+    def _is_plain(self) -> bool:
+        return self._objective == "causal" and not self.needs_documents
 
     def of_step(self, samples: StepSamples, micro_batch: int, step: int, seed: int) -> list[Batch]:
         """A rank's share of a step in micro-batches."""
@@ -88,12 +100,12 @@ class Batches:
             made.append(self._batch(tokens, positions, starts, step, seed))
         return made
 
-    def of_validation(self, windows: Windows, indices: np.ndarray) -> Batch:
+    def of_validation(self, windows: AnyWindows, indices: np.ndarray) -> Batch:
         """Windows of held-out text by number, at least one; a row that counts for nothing if there is none."""
         tokens, starts = np.full((1, windows.context + 1), -1, np.int64), np.empty(0, np.int64)
         if len(indices):
             tokens = windows.read(indices)
-            if self.document_mask:
+            if self.needs_documents:
                 batches, offsets = windows.places(indices)
                 starts = windows.document_starts(batches.tolist(), offsets.tolist(), range(len(indices)))
         positions = torch.from_numpy(indices if len(indices) else np.zeros(1, np.int64))
@@ -102,7 +114,7 @@ class Batches:
     def _batch(self, tokens: Tensor, positions: Tensor, starts: np.ndarray | None, step: int, seed: int) -> Batch:
         """Windows int64 [B, T + 1], -1 behind the end of the text; `starts` of documents as a reader gives them."""
         batch = to_batch(tokens, positions, step, seed, self._device)
-        if self.predicts_every_token:
+        if self._is_plain:
             return batch
         window, where = tokens.numpy(), positions.numpy()
         segments = None

@@ -56,6 +56,21 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         return self
 
     @model_validator(mode="after")
+    def _packed_windows_suit_the_objective(self) -> "Config":
+        data = self.data
+        if data.packing == "best_fit" and data.objective not in ("causal", "masked"):
+            raise ValueError(
+                f"data.packing=best_fit fills a window with several documents and padding, and data.objective="
+                f"{data.objective} takes a window as one text without gaps; take data.packing=plain"
+            )
+        if data.mask_boundaries and data.objective != "causal":
+            raise ValueError(
+                f"data.mask_boundaries is about the label after a document's end, which data.objective="
+                f"{data.objective} has not; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batch_holds_whole_sequences(self) -> "Config":
         tokens, context = self.batch.tokens, self.model.context
         if tokens % context:
