@@ -69,6 +69,27 @@ def prefix(tokens: np.ndarray, positions: np.ndarray, seed: int) -> tuple[np.nda
     return inputs, labels, lengths
 
 
+def joined_pairs(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs int64 [B, 2 T] for a decoder alone: inputs [B, T], labels [B, T], prefix lengths int64 [B].
+
+    The source is the prefix, which may be seen whole; labels are the target's. Of pairs of more than T + 1 tokens the
+    source is cut to what the target leaves, but not below half of them, and then the target.
+    """
+    rows, context = len(tokens), tokens.shape[1] // 2
+    sources, targets = tokens[:, :context], tokens[:, context:]
+    lengths, wanted = (sources >= 0).sum(axis=1), (targets >= 0).sum(axis=1)
+    room = context + 1
+    prefixes = np.minimum(lengths, np.maximum(room - wanted, room // 2))
+    joined = np.full((rows, room), -1, np.int64)
+    for row, prefix in enumerate(prefixes.tolist()):
+        joined[row, :prefix] = sources[row, :prefix]
+        target = min(int(wanted[row]), room - prefix)
+        joined[row, prefix : prefix + target] = targets[row, :target]
+    inputs, labels = causal(joined)
+    labels[np.arange(context) < prefixes[:, None] - 1] = IGNORE
+    return inputs, labels, prefixes
+
+
 def masked(
     tokens: np.ndarray,
     positions: np.ndarray,

@@ -17,6 +17,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, ShardFacts, SourceFacts
 from data_pipeline.packed_windows import PackedWindows
 from data_pipeline.packing_plan import PackingPlan
+from data_pipeline.pair_windows import PairWindows
 from data_pipeline.shards import Shard
 from data_pipeline.stream import TokenStream
 from data_pipeline.tokenizer import TOKENIZER, Tokenizer, model_file
@@ -114,6 +115,10 @@ class Dataset:
         """
         plan = PackingPlan.of_stream(self.path, self.stream_fingerprint(source, split), context)
         return PackedWindows(TokenStream(self, split, source, check), plan)
+
+    def pairs(self, split: Split, context: int, source: str | None = None, check: bool = False) -> PairWindows:
+        """The pairs of a dataset that was built of such; see PairWindows. Raises DataError when there are none."""
+        return PairWindows(TokenStream(self, split, source, check), context, self.manifest.tokenizer.eos_id)
 
     def verify(self, progress: Callable[[int, int], None] | None = None, threads: int = 4) -> None:
         """Reads everything, compares all hashes, counts what is there; `progress` gets (bytes done, bytes in all).
@@ -218,3 +223,7 @@ class Dataset:
     def __getstate__(self) -> dict[str, Any]:
         """Memory maps stay behind: a copy in another process makes its own."""
         return {**self.__dict__, "_open": OrderedDict()}
+
+
+AnyWindows = Windows | PackedWindows | PairWindows
+"""What samples can be; all are read alike."""

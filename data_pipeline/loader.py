@@ -8,8 +8,8 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
+from data_pipeline.dataset import AnyWindows
 from data_pipeline.errors import DataError
-from data_pipeline.packed_windows import AnyWindows
 from data_pipeline.plan import Plan
 
 _PREFETCH_GROUPS = 4
@@ -24,7 +24,7 @@ class StepSamples(NamedTuple):
     """Sample positions in the run, int64 [n]."""
     tokens: torch.Tensor
     """Windows at these positions, int64 [n, T + 1]: inputs are [:, :-1], labels [:, 1:]; -1 where packed windows have
-    no token. Pinned if asked for."""
+    no token. Pairs, int64 [n, 2 T]: sources and targets side by side. Pinned if asked for."""
     document_starts: np.ndarray | None
     """Where documents begin, and what is left of a packed window, as `row * (T + 1) + column`, ascending; a row's first
     token is not listed."""
@@ -62,6 +62,7 @@ class Reader:
             )
         self._plan = plan
         self._windows = list(plan.windows.values())
+        self._width = self._windows[0].width
         self._global_batch = global_batch
         self._rank = rank
         self._world_size = world_size
@@ -86,7 +87,7 @@ class Reader:
             first += len(firsts) * self._global_batch
 
     def _read(self, positions: np.ndarray, sources: list[int], batches: list[int], offsets: list[int]) -> StepSamples:
-        shape, starts = (len(positions), self._plan.context + 1), []
+        shape, starts = (len(positions), self._width), []
         tokens = torch.empty(shape, dtype=torch.int64, pin_memory=True) if self._pin_memory else None
         out = np.empty(shape, np.int64) if tokens is None else tokens.numpy()
         for windows, its_batches, its_offsets, rows in self._by_source(sources, batches, offsets):

@@ -6,7 +6,7 @@ import numpy as np
 
 from data_pipeline.packing_plan import PackingPlan
 from data_pipeline.stream import TokenStream
-from data_pipeline.windows import Origin, Windows
+from data_pipeline.windows import Origin
 
 
 class PackedWindows:
@@ -15,6 +15,7 @@ class PackedWindows:
     def __init__(self, stream: TokenStream, plan: PackingPlan) -> None:
         """`plan`: of this stream."""
         self.context = plan.context
+        self.width = plan.context + 1
         self.num_tokens = stream.num_tokens
         self.padding = plan.padding
         self._stream = stream
@@ -91,6 +92,3 @@ class PackedWindows:
         ends = np.cumsum(tokens)
         before = np.concatenate([[0], ends[np.cumsum(counts)[:-1] - 1]])
         return np.concatenate(starts), tokens, np.array(counts), ends - np.repeat(before, counts)
-
-
-AnyWindows = Windows | PackedWindows

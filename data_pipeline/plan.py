@@ -5,11 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Dataset
+from data_pipeline.dataset import AnyWindows, Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.mixture import integer_weights
 from data_pipeline.order import SampleOrder
-from data_pipeline.packed_windows import AnyWindows
 from data_pipeline.packing_plan import RULE
 from data_pipeline.phases import Phase, Schedule
 from data_pipeline.state import DataState
@@ -27,9 +26,12 @@ def wanted_phase(dataset: Dataset, config: DataConfig, context: int) -> Phase:
     Raises DataError for a weight of a source that is not there, or that cannot be used, and when windows are to be
     packed and `packing_plan.prepare` was not called.
     """
+    check_kind(dataset, config)
     sources = dataset.sources()
     packed = config.packing == "best_fit"
-    if packed:
+    if dataset.manifest.pairs:
+        windows = {name: source.split_documents["train"] for name, source in sources.items()}
+    elif packed:
         windows = {name: len(dataset.packed_windows("train", context, name)) for name in sources}
     else:
         windows = {name: max(0, source.tokens["train"] - 1) // context for name, source in sources.items()}
@@ -47,9 +49,24 @@ def wanted_phase(dataset: Dataset, config: DataConfig, context: int) -> Phase:
         context=context,
         unit=context,
         order=config.order,
-        packing=config.packing,
+        packing="pairs" if dataset.manifest.pairs else config.packing,
         streams={name: dataset.stream_fingerprint(name) + (f" {RULE} {context}" if packed else "") for name in sources},
     )
+
+
+def check_kind(dataset: Dataset, config: DataConfig) -> None:
+    """Raises DataError unless the objective is for what the dataset holds: pairs, or text."""
+    pairs = dataset.manifest.pairs
+    if pairs and config.objective != "pairs":
+        raise DataError(
+            f"{dataset.path} holds pairs of source and target, which data.objective={config.objective} is not for; "
+            "take data.objective=pairs, or build the text without target_key"
+        )
+    if not pairs and config.objective == "pairs":
+        raise DataError(
+            f"data.objective=pairs needs pairs of source and target, and {dataset.path} holds text; build a dataset "
+            "with data.sources.NAME.target_key"
+        )
 
 
 def _weights(config: DataConfig, windows: Mapping[str, int]) -> Mapping[str, float]:
@@ -75,11 +92,13 @@ class Plan:
         self.context = phase.context
         self.windows = {name: _windows(dataset, phase, name) for name in phase.weights}
         self._parts = phase.unit // phase.context
-        block = max(1, _BLOCK_SHARDS * dataset.manifest.shard_tokens // phase.unit) if phase.order == "block" else None
-        self._orders = [
-            SampleOrder(phase.streams[name], seed, max(1, len(windows) // self._parts), block)
-            for name, windows in self.windows.items()
-        ]
+        in_block = _BLOCK_SHARDS * dataset.manifest.shard_tokens
+        self._orders = []
+        for name, windows in self.windows.items():
+            tokens = phase.unit if phase.packing == "plain" else max(1, windows.num_tokens // len(windows))
+            block = max(1, in_block // tokens) if phase.order == "block" else None
+            units = max(1, len(windows) // self._parts)
+            self._orders.append(SampleOrder(phase.streams[name], seed, units, block))
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Number of the source and window in it at each sample position: int64 [n] to int64 [n], int64 [n].
@@ -119,6 +138,8 @@ def _windows(dataset: Dataset, phase: Phase, source: str) -> AnyWindows:
     check = phase.order == "block"
     if phase.packing == "best_fit":
         return dataset.packed_windows("train", phase.context, source, check)
+    if phase.packing == "pairs":
+        return dataset.pairs("train", phase.context, source, check)
     return dataset.windows("train", phase.context, source=source, check=check)
 
 

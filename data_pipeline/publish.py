@@ -17,7 +17,17 @@ from data_pipeline.config import DataConfig
 from data_pipeline.corpus import REASONS, SPLITS, Split, source_names
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import MANIFEST, InputFile, Manifest, ShardFacts, SourceFacts, SplitFacts, fingerprint
+from data_pipeline.manifest import (
+    FORMAT,
+    MANIFEST,
+    PAIRS,
+    InputFile,
+    Manifest,
+    ShardFacts,
+    SourceFacts,
+    SplitFacts,
+    fingerprint,
+)
 from data_pipeline.shards import BATCH_TOKENS, WrittenShard
 from data_pipeline.sources import CUT_RULE, Unit, kind
 from data_pipeline.stages import StreamFacts, UnitFacts, dropped_file
@@ -46,7 +56,10 @@ def describe(
             )
     made_by = tokenizer_facts(tokenizer, config.tokenizer)
     rule = {**config.split.model_dump(include={"rule", "fraction"}), "seed": config.seed, "cut": CUT_RULE}
+    if config.pairs:
+        rule["pairs"] = True
     return Manifest(
+        format=PAIRS if config.pairs else FORMAT,
         fingerprint=fingerprint(made_by, assembly.dtype, rule, shards),
         identity=plan.identity,
         tokenizer=made_by,

@@ -107,7 +107,7 @@ def _explain(state: DataState, number: int, declared: int, changes: list[str]) -
 
 def _divides(wanted: Phase, now: Phase) -> bool:
     """Whether windows of `now` are so many whole windows of `wanted`; packed windows are only if they are the same."""
-    if "best_fit" in (now.packing, wanted.packing):
+    if (now.packing, wanted.packing) != ("plain", "plain"):
         return (now.packing, now.context) == (wanted.packing, wanted.context)
     return now.unit % wanted.context == 0
 
@@ -117,6 +117,8 @@ def _carried(name: str, now: Phase, wanted: Phase, count: int) -> int:
     otherwise, begins anew."""
     if now.streams.get(name) != wanted.streams[name]:
         return 0
+    if now.packing == wanted.packing == "pairs":  # which are the same whatever the context
+        return count
     if _divides(wanted, now) and count * now.context % wanted.context == 0:
         return count * now.context // wanted.context
     if count == 0:

@@ -36,6 +36,8 @@ class TokenStream:
         self._batch_tokens = dataset.manifest.batch_tokens
         self.num_tokens = int(self._starts[-1])
         self.num_batches = int(self._first_batch[-1])
+        self._first_document = np.cumsum([0, *(shard.documents for shard in self._shards)])
+        self.num_documents = int(self._first_document[-1])
         self._forget()
 
     def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,6 +51,46 @@ class TokenStream:
         if self._pid != os.getpid():
             self._forget()
         return self._tokens
+
+    def document_places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where documents begin, int64 [n]: number of the record batch, and offset in it, int64 [n].
+
+        Raises DataError for a damaged shard.
+        """
+        batches, offsets = np.empty_like(numbers), np.empty_like(numbers)
+        shards = self._first_document.searchsorted(numbers, "right") - 1
+        for which in np.unique(shards).tolist():
+            rows = np.flatnonzero(shards == which)
+            first, inner = int(self._first_batch[which]), numbers[rows] - self._first_document[which]
+            counts = self._counts.get(which)
+            if counts is None:
+                of_shard = range(first, int(self._first_batch[which + 1]))
+                counts = self._counts[which] = np.cumsum([0, *(len(self.bounds(batch)) for batch in of_shard)])
+            batches[rows] = first + counts.searchsorted(inner, "right") - 1
+            inner -= counts[batches[rows] - first]
+            for row, batch, number in zip(rows.tolist(), batches[rows].tolist(), inner.tolist(), strict=True):
+                offsets[row] = self.bounds(batch)[number]
+        return batches, offsets
+
+    def document(self, batch: int, offset: int) -> np.ndarray:
+        """Tokens of the document that begins at a place; a view if it lies in one record batch."""
+        bounds = self.bounds(batch)
+        which = int(bounds.searchsorted(np.int32(offset), "right"))
+        if which < len(bounds):
+            return self._tokens[batch][offset : int(bounds[which])]
+        parts = [self._tokens[batch][offset:]]
+        for behind in range(batch + 1, self.num_batches):
+            bounds = self.bounds(behind)
+            parts.append(self._tokens[behind][: int(bounds[0]) if len(bounds) else None])
+            if len(bounds):
+                break
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def batch(self, batch: int) -> np.ndarray:
+        """Tokens of a record batch."""
+        if batch not in self.mapped():
+            self.open(batch)
+        return self._tokens[batch]
 
     def bounds(self, batch: int) -> np.ndarray:
         """Where documents begin in a record batch, int32 [documents], ascending."""
@@ -115,6 +157,7 @@ class TokenStream:
         self._pid = os.getpid()
         self._tokens: dict[int, np.ndarray] = {}
         self._bounds: dict[int, np.ndarray] = {}
+        self._counts: dict[int, np.ndarray] = {}  # documents before each record batch of a shard
         self._opened: dict[int, _Opened] = {}
 
     def __getstate__(self) -> dict[str, Any]:

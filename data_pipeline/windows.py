@@ -31,6 +31,7 @@ class Windows:
     def __init__(self, stream: TokenStream, context: int, partial: bool = False) -> None:
         """Raises DataError when the stream holds too few tokens for one window."""
         self.context = context
+        self.width = context + 1
         self.num_tokens = stream.num_tokens
         self._stream = stream
         self._num_windows = (self.num_tokens - 1 + (context - 1 if partial else 0)) // context

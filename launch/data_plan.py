@@ -11,6 +11,7 @@ from data_pipeline.errors import DataError
 
 if TYPE_CHECKING:
     from data_pipeline.dataset import Dataset
+    from data_pipeline.pair_windows import PairWindows
     from data_pipeline.phases import Phase
     from pretrain.config import Config
 
@@ -60,6 +61,7 @@ def plan_lines(config: "Config", tokens: int | None) -> Iterator[str]:
     """How often a run reads each source. Raises DataError when the dataset cannot be read as `config` says."""
     from data_pipeline.dataset import Dataset
     from data_pipeline.packed_windows import PackedWindows
+    from data_pipeline.pair_windows import PairWindows
     from data_pipeline.plan import Plan, wanted_phase
 
     context = config.model.context
@@ -78,6 +80,9 @@ def plan_lines(config: "Config", tokens: int | None) -> Iterator[str]:
             f"{name:<16} weight {phase.weights[name] / period:7.2%}  {len(windows) * context:>16,} tokens an epoch  "
             f"{counts[name] * context:>16,} tokens read  {counts[name] / len(windows):10.2f} epochs{cap}{padding}"
         )
+    for name, windows in plan.windows.items():
+        if isinstance(windows, PairWindows):
+            yield f"{name:<16} {_cut_pairs(windows, config.model.architecture == 'encoder_decoder')}"
     for name in phase.base_counts:
         if name not in phase.weights:
             yield f"{name:<16} not read"
@@ -120,11 +125,23 @@ def locate_lines(args: list[str], run: Path | None, step: int, text: bool) -> It
         origin = passage.origin
         yield (
             f"sample {position}  {passage.source}  window {passage.window}  {origin.shard} from token "
-            f"{origin.offset}  documents {_numbers([number for number, _ in origin.documents])}"
+            f"{origin.offset}  documents {_numbers(list(dict(origin.documents)))}"
         )
         if tokenizer is not None:
             for number, tokens in origin.documents:
                 yield f"    {number}: {tokenizer.decode(tokens)[:_SHOWN_CHARACTERS]!r}"
+
+
+def _cut_pairs(pairs: "PairWindows", two_sequences: bool) -> str:
+    """How many pairs a context cuts; reads all of them."""
+    sources = targets = long = 0
+    for source, target in pairs.lengths():
+        sources += int((source > pairs.context).sum())
+        targets += int((target > pairs.context).sum())
+        long += int((source + target > pairs.context + 1).sum())
+    if two_sequences:
+        return f"{len(pairs):,} pairs, {sources:,} sources and {targets:,} targets of them longer than the context: cut"
+    return f"{len(pairs):,} pairs, {long:,} of them longer than the context: cut"
 
 
 def _numbers(documents: list[int]) -> str:

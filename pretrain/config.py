@@ -53,6 +53,8 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
                 "data.objective=prefix reads the start of a window both ways, whatever documents are in it; "
                 "leave model.document_mask out"
             )
+        if self.data.objective == "pairs" and self.model.document_mask:
+            raise ValueError("data.objective=pairs has one pair in a row; leave model.document_mask out")
         return self
 
     @model_validator(mode="after")

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_pipeline.dataset import Dataset
+from data_pipeline.dataset import AnyWindows, Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.packed_windows import AnyWindows
 from model.interface import IGNORE
 from pretrain.batches import Batches
 from pretrain.config import Config
@@ -19,6 +18,8 @@ def held_out(dataset: Dataset, config: Config) -> AnyWindows:
     """The windows that are validated on. Raises DataError when the held-out text is too short."""
     if config.data.packing == "best_fit":
         return dataset.packed_windows("validation", config.model.context)
+    if dataset.manifest.pairs:
+        return dataset.pairs("validation", config.model.context)
     # Spans are cut out of whole windows.
     partial = config.data.objective != "span_corruption"
     return dataset.windows("validation", config.model.context, partial=partial)

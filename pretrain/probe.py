@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.packed_windows import AnyWindows
+from data_pipeline.dataset import AnyWindows
 from model.learned_dropout import LearnedDropout
 from pretrain.batches import Batches
 
