@@ -27,6 +27,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import Loader, Reader
 from data_pipeline.manifest import Manifest, ShardFacts, SourceFacts, SplitFacts, TokenizerFacts
+from data_pipeline.packing_plan import prepare
 from data_pipeline.plan import Plan, wanted_phase
 from data_pipeline.shards import BATCH_TOKENS, ShardWriter
 
@@ -77,6 +78,7 @@ def batches(folder: Path, packages: Path | None) -> list[dict[str, Any]]:
         "floor": memmap(flat),
         "plain": iter(reader()),
         "documents": iter(reader(documents=True)),
+        "packed": iter(packed(dataset)),
     }
     with Loader(reader()) as loader:
         speed, _ = measure(ways | {"thread": loader})
@@ -93,6 +95,10 @@ def batches(folder: Path, packages: Path | None) -> list[dict[str, Any]]:
             "one prefetch thread / DataLoader with 2 workers, by the clock", wall["thread"] / wall["workers"], 1.0
         ),
     ]
+    padding = dataset.packed_windows("train", CONTEXT, "text").padding
+    rows.append(
+        at_least(f"packed windows ({padding:.2%} padding) / plain windows", speed["packed"] / speed["plain"], 0.2)
+    )
     rows += cold(folder)
     return rows + beside(packages, iter(reader()), tokens, ends, folder) if packages else rows
 
@@ -152,6 +158,12 @@ def write(root: Path, tokens: np.ndarray, ends: np.ndarray) -> Dataset:
     return Dataset.open(root)
 
 
+def packed(dataset: Dataset) -> Reader:
+    prepare(dataset, CONTEXT)
+    wanted = wanted_phase(dataset, DataConfig(path="ours", packing="best_fit"), CONTEXT)
+    return Reader(Plan(dataset, wanted, 0), global_batch=BATCH, rank=0, world_size=1)
+
+
 def memmap(flat: Path) -> Iterator[torch.Tensor]:
     """What one would write by hand: slices of a memmap into an int64 batch, in a random order that is free."""
     tokens = np.memmap(flat, np.uint16, "r")
@@ -204,7 +216,7 @@ class _InWorkers(IterableDataset[torch.Tensor]):
 
 def measure(ways: dict[str, Iterator[Any]]) -> tuple[dict[str, float], dict[str, float]]:
     """Tokens a second of CPU time, and of the clock: blocks of all ways in turn, medians."""
-    for name in set(ways) & {"floor", "plain", "documents", "thread"}:
+    for name in set(ways) & {"floor", "plain", "documents", "packed", "thread"}:
         for _ in range(TOKENS // CONTEXT // BATCH):  # every page and every view once
             next(ways[name])
     cpu: dict[str, list[float]] = {name: [] for name in ways}

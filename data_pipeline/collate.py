@@ -29,7 +29,7 @@ class Sequences(NamedTuple):
 
 
 def sequences(document_starts: np.ndarray, rows: int, context: int) -> Sequences:
-    """`document_starts`: `row * (T + 1) + column`, ascending, as a reader gives them."""
+    """`document_starts`: `row * (T + 1) + column`, ascending, as a reader gives them. Padding is a sequence, too."""
     row, column = np.divmod(document_starts, context + 1)
     inside = column < context  # The last token of a window is a label only.
     begins = np.zeros((rows, context), bool)
@@ -67,6 +67,27 @@ def prefix(tokens: np.ndarray, positions: np.ndarray, seed: int) -> tuple[np.nda
     lengths = 1 + (hashed(seed, "prefix", positions, 1)[:, 0] % np.uint64(max(1, context - 1))).astype(np.int64)
     labels[np.arange(context) < lengths[:, None] - 1] = IGNORE
     return inputs, labels, lengths
+
+
+def joined_pairs(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs int64 [B, 2 T] for a decoder alone: inputs [B, T], labels [B, T], prefix lengths int64 [B].
+
+    The source is the prefix, which may be seen whole; labels are the target's. Of pairs of more than T + 1 tokens the
+    source is cut to what the target leaves, but not below half of them, and then the target.
+    """
+    rows, context = len(tokens), tokens.shape[1] // 2
+    sources, targets = tokens[:, :context], tokens[:, context:]
+    lengths, wanted = (sources >= 0).sum(axis=1), (targets >= 0).sum(axis=1)
+    room = context + 1
+    prefixes = np.minimum(lengths, np.maximum(room - wanted, room // 2))
+    joined = np.full((rows, room), -1, np.int64)
+    for row, prefix in enumerate(prefixes.tolist()):
+        joined[row, :prefix] = sources[row, :prefix]
+        target = min(int(wanted[row]), room - prefix)
+        joined[row, prefix : prefix + target] = targets[row, :target]
+    inputs, labels = causal(joined)
+    labels[np.arange(context) < prefixes[:, None] - 1] = IGNORE
+    return inputs, labels, prefixes
 
 
 def masked(

@@ -50,6 +50,9 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     text, one document a file. All but .parquet may also end in .gz, .zst, .bz2 or .xz."""
     text_key: str = "text"
     """Key of the text in a JSONL object, or column of a table."""
+    target_key: str | None = None
+    """Key or column of a second text, which makes each object or row a pair: `text_key` is read, this one is to be
+    written (`data.objective=pairs`). All sources have one, or none has."""
     filter: FilterConfig = FilterConfig()
     weight: float | None = Field(default=None, gt=0.0)
     """Share of the training samples that come from this source, beside the weights of the others; what it has of tokens
@@ -97,6 +100,8 @@ class SplitConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Validation files for `given`: as `paths` of a source."""
     text_key: str = "text"
     """Key of the text in the JSONL objects of `files`."""
+    target_key: str | None = None
+    """As `target_key` of a source, for `files`."""
 
     @model_validator(mode="after")
     def _files_belong_to_given(self) -> Self:
@@ -124,16 +129,40 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     """Seeds the tokenizer's sample, the hash split and the shuffle."""
     shard_tokens: int = Field(default=128 * 2**20, ge=1024)
     """Tokens in a shard (the last of a source in a split may hold fewer)."""
-    objective: Literal["causal", "prefix", "masked", "span_corruption"] = "causal"
+    objective: Literal["causal", "prefix", "masked", "span_corruption", "pairs"] = "causal"
     """What a model learns from the text: the next token; the same behind a prefix that is read both ways; tokens hidden
-    by `<mask>` (BERT); spans cut out, each for a sentinel (T5). The last two need `<mask>` among
-    `tokenizer.user_defined_symbols`, or `tokenizer.sentinels`, and a `model.architecture` that fits."""
+    by `<mask>` (BERT), which it needs among `tokenizer.user_defined_symbols`; spans cut out, each for a sentinel (T5),
+    of `tokenizer.sentinels`; the target of a source, of a dataset built with `target_key`. Each needs a
+    `model.architecture` that fits."""
     weights: dict[str, float] = {}
     """Shares of the training samples by source, instead of the sources' own `weight`; a source left out is not read."""
     order: Literal["global", "block"] = "global"
     """`global`: any window of a source may come next, which suits local disks; `block`: those of 16 shards at a time,
     each record batch compared with its hash when it is first read."""
+    packing: Literal["plain", "best_fit"] = "plain"
+    """`plain`: windows run on over documents; `best_fit`: documents share windows, and none is cut unless it is longer
+    than a window (objectives `causal` and `masked`). `model.document_mask` keeps them apart."""
+    mask_boundaries: bool = False
+    """The first token of a document is nobody's label (`causal`), as it is with `model.document_mask`."""
     exhausted: Literal["stop", "drop"] = "stop"
     """When a source has been read as often as its `repeat` allows: an error before training, or go on without it."""
     phase: int = Field(default=1, ge=1)
     """Raise it by one to go on with other data, weights or order in the same run: the change begins a new phase."""
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the sources hold pairs of texts."""
+        return any(source.target_key is not None for source in self.sources.values())
+
+    @model_validator(mode="after")
+    def _pairs_are_whole(self) -> Self:
+        if not self.pairs:
+            return self
+        given = {f"sources.{name}": source.target_key for name, source in self.sources.items()}
+        if self.split.rule == "given":
+            given["split"] = self.split.target_key
+        if lacking := [name for name, key in given.items() if key is None]:
+            raise ValueError(f"{lacking[0]}.target_key is not set, and others are: a dataset holds pairs, or none")
+        if self.split.rule == "tail":
+            raise ValueError("split.rule=tail cuts within a text, and a pair would be torn; take hash or given")
+        return self

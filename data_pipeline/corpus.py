@@ -10,7 +10,7 @@ import xxhash
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.readers import Document, ReadCounts
-from data_pipeline.sources import Piece, Slice, Source, Unit, check_unchanged, cut, documents
+from data_pipeline.sources import Piece, Slice, Source, Unit, check_unchanged, documents, pieces
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -33,7 +33,7 @@ class SplitPiece(NamedTuple):
     starts: bool
     """Whether this is the document's first piece on this side."""
     ends: bool
-    """Whether the document ends here. A `tail` cut inside a document is not an end."""
+    """Whether a text ends here: the document, or the source of a pair. A `tail` cut inside a document is not an end."""
     key: int
     """Where the document comes in a shuffle: uniform in 0 to 2^64 - 1, from its place in the source and the seed."""
 
@@ -74,7 +74,8 @@ def source_names(config: DataConfig) -> list[str]:
 
 def given_source(config: DataConfig) -> SourceConfig:
     """The held-out files as a source."""
-    return SourceConfig(paths=config.split.files, text_key=config.split.text_key)
+    split = config.split
+    return SourceConfig(paths=split.files, text_key=split.text_key, target_key=split.target_key)
 
 
 def source_config(config: DataConfig, name: str) -> SourceConfig:
@@ -145,7 +146,7 @@ class UnitReader:
                 place = part.file.to_bytes(8, "little") + document.place.to_bytes(8, "little")
                 key = xxhash.xxh3_64_intdigest(place, self._config.seed)
                 empty = True
-                for piece in cut(document.chunks(self.counts)):
+                for piece in pieces(document, self.counts):
                     empty = False
                     self.counts.bytes += len(piece.text.encode())
                     yield piece, key
@@ -160,7 +161,7 @@ class UnitReader:
 def _label(pieces: Iterable[tuple[Piece, int]], split: Split) -> Iterator[SplitPiece]:
     starts = True
     for piece, key in pieces:
-        yield SplitPiece(split, piece.text, starts, not piece.continues, key)
+        yield SplitPiece(split, piece.text, starts, not piece.continues or piece.ends_source, key)
         starts = not piece.continues
 
 
@@ -170,7 +171,7 @@ def _split_hash(pieces: Iterable[tuple[Piece, int]], seed: int, threshold: Fract
     for piece, key in pieces:
         if starts:
             split = SPLITS[xxhash.xxh3_64_intdigest(piece.text.encode(), seed=seed) < threshold]
-        yield SplitPiece(split, piece.text, starts, not piece.continues, key)
+        yield SplitPiece(split, piece.text, starts, not piece.continues or piece.ends_source, key)
         starts = not piece.continues
 
 

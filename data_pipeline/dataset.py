@@ -15,7 +15,11 @@ import xxhash
 from data_pipeline.corpus import SPLITS, Split
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, ShardFacts, SourceFacts
+from data_pipeline.packed_windows import PackedWindows
+from data_pipeline.packing_plan import PackingPlan
+from data_pipeline.pair_windows import PairWindows
 from data_pipeline.shards import Shard
+from data_pipeline.stream import TokenStream
 from data_pipeline.tokenizer import TOKENIZER, Tokenizer, model_file
 from data_pipeline.windows import Windows
 
@@ -70,13 +74,13 @@ class Dataset:
             streams[shard.split, shard.source].append(shard)
         return streams
 
-    def stream_fingerprint(self, source: str) -> str:
-        """Names the training tokens of a source, whatever else is in the dataset: keys the order of its samples."""
+    def stream_fingerprint(self, source: str | None, split: Split = "train") -> str:
+        """Names the tokens of a source, or of all, whatever else is in the dataset: keys the order of its samples."""
         manifest = self.manifest
-        if manifest.format == 1:  # whose runs know one stream, by the name of the dataset
+        if manifest.format == 1 and split == "train":  # whose runs know one stream, by the name of the dataset
             return manifest.fingerprint
         digest = hashlib.sha256(f"{manifest.tokenizer.sha256} {manifest.dtype}".encode())
-        for shard in self.shards_of("train", source):
+        for shard in self.shards_of(split, source):
             digest.update(f" {shard.tokens} {shard.xxh3_128}".encode())
         return digest.hexdigest()
 
@@ -96,9 +100,25 @@ class Dataset:
     ) -> Windows:
         """Windows of `context` predictions over the stream of `split`, of one source or of all; see Windows.
 
+        `check`: compare each record batch with its hash when it is first touched.
+
         Raises DataError when the stream is too small for one.
         """
-        return Windows(self, split, context, partial, source, check)
+        return Windows(TokenStream(self, split, source, check), context, partial)
+
+    def packed_windows(
+        self, split: Split, context: int, source: str | None = None, check: bool = False
+    ) -> PackedWindows:
+        """The same with documents that are not cut; see PackedWindows. `packing_plan.prepare` has to come before.
+
+        Raises DataError when it did not, or its plan is damaged.
+        """
+        plan = PackingPlan.of_stream(self.path, self.stream_fingerprint(source, split), context)
+        return PackedWindows(TokenStream(self, split, source, check), plan)
+
+    def pairs(self, split: Split, context: int, source: str | None = None, check: bool = False) -> PairWindows:
+        """The pairs of a dataset that was built of such; see PairWindows. Raises DataError when there are none."""
+        return PairWindows(TokenStream(self, split, source, check), context, self.manifest.tokenizer.eos_id)
 
     def verify(self, progress: Callable[[int, int], None] | None = None, threads: int = 4) -> None:
         """Reads everything, compares all hashes, counts what is there; `progress` gets (bytes done, bytes in all).
@@ -203,3 +223,7 @@ class Dataset:
     def __getstate__(self) -> dict[str, Any]:
         """Memory maps stay behind: a copy in another process makes its own."""
         return {**self.__dict__, "_open": OrderedDict()}
+
+
+AnyWindows = Windows | PackedWindows | PairWindows
+"""What samples can be; all are read alike."""

@@ -46,7 +46,10 @@ def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
     later are in it as in tokenizer_identity."""
     identity: dict[str, Any] = {
         "tokenizer": tokenizer_identity(config.tokenizer),
-        "split": config.split.model_dump(exclude={"files"}),
+        "split": {
+            **config.split.model_dump(exclude={"files", "target_key"}),
+            **config.split.model_dump(include={"target_key"}, exclude_defaults=True),
+        },
         "errors": config.errors,
         "seed": config.seed,
         "cut": CUT_RULE,
@@ -58,7 +61,7 @@ def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
         source = source_config(config, name)
         identity["sources"][name] = {
             "text_key": source.text_key,
-            **source.model_dump(include={"filter"}, exclude_defaults=True),
+            **source.model_dump(include={"filter", "target_key"}, exclude_defaults=True),
             "inputs (xxh3)": [f"{kind(path)} {digest}" for path, _, digest in files],
         }
     return identity

@@ -8,9 +8,9 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
+from data_pipeline.dataset import AnyWindows
 from data_pipeline.errors import DataError
 from data_pipeline.plan import Plan
-from data_pipeline.windows import Windows
 
 _PREFETCH_GROUPS = 4
 _GROUP_TOKENS = 2**17  # Steps change hands in groups of so many, since waking a thread costs as much as a small step.
@@ -23,9 +23,11 @@ class StepSamples(NamedTuple):
     positions: torch.Tensor
     """Sample positions in the run, int64 [n]."""
     tokens: torch.Tensor
-    """Windows at these positions, int64 [n, T + 1]: inputs are [:, :-1], labels [:, 1:]. Pinned if asked for."""
+    """Windows at these positions, int64 [n, T + 1]: inputs are [:, :-1], labels [:, 1:]; -1 where packed windows have
+    no token. Pairs, int64 [n, 2 T]: sources and targets side by side. Pinned if asked for."""
     document_starts: np.ndarray | None
-    """Where documents begin, as `row * (T + 1) + column`, ascending; a row's first token is not listed."""
+    """Where documents begin, and what is left of a packed window, as `row * (T + 1) + column`, ascending; a row's first
+    token is not listed."""
 
 
 class Reader:
@@ -60,6 +62,7 @@ class Reader:
             )
         self._plan = plan
         self._windows = list(plan.windows.values())
+        self._width = self._windows[0].width
         self._global_batch = global_batch
         self._rank = rank
         self._world_size = world_size
@@ -84,7 +87,7 @@ class Reader:
             first += len(firsts) * self._global_batch
 
     def _read(self, positions: np.ndarray, sources: list[int], batches: list[int], offsets: list[int]) -> StepSamples:
-        shape, starts = (len(positions), self._plan.context + 1), []
+        shape, starts = (len(positions), self._width), []
         tokens = torch.empty(shape, dtype=torch.int64, pin_memory=True) if self._pin_memory else None
         out = np.empty(shape, np.int64) if tokens is None else tokens.numpy()
         for windows, its_batches, its_offsets, rows in self._by_source(sources, batches, offsets):
@@ -99,8 +102,8 @@ class Reader:
 
     def _by_source(
         self, sources: list[int], batches: list[int], offsets: list[int]
-    ) -> Iterator[tuple[Windows, Sequence[int], Sequence[int], Sequence[int]]]:
-        """Record batches, offsets and rows of each source in a step."""
+    ) -> Iterator[tuple[AnyWindows, Sequence[int], Sequence[int], Sequence[int]]]:
+        """Places and rows of each source in a step."""
         if len(self._windows) == 1:
             yield self._windows[0], batches, offsets, range(len(batches))
             return

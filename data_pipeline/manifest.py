@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ValidationError
 
@@ -16,8 +16,10 @@ from data_pipeline.corpus import GIVEN, Split
 from data_pipeline.errors import DataError
 
 MANIFEST = "manifest.json"
-FORMAT = 2
-READABLE = (1, 2)
+FORMAT: Final = 2
+PAIRS: Final = 3
+"""The format of datasets whose documents are pairs: two texts, each with an end-of-text token. Else as format 2."""
+READABLE = (1, 2, 3)
 ALL = "all"
 """The source of a format 1 dataset that was built from several: its one stream holds them all."""
 
@@ -106,7 +108,7 @@ class SplitFacts(BaseModel, frozen=True):
 class Manifest(BaseModel, frozen=True):
     """The contents of manifest.json. No time, host or output path in it: a rebuild is byte-identical."""
 
-    format: Literal[1, 2] = 2
+    format: Literal[1, 2, 3] = 2
     fingerprint: str
     """Names the token streams exactly: what the order of samples depends on."""
     identity: dict[str, Any]
@@ -122,6 +124,11 @@ class Manifest(BaseModel, frozen=True):
     shards: list[ShardFacts]
     """By split, then by source (in the order of `sources`), then in stream order."""
     splits: dict[Split, SplitFacts]
+
+    @property
+    def pairs(self) -> bool:
+        """Whether each document is a pair of source and target."""
+        return self.format == PAIRS
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -139,7 +146,7 @@ class Manifest(BaseModel, frozen=True):
             found = data.get("format") if isinstance(data, dict) else None
             if found not in READABLE:
                 raise DataError(
-                    f"{path} has format {found!r}, this version reads formats 1 and {FORMAT}: use the version of duet "
+                    f"{path} has format {found!r}, this version reads formats 1 to {PAIRS}: use the version of duet "
                     "that built it, or build again with --overwrite"
                 )
             return cls.model_validate(_with_one_source(data) if found == 1 else data)

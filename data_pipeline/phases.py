@@ -30,8 +30,10 @@ class Phase(BaseModel, frozen=True, extra="forbid"):
     unit: int
     """Tokens of the windows that the order permutes: the context at which this way of counting began."""
     order: Literal["global", "block"] = "global"
+    packing: Literal["plain", "best_fit", "pairs"] = "plain"
+    """What a window holds: text as it comes, documents that share it, or a pair of source and target."""
     streams: dict[str, str]
-    """Fingerprint of each source's tokens: keys their order."""
+    """Fingerprint of each source's tokens, and of how they are packed: keys their order."""
 
     def changes(self, other: "Phase") -> list[str]:
         """What `other` would do differently, as `key: here, then there`; where the two stand makes no difference."""
@@ -43,7 +45,7 @@ class Phase(BaseModel, frozen=True, extra="forbid"):
         ]
 
     def _described(self) -> dict[str, Any]:
-        flat: dict[str, Any] = {"context": self.context, "data.order": self.order}
+        flat: dict[str, Any] = {"context": self.context, "data.order": self.order, "data.packing": self.packing}
         if self.caps:
             flat["exhausted"] = self.exhausted
         total = sum(self.weights.values())

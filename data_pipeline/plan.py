@@ -5,10 +5,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Dataset
+from data_pipeline.dataset import AnyWindows, Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.mixture import integer_weights
 from data_pipeline.order import SampleOrder
+from data_pipeline.packing_plan import RULE
 from data_pipeline.phases import Phase, Schedule
 from data_pipeline.state import DataState
 
@@ -22,10 +23,18 @@ def wanted_phase(dataset: Dataset, config: DataConfig, context: int) -> Phase:
     Weights are `data.weights`, else those of `data.sources`; without either, sources weigh what they have of windows,
     and all come to the end of an epoch together.
 
-    Raises DataError for a weight of a source that is not there, or that cannot be used.
+    Raises DataError for a weight of a source that is not there, or that cannot be used, and when windows are to be
+    packed and `packing_plan.prepare` was not called.
     """
+    check_kind(dataset, config)
     sources = dataset.sources()
-    windows = {name: max(0, source.tokens["train"] - 1) // context for name, source in sources.items()}
+    packed = config.packing == "best_fit"
+    if dataset.manifest.pairs:
+        windows = {name: source.split_documents["train"] for name, source in sources.items()}
+    elif packed:
+        windows = {name: len(dataset.packed_windows("train", context, name)) for name in sources}
+    else:
+        windows = {name: max(0, source.tokens["train"] - 1) // context for name, source in sources.items()}
     caps = {
         name: int(windows[name] * source.repeat)
         for name, source in config.sources.items()
@@ -40,8 +49,24 @@ def wanted_phase(dataset: Dataset, config: DataConfig, context: int) -> Phase:
         context=context,
         unit=context,
         order=config.order,
-        streams={name: dataset.stream_fingerprint(name) for name in sources},
+        packing="pairs" if dataset.manifest.pairs else config.packing,
+        streams={name: dataset.stream_fingerprint(name) + (f" {RULE} {context}" if packed else "") for name in sources},
     )
+
+
+def check_kind(dataset: Dataset, config: DataConfig) -> None:
+    """Raises DataError unless the objective is for what the dataset holds: pairs, or text."""
+    pairs = dataset.manifest.pairs
+    if pairs and config.objective != "pairs":
+        raise DataError(
+            f"{dataset.path} holds pairs of source and target, which data.objective={config.objective} is not for; "
+            "take data.objective=pairs, or build the text without target_key"
+        )
+    if not pairs and config.objective == "pairs":
+        raise DataError(
+            f"data.objective=pairs needs pairs of source and target, and {dataset.path} holds text; build a dataset "
+            "with data.sources.NAME.target_key"
+        )
 
 
 def _weights(config: DataConfig, windows: Mapping[str, int]) -> Mapping[str, float]:
@@ -65,16 +90,15 @@ class Plan:
         """Raises DataError when a source has too few tokens for one window, or is not what it was."""
         self.schedule = Schedule(phase, seed)
         self.context = phase.context
-        self.windows = {
-            name: dataset.windows("train", phase.context, source=name, check=phase.order == "block")
-            for name in phase.weights
-        }
+        self.windows = {name: _windows(dataset, phase, name) for name in phase.weights}
         self._parts = phase.unit // phase.context
-        block = max(1, _BLOCK_SHARDS * dataset.manifest.shard_tokens // phase.unit) if phase.order == "block" else None
-        self._orders = [
-            SampleOrder(phase.streams[name], seed, max(1, (windows.num_tokens - 1) // phase.unit), block)
-            for name, windows in self.windows.items()
-        ]
+        in_block = _BLOCK_SHARDS * dataset.manifest.shard_tokens
+        self._orders = []
+        for name, windows in self.windows.items():
+            tokens = phase.unit if phase.packing == "plain" else max(1, windows.num_tokens // len(windows))
+            block = max(1, in_block // tokens) if phase.order == "block" else None
+            units = max(1, len(windows) // self._parts)
+            self._orders.append(SampleOrder(phase.streams[name], seed, units, block))
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Number of the source and window in it at each sample position: int64 [n] to int64 [n], int64 [n].
@@ -90,7 +114,8 @@ class Plan:
         return source, window
 
     def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Number of the source, and record batch and offset at which the sample begins, at each position: int64 [n]."""
+        """Number of the source, and the place of the sample in it as its windows tell it, at each position: int64 [n]
+        three times."""
         source, window = self.at(positions)
         batch, offset = np.empty_like(window), np.empty_like(window)
         for k, windows in enumerate(self.windows.values()):
@@ -107,6 +132,15 @@ class Plan:
         if len(lengths) > 1:
             metrics |= {f"data/epoch_{name}": counts[name] / length for name, length in lengths.items()}
         return metrics
+
+
+def _windows(dataset: Dataset, phase: Phase, source: str) -> AnyWindows:
+    check = phase.order == "block"
+    if phase.packing == "best_fit":
+        return dataset.packed_windows("train", phase.context, source, check)
+    if phase.packing == "pairs":
+        return dataset.pairs("train", phase.context, source, check)
+    return dataset.windows("train", phase.context, source=source, check=check)
 
 
 def go_on(state: DataState, dataset: Dataset, config: DataConfig, context: int) -> DataState:

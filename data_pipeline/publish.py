@@ -10,12 +10,24 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline import packing_plan
 from data_pipeline.assemble import Assembly, ShardTask, Stream
 from data_pipeline.atomic import disk_errors, sync_folder
 from data_pipeline.config import DataConfig
 from data_pipeline.corpus import REASONS, SPLITS, Split, source_names
+from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import MANIFEST, InputFile, Manifest, ShardFacts, SourceFacts, SplitFacts, fingerprint
+from data_pipeline.manifest import (
+    FORMAT,
+    MANIFEST,
+    PAIRS,
+    InputFile,
+    Manifest,
+    ShardFacts,
+    SourceFacts,
+    SplitFacts,
+    fingerprint,
+)
 from data_pipeline.shards import BATCH_TOKENS, WrittenShard
 from data_pipeline.sources import CUT_RULE, Unit, kind
 from data_pipeline.stages import StreamFacts, UnitFacts, dropped_file
@@ -44,7 +56,10 @@ def describe(
             )
     made_by = tokenizer_facts(tokenizer, config.tokenizer)
     rule = {**config.split.model_dump(include={"rule", "fraction"}), "seed": config.seed, "cut": CUT_RULE}
+    if config.pairs:
+        rule["pairs"] = True
     return Manifest(
+        format=PAIRS if config.pairs else FORMAT,
         fingerprint=fingerprint(made_by, assembly.dtype, rule, shards),
         identity=plan.identity,
         tokenizer=made_by,
@@ -127,11 +142,12 @@ def publish(root: Path, work: Path, manifest: Manifest) -> None:
 
 
 def remove_stale(root: Path, manifest: Manifest) -> None:
-    """Removes shards that are not the manifest's."""
+    """Removes shards, and plans of packed windows, that are not the manifest's."""
     wanted = {shard.path for shard in manifest.shards}
     for file in itertools.chain.from_iterable((root / split).glob("*.arrow") for split in SPLITS):
         if str(file.relative_to(root)) not in wanted:
             file.unlink()
+    packing_plan.remove_stale(Dataset(root, manifest))
 
 
 def _replace_tokenizer(root: Path, work: Path) -> None:

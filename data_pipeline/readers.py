@@ -4,7 +4,7 @@ import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Literal
 
@@ -45,6 +45,15 @@ class Document:
     """Its text, as often as it is called."""
     record: Mapping[str, Any]
     """The object or row it came in; empty for plain text."""
+    pair: tuple[str, str] | None = None
+    """Source and target, whose texts `chunks` gives one after the other."""
+
+
+def document_of(place: int, number: int, texts: Sequence[str], record: Mapping[str, Any]) -> Document:
+    """Of its only text, or of source and target; a pair that lacks one of them counts as empty."""
+    pair = (texts[0], texts[1]) if len(texts) == 2 else None
+    chunks = texts if pair is None or all(pair) else ()
+    return Document(place, number, lambda _: iter(chunks), record, pair)
 
 
 def decode(data: bytes, final: bool, errors: Errors, where: object, offset: int, counts: ReadCounts) -> tuple[str, int]:
@@ -85,12 +94,18 @@ def read_plain(name: str, errors: Errors, counts: ReadCounts) -> Iterator[str]:
 
 
 def read_jsonl(
-    name: str, text_key: str, errors: Errors, counts: ReadCounts, begin: int = 0, end: int | None = None
+    name: str,
+    text_key: str,
+    errors: Errors,
+    counts: ReadCounts,
+    begin: int = 0,
+    end: int | None = None,
+    target_key: str | None = None,
 ) -> Iterator[Document]:
     """The objects of the lines that start at byte `begin` or behind and before byte `end`; blank lines are no objects.
 
-    Raises DataError that names file and line: no JSON object, no string under `text_key`, not UTF-8, or a line above
-    MAX_LINE_BYTES. These are held in memory whole.
+    Raises DataError that names file and line: no JSON object, no string under `text_key` (or `target_key`), not UTF-8,
+    or a line above MAX_LINE_BYTES. These are held in memory whole.
     """
     with open_binary(name) as (file, raw):
         base, offset, number = counts.input_bytes, begin, 0
@@ -106,8 +121,9 @@ def read_jsonl(
                 text = text.removeprefix("\ufeff")
             if text.strip():
                 record = _object(text, where)
-                content = _text_of(record, text_key, errors, where, counts)
-                yield Document(offset, number, lambda _, content=content: iter((content,)), record)  # type: ignore[misc]
+                keys = (text_key,) if target_key is None else (text_key, target_key)
+                texts = [_text_of(record, key, errors, where, counts) for key in keys]
+                yield document_of(offset, number, texts, record)
             offset += len(line)
 
 
@@ -154,7 +170,10 @@ def _text_of(record: Mapping[str, Any], text_key: str, errors: Errors, where: ob
     """The text in a JSON object. Raises DataError if there is none, and for half a surrogate pair if `strict`."""
     if text_key not in record:
         keys = ", ".join(map(repr, record)) or "none"
-        raise DataError(f"{where} has no key {text_key!r}; its keys: {keys}. Set text_key of the source to one of them")
+        raise DataError(
+            f"{where} has no key {text_key!r}; its keys: {keys}. Set text_key (or target_key) of the source to one of "
+            "them"
+        )
     text = record[text_key]
     if not isinstance(text, str):
         strings = ", ".join(repr(key) for key, value in record.items() if isinstance(value, str)) or "none"

@@ -219,11 +219,7 @@ class Shard:
 
     def _check_bounds(self, record: pa.RecordBatch) -> None:
         """Raises pa.ArrowInvalid where damaged metadata would make a view reach out of the file (a segfault)."""
-        record.validate()
-        start, end = self._bytes.address, self._bytes.address + self._bytes.size
-        for buffer in record.column(0).buffers():
-            if buffer is not None and not start <= buffer.address <= buffer.address + buffer.size <= end:
-                raise pa.ArrowInvalid("its metadata point out of the file")
+        check_inside(record, self._bytes)
         column = record.column(0)
         if column.offset or column.offsets[0].as_py() != 0 or column.offsets[-1].as_py() != len(column.values):
             raise pa.ArrowInvalid("its offsets do not match its tokens")
@@ -242,6 +238,15 @@ class Shard:
         """Compares every batch with its hash. Raises DataError that names the first damaged one."""
         for batch in range(self.num_batches):
             self.check_batch(batch)
+
+
+def check_inside(record: pa.RecordBatch, file: pa.Buffer) -> None:
+    """Raises pa.ArrowInvalid where the first column of a record batch reaches out of the mapped file."""
+    record.validate()
+    start, end = file.address, file.address + file.size
+    for buffer in record.column(0).buffers():
+        if buffer is not None and not start <= buffer.address <= buffer.address + buffer.size <= end:
+            raise pa.ArrowInvalid("its metadata point out of the file")
 
 
 _MEND = "restore the file from a copy, or run `duet data build --overwrite`"

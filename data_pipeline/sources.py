@@ -27,6 +27,8 @@ class Piece(NamedTuple):
     text: str
     continues: bool
     """Whether the next piece belongs to the same document."""
+    ends_source: bool = False
+    """Whether the next piece is the first of the target of a pair."""
 
 
 def cut(chunks: Iterable[str], after: int = CUT_AFTER, limit: int = CUT_LIMIT) -> Iterator[Piece]:
@@ -42,6 +44,16 @@ def cut(chunks: Iterable[str], after: int = CUT_AFTER, limit: int = CUT_LIMIT) -
         del buffer[:start]
     if buffer:
         yield Piece(buffer.decode(), False)
+
+
+def pieces(document: Document, counts: ReadCounts) -> Iterator[Piece]:
+    """A document in pieces; of a pair first the source, then the target. None of an empty one, or of half a pair."""
+    if document.pair is None:
+        yield from cut(document.chunks(counts))
+    elif all(document.pair):
+        source, target = document.pair
+        yield from (piece if piece.continues else Piece(piece.text, True, True) for piece in cut([source]))
+        yield from cut([target])
 
 
 def _cut_point(buffer: bytearray, start: int, after: int, limit: int) -> int | None:
@@ -174,15 +186,18 @@ def _divide(name: str, number: int, recorded: tuple[int, int]) -> Iterator[Slice
 def documents(part: Slice, config: SourceConfig, errors: Errors, counts: ReadCounts) -> Iterator[Document]:
     """The documents of a slice, whose text is read when it is asked for. Raises DataError as the readers do."""
     match kind(part.name):
+        case "plain" if config.target_key is not None:
+            raise DataError(f"{part.name} is plain text, which holds no pairs: give JSONL, Parquet or Arrow")
         case "plain":
             yield plain_document(part.name, errors)
         case "jsonl":
-            yield from read_jsonl(part.name, config.text_key, errors, counts, part.begin, part.end)
+            yield from read_jsonl(part.name, config.text_key, errors, counts, part.begin, part.end, config.target_key)
         case table:
             from data_pipeline.tables import Columns, read_arrow, read_parquet
 
             language = (config.filter.language_key,) if config.filter.language is not None else ()
-            columns = Columns(part.name, config.text_key, None if config.filter.function else language, errors)
+            texts = (config.text_key,) if config.target_key is None else (config.text_key, config.target_key)
+            columns = Columns(part.name, texts, None if config.filter.function else language, errors)
             if table == "arrow":
                 yield from read_arrow(columns, counts)
             else:

@@ -78,7 +78,7 @@ class DataState(BaseModel, frozen=True):
             update={
                 "start": self.samples_seen,
                 "base_counts": {name: _carried(name, now, wanted, counts.get(name, 0)) for name in wanted.streams},
-                "unit": now.unit if now.unit % wanted.context == 0 else wanted.context,
+                "unit": now.unit if _divides(wanted, now) else wanted.context,
             }
         )
         return self.model_copy(update={"fingerprint": fingerprint, "phases": (*self.phases, phase)})
@@ -105,11 +105,21 @@ def _explain(state: DataState, number: int, declared: int, changes: list[str]) -
     )
 
 
+def _divides(wanted: Phase, now: Phase) -> bool:
+    """Whether windows of `now` are so many whole windows of `wanted`; packed windows are only if they are the same."""
+    if (now.packing, wanted.packing) != ("plain", "plain"):
+        return (now.packing, now.context) == (wanted.packing, wanted.context)
+    return now.unit % wanted.context == 0
+
+
 def _carried(name: str, now: Phase, wanted: Phase, count: int) -> int:
-    """Samples of a source that count as drawn when `wanted` follows `now`; a source with other tokens begins anew."""
+    """Samples of a source that count as drawn when `wanted` follows `now`; a source with other tokens, or packed
+    otherwise, begins anew."""
     if now.streams.get(name) != wanted.streams[name]:
         return 0
-    if now.unit % wanted.context == 0 and count * now.context % wanted.context == 0:
+    if now.packing == wanted.packing == "pairs":  # which are the same whatever the context
+        return count
+    if _divides(wanted, now) and count * now.context % wanted.context == 0:
         return count * now.context // wanted.context
     if count == 0:
         return 0

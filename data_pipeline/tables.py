@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from data_pipeline.errors import DataError
 from data_pipeline.files import open_binary, packing
-from data_pipeline.readers import MAX_LINE_BYTES, Document, Errors, ReadCounts, decode
+from data_pipeline.readers import MAX_LINE_BYTES, Document, Errors, ReadCounts, decode, document_of
 
 _ROWS = 128  # Rows that are held in memory at once.
 _FILE_MAGIC = b"ARROW1\0\0"
@@ -43,7 +43,8 @@ class Columns(NamedTuple):
     """What is wanted of a table, and how errors name its rows."""
 
     name: str
-    text: str
+    texts: tuple[str, ...]
+    """The text; or source and target."""
     others: tuple[str, ...] | None
     """Columns that a filter looks at; None: all."""
     errors: Errors
@@ -97,13 +98,19 @@ def _batches(file: io.BufferedReader, packed: bool) -> tuple[pa.Schema, Iterator
 
 def _wanted(columns: Columns, schema: pa.Schema) -> list[str]:
     others = tuple(schema.names) if columns.others is None else columns.others
-    for key in (columns.text, *others):
+    for key in (*columns.texts, *others):
         if key not in schema.names:
             names = ", ".join(map(repr, schema.names)) or "none"
             raise DataError(
                 f"{columns.name} has no column {key!r}; its columns: {names}. Name one of them in the source"
             )
-    kind = schema.field(columns.text).type
+    for text in columns.texts:
+        _check_strings(columns.name, text, schema)
+    return list(dict.fromkeys((*columns.texts, *others)))
+
+
+def _check_strings(name: str, text: str, schema: pa.Schema) -> None:
+    kind = schema.field(text).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
@@ -111,31 +118,35 @@ def _wanted(columns: Columns, schema: pa.Schema) -> list[str]:
             field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
         ]
         raise DataError(
-            f"{columns.name}: column {columns.text!r} is {kind}, not string; columns of strings: "
+            f"{name}: column {text!r} is {kind}, not string; columns of strings: "
             f"{', '.join(map(repr, strings)) or 'none'}. Set text_key of the source to one of them"
         )
-    return list(dict.fromkeys((columns.text, *others)))
 
 
 def _rows(batch: pa.RecordBatch, columns: Columns, before: int, done: int, counts: ReadCounts) -> Iterator[Document]:
     """`before`: rows of the file before reading began; `done`: rows read since then."""
-    texts = batch.column(columns.text)
-    if pa.types.is_dictionary(texts.type):
-        texts = texts.cast(texts.type.value_type)
-    # As bytes, so that text that is not UTF-8 is met by the same rule as everywhere.
-    values = texts.cast(pa.large_binary()).to_pylist()
-    others = {key: batch.column(key).to_pylist() for key in batch.schema.names if key != columns.text}
-    for row, value in enumerate(values):
+    values = [_as_bytes(batch.column(text)) for text in columns.texts]
+    others = {key: batch.column(key).to_pylist() for key in batch.schema.names if key not in columns.texts}
+    for row in range(batch.num_rows):
         where = f"{columns.name}, row {before + done + row + 1}"
         record: dict[str, Any] = {key: column[row] for key, column in others.items()}
-        if value is not None and len(value) > MAX_LINE_BYTES:
-            raise DataError(
-                f"{where} has a text of {len(value)} bytes, more than {MAX_LINE_BYTES}: split it, or store it as a "
-                "plain-text file (these have no limit)"
-            )
-        text, _ = decode(value or b"", True, columns.errors, where, 0, counts)
-        record[columns.text] = text
-        yield Document(before + done + row, done + row + 1, lambda _, text=text: iter((text,)), record)  # type: ignore[misc]
+        for key, column in zip(columns.texts, values, strict=True):
+            value = column[row] or b""
+            if len(value) > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{where} has a text of {len(value)} bytes, more than {MAX_LINE_BYTES}: split it, or store it as a "
+                    "plain-text file (these have no limit)"
+                )
+            record[key] = decode(value, True, columns.errors, where, 0, counts)[0]
+        texts = [record[key] for key in columns.texts]
+        yield document_of(before + done + row, done + row + 1, texts, record)
+
+
+def _as_bytes(texts: pa.Array) -> list[bytes | None]:
+    """So that text that is not UTF-8 is met by the same rule as everywhere."""
+    if pa.types.is_dictionary(texts.type):
+        texts = texts.cast(texts.type.value_type)
+    return texts.cast(pa.large_binary()).to_pylist()
 
 
 def whole_spans(sizes: list[int], limit: int) -> Iterator[tuple[int, int, int]]:

@@ -61,6 +61,8 @@ def inspect(
     opened = Dataset.open(dataset)
     facts = opened.manifest
     typer.echo(f"fingerprint  {facts.fingerprint}")
+    if facts.pairs:
+        typer.echo("documents    pairs of source and target")
     typer.echo(f"tokenizer    {facts.tokenizer.type}, {facts.tokenizer.vocab_size} pieces, tokens as {facts.dtype}")
     for source in facts.sources:
         dropped = ", ".join(f"{count} {reason}" for reason, count in source.dropped.items()) or "none"
@@ -70,6 +72,7 @@ def inspect(
             f"{megabytes(source.bytes)}, {tokens}; dropped: {dropped}; bytes replaced: {source.replaced}"
         )
     split_lines(facts)
+    _packed(opened)
     _histograms(opened, limit)
     _samples(opened, samples)
 
@@ -86,16 +89,31 @@ def verify(
     Example: `duet data verify data/python-docs`
     """
     from data_pipeline.dataset import Dataset
+    from data_pipeline.packing_plan import plans
 
     opened = Dataset.open(dataset)
     with progress_line() as progress:
         opened.verify(lambda done, total: progress("verify", done, total), threads)
+    for _, packed in plans(opened):
+        packed.check()
     shards = opened.manifest.shards
     typer.echo(f"{dataset}: {len(shards)} shards, {megabytes(sum(shard.bytes for shard in shards))}, all hashes match")
 
 
 app.command()(plan)
 app.command()(locate)
+
+
+def _packed(dataset: "Dataset") -> None:
+    """What `duet data plan`, or a run, has packed."""
+    from data_pipeline.packing_plan import plans
+
+    for name, packed in plans(dataset):
+        facts = packed.facts
+        typer.echo(
+            f"packed       {name}: context {packed.context}: {facts.windows} windows, {packed.padding:.2%} padding, "
+            f"{facts.documents} documents, {facts.cut} of them longer than a window"
+        )
 
 
 def _histograms(dataset: "Dataset", limit: int) -> None:
@@ -116,12 +134,18 @@ def _histograms(dataset: "Dataset", limit: int) -> None:
 def _samples(dataset: "Dataset", samples: int) -> None:
     from itertools import islice
 
+    import numpy as np
+
     from data_pipeline.inspection import documents
 
     tokenizer = dataset.tokenizer()
     for source in dataset.sources():
         for number, rows in enumerate(islice(documents(dataset, "train", source), samples)):
             length = sum(map(len, rows))
-            shown = tokenizer.decode(rows[0][:_SAMPLE_TOKENS])
-            more = " …" if length > _SAMPLE_TOKENS else ""
+            texts = [rows[0]]
+            if dataset.manifest.pairs:
+                ends = rows[0] == tokenizer.eos_id
+                texts = [part for part in np.split(rows[0], [int(ends.argmax()) + 1]) if len(part)]
+            shown = "\n⟶ ".join(tokenizer.decode(text[:_SAMPLE_TOKENS]) for text in texts)
+            more = " …" if any(len(text) > _SAMPLE_TOKENS for text in texts) or len(rows) > 1 else ""
             typer.echo(f"\n{source}: train document {number}, {length} tokens:\n{shown}{more}")

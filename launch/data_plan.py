@@ -10,6 +10,8 @@ import typer
 from data_pipeline.errors import DataError
 
 if TYPE_CHECKING:
+    from data_pipeline.dataset import Dataset
+    from data_pipeline.pair_windows import PairWindows
     from data_pipeline.phases import Phase
     from pretrain.config import Config
 
@@ -23,7 +25,7 @@ def plan(
         str | None, typer.Option(metavar="N", help="Tokens to train on, such as 10B; those of the run unless given.")
     ] = None,
 ) -> None:
-    """Say how often each source would be read by a run, before it starts.
+    """Say how often each source would be read by a run, before it starts; with data.packing, pack it ahead of the run.
 
     Example: `duet data plan data/python-docs run/quickstart --tokens 100M`
     """
@@ -58,22 +60,29 @@ def number_of(text: str) -> int:
 def plan_lines(config: "Config", tokens: int | None) -> Iterator[str]:
     """How often a run reads each source. Raises DataError when the dataset cannot be read as `config` says."""
     from data_pipeline.dataset import Dataset
+    from data_pipeline.packed_windows import PackedWindows
+    from data_pipeline.pair_windows import PairWindows
     from data_pipeline.plan import Plan, wanted_phase
 
     context = config.model.context
     wanted = config.train.steps * config.batch.tokens if tokens is None else tokens
     dataset = Dataset.open(config.data.path)
+    _pack(dataset, config.data.packing, context)
     phase = wanted_phase(dataset, config.data, context)
     plan = Plan(dataset, phase, config.run.seed)
     samples = plan.schedule.extend(-(-wanted // context))
     counts, period = plan.schedule.counts(samples), sum(phase.weights.values())
     yield f"{samples * context:,} tokens: {samples:,} samples of {context}, {samples / config.global_batch:,.0f} steps"
     for name, windows in plan.windows.items():
+        padding = f", {windows.padding:.2%} padding" if isinstance(windows, PackedWindows) else ""
         cap = f", at most {phase.caps[name] / len(windows):.2f}" if name in phase.caps else ""
         yield (
             f"{name:<16} weight {phase.weights[name] / period:7.2%}  {len(windows) * context:>16,} tokens an epoch  "
-            f"{counts[name] * context:>16,} tokens read  {counts[name] / len(windows):10.2f} epochs{cap}"
+            f"{counts[name] * context:>16,} tokens read  {counts[name] / len(windows):10.2f} epochs{cap}{padding}"
         )
+    for name, windows in plan.windows.items():
+        if isinstance(windows, PairWindows):
+            yield f"{name:<16} {_cut_pairs(windows, config.model.architecture == 'encoder_decoder')}"
     for name in phase.base_counts:
         if name not in phase.weights:
             yield f"{name:<16} not read"
@@ -105,20 +114,52 @@ def locate_lines(args: list[str], run: Path | None, step: int, text: bool) -> It
     dataset = Dataset.open(config.data.path)
     positions = np.arange((step - 1) * config.global_batch, step * config.global_batch)
     phase = _phase_of(run, int(positions[0])) if run is not None else None
+    context, packing = (phase or config.model).context, (phase or config.data).packing
+    _pack(dataset, packing, context)
     if phase is None:
         phase = wanted_phase(dataset, config.data, config.model.context)
     plan = Plan(dataset, phase, config.run.seed)
     tokenizer = dataset.tokenizer() if text else None
     yield f"step {step}: samples {positions[0]} to {positions[-1]}, windows of {plan.context} tokens"
     for position, passage in zip(positions.tolist(), passages(plan, positions), strict=True):
-        first, last = passage.documents[0][0], passage.documents[-1][0]
+        origin = passage.origin
         yield (
-            f"sample {position}  {passage.source}  window {passage.window}  {passage.shard} from token "
-            f"{passage.offset}  documents {first}" + (f" to {last}" if last > first else "")
+            f"sample {position}  {passage.source}  window {passage.window}  {origin.shard} from token "
+            f"{origin.offset}  documents {_numbers(list(dict(origin.documents)))}"
         )
         if tokenizer is not None:
-            for number, tokens in passage.documents:
+            for number, tokens in origin.documents:
                 yield f"    {number}: {tokenizer.decode(tokens)[:_SHOWN_CHARACTERS]!r}"
+
+
+def _cut_pairs(pairs: "PairWindows", two_sequences: bool) -> str:
+    """How many pairs a context cuts; reads all of them."""
+    sources = targets = long = 0
+    for source, target in pairs.lengths():
+        sources += int((source > pairs.context).sum())
+        targets += int((target > pairs.context).sum())
+        long += int((source + target > pairs.context + 1).sum())
+    if two_sequences:
+        return f"{len(pairs):,} pairs, {sources:,} sources and {targets:,} targets of them longer than the context: cut"
+    return f"{len(pairs):,} pairs, {long:,} of them longer than the context: cut"
+
+
+def _numbers(documents: list[int]) -> str:
+    """Numbers of documents: as a range where they follow each other."""
+    first, last = documents[0], documents[-1]
+    if len(documents) > 1 and last - first == len(documents) - 1:
+        return f"{first} to {last}"
+    return ", ".join(map(str, documents))
+
+
+def _pack(dataset: "Dataset", packing: str, context: int) -> None:
+    """Computes the plan of packed windows where one is wanted and not there."""
+    from data_pipeline.packing_plan import prepare
+    from launch.progress import progress_line
+
+    if packing == "best_fit":
+        with progress_line() as progress:
+            prepare(dataset, context, progress)
 
 
 def _config_of(run: Path) -> "Config":

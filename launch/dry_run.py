@@ -11,16 +11,22 @@ def describe(config: Config, ranks: int) -> str:
     """
     import torch
 
+    from data_pipeline import packing_plan
     from data_pipeline.dataset import Dataset
+    from data_pipeline.plan import Plan, wanted_phase
     from model import registry
     from pretrain import origin
     from pretrain.batches import Batches
     from pretrain.dataset_identity import complete, identity
+    from pretrain.evaluate import held_out
     from pretrain.run import RunFolder
 
     dataset = Dataset.open(config.data.path)
-    windows = len(dataset.windows("train", config.model.context))
-    dataset.windows("validation", config.model.context, partial=config.data.objective != "span_corruption")
+    windows = None
+    if config.data.packing == "plain" or packing_plan.prepared(dataset, config.model.context):
+        plan = Plan(dataset, wanted_phase(dataset, config.data, config.model.context), config.run.seed)
+        windows = sum(len(of_source) for of_source in plan.windows.values())
+        held_out(dataset, config)
     Batches.of(config, dataset, torch.device("cpu"))  # needs pieces of the tokenizer
     config = origin.resolve(complete(config, dataset))
     origin.check(config, identity(dataset))
@@ -32,15 +38,16 @@ def describe(config: Config, ranks: int) -> str:
     micro_batch, accumulation = config.micro_batches(ranks)
     start = [f"begins at  {config.run.start_from}"] if config.run.start_from else []
     samples = config.global_batch * config.train.steps
+    read = f"{samples / windows:.2f} epochs" if windows else "packed into windows at the start"
+    number = f"{windows:,} " if windows else ""
     return "\n".join(
         [
             f"run        {folder.path}" + (" (goes on)" if folder.run_file.exists() else " (new)"),
             *start,
             f"model      {config.model.architecture}, {sum(p.numel() for p in model.parameters()):,} parameters",
-            f"data       {config.data.path}: {windows:,} windows of {config.model.context} tokens",
+            f"data       {config.data.path}: {number}windows of {config.model.context} tokens",
             f"batch      {config.batch.tokens:,} tokens = {ranks} rank(s) x {accumulation} x {micro_batch} sequences",
-            f"steps      {config.train.steps:,}: {samples * config.model.context:,} tokens, "
-            f"{samples / windows:.2f} epochs",
+            f"steps      {config.train.steps:,}: {samples * config.model.context:,} tokens, {read}",
             f"engine     ZeRO {config.engine.zero_stage}, {config.engine.precision}",
         ]
     )

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from pretrain.config import Config
 
 app = typer.Typer(no_args_is_help=True, help="Size and cost of a model.")
 ConfigArgs = Annotated[
@@ -42,15 +45,21 @@ def flops(config: ConfigArgs, as_json: JsonOption = False) -> None:
     """
     from model.flops import forward_flops_per_token, sample_flops_by_part, training_flops_per_token
 
-    model = _model(config)
-    parts = {name: count / model.context for name, count in sample_flops_by_part(model).items()}
-    _print({"forward": forward_flops_per_token(model), "training": training_flops_per_token(model)}, parts, as_json)
+    whole = _load(config)
+    model, pairs = whole.model, whole.data.objective == "pairs"
+    parts = {name: count / model.context for name, count in sample_flops_by_part(model, pairs).items()}
+    totals = {"forward": forward_flops_per_token(model, pairs), "training": training_flops_per_token(model, pairs)}
+    _print(totals, parts, as_json)
 
 
 def _model(config: list[str]) -> ModelConfig:
+    return _load(config).model
+
+
+def _load(config: list[str]) -> "Config":
     from pretrain.config import load
 
-    return load(config).model
+    return load(config)
 
 
 def _print(totals: Mapping[str, float], parts: Mapping[str, float], as_json: bool) -> None:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, model_validator
 from model.mask_config import L0Config, LearnedDropoutConfig, Site
 
 Architecture = Literal["parallel_encoder_decoder", "decoder_only", "encoder_decoder", "encoder_only"]
-Objective = Literal["causal", "prefix", "masked", "span_corruption"]
+Objective = Literal["causal", "prefix", "masked", "span_corruption", "pairs"]
 """What is made of the text for a model to learn from, as `data.objective` names it."""
 
 SITES: dict[Architecture, tuple[Site, ...]] = {
@@ -47,9 +47,9 @@ _WITHOUT: dict[Architecture, tuple[tuple[str, ...], str]] = {
 """Keys that an architecture cannot use, and why."""
 
 _FITS: dict[Architecture, tuple[tuple[Objective, ...], str]] = {
-    "parallel_encoder_decoder": (("causal", "prefix"), "predicts each token from those before it"),
-    "decoder_only": (("causal", "prefix"), "predicts each token from those before it"),
-    "encoder_decoder": (("span_corruption",), "reads a text with gaps and writes what is missing"),
+    "parallel_encoder_decoder": (("causal", "prefix", "pairs"), "predicts each token from those before it"),
+    "decoder_only": (("causal", "prefix", "pairs"), "predicts each token from those before it"),
+    "encoder_decoder": (("span_corruption", "pairs"), "reads one text and writes another, such as what is missing"),
     "encoder_only": (("masked",), "sees every token, the next one included, so some have to be hidden from it"),
 }
 """What an architecture can learn from, and why."""

@@ -8,7 +8,7 @@ _PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 _OTHER_BOARDS = ("H100 PCIe", "H100 NVL", "H200 NVL", "MIG")
 
 
-def sample_flops_by_part(config: ModelConfig) -> dict[str, int]:
+def sample_flops_by_part(config: ModelConfig, pairs: bool = False) -> dict[str, int]:
     """FLOPs of a forward pass over a sample of a full context; 2 for a multiplication with addition.
 
     Matrix products only, and attention over the full T x T square, of which a causal model needs half (the convention
@@ -28,7 +28,7 @@ def sample_flops_by_part(config: ModelConfig) -> dict[str, int]:
         decoder or encoder only    2 (L (12 + 3 n) C² + V C)      + 4 (1 + n) L T C    with n masks in a layer
 
     An encoder-decoder of two sequences reads S tokens and predicts U of them (`ModelConfig.lengths`); its cross
-    attention costs 4 C² a token of U, 4 C² / g a token of S, and 4 S U C.
+    attention costs 4 C² a token of U, 4 C² / g a token of S, and 4 S U C. Of `pairs` both are a full context.
 
     Returns:
         Parts as `model.parameters` names them; those that cost nothing here are not in it.
@@ -39,7 +39,8 @@ def sample_flops_by_part(config: ModelConfig) -> dict[str, int]:
     if config.vocab_size is None:
         raise ConfigError(NO_VOCABULARY)
     width, sites = config.width, config.dropout_sites
-    inputs, targets = config.lengths
+    two_full = pairs and config.architecture == "encoder_decoder"
+    inputs, targets = (config.context, config.context) if two_full else config.lengths
     square = 2 * width**2
     shared = square * 2 // config.queries_per_kv_head
     per_token = 2 * (3 if config.ff == "swiglu" else 2) * config.hidden_width * width
@@ -75,28 +76,28 @@ def sample_flops_by_part(config: ModelConfig) -> dict[str, int]:
     return parts
 
 
-def forward_flops(config: ModelConfig) -> int:
+def forward_flops(config: ModelConfig, pairs: bool = False) -> int:
     """Of a sample: the sum of `sample_flops_by_part`."""
-    return sum(sample_flops_by_part(config).values())
+    return sum(sample_flops_by_part(config, pairs).values())
 
 
-def forward_flops_per_token(config: ModelConfig) -> float:
+def forward_flops_per_token(config: ModelConfig, pairs: bool = False) -> float:
     """`forward_flops` over the tokens of a context; a whole number but for an encoder-decoder of two sequences."""
-    return forward_flops(config) / config.context
+    return forward_flops(config, pairs) / config.context
 
 
-def training_flops_per_token(config: ModelConfig) -> float:
+def training_flops_per_token(config: ModelConfig, pairs: bool = False) -> float:
     """Three times the forward pass: the backward pass computes two products for each one (PaLM, appendix B)."""
-    return 3 * forward_flops_per_token(config)
+    return 3 * forward_flops_per_token(config, pairs)
 
 
-def utilisation_per_token(config: ModelConfig, device_name: str, num_devices: int) -> float | None:
+def utilisation_per_token(config: ModelConfig, device_name: str, num_devices: int, pairs: bool = False) -> float | None:
     """Model FLOPs utilisation at one token per second over all devices; None for a device whose peak is not known.
 
     The share of the devices' dense bf16 peak that the model itself needs ("MFU", PaLM, section 4.1).
     """
     peak = peak_flops(device_name)
-    return None if peak is None else training_flops_per_token(config) / (peak * num_devices)
+    return None if peak is None else training_flops_per_token(config, pairs) / (peak * num_devices)
 
 
 def peak_flops(device_name: str) -> float | None:

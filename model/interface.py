@@ -24,8 +24,9 @@ class Batch:
     seed: int
     """Of the run; keys the noise."""
     segment_ids: Tensor | None = None
-    """[B, T]: number of each token's document in its row, which attention does not leave; padding has -1.
-    None: a row is one document."""
+    """[B, T]: number of each token's document in its row, which attention does not leave; padding has a number
+    of its own, and -1 where a norm may ask. None: a row is one document. The decoder of an `encoder_decoder` reads
+    segment 0 alone."""
     position_ids: Tensor | None = None
     """[B, T] int64: place of each token in its document; its place in the row unless given."""
     prefix_lengths: Tensor | None = None

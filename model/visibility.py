@@ -53,6 +53,17 @@ def visible_in(batch: Batch, config: ModelConfig) -> Visible:
     return Visible(mask=mask, positions=batch.position_ids, padding=padding)
 
 
+def visible_source(batch: Batch) -> tuple[Visible, Visible]:
+    """What the encoder of two sequences may see of its inputs, and the decoder of them: all but padding."""
+    if batch.segment_ids is None:
+        return EVERYTHING, ACROSS
+    keys = (batch.segment_ids == 0)[:, None, None]
+    assert batch.decoder_input_ids is not None
+    across = keys.expand(-1, 1, batch.decoder_input_ids.shape[1], -1)
+    padding = batch.segment_ids < 0
+    return EVERYTHING._replace(mask=dense_mask(batch, causal=False), padding=padding), ACROSS._replace(mask=across)
+
+
 def dense_mask(batch: Batch, causal: bool) -> Tensor:
     """[B, 1, T, T] bool: True where a query sees a key."""
     rows, length = batch.input_ids.shape

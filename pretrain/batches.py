@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline import collate
-from data_pipeline.dataset import Dataset
+from data_pipeline.dataset import AnyWindows, Dataset
 from data_pipeline.loader import StepSamples
+from data_pipeline.plan import check_kind
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.windows import Windows
 from model.config import Objective
 from model.interface import IGNORE, Batch
 from pretrain.config import Config
@@ -37,18 +37,27 @@ class Batches:
         *,
         context: int = 0,
         document_mask: bool = False,
+        mask_boundaries: bool = False,
+        packed: bool = False,
+        two_sequences: bool = False,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         """`tokenizer` and `context`, the tokens of a window's inputs, are needed where tokens are hidden or cut out.
+
+        `mask_boundaries`: the first token of a document is nobody's label; `packed`: windows begin with a document;
+        `two_sequences`: the model reads the source of a pair and writes the target, else it reads both on end.
 
         Raises:
             DataError: the tokenizer lacks the pieces that the objective needs.
         """
         self.document_mask = document_mask
+        self.needs_documents = document_mask or mask_boundaries
+        self._packed = packed
         self._device = device
         self._objective = objective
         self._tokenizer = tokenizer
-        if objective in ("masked", "span_corruption"):
+        self._two_sequences = two_sequences
+        if objective in ("masked", "span_corruption", "pairs"):
             assert tokenizer is not None
             self._eos_id = tokenizer.eos_id
         if objective == "masked":
@@ -61,19 +70,27 @@ class Batches:
     @classmethod
     def of(cls, config: Config, dataset: Dataset, device: torch.device) -> "Batches":
         """As the configuration asks. Raises DataError like the constructor."""
-        hides = config.data.objective in ("masked", "span_corruption")
+        needs_pieces = config.data.objective in ("masked", "span_corruption", "pairs")
+        check_kind(dataset, config.data)
         return cls(
             device,
             config.data.objective,
             context=config.model.context,
             document_mask=config.model.document_mask,
-            tokenizer=dataset.tokenizer() if hides else None,
+            mask_boundaries=config.data.mask_boundaries,
+            packed=config.data.packing == "best_fit",
+            two_sequences=config.model.architecture == "encoder_decoder",
+            tokenizer=dataset.tokenizer() if needs_pieces else None,
         )
 
     @property
     def predicts_every_token(self) -> bool:
         """Whether the losses of all labels add up to the likelihood of the text."""
-        return self._objective == "causal" and not self.document_mask
+        return self._is_plain and not self._packed
+
+    @property
+    def _is_plain(self) -> bool:
+        return self._objective == "causal" and not self.needs_documents
 
     def of_step(self, samples: StepSamples, micro_batch: int, step: int, seed: int) -> list[Batch]:
         """A rank's share of a step in micro-batches."""
@@ -88,21 +105,24 @@ class Batches:
             made.append(self._batch(tokens, positions, starts, step, seed))
         return made
 
-    def of_validation(self, windows: Windows, indices: np.ndarray) -> Batch:
+    def of_validation(self, windows: AnyWindows, indices: np.ndarray) -> Batch:
         """Windows of held-out text by number, at least one; a row that counts for nothing if there is none."""
-        tokens, starts = np.full((1, windows.context + 1), -1, np.int64), np.empty(0, np.int64)
+        tokens, starts = np.full((1, windows.width), -1, np.int64), np.empty(0, np.int64)
         if len(indices):
             tokens = windows.read(indices)
-            if self.document_mask:
+            if self.needs_documents:
                 batches, offsets = windows.places(indices)
                 starts = windows.document_starts(batches.tolist(), offsets.tolist(), range(len(indices)))
         positions = torch.from_numpy(indices if len(indices) else np.zeros(1, np.int64))
         return self._batch(torch.from_numpy(tokens), positions, starts, 0, _VALIDATION_SEED)
 
     def _batch(self, tokens: Tensor, positions: Tensor, starts: np.ndarray | None, step: int, seed: int) -> Batch:
-        """Windows int64 [B, T + 1], -1 behind the end of the text; `starts` of documents as a reader gives them."""
+        """Windows int64 [B, T + 1] or pairs [B, 2 T], -1 where there is no token; `starts` of documents as a reader
+        gives them."""
+        if self._objective == "pairs":
+            return self._of_pairs(tokens, positions, step, seed)
         batch = to_batch(tokens, positions, step, seed, self._device)
-        if self.predicts_every_token:
+        if self._is_plain:
             return batch
         window, where = tokens.numpy(), positions.numpy()
         segments = None
@@ -131,6 +151,25 @@ class Batches:
             input_ids=self._put(inputs),
             labels=self._put(labels),
             decoder_input_ids=self._put(written),
+        )
+
+    def _of_pairs(self, tokens: Tensor, positions: Tensor, step: int, seed: int) -> Batch:
+        """Source and target, int64 [B, 2 T], for an encoder and a decoder; or on end, the source as a prefix."""
+        samples = positions.to(self._device, non_blocking=True)
+        at = torch.full((), step, device=self._device)
+        if not self._two_sequences:
+            inputs, labels, lengths = collate.joined_pairs(tokens.numpy())
+            return Batch(self._put(inputs), self._put(labels), samples, at, seed, prefix_lengths=self._put(lengths))
+        sources, targets = tokens.to(self._device, non_blocking=True).chunk(2, dim=1)
+        written = torch.cat([torch.full_like(targets[:, :1], self._eos_id), targets[:, :-1].clamp(min=0)], dim=1)
+        return Batch(
+            sources.clamp(min=0),
+            torch.where(targets < 0, IGNORE, targets),
+            samples,
+            at,
+            seed,
+            segment_ids=torch.where(sources < 0, -1, 0),
+            decoder_input_ids=written,
         )
 
     def _masked(self, batch: Batch, window: np.ndarray, where: np.ndarray, seed: int) -> Batch:

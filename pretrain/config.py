@@ -53,6 +53,23 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
                 "data.objective=prefix reads the start of a window both ways, whatever documents are in it; "
                 "leave model.document_mask out"
             )
+        if self.data.objective == "pairs" and self.model.document_mask:
+            raise ValueError("data.objective=pairs has one pair in a row; leave model.document_mask out")
+        return self
+
+    @model_validator(mode="after")
+    def _packed_windows_suit_the_objective(self) -> "Config":
+        data = self.data
+        if data.packing == "best_fit" and data.objective not in ("causal", "masked"):
+            raise ValueError(
+                f"data.packing=best_fit fills a window with several documents and padding, and data.objective="
+                f"{data.objective} takes a window as one text without gaps; take data.packing=plain"
+            )
+        if data.mask_boundaries and data.objective != "causal":
+            raise ValueError(
+                f"data.mask_boundaries is about the label after a document's end, which data.objective="
+                f"{data.objective} has not; leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -42,6 +43,7 @@ SHOWN_DIGITS = {
     "optim/grad_norm": ".3f",
 }
 LEFT_WIDTH = 9
+PROGRESS_SECONDS = 10.0
 VALIDATION_LABEL = "validation"
 STYLES = {
     "header": "bold",
@@ -243,6 +245,19 @@ class Console:
                     self._file.flush()
             except OSError:  # a closed pipe or terminal is no reason to stop training; the journal has it all
                 self._gone = True
+
+
+def slow_progress() -> Callable[[str, int, int], None]:
+    """Tells of work before the first step, (what, done, in all), if it is long: a line every ten seconds."""
+    console, told = Console(1), time.monotonic()
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= PROGRESS_SECONDS:
+            told = time.monotonic()
+            console.note(f"{what}: {done / total:.0%}")
+
+    return show
 
 
 def duration(seconds: float) -> str:

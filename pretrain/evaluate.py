@@ -6,16 +6,28 @@ import numpy as np
 import torch
 from torch import nn
 
+from data_pipeline.dataset import AnyWindows, Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.windows import Windows
 from model.interface import IGNORE
 from pretrain.batches import Batches
+from pretrain.config import Config
 from pretrain.distributed import Ranks
+
+
+def held_out(dataset: Dataset, config: Config) -> AnyWindows:
+    """The windows that are validated on. Raises DataError when the held-out text is too short."""
+    if config.data.packing == "best_fit":
+        return dataset.packed_windows("validation", config.model.context)
+    if dataset.manifest.pairs:
+        return dataset.pairs("validation", config.model.context)
+    # Spans are cut out of whole windows.
+    partial = config.data.objective != "span_corruption"
+    return dataset.windows("validation", config.model.context, partial=partial)
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, windows: Windows, text_bytes: int, batch: int, ranks: Ranks, batches: Batches | None = None
+    model: nn.Module, windows: AnyWindows, text_bytes: int, batch: int, ranks: Ranks, batches: Batches | None = None
 ) -> dict[str, float]:
     """Predict what `batches` asks for of the held-out text, in non-overlapping windows: every token but the first.
 

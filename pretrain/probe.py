@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.windows import Windows
+from data_pipeline.dataset import AnyWindows
 from model.learned_dropout import LearnedDropout
 from pretrain.batches import Batches
 
@@ -17,7 +17,7 @@ TOKENS = 1024
 class Probe:
     """The first windows of the held-out text, and how the masks stood there when it was last asked."""
 
-    def __init__(self, windows: Windows, batches: Batches, *, compiled: bool) -> None:
+    def __init__(self, windows: AnyWindows, batches: Batches, *, compiled: bool) -> None:
         """`compiled`: the model's layers are, and what is watched here must not have them compiled anew."""
         rows = min(len(windows), max(1, TOKENS // windows.context))
         self._batch = batches.of_validation(windows, np.arange(rows))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline import packing_plan
 from data_pipeline.atomic import disk_errors
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import RunError
@@ -23,10 +24,11 @@ from model import registry
 from pretrain import checkpoint, journal, origin, provenance
 from pretrain.batches import Batches
 from pretrain.config import Config
+from pretrain.console import slow_progress
 from pretrain.dataset_identity import complete, identity
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
-from pretrain.evaluate import evaluate
+from pretrain.evaluate import evaluate, held_out
 from pretrain.goodput import Goodput, earlier_goodput
 from pretrain.health import Health
 from pretrain.lease import Lease, LeaseLost
@@ -126,8 +128,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
             published=recorder.checkpoint,
         )
         health = Health(config, ranks, engine, recorder, folder.logs, past)
-        held_out = dataset.windows("validation", config.model.context, partial=True)
-        probe = Probe(held_out, batches, compiled=config.engine.compile)
+        probe = Probe(held_out(dataset, config), batches, compiled=config.engine.compile)
         session = Session(
             config,
             ranks,
@@ -162,7 +163,7 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
         rank=ranks.rank,
         world_size=ranks.world_size,
         start=data.samples_seen,
-        documents=config.model.document_mask,
+        documents=session.batches.needs_documents,
         pin_memory=ranks.device.type == "cuda",
     )
     loader = Loader(reader)
@@ -218,7 +219,7 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
 def validation(session: Session, step: int) -> float:
     """Validate over all held-out text and write a sample; a collective. Returns the loss in nats a token."""
     config, dataset = session.config, session.dataset
-    windows = dataset.windows("validation", config.model.context, partial=True)
+    windows = held_out(dataset, config)
     batch = max(1, 8192 // config.model.context)
     text_bytes = dataset.manifest.splits["validation"].bytes
     metrics = evaluate(session.engine.module, windows, text_bytes, batch, session.ranks, session.batches)
@@ -284,13 +285,14 @@ def _own(folder: RunFolder, stack: ExitStack) -> Lease:
 def _claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     """Complete the configuration by the dataset's vocabulary and tie the run folder to both."""
     config = origin.resolve(complete(config, dataset))
-    # Both splits must be large enough for one window.
-    Plan(dataset, wanted_phase(dataset, config.data, config.model.context), config.run.seed)
-    # Spans are cut out of whole windows.
-    dataset.windows("validation", config.model.context, partial=config.data.objective != "span_corruption")
     first = not folder.run_file.exists()
     if first and sum(shard.bytes for shard in dataset.manifest.shards) <= VERIFY_UP_TO_BYTES:
         dataset.verify()
+    if config.data.packing == "best_fit":
+        packing_plan.prepare(dataset, config.model.context, slow_progress())
+    # Both splits must be large enough for one window.
+    Plan(dataset, wanted_phase(dataset, config.data, config.model.context), config.run.seed)
+    held_out(dataset, config)
     origin.check(config, identity(dataset))
     folder.claim(config, identity(dataset))
     return config

@@ -17,7 +17,7 @@ from pretrain.buffers import persistent_buffers
 from pretrain.checkpoint import Checkpoint, complete, step_path
 from pretrain.config import Config
 from pretrain.distributed import join
-from pretrain.evaluate import evaluate
+from pretrain.evaluate import evaluate, held_out
 from pretrain.run import RunFolder
 from pretrain.text import GrowingText
 
@@ -50,7 +50,7 @@ def evaluate_run(run: Path, step: int | None) -> dict[str, float]:
     """Validation metrics of a checkpoint over all held-out text."""
     model, config, _ = load_model(run, step)
     dataset = Dataset.open(config.data.path)
-    windows = dataset.windows("validation", config.model.context, partial=True)
+    windows = held_out(dataset, config)
     with join(config.engine.timeout_minutes) as ranks:
         text_bytes = dataset.manifest.splits["validation"].bytes
         batch = max(1, 8192 // config.model.context)

@@ -1,6 +1,7 @@
 """The encoder-decoder of two sequences, in the manner of T5 (Raffel et al. 2020, arXiv:1910.10683).
 
-The encoder reads a text with gaps, all of it at every position; the decoder writes what is missing, token by token.
+The encoder reads a text, all of it at every position; the decoder writes another, token by token: what is missing of
+the first, or the target of a pair.
 """
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from model.config import ModelConfig
 from model.interface import Batch
 from model.language_model import LanguageModel, Transformed
 from model.sites import dropout_at
-from model.visibility import ACROSS, CAUSAL, EVERYTHING
+from model.visibility import CAUSAL, visible_source
 
 
 class EncoderDecoder(LanguageModel):
@@ -33,14 +34,15 @@ class EncoderDecoder(LanguageModel):
         """
         if batch is None or batch.decoder_input_ids is None:
             raise ConfigError("encoder_decoder reads two sequences, and there is one only")
-        source = self.embed(input_ids, keys, EVERYTHING, self.embed_dropout)
+        within, across = visible_source(batch)
+        source = self.embed(input_ids, keys, within, self.embed_dropout)
         statistics, read = source.statistics, source.tokens
         for layer in self.encoder:
-            read, masks = layer(read, keys, source.mask_source, EVERYTHING)
+            read, masks = layer(read, keys, source.mask_source, within)
             statistics = statistics | masks
         target = self.embed(batch.decoder_input_ids, keys, CAUSAL, self.target_dropout)
         statistics, x = statistics | target.statistics, target.tokens
         for layer in self.decoder:
-            x, masks = layer(x, read, keys, target.mask_source, CAUSAL, ACROSS)
+            x, masks = layer(x, read, keys, target.mask_source, CAUSAL, across)
             statistics = statistics | masks
         return Transformed(self.final_norm(x), statistics, {})

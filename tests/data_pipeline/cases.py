@@ -12,6 +12,7 @@ from data_pipeline.atomic import write_atomic
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import Loader, Reader
+from data_pipeline.packing_plan import prepare
 from data_pipeline.plan import Plan, go_on
 from data_pipeline.state import DataState
 from pretrain.distributed import Ranks
@@ -38,7 +39,10 @@ def read_steps(
     state = DataState(fingerprint=dataset.manifest.fingerprint, seed=3)
     if saved.exists():
         state = DataState.model_validate_json(saved.read_text())
-    state = go_on(state, dataset, DataConfig.model_validate({"path": path, **data}), context)
+    config = DataConfig.model_validate({"path": path, **data})
+    if config.packing == "best_fit":
+        ranks.together(lambda: prepare(dataset, context), only_first=True)
+    state = go_on(state, dataset, config, context)
     began = state.samples_seen
     reader = Reader(
         Plan(dataset, state.phases[-1], state.seed),

@@ -144,12 +144,12 @@ def test_batches_are_hashed_when_they_are_first_touched(dataset: Dataset) -> Non
 def test_many_shards_are_open_a_few_at_a_time(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = dataset.windows("train", 50)
     wanted = reference.read(np.arange(len(reference)))
-    monkeypatch.setattr("data_pipeline.windows._MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("data_pipeline.stream._MAX_OPEN_SHARDS", 2)
     windows = dataset.windows("train", 50)
     for index in np.random.default_rng(0).permutation(len(windows)):
         assert np.array_equal(windows.read(np.array([index]))[0], wanted[index])
-        assert len(windows._opened) <= 2
-        assert len(windows._tokens) == len(windows._bounds) <= 2
+        assert len(windows._stream._opened) <= 2
+        assert len(windows._stream._tokens) == len(windows._stream._bounds) <= 2
 
 
 def test_every_flipped_bit_is_found(dataset: Dataset) -> None:

@@ -26,19 +26,19 @@ def test_samples_are_traced_to_the_very_documents(mixed: Dataset) -> None:
     for source, index, passage in zip(sources, indices, locate(plan, positions), strict=True):
         assert (passage.source, passage.window) == (list(plan.windows)[source], index)
         window = plan.windows[passage.source].read(np.array([index]))[0, :-1]
-        assert np.array_equal(np.concatenate([part for _, part in passage.documents]), window)
-        numbers = [number for number, _ in passage.documents]
+        assert np.array_equal(np.concatenate([part for _, part in passage.origin.documents]), window)
+        numbers = [number for number, _ in passage.origin.documents]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
         ends = np.cumsum([0, *map(len, texts[passage.source])])
         begin = index * 200
-        for number, part in passage.documents:
+        for number, part in passage.origin.documents:
             at = begin - ends[number]
             assert np.array_equal(texts[passage.source][number][at : at + len(part)], part)
             begin += len(part)
-        facts = next(facts for facts in mixed.manifest.shards if facts.path == passage.shard)
+        facts = next(facts for facts in mixed.manifest.shards if facts.path == passage.origin.shard)
         tokens = np.concatenate([mixed.shard(facts).tokens(b) for b in range(facts.batches)])
-        length = min(200, len(tokens) - passage.offset)
-        assert np.array_equal(tokens[passage.offset : passage.offset + length], window[:length])
+        length = min(200, len(tokens) - passage.origin.offset)
+        assert np.array_equal(tokens[passage.origin.offset : passage.origin.offset + length], window[:length])
 
 
 def test_locate_says_what_a_step_reads(mixed: Dataset) -> None:

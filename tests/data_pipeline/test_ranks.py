@@ -21,7 +21,7 @@ from tests.runs import SMALL
 Ranks = Callable[..., list[Any]]
 CONTEXT = 32
 FIRST = {"weights": {"large": 5, "middle": 2, "small": 1}}
-SECOND = {"weights": {"large": 1, "small": 3}, "order": "block", "phase": 2}
+SECOND = {"weights": {"large": 1, "small": 3}, "order": "block", "packing": "best_fit", "phase": 2}
 STARTS = [  # world, data, global batch, steps, step at which the last rank is killed
     (1, FIRST, 24, 3, None),
     (2, FIRST, 24, 8, 8),

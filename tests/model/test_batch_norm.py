@@ -49,14 +49,17 @@ def test_it_is_torchs_over_rows_and_positions() -> None:
     torch.testing.assert_close(ours(x, False), theirs.eval()(x.flatten(0, 1)).view(3, 5, 6), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["bert_batchnorm", "bert_batchnorm_post"])
+@pytest.mark.parametrize("name", ["bert_batchnorm", "bert_batchnorm_post", "t5_batchnorm"])
 def test_padding_does_not_enter_the_statistics(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows with tokens behind the end of the text, in training: as if they ended there, whatever the tokens are."""
     config = variant(name)
     batch = batch_of(config)
     segments = torch.zeros_like(batch.input_ids).index_fill(1, torch.arange(9, 12), -1)
-    short = replace(batch, input_ids=batch.input_ids[:, :9], labels=batch.labels[:, :9])
-    padded = replace(batch, labels=batch.labels.index_fill(1, torch.arange(9, 12), IGNORE), segment_ids=segments)
+    short = replace(batch, input_ids=batch.input_ids[:, :9])
+    padded = replace(batch, segment_ids=segments)
+    if batch.decoder_input_ids is None:  # else the labels are of another sequence
+        short = replace(short, labels=batch.labels[:, :9])
+        padded = replace(padded, labels=batch.labels.index_fill(1, torch.arange(9, 12), IGNORE))
     others = replace(padded, input_ids=batch.input_ids.index_fill(1, torch.arange(9, 12), 3))
 
     def seen(shown: Batch) -> list[Tensor]:

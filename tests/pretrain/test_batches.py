@@ -72,6 +72,21 @@ def test_documents_are_where_the_reader_says(dataset: Path) -> None:
             assert (batch.labels[row, place - 1] == IGNORE) == begins
 
 
+def test_boundaries_alone_can_be_left_out() -> None:
+    samples = step_samples()
+    assert samples.document_starts is not None
+    made = Batches(CPU, mask_boundaries=True)
+    [batch] = made.of_step(samples, 6, 1, seed=0)
+    [plain] = Batches(CPU).of_step(samples, 6, 1, seed=0)
+    assert made.needs_documents and batch.segment_ids is None and batch.position_ids is None
+    row, column = np.divmod(samples.document_starts, CONTEXT + 1)
+    changed = torch.zeros(6, CONTEXT, dtype=torch.bool)
+    changed[row, column - 1] = True
+    assert torch.equal(batch.labels, torch.where(changed, IGNORE, plain.labels))
+    predicting = [Batches(CPU), made, Batches(CPU, packed=True), Batches(CPU, document_mask=True)]
+    assert [batches.predicts_every_token for batches in predicting] == [True, False, False, False]
+
+
 def test_a_decoder_reads_what_it_wrote(marked_dataset: Path) -> None:
     tokenizer = Dataset.open(marked_dataset).tokenizer()
     [batch] = batches("span_corruption", marked_dataset).of_step(step_samples(), 6, 1, seed=0)
