@@ -33,6 +33,12 @@ class WordEncoder:
         self._prefix = prefix
         self._forget()
 
+    def _forget(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._starts: np.ndarray = np.empty(0, np.int64)
+        self._lengths: np.ndarray = np.empty(0, np.int64)
+        self._ids: np.ndarray = np.empty(0, np.int32)
+
     @classmethod
     def of(cls, processor: sentencepiece.SentencePieceProcessor) -> "WordEncoder | None":
         """The encoder of a model whose words can be encoded one by one, else None.
@@ -95,9 +101,3 @@ class WordEncoder:
         ids = itertools.chain.from_iterable(encoded)
         self._ids = np.concatenate([self._ids, np.fromiter(ids, np.int32, int(lengths.sum()) - len(self._ids))])
         self._numbers.update(zip(words, itertools.count(len(self._numbers))))
-
-    def _forget(self) -> None:
-        self._numbers: dict[str, int] = {}
-        self._starts: np.ndarray = np.empty(0, np.int64)
-        self._lengths: np.ndarray = np.empty(0, np.int64)
-        self._ids: np.ndarray = np.empty(0, np.int32)
