@@ -7,13 +7,11 @@ import numpy as np
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import ShardFacts
 from data_pipeline.mixture import integer_weights
-from data_pipeline.order import SampleOrder
+from data_pipeline.order import BLOCK_SHARDS, SampleOrder
 from data_pipeline.phases import Phase, Schedule
 from data_pipeline.state import DataState
-
-_BLOCK_SHARDS = 16
-"""Shards in a block of `block` order: a batch comes from this many."""
 
 
 def wanted_phase(dataset: Dataset, config: DataConfig, context: int) -> Phase:
@@ -63,6 +61,8 @@ class Plan:
 
     def __init__(self, dataset: Dataset, phase: Phase, seed: int) -> None:
         """Raises DataError when a source has too few tokens for one window, or is not what it was."""
+        dataset.check_order(phase.order)
+        self._dataset = dataset
         self.schedule = Schedule(phase, seed)
         self.context = phase.context
         self.windows = {
@@ -70,7 +70,7 @@ class Plan:
             for name in phase.weights
         }
         self._parts = phase.unit // phase.context
-        block = max(1, _BLOCK_SHARDS * dataset.manifest.shard_tokens // phase.unit) if phase.order == "block" else None
+        block = max(1, BLOCK_SHARDS * dataset.manifest.shard_tokens // phase.unit) if phase.order == "block" else None
         self._orders = [
             SampleOrder(phase.streams[name], seed, max(1, (windows.num_tokens - 1) // phase.unit), block)
             for name, windows in self.windows.items()
@@ -97,6 +97,20 @@ class Plan:
             rows = source == k
             batch[rows], offset[rows] = windows.places(window[rows])
         return source, batch, offset
+
+    def prefetch(self, position: int) -> None:
+        """Has a remote dataset fetch what is read from `position` on: the shards of the blocks that are being read,
+        then those of the next ones."""
+        if not self._dataset.is_remote:
+            return
+        counts = self.schedule.counts(position)
+        units = [counts[name] // self._parts for name in self.windows]
+        shards: dict[str, ShardFacts] = {}
+        for _ in range(2):
+            for k, windows in enumerate(self.windows.values()):
+                first, end, units[k] = self._orders[k].block(units[k])
+                shards |= {shard.path: shard for shard in windows.shards_of(first * self._parts, end * self._parts)}
+        self._dataset.prefetch(list(shards.values()))
 
     def epoch_metrics(self, position: int) -> dict[str, float]:
         """How often the data have been read before `position`: `data/epoch`, and `data/epoch_NAME` where several are

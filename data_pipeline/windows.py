@@ -8,6 +8,7 @@ import numpy as np
 
 from data_pipeline.corpus import Split
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import ShardFacts
 from data_pipeline.shards import Shard
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Windows:
         if context < 1 or self._num_windows < 1:
             of_source = f" of source {source}" if source is not None else ""
             raise DataError(
-                f"the {split} split{of_source} of {dataset.path} has {self.num_tokens} tokens: too few for one window "
+                f"the {split} split{of_source} of {dataset.name} has {self.num_tokens} tokens: too few for one window "
                 f"of context {context} (it needs {2 if partial else context + 1}); use a shorter context, or more text"
             )
 
@@ -116,6 +117,12 @@ class Windows:
             counts.append(len(starts))
         return np.concatenate(found, dtype=np.int64) + np.repeat(shifts, counts)
 
+    def shards_of(self, first: int, end: int) -> list[ShardFacts]:
+        """The shards that hold the windows from `first` to `end` - 1."""
+        low = int(self._starts.searchsorted(first * self.context, "right")) - 1
+        high = int(self._starts.searchsorted(end * self.context, "right"))  # A window has one more token.
+        return self._shards[low:high]
+
     def shard_at(self, batch: int, offset: int) -> tuple[str, int]:
         """Path of the shard that holds a place, relative to the dataset, and the token's number in it."""
         which = int(self._first_batch.searchsorted(batch, "right")) - 1
@@ -144,7 +151,7 @@ class Windows:
         which = int(self._first_batch.searchsorted(batch, "right")) - 1
         facts, inner = self._shards[which], batch - int(self._first_batch[which])
         if which not in self._opened:
-            if len(self._opened) == _MAX_OPEN_SHARDS:
+            if len(self._opened) >= self._dataset.max_open_shards(_MAX_OPEN_SHARDS):
                 for gone in self._opened.pop(next(iter(self._opened))).batches:
                     del self._tokens[gone], self._bounds[gone]
             self._opened[which] = _Opened(self._dataset.shard(facts), [])

@@ -18,7 +18,7 @@ def describe(config: Config, ranks: int) -> str:
     from pretrain.dataset_identity import complete, identity
     from pretrain.run import RunFolder
 
-    dataset = Dataset.open(config.data.path)
+    dataset = Dataset.of(config.data)
     windows = len(dataset.windows("train", config.model.context))
     dataset.windows("validation", config.model.context, partial=config.data.objective != "span_corruption")
     Batches.of(config, dataset, torch.device("cpu"))  # needs pieces of the tokenizer
