@@ -1,112 +1,202 @@
-"""How fast text becomes shards: `duet data build` beside datatrove with the very same tokenizer.
+"""How fast text becomes shards: `duet data build` beside datatrove, with the very same tokenizer and with our own.
 
 Both read the same JSON Lines and write token files. datatrove runs in an environment of its own, whose interpreter
 DATATROVE_PYTHON names (`pip install datatrove==0.10.1 tokenizers==0.23.3 orjson`); without it the peer is a plain loop:
-the same tokenizer, numpy's tofile, nothing hashed, split or synced. Ratios are of CPU seconds, children included,
-which a busy machine disturbs less than the clock. Exits with 1 when a target is missed.
+the same tokenizer, numpy's tofile, nothing hashed, split or synced. Each way is a process that is started once and
+builds a little first, so that no start is timed; then all ways build in turn, each time from nothing. Ratios are of CPU
+seconds, which a busy machine disturbs less than the clock. No text occurs twice,
+but in the last row. Exits with 1 when a target is missed.
 """
 
 import argparse
+import io
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import DataConfig
-from data_pipeline.sources import UNIT_BYTES
+import zstandard
+
+from data_pipeline.config import DataConfig, TokenizerConfig
+from data_pipeline.tokenizer import train_tokenizer
 from launch.python_docs import collect
 
 ROUNDS = 3
-COPIES = 16
+MEGABYTES = 16
 VOCABULARY = 8192
+COPIES = 4  # For the processes, which need some work; a unigram tokenizer remembers nothing.
+UNIT_BYTES = 2**23
 
-OURS = """
-import sys
-from data_pipeline import sources
+SERVE = """
+import json, resource, sys, time
+
+def used():
+    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+def serve(build):
+    for line in sys.stdin:
+        request = json.loads(line)
+        cpu, wall = used(), time.perf_counter()
+        build(**request)
+        sys.__stdout__.write(json.dumps([used() - cpu, time.perf_counter() - wall]) + "\\n")
+        sys.__stdout__.flush()
+"""
+OURS = (
+    f"UNIT_BYTES = {UNIT_BYTES}"
+    + """
+from data_pipeline import sources, tokenizer
 from data_pipeline.build import build
 from data_pipeline.config import DataConfig
-sources.UNIT_BYTES = int(sys.argv[3])
+
+def ours(config, processes):
+    sources.UNIT_BYTES = UNIT_BYTES
+    tokenizer._loaded.cache_clear()  # One that is kept remembers words.
+    build(DataConfig.model_validate(config), processes=processes)
+
 if __name__ == "__main__":
-    build(DataConfig.model_validate_json(sys.argv[1]), processes=int(sys.argv[2]))
+    serve(ours)
 """
+)
 DATATROVE = """
-import sys
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import DocumentTokenizer
+
+def datatrove(text, tokenizer, out, logs):
+    writer = DocumentTokenizer(
+        out, tokenizer_name_or_path=tokenizer, eos_token="<|endoftext|>", shuffle_documents=False
+    )
+    LocalPipelineExecutor([JsonlReader(text), writer], tasks=1, logging_dir=logs).run()
+
 if __name__ == "__main__":
-    folder, tokenizer, out, logs = sys.argv[1:5]
-    LocalPipelineExecutor(
-        [
-            JsonlReader(folder),
-            DocumentTokenizer(
-                out, tokenizer_name_or_path=tokenizer, eos_token="<|endoftext|>", shuffle_documents=False
-            ),
-        ],
-        tasks=1,
-        logging_dir=logs,
-    ).run()
+    serve(datatrove)
 """
 LOOP = """
-import json, sys
+import pathlib
 import numpy as np
 from tokenizers import Tokenizer
-tokenizer = Tokenizer.from_file(sys.argv[2])
-with open(sys.argv[1]) as lines, open(sys.argv[3], "wb") as out:
-    for line in lines:
-        np.array(tokenizer.encode(json.loads(line)["text"], add_special_tokens=False).ids, np.uint16).tofile(out)
+
+def loop(text, tokenizer, out, logs):
+    pathlib.Path(out).mkdir(parents=True)
+    encoder = Tokenizer.from_file(tokenizer)
+    for file in sorted(pathlib.Path(text).glob("*.jsonl")):
+        with open(file) as lines, open(f"{out}/{file.stem}.bin", "wb") as written:
+            for line in lines:
+                ids = encoder.encode(json.loads(line)["text"], add_special_tokens=False).ids
+                np.array(ids, np.uint16).tofile(written)
+
+serve(loop)
 """
+ALONE = """
+import pathlib
+import sentencepiece
+
+def alone(text, model):
+    processor = sentencepiece.SentencePieceProcessor(model_file=model)
+    for file in sorted(pathlib.Path(text).glob("*.jsonl")):
+        with open(file) as lines:
+            texts = [json.loads(line)["text"] for line in lines]
+        processor.encode(texts, return_type="numpy", num_threads=1)
+
+serve(alone)
+"""
+
+
+class Way:
+    """A process that builds as often as it is told to."""
+
+    def __init__(self, folder: Path, python: str, program: str, request: dict[str, Any], small: dict[str, Any]) -> None:
+        """`request`: what it is to build, `small`: a little of the same kind; `folder`: its own, emptied each time."""
+        folder.mkdir(exist_ok=True)
+        file, self._log = folder.with_suffix(".py"), folder.with_suffix(".log")
+        file.write_text(SERVE + program)
+        one = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+        path = "" if python != sys.executable else str(Path(__file__).resolve().parents[1])
+        self._folder, self._request = folder, request
+        with open(self._log, "wb") as log:
+            self._process = subprocess.Popen(
+                [python, str(file)],
+                env=os.environ | one | {"PYTHONPATH": path},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self._ask(small)
+
+    def __enter__(self) -> "Way":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.communicate()
+
+    def time(self) -> tuple[float, float]:
+        """(CPU seconds, seconds by the clock) of building once."""
+        return self._ask(self._request)
+
+    def _ask(self, request: dict[str, Any]) -> tuple[float, float]:
+        for path in self._folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(self._log.read_text()[-3000:])
+        cpu, wall = json.loads(answer)
+        return cpu, wall
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
-    as_json = parser.parse_args().json
-    with tempfile.TemporaryDirectory() as name:
-        rows = measure(Path(name))
-    if as_json:
+    parser.add_argument("--text", type=Path, help="a .jsonl.zst to take the text from")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        rows = measure(Path(name), args.text, stack)
+    if args.json:
         print(json.dumps(rows, indent=1))
     else:
         print("| claim | ratio | at least |\n|---|---|---|")
         for row in rows:
-            print(f"| {row['name']} | {row['ratio']:.2f} | {row['target']} |")
-    return int(any(row["ratio"] < row["target"] for row in rows))
+            print(f"| {row['name']} | {row['ratio']:.2f} | {row['target'] or '–'} |")
+    return int(any(row["target"] and row["ratio"] < row["target"] for row in rows))
 
 
-def measure(folder: Path) -> list[dict[str, Any]]:
-    text = make_text(folder)
-    made = make_tokenizer(folder, text)
-    size = sum(len(json.loads(line)["text"].encode()) for line in lines_of(text))
-    peer_name, peer = the_peer(folder, text, made)
-    ways: dict[str, Callable[[], None]] = {"peer": peer}
-    tokenizers: dict[str, dict[str, Any]] = {
-        "same": {"model": str(made)},
-        "unigram": {"type": "unigram", "vocab_size": VOCABULARY},
-        "bpe": {"type": "bpe", "vocab_size": VOCABULARY},
-    }
-    for name, tokenizer in tokenizers.items():
-        ways[name] = ours(folder / name, text, tokenizer, 1)
-    for processes in (1, 2):  # Of units so small that there is work for both.
-        ways[f"{processes} processes"] = ours(folder / f"{processes}", text, tokenizers["unigram"], processes, 2**21)
+def measure(folder: Path, text: Path | None, stack: ExitStack) -> list[dict[str, Any]]:
+    texts = list(take(texts_of(text) if text else python_texts(folder), MEGABYTES * 10**6))
+    size = sum(len(text.encode()) for text in texts)
+    write(folder / "text", texts)
+    write(folder / "small", texts[:20])
+    write(folder / "large", texts, COPIES)
+    ways = {name: stack.enter_context(way) for name, way in start(folder, texts).items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():
-            seconds[name].append(timed(way))
+            seconds[name].append(way.time())
     cpu = {name: statistics.median(c for c, _ in found) for name, found in seconds.items()}
     wall = {name: statistics.median(w for _, w in found) for name, found in seconds.items()}
-    mb = {name: size / 1e6 / value for name, value in cpu.items()}
+
+    def row(what: str, way: str, target: float | None) -> dict[str, Any]:
+        speed = f"{size / 1e6 / cpu[way]:.1f}"
+        return {"name": f"{what} ({speed} MB per CPU-s) / {peer}", "ratio": cpu["peer"] / cpu[way], "target": target}
+
+    peer = f"{'datatrove' if datatrove() else 'plain loop'} ({size / 1e6 / cpu['peer']:.1f})"
     return [
-        row(f"same tokenizer ({mb['same']:.1f} MB per CPU-s) / {peer_name} ({mb['peer']:.1f})", cpu, "same", 1.15),
-        row(f"SentencePiece bpe ({mb['bpe']:.1f}) / {peer_name}, other tokens", cpu, "bpe", 3.5),
-        row(f"SentencePiece unigram ({mb['unigram']:.1f}) / {peer_name}, other tokens", cpu, "unigram", 10),
+        row("same tokenizer", "same", 1.15),
+        row("SentencePiece bpe", "bpe", 3.5),
+        row("SentencePiece unigram", "unigram", 10),
+        row("sentencepiece alone, bpe, nothing written", "bpe alone", None),
+        row("sentencepiece alone, unigram, nothing written", "unigram alone", None),
         {
             "name": "2 processes / 1 with 2 threads, by the clock",
             "ratio": wall["1 processes"] / wall["2 processes"],
@@ -115,28 +205,80 @@ def measure(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def row(name: str, cpu: dict[str, float], ours: str, target: float) -> dict[str, Any]:
-    return {"name": name, "ratio": cpu["peer"] / cpu[ours], "target": target}
+def datatrove() -> str | None:
+    """The interpreter that has it."""
+    return os.environ.get("DATATROVE_PYTHON")
 
 
-def make_text(folder: Path) -> Path:
-    """Python's documentation, several times over, in two files."""
-    import zstandard
+def start(folder: Path, texts: list[str]) -> dict[str, Way]:
+    """All ways, each warm."""
+    same = make_tokenizer(folder, texts)
+    out = {"tokenizer": str(same), "out": str(folder / "peer" / "out"), "logs": str(folder / "peer" / "logs")}
+    peer = [{"text": str(folder / name), **out} for name in ("text", "small")]
+    python = datatrove()
+    ways = {"peer": Way(folder / "peer", python or sys.executable, DATATROVE if python else LOOP, *peer)}
+    ways["same"] = ours(folder, "same", same)
+    models = {name: folder / f"{name}.model" for name in ("unigram", "bpe")}
+    for name, model in models.items():
+        settings = TokenizerConfig.model_validate({"type": name, "vocab_size": VOCABULARY})
+        model.write_bytes(train_tokenizer(texts[::4], settings, seed=0))
+        ways[name] = ours(folder, name, model)
+        alone = [{"text": str(folder / text), "model": str(model)} for text in ("text", "small")]
+        ways[f"{name} alone"] = Way(folder / f"{name}-alone", sys.executable, ALONE, *alone)
+    for processes in (1, 2):
+        ways[f"{processes} processes"] = ours(folder, f"{processes}-processes", models["unigram"], processes, "large")
+    return ways
 
+
+def ours(folder: Path, name: str, model: Path, processes: int = 1, text: str = "text") -> Way:
+    """Builds with `model`, since training is not what is compared."""
+    requests = []
+    for what in (text, "small"):
+        config = DataConfig.model_validate(
+            {
+                "path": str(folder / name),
+                "sources": {"text": {"paths": [str(folder / what)]}},
+                "tokenizer": {"model": str(model)},
+                "split": {"rule": "hash", "fraction": 0.1},
+            }
+        )
+        requests.append({"config": config.model_dump(), "processes": processes})
+    return Way(folder / name, sys.executable, OURS, *requests)
+
+
+def texts_of(file: Path) -> Iterator[str]:
+    with open(file, "rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as unpacked:
+        for line in io.TextIOWrapper(unpacked, encoding="utf-8"):
+            yield json.loads(line)["text"]
+
+
+def python_texts(folder: Path) -> Iterator[str]:
+    """Python's documentation, then the source of its standard library."""
     collect(folder / "docs.jsonl.zst")
-    with open(folder / "docs.jsonl.zst", "rb") as packed:
-        lines = zstandard.ZstdDecompressor().stream_reader(packed).read().splitlines(keepends=True)
-    (folder / "text").mkdir()
+    yield from texts_of(folder / "docs.jsonl.zst")
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+        if "site-packages" not in file.parts and (text := file.read_bytes().decode(errors="replace")):
+            yield text
+
+
+def take(texts: Iterator[str], size: int) -> Iterator[str]:
+    for text in texts:
+        if size <= 0:
+            return
+        size -= len(text.encode())
+        yield text
+
+
+def write(folder: Path, texts: list[str], copies: int = 1) -> None:
+    """Texts in two files of JSON Lines."""
+    folder.mkdir()
     for number in range(2):
-        (folder / "text" / f"{number}.jsonl").write_bytes(b"".join(lines) * (COPIES // 2))
-    return folder / "text"
+        with open(folder / f"{number}.jsonl", "w") as file:
+            for _ in range(copies):
+                file.writelines(json.dumps({"text": text}) + "\n" for text in texts[number::2])
 
 
-def lines_of(text: Path) -> list[str]:
-    return [line for file in sorted(text.glob("*.jsonl")) for line in file.read_text().splitlines()]
-
-
-def make_tokenizer(folder: Path, text: Path) -> Path:
+def make_tokenizer(folder: Path, texts: list[str]) -> Path:
     """A byte-level BPE, which both sides can use."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -144,75 +286,9 @@ def make_tokenizer(folder: Path, text: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
-    texts = (json.loads(line)["text"] for line in lines_of(text)[:400])
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts[::4], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
-
-
-def ours(
-    out: Path, text: Path, tokenizer: dict[str, Any], processes: int, unit_bytes: int = UNIT_BYTES
-) -> Callable[[], None]:
-    """A build whose tokenizer is there already, since training is not what is compared."""
-    config = DataConfig.model_validate(
-        {
-            "path": str(out),
-            "sources": {"text": {"paths": [str(text)]}},
-            "tokenizer": tokenizer,
-            "split": {"rule": "hash", "fraction": 0.01},
-        }
-    )
-    from data_pipeline.build import build_tokenizer
-
-    build_tokenizer(config)
-
-    def run() -> None:
-        for name in ("manifest.json", "train", "validation", "_work"):
-            path = out / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        command([sys.executable, "-c", OURS, config.model_dump_json(), str(processes), str(unit_bytes)])
-
-    return run
-
-
-def the_peer(folder: Path, text: Path, tokenizer: Path) -> tuple[str, Callable[[], None]]:
-    python = os.environ.get("DATATROVE_PYTHON")
-    if python is None:
-        program = [sys.executable, "-c", LOOP]
-
-        def loop() -> None:
-            for file in sorted(text.glob("*.jsonl")):
-                command([*program, str(file), str(tokenizer), str(folder / f"{file.stem}.bin")])
-
-        return "plain loop", loop
-
-    def datatrove() -> None:
-        for name in ("dt-out", "dt-logs"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        paths = [str(path) for path in (text, tokenizer, folder / "dt-out", folder / "dt-logs")]
-        # The program's folder must not stand in the way of the environment's own modules.
-        (folder / "peer.py").write_text(DATATROVE)
-        command([python, str(folder / "peer.py"), *paths], PYTHONPATH="")
-
-    return "datatrove", datatrove
-
-
-def command(line: list[str], **environment: str) -> None:
-    one = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-    done = subprocess.run(line, env=os.environ | one | environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-
-
-def timed(way: Callable[[], None]) -> tuple[float, float]:
-    """(CPU seconds of the processes it starts, seconds by the clock)."""
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    way()
-    after, ended = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, ended - began
 
 
 if __name__ == "__main__":

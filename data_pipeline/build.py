@@ -10,6 +10,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.corpus import Progress
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
+from data_pipeline.files import is_uri
 from data_pipeline.job import Job
 from data_pipeline.manifest import MANIFEST, Manifest, differences
 from data_pipeline.publish import remove_stale
@@ -36,7 +37,7 @@ def build(
 
     Raises DataError for unusable text or settings, a full disk, and, unless `overwrite`, for another dataset there.
     """
-    root = Path(config.path)
+    root = _root(config)
     job = Job.of(config, progress, processes)
     with working_folder(root) as work:
         if (root / MANIFEST).exists() and not overwrite:
@@ -66,7 +67,7 @@ def tokenizer_job(
     Raises DataError for unusable text or settings, and for another tokenizer there: unless `overwrite`, and always if
     a dataset depends on it.
     """
-    root = Path(config.path)
+    root = _root(config)
     job = Job.of(config, progress, processes)
     with working_folder(root) as work:
         if overwrite and (root / TOKENIZER).exists():
@@ -90,7 +91,7 @@ def prepare(config: DataConfig, progress: Progress | None = None, processes: int
     """The part of `build` that goes before the units: for tasks on many machines. Returns how many units there are.
 
     Raises DataError as `build` does without `overwrite`."""
-    root = Path(config.path)
+    root = _root(config)
     job = Job.of(config, progress, processes)
     with working_folder(root) as work:
         _refuse_dataset(root)
@@ -105,7 +106,7 @@ def build_task(config: DataConfig, task: int, tasks: int, progress: Progress | N
     not done again. Returns how many are its share.
 
     Raises DataError if nothing is prepared or the settings are others, and as `build` does."""
-    root = Path(config.path)
+    root = _root(config)
     with working_folder(root, shared=True) as work:
         job = Job.prepared(config, work, progress, processes)
         context, _ = job.prepare(work, root)
@@ -118,7 +119,7 @@ def merge(
     config: DataConfig, progress: Progress | None = None, processes: int = 1, dropped: Path | None = None
 ) -> Manifest:
     """Publishes the dataset once the tasks are done. Raises DataError that names the tasks that are not."""
-    root = Path(config.path)
+    root = _root(config)
     with working_folder(root) as work:
         _refuse_dataset(root)
         job = Job.prepared(config, work, progress, processes)
@@ -130,6 +131,15 @@ def merge(
                 "task U modulo the number of tasks: run `duet data build --task` for those again, then --merge"
             )
         return job.publish(context, root, dropped)
+
+
+def _root(config: DataConfig) -> Path:
+    if is_uri(config.path):
+        raise DataError(
+            f"data.path={config.path} is a URI, and a dataset is built in a folder: build it there, then "
+            "`duet data upload` copies it"
+        )
+    return Path(config.path)
 
 
 def _check_same(root: Path, identity: dict[str, Any]) -> None:

@@ -114,7 +114,11 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     """A dataset: where it is, what it is built from, and what is made of it to learn from."""
 
     path: str = "data/dataset"
-    """The dataset's folder (manifest, tokenizer, shards)."""
+    """The dataset's folder (manifest, tokenizer, shards); `duet train` also reads from a URI (s3://, gs://, …)."""
+    cache: str | None = None
+    """Folder on the node's own disk for the shards of a dataset at a URI; in TMPDIR unless given."""
+    cache_bytes: int = Field(default=64 * 2**30, ge=1)
+    """At most this many bytes are kept there; those least recently used go."""
     sources: dict[str, SourceConfig] = {}
     """Raw text by name; needed by `duet data`, not by `duet train`."""
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -12,12 +12,17 @@ from typing import Any, Self
 
 import xxhash
 
+from data_pipeline.cache import Cache
+from data_pipeline.config import DataConfig
 from data_pipeline.corpus import SPLITS, Split
 from data_pipeline.errors import DataError
+from data_pipeline.files import is_uri
 from data_pipeline.manifest import Manifest, ShardFacts, SourceFacts
+from data_pipeline.order import BLOCK_SHARDS
 from data_pipeline.packed_windows import PackedWindows
 from data_pipeline.packing_plan import PackingPlan
 from data_pipeline.pair_windows import PairWindows
+from data_pipeline.remote import RemoteShards, default_folder
 from data_pipeline.shards import Shard
 from data_pipeline.stream import TokenStream
 from data_pipeline.tokenizer import TOKENIZER, Tokenizer, model_file
@@ -31,29 +36,92 @@ _MEND = "restore it from a copy, or run `duet data build --overwrite`"
 class Dataset:
     """Token streams of a built dataset. Open one with `Dataset.open`."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        """`Dataset.open` reads the manifest and checks the shards."""
-        self.path = path
+    def __init__(self, path: Path | str, manifest: Manifest, remote: RemoteShards | None = None) -> None:
+        """`Dataset.open` reads the manifest and checks the shards; `remote`: they are there, and `path` is a URI."""
+        self.name = str(path)
+        """Its folder or URI."""
+        self.path = Path(path) if remote is None else remote.cache.folder
         self.manifest = manifest
+        self._remote = remote
         self._open: OrderedDict[str, Shard] = OrderedDict()
         self._pid = os.getpid()
 
     @classmethod
-    def open(cls, path: str | Path, check: bool = True) -> Self:
+    def open(
+        cls, path: str | Path, check: bool = True, cache: Cache | None = None, manifest: Manifest | None = None
+    ) -> Self:
         """Reads the manifest; with `check`, looks at the shards, not at their contents.
 
         Existence and size of all (2 us each); footer and batch count of the first 1,024 (100 us each), of others when
-        they are first read.
+        they are first read. Those of a dataset at a URI are compared with one listing, and come through `cache`, each
+        compared with its hash. `manifest`: what was read by another process.
 
         Raises DataError when there is no dataset, or a shard is missing, truncated or has a damaged footer.
         """
-        dataset = cls(Path(path), Manifest.load(Path(path)))
+        if is_uri(str(path)):
+            uri = str(path)
+            cache = cache or Cache(default_folder(), DataConfig().cache_bytes)
+            dataset = cls(uri, manifest or Manifest.load(uri), RemoteShards(uri, cache))
+            if check and dataset._remote is not None:
+                dataset._remote.check_sizes(dataset.manifest.shards)
+            return dataset
+        dataset = cls(Path(path), manifest or Manifest.load(path))
         if check:
             for shard in dataset.manifest.shards:
                 dataset._check_size(shard)
             for shard in dataset.manifest.shards[:_FOOTERS_AT_START]:
                 dataset._open_shard(shard)
         return dataset
+
+    @classmethod
+    def of(cls, config: DataConfig, check: bool = True, manifest: Manifest | None = None) -> Self:
+        """The dataset that a configuration names, with its cache if it is at a URI; see `open`."""
+        cache = None
+        if is_uri(config.path):
+            cache = Cache(Path(config.cache) if config.cache else default_folder(), config.cache_bytes)
+        return cls.open(config.path, check, cache, manifest)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is at a URI."""
+        return self._remote is not None
+
+    def check_order(self, order: str) -> None:
+        """Raises DataError if samples cannot be read in this order: a cache must hold two blocks of each source and
+        what is open for validation, or all shards where any may come next."""
+        if self._remote is None:
+            return
+        # A block's windows reach into two more shards at most.
+        open_at_once = BLOCK_SHARDS + 2
+        streams = [(self.shards_of("train", name), 2 * open_at_once) for name in self.sources()]
+        streams.append((self.shards_of("validation"), open_at_once))
+        sizes = [(sorted((shard.bytes for shard in stream), reverse=True), most) for stream, most in streams]
+        needed = sum(sum(stream[:most]) for stream, most in sizes)
+        everything, limit = sum(sum(stream) for stream, _ in sizes), self._remote.cache.limit
+        if order == "global" and everything > limit:
+            raise DataError(
+                f"data.order=global reads all shards of {self.name} at once, and {everything} bytes do not fit into "
+                f"data.cache_bytes={limit}: set data.order=block, or raise it"
+            )
+        if needed > limit:
+            raise DataError(
+                f"data.cache_bytes={limit} is too little for {self.name}: two blocks of {BLOCK_SHARDS} shards of each "
+                f"source, and those open for validation, are {needed} bytes"
+            )
+
+    def max_open_shards(self, usual: int) -> int:
+        """How many shards of a stream are held open: what is open keeps its place in a cache."""
+        return usual if self._fits else BLOCK_SHARDS + 2
+
+    @cached_property
+    def _fits(self) -> bool:
+        """Whether all shards are on disks of our own, or can be."""
+        return self._remote is None or sum(shard.bytes for shard in self.manifest.shards) <= self._remote.cache.limit
+
+    def prefetch(self, shards: list[ShardFacts]) -> None:
+        """Has the shards of a remote dataset fetched in the background, in this order."""
+        if self._remote is not None:
+            self._remote.prefetch(shards)
 
     def sources(self) -> dict[str, SourceFacts]:
         """The sources with tokens to train on, by name, in the order of the manifest."""
@@ -86,6 +154,10 @@ class Dataset:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of this dataset. Raises DataError if the file there is missing or another one."""
+        if self._remote is not None:
+            found = self._remote.tokenizer(self.manifest.tokenizer)
+            with found.lease:
+                return Tokenizer.load(found.path)
         path = model_file(self.path / TOKENIZER)
         tokenizer = Tokenizer.load(path)
         if tokenizer.sha256 != self.manifest.tokenizer.sha256:
@@ -153,15 +225,16 @@ class Dataset:
             raise errors[0]
 
     def _verify_shard(self, shard: ShardFacts, advance: Callable[[int], None]) -> None:
-        self._check_size(shard)
+        if self._remote is None:
+            self._check_size(shard)
         opened = self._open_shard(shard)
         digest = xxhash.xxh3_128()
-        with open(self.path / shard.path, "rb") as file:
+        with open(opened.path, "rb") as file:
             while chunk := file.read(2**22):
                 digest.update(chunk)
                 advance(len(chunk))
         if digest.hexdigest() != shard.xxh3_128:
-            self._explain(shard, digest.hexdigest())
+            self._explain(opened.path, digest.hexdigest())
         tokens = documents = 0
         for batch in range(opened.num_batches):
             ids = opened.tokens(batch)
@@ -169,12 +242,12 @@ class Dataset:
             documents += len(opened.rows(batch)) - 1 - opened.continues(batch)
             if (highest := int(ids.max())) >= self.manifest.tokenizer.vocab_size or ids.min() < 0:
                 raise DataError(
-                    f"shard {self.path / shard.path}: batch {batch} holds token {highest}, the vocabulary has "
+                    f"shard {self.name}/{shard.path}: batch {batch} holds token {highest}, the vocabulary has "
                     f"{self.manifest.tokenizer.vocab_size}; the build was wrong, or the manifest is another dataset's"
                 )
         if (tokens, documents) != (shard.tokens, shard.documents):
             raise DataError(
-                f"shard {self.path / shard.path} holds {tokens} tokens and {documents} documents, the manifest says "
+                f"shard {self.name}/{shard.path} holds {tokens} tokens and {documents} documents, the manifest says "
                 f"{shard.tokens} and {shard.documents}: it is another dataset's; {_MEND}"
             )
 
@@ -186,7 +259,7 @@ class Dataset:
         shard = self._open.get(facts.path)
         if shard is None:
             shard = self._open[facts.path] = self._open_shard(facts)
-            if len(self._open) > _MAX_OPEN_SHARDS:
+            if len(self._open) > (_MAX_OPEN_SHARDS if self._remote is None else 1):
                 self._open.popitem(last=False)
         return shard
 
@@ -201,16 +274,20 @@ class Dataset:
             raise DataError(f"shard {path} is {state}: {size} bytes, the manifest says {shard.bytes}; {_MEND}")
 
     def _open_shard(self, facts: ShardFacts) -> Shard:
-        shard = Shard(self.path / facts.path)
+        if self._remote is not None:
+            cached = self._remote.get(facts)
+            assert cached is not None
+            shard = Shard(cached.path, cached.lease)
+        else:
+            shard = Shard(self.path / facts.path)
         if shard.num_batches != facts.batches:
             raise DataError(
-                f"shard {self.path / facts.path} has {shard.num_batches} batches, the manifest says {facts.batches}: "
+                f"shard {self.name}/{facts.path} has {shard.num_batches} batches, the manifest says {facts.batches}: "
                 "another file?"
             )
         return shard
 
-    def _explain(self, shard: ShardFacts, found: str) -> None:
-        path = self.path / shard.path
+    def _explain(self, path: Path, found: str) -> None:
         for other in self.manifest.shards:
             if other.xxh3_128 == found:
                 raise DataError(f"swapped shards: {path} has the content of {other.path}; rename them back")

@@ -1,12 +1,14 @@
 """The two kinds of tokenizer files: SentencePiece's .model and Hugging Face's tokenizer.json."""
 
 import os
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import sentencepiece
 
 from data_pipeline.errors import DataError
+from data_pipeline.words import WordEncoder
 
 SPACE_MARK = "\u2581"
 """SentencePiece's stand-in for a space. In text it would come back as a space, so it never reaches the model."""
@@ -40,7 +42,13 @@ class SentencePieceEncoder:
                 encoded[index] = np.concatenate(joined[1:])
         return encoded
 
+    @cached_property
+    def _words(self) -> WordEncoder | None:
+        return WordEncoder.of(self._processor)
+
     def _encode(self, texts: list[str], num_threads: int) -> list[np.ndarray]:
+        if self._words is not None:
+            return self._words.encode(texts, num_threads)
         return self._processor.encode(texts, return_type="numpy", num_threads=num_threads)
 
     def decode(self, ids: list[int]) -> str:

@@ -86,7 +86,7 @@ def open_raw(name: str) -> Iterator[BinaryIO]:
     """The bytes of a file as it is stored; seekable. Raises DataError for a file that cannot be opened or read."""
     try:
         if is_uri(name):
-            filesystem, path = _resolve(name)
+            filesystem, path = resolve(name)
             with filesystem.open_input_file(path) as remote:
                 yield io.BufferedReader(remote, 2**20)
         else:
@@ -133,7 +133,7 @@ def stamp(name: str) -> tuple[int, int]:
     if not is_uri(name):
         status = Path(name).stat()
         return status.st_size, status.st_mtime_ns
-    filesystem, path = _resolve(name)
+    filesystem, path = resolve(name)
     info = filesystem.get_file_info(path)
     return info.size or 0, info.mtime_ns or 0
 
@@ -171,7 +171,7 @@ def _expand_uri(key: str, uri: str) -> Iterator[str]:
     from pyarrow.fs import FileSelector, FileType
 
     try:
-        filesystem, path = _resolve(uri)
+        filesystem, path = resolve(uri)
         pattern = _translate(path) if glob.has_magic(path) else None
         folder = path if pattern is None else path[: re.search(r"[*[]", path).start()].rpartition("/")[0]  # type: ignore[union-attr]
         info = filesystem.get_file_info(folder)
@@ -204,7 +204,14 @@ def _translate(pattern: str) -> re.Pattern[str]:
     )
 
 
-def _resolve(uri: str) -> tuple["FileSystem", str]:
+def join(uri: str, name: str) -> str:
+    """The URI of what is called `name` below `uri`."""
+    parts = urlsplit(uri)
+    return parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}").geturl()
+
+
+def resolve(uri: str) -> tuple["FileSystem", str]:
+    """The file system of a URI, and the path in it. Raises DataError if there is no such file system."""
     filesystem, base = _root(uri)
     return filesystem, base + unquote(urlsplit(uri).path)
 

@@ -75,6 +75,7 @@ class Reader:
         share = self._global_batch // self._world_size
         ahead, first = max(1, _PLANNED_SAMPLES // share), self._start
         while True:
+            self._plan.prefetch(first)
             # The last step before the end of the data is whole.
             steps = (self._plan.schedule.extend(first + ahead * self._global_batch) - first) // self._global_batch
             firsts = first + np.arange(max(1, min(steps, ahead))) * self._global_batch

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from data_pipeline.atomic import disk_errors, write_atomic
 from data_pipeline.corpus import GIVEN, Split
 from data_pipeline.errors import DataError
+from data_pipeline.files import is_uri, join, open_raw
 
 MANIFEST = "manifest.json"
 FORMAT: Final = 2
@@ -131,11 +132,14 @@ class Manifest(BaseModel, frozen=True):
         return self.format == PAIRS
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Reads format 1 as well. Raises DataError when there is none, it is damaged, or its format is unknown."""
-        path = folder / MANIFEST
+    def load(cls, folder: Path | str) -> Self:
+        """Of a dataset's folder or URI; reads format 1 as well.
+
+        Raises DataError when there is none, it is damaged, or its format is unknown."""
+        path = join(str(folder), MANIFEST) if is_uri(str(folder)) else Path(folder) / MANIFEST
         try:
-            content = path.read_bytes()
+            with open_raw(path) if isinstance(path, str) else open(path, "rb") as file:
+                content = file.read()
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(
                 f"{folder} is not a dataset: it has no {MANIFEST}. `duet data build` makes one there "

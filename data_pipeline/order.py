@@ -5,6 +5,8 @@ from functools import lru_cache
 
 import numpy as np
 
+BLOCK_SHARDS = 16
+"""Shards in a block of `block` order: a batch comes from this many."""
 _ROUNDS = 6
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
@@ -87,6 +89,18 @@ class SampleOrder:
         """The window at each sample position: int64 [n] to int64 [n]. Positions run on over epochs."""
         epochs, index = np.divmod(np.asarray(positions, np.int64), self.num_windows)
         return self._by_blocks(index, epochs) if self._block else self._all(index, epochs)
+
+    def block(self, position: int) -> tuple[int, int, int]:
+        """The block that is being read at a sample position: its first window, the one behind its last, and the
+        position at which the next block begins."""
+        epoch, index = divmod(position, self.num_windows)
+        if not self._block:
+            return 0, self.num_windows, (epoch + 1) * self.num_windows
+        last, lacks = self._place_of_last(epoch), self._block - self._tail
+        place = (index + (lacks if index >= last * self._block + self._tail else 0)) // self._block
+        first = int(self._blocks(np.array([place]), np.array([epoch]))[0]) * self._block
+        end = (place + 1) * self._block - (lacks if place >= last else 0)
+        return first, min(first + self._block, self.num_windows), epoch * self.num_windows + end
 
     def _by_blocks(self, index: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """The last block may come anywhere in an epoch; behind it, all begin earlier by what it lacks."""

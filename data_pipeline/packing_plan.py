@@ -163,8 +163,9 @@ def prepare(dataset: "Dataset", context: int, progress: Callable[[str, int, int]
 
     One process computes, others wait for it. `progress` gets ("pack", bytes done, bytes in all).
 
-    Raises DataError for a damaged shard, and when the disk refuses.
+    Raises DataError for a damaged shard, when the disk refuses, and for a dataset at a URI.
     """
+    _check_local(dataset)
     missing = [
         _Missing(TokenStream(dataset, split, source), fingerprint)
         for split, source, fingerprint in _streams(dataset)
@@ -190,7 +191,8 @@ def prepare(dataset: "Dataset", context: int, progress: Callable[[str, int, int]
 
 
 def prepared(dataset: "Dataset", context: int) -> bool:
-    """Whether `prepare` has nothing to do."""
+    """Whether `prepare` has nothing to do. Raises DataError for a dataset at a URI."""
+    _check_local(dataset)
     return all(plan_path(dataset.path, fingerprint, context).exists() for _, _, fingerprint in _streams(dataset))
 
 
@@ -208,6 +210,14 @@ def remove_stale(dataset: "Dataset") -> None:
     for file in (dataset.path / FOLDER).glob("*.arrow"):
         if file not in wanted:
             file.unlink()
+
+
+def _check_local(dataset: "Dataset") -> None:
+    if dataset.is_remote:
+        raise DataError(
+            f"data.packing=best_fit takes a dataset on a file system, where its plan can lie beside it, and "
+            f"{dataset.name} is at a URI; copy it, or set data.packing=plain"
+        )
 
 
 def _files(dataset: "Dataset") -> Iterator[tuple[str, Path]]:

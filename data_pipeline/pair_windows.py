@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import ShardFacts
 from data_pipeline.stream import TokenStream
 from data_pipeline.windows import Origin
 
@@ -56,6 +57,10 @@ class PairWindows:
         return Origin(
             *self._stream.shard_at(batch, offset), [(index, text) for text in self._pair(batch, offset) if len(text)]
         )
+
+    def shards_of(self, first: int, end: int) -> list[ShardFacts]:
+        """The shards that hold the pairs from `first` to `end` - 1."""
+        return self._stream.shards_of_documents(first, end)
 
     def lengths(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Tokens of the sources and of the targets, end-of-text included, int64 [n] each, as they are read through.

@@ -7,14 +7,13 @@ import numpy as np
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import AnyWindows, Dataset
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import ShardFacts
 from data_pipeline.mixture import integer_weights
-from data_pipeline.order import SampleOrder
+from data_pipeline.order import BLOCK_SHARDS, SampleOrder
+from data_pipeline.packed_windows import PackedWindows
 from data_pipeline.packing_plan import RULE
 from data_pipeline.phases import Phase, Schedule
 from data_pipeline.state import DataState
-
-_BLOCK_SHARDS = 16
-"""Shards in a block of `block` order: a batch comes from this many."""
 
 
 def wanted_phase(dataset: Dataset, config: DataConfig, context: int) -> Phase:
@@ -88,11 +87,13 @@ class Plan:
 
     def __init__(self, dataset: Dataset, phase: Phase, seed: int) -> None:
         """Raises DataError when a source has too few tokens for one window, or is not what it was."""
+        dataset.check_order(phase.order)
+        self._dataset = dataset
         self.schedule = Schedule(phase, seed)
         self.context = phase.context
         self.windows = {name: _windows(dataset, phase, name) for name in phase.weights}
         self._parts = phase.unit // phase.context
-        in_block = _BLOCK_SHARDS * dataset.manifest.shard_tokens
+        in_block = BLOCK_SHARDS * dataset.manifest.shard_tokens
         self._orders = []
         for name, windows in self.windows.items():
             tokens = phase.unit if phase.packing == "plain" else max(1, windows.num_tokens // len(windows))
@@ -122,6 +123,21 @@ class Plan:
             rows = source == k
             batch[rows], offset[rows] = windows.places(window[rows])
         return source, batch, offset
+
+    def prefetch(self, position: int) -> None:
+        """Has a remote dataset fetch what is read from `position` on: the shards of the blocks that are being read,
+        then those of the next ones."""
+        if not self._dataset.is_remote:
+            return
+        counts = self.schedule.counts(position)
+        units = [counts[name] // self._parts for name in self.windows]
+        shards: dict[str, ShardFacts] = {}
+        for _ in range(2):
+            for k, windows in enumerate(self.windows.values()):
+                assert not isinstance(windows, PackedWindows)  # see `wanted_phase`
+                first, end, units[k] = self._orders[k].block(units[k])
+                shards |= {shard.path: shard for shard in windows.shards_of(first * self._parts, end * self._parts)}
+        self._dataset.prefetch(list(shards.values()))
 
     def epoch_metrics(self, position: int) -> dict[str, float]:
         """How often the data have been read before `position`: `data/epoch`, and `data/epoch_NAME` where several are

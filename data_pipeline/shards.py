@@ -9,6 +9,7 @@ counts the rows that do not, so document bounds survive the edges of batches and
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -170,9 +171,12 @@ class ShardWriter:
 class Shard:
     """A finished shard, memory-mapped. Token views are zero copy and stay valid as long as they are referenced."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises DataError if the file is missing or its header or footer is damaged."""
-        self._path = path
+    def __init__(self, path: Path, lease: BinaryIO | None = None) -> None:
+        """`lease`: an open file that keeps it where it is, closed when this object goes.
+
+        Raises DataError if the file is missing or its header or footer is damaged."""
+        self.path = path
+        self._lease = lease
         try:
             file = pa.memory_map(str(path))
             self._bytes = file.read_buffer()
@@ -210,7 +214,7 @@ class Shard:
                 int(facts[b"documents"]),
             )
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
-            raise DataError(f"shard {self._path}: batch {batch} cannot be read ({error}); {_MEND}") from None
+            raise DataError(f"shard {self.path}: batch {batch} cannot be read ({error}); {_MEND}") from None
 
     def continues(self, batch: int) -> bool:
         """Whether the first row of a record batch goes on with the document at the end of the batch before."""
@@ -230,7 +234,7 @@ class Shard:
         if _batch_hash(values, offsets).encode() != recorded:
             start = sum(len(self.tokens(before)) for before in range(batch))
             raise DataError(
-                f"shard {self._path}: batch {batch} (tokens {start} to {start + len(values) - 1} of the shard) "
+                f"shard {self.path}: batch {batch} (tokens {start} to {start + len(values) - 1} of the shard) "
                 f"does not match its hash{_zero_page(values)}; {_MEND}"
             )
 

@@ -1,6 +1,5 @@
 """What a worker process does with one unit: hash its files, look at its documents, sample its text, tokenize it."""
 
-import functools
 import io
 import json
 from collections.abc import Iterator
@@ -205,15 +204,10 @@ class _Stream:
         )
 
 
-@functools.lru_cache(maxsize=1)
-def _tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.of(folder)
-
-
 def tokenize(context: Context, unit: Unit, advance: Advance) -> UnitFacts:
     """Writes the unit's tokens and its journal. Raises DataError as the readers do, and when the disk refuses."""
     assert context.tokenizer is not None
-    tokenizer = _tokenizer(context.tokenizer)
+    tokenizer = Tokenizer.of(context.tokenizer)
     dtype, eos = token_dtype(tokenizer.vocab_size), np.array([tokenizer.eos_id])
     reader = context.reader(unit, advance)
     streams = {

@@ -7,6 +7,7 @@ import numpy as np
 
 from data_pipeline.corpus import Split
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import ShardFacts
 from data_pipeline.shards import Shard
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class TokenStream:
 
     def __init__(self, dataset: "Dataset", split: Split, source: str | None = None, check: bool = False) -> None:
         """`check`: compare each record batch with its hash when it is first touched."""
-        self.name = f"the {split} split{f' of source {source}' if source is not None else ''} of {dataset.path}"
+        self.name = f"the {split} split{f' of source {source}' if source is not None else ''} of {dataset.name}"
         self._dataset = dataset
         self._check = check
         self._shards = dataset.shards_of(split, source)
@@ -106,7 +107,7 @@ class TokenStream:
         which = int(self._first_batch.searchsorted(batch, "right")) - 1
         facts, inner = self._shards[which], batch - int(self._first_batch[which])
         if which not in self._opened:
-            if len(self._opened) == _MAX_OPEN_SHARDS:
+            if len(self._opened) >= self._dataset.max_open_shards(_MAX_OPEN_SHARDS):
                 for gone in self._opened.pop(next(iter(self._opened))).batches:
                     del self._tokens[gone], self._bounds[gone]
             self._opened[which] = _Opened(self._dataset.shard(facts), [])
@@ -137,6 +138,16 @@ class TokenStream:
             out[filled : filled + len(part)] = part
             filled += len(part)
             batch, offset = batch + 1, 0
+
+    def shards_of(self, first: int, last: int) -> list[ShardFacts]:
+        """The shards that hold the tokens from `first` to `last`."""
+        low, high = self._starts.searchsorted([first, last], "right")
+        return self._shards[int(low) - 1 : int(high)]
+
+    def shards_of_documents(self, first: int, end: int) -> list[ShardFacts]:
+        """The shards that hold the documents from `first` to `end` - 1; one that runs on may reach into the next."""
+        low = int(self._first_document.searchsorted(first, "right")) - 1
+        return self._shards[low : int(self._first_document.searchsorted(end, "left")) + 1]
 
     def shard_at(self, batch: int, offset: int) -> tuple[str, int]:
         """Path of the shard that holds a place, relative to the dataset, and the token's number in it."""

@@ -1,5 +1,6 @@
 """Tokenizers: SentencePiece trained on a bounded sample, or a model from elsewhere."""
 
+import functools
 import hashlib
 import heapq
 import io
@@ -7,7 +8,7 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -165,19 +166,19 @@ class Tokenizer:
         self.sentinel_ids = [token for token in itertools.takewhile(lambda token: token is not None, found) if token]
         """Tokens that no text gives: for span corruption."""
 
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Reads a model file. Raises DataError if it is missing or no tokenizer."""
+    @staticmethod
+    def load(path: str | Path) -> "Tokenizer":
+        """Reads a model file; one that was read lately is shared. Raises DataError if it is missing or no tokenizer."""
         try:
             model = Path(path).read_bytes()
         except OSError as error:
             raise DataError(f"no tokenizer at {path}: {error.strerror}; `duet data tokenizer` trains one") from None
-        return cls(model, str(path))
+        return _loaded(model, str(path))
 
-    @classmethod
-    def of(cls, folder: Path) -> Self:
+    @staticmethod
+    def of(folder: Path) -> "Tokenizer":
         """The tokenizer in a dataset's `tokenizer` folder. Raises DataError if there is none."""
-        return cls.load(model_file(folder))
+        return Tokenizer.load(model_file(folder))
 
     def encode(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
         """Ids of each text, int32 [tokens], without EOS. The number of threads makes no difference to them."""
@@ -195,6 +196,11 @@ class Tokenizer:
     def is_byte(self, token: int) -> bool:
         """Whether `token` is one of the 256 pieces that spell characters outside the vocabulary."""
         return self._encoder.is_byte(token)
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(model: bytes, name: str) -> Tokenizer:
+    return Tokenizer(model, name)
 
 
 def model_file(folder: Path) -> Path:

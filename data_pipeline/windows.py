@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import ShardFacts
 from data_pipeline.stream import TokenStream
 
 
@@ -89,6 +90,10 @@ class Windows:
             shifts.append(row * width - offset)
             counts.append(len(starts))
         return np.concatenate(found, dtype=np.int64) + np.repeat(shifts, counts)
+
+    def shards_of(self, first: int, end: int) -> list[ShardFacts]:
+        """The shards that hold the windows from `first` to `end` - 1."""
+        return self._stream.shards_of(first * self.context, end * self.context)  # a window has one more token
 
     def origin(self, index: int) -> Origin:
         """Where the inputs of a window come from."""

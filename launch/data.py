@@ -17,7 +17,10 @@ app = typer.Typer(
     help="Turn text into a dataset (tokenizer, Arrow shards, manifest), and look into one.",
 )
 
-DatasetArg = Annotated[Path, typer.Argument(metavar="DATASET", help="A dataset's folder: data.path of its build.")]
+DatasetArg = Annotated[
+    str,
+    typer.Argument(metavar="DATASET", help="A dataset's folder, data.path of its build; or a URI (s3://, gs://, …)."),
+]
 
 _BAR_WIDTH = 40
 _SAMPLE_TOKENS = 200
@@ -90,14 +93,35 @@ def verify(
     """
     from data_pipeline.dataset import Dataset
     from data_pipeline.packing_plan import plans
+    from data_pipeline.remote import unused_cache
 
-    opened = Dataset.open(dataset)
-    with progress_line() as progress:
+    with unused_cache(dataset, threads + 1) as cache, progress_line() as progress:
+        opened = Dataset.open(dataset, cache=cache)
         opened.verify(lambda done, total: progress("verify", done, total), threads)
     for _, packed in plans(opened):
         packed.check()
     shards = opened.manifest.shards
     typer.echo(f"{dataset}: {len(shards)} shards, {megabytes(sum(shard.bytes for shard in shards))}, all hashes match")
+
+
+@app.command()
+def upload(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="A dataset's folder: data.path of its build.")],
+    uri: Annotated[str, typer.Argument(metavar="URI", help="Where to: s3://bucket/folder, gs://…")],
+) -> None:
+    """Copy a dataset into an object store, from which `duet train` reads it through a cache on each node.
+
+    The manifest goes last, so a dataset is there when it is complete. Interrupted, run it again: what is there stays.
+
+    Example: `duet data upload data/python-docs s3://bucket/python-docs`
+    """
+    from data_pipeline.errors import DataError
+    from data_pipeline.files import is_uri
+    from data_pipeline.remote import upload as send
+
+    if not is_uri(uri):
+        raise DataError(f"{uri} is no URI, such as s3://bucket/folder; a folder can be copied by cp")
+    typer.echo(f"{uri}: {send(dataset, uri)} shards copied")
 
 
 app.command()(plan)

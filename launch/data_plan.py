@@ -66,7 +66,7 @@ def plan_lines(config: "Config", tokens: int | None) -> Iterator[str]:
 
     context = config.model.context
     wanted = config.train.steps * config.batch.tokens if tokens is None else tokens
-    dataset = Dataset.open(config.data.path)
+    dataset = Dataset.of(config.data)
     _pack(dataset, config.data.packing, context)
     phase = wanted_phase(dataset, config.data, context)
     plan = Plan(dataset, phase, config.run.seed)
@@ -111,7 +111,7 @@ def locate_lines(args: list[str], run: Path | None, step: int, text: bool) -> It
     if (run is None) == (not args):
         raise DataError("name either a run with --run RUN, or its configuration, such as data.path=… batch.tokens=…")
     config = _config_of(run) if run is not None else load(args)
-    dataset = Dataset.open(config.data.path)
+    dataset = Dataset.of(config.data)
     positions = np.arange((step - 1) * config.global_batch, step * config.global_batch)
     phase = _phase_of(run, int(positions[0])) if run is not None else None
     context, packing = (phase or config.model).context, (phase or config.data).packing

@@ -21,7 +21,7 @@ def describe(config: Config, ranks: int) -> str:
     from pretrain.evaluate import held_out
     from pretrain.run import RunFolder
 
-    dataset = Dataset.open(config.data.path)
+    dataset = Dataset.of(config.data)
     windows = None
     if config.data.packing == "plain" or packing_plan.prepared(dataset, config.model.context):
         plan = Plan(dataset, wanted_phase(dataset, config.data, config.model.context), config.run.seed)

@@ -5,6 +5,7 @@ from typing import Any
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import RunError
+from data_pipeline.files import is_uri
 from pretrain.config import Config
 
 
@@ -21,7 +22,8 @@ def complete(config: Config, dataset: Dataset) -> Config:
             "pieces; leave model.vocab_size out"
         )
     model = config.model.model_copy(update={"vocab_size": vocabulary})
-    data = config.data.model_copy(update={"path": str(Path(config.data.path).resolve())})
+    path = config.data.path
+    data = config.data.model_copy(update={"path": path if is_uri(path) else str(Path(path).resolve())})
     return config.model_copy(update={"model": model, "data": data})
 
 
@@ -29,7 +31,7 @@ def identity(dataset: Dataset) -> dict[str, Any]:
     """What a run folder records of its dataset; `order0_entropy` in bits per byte of the validation text."""
     manifest = dataset.manifest
     return {
-        "path": str(dataset.path),
+        "path": dataset.name,
         "fingerprint": manifest.fingerprint,
         "tokens": manifest.splits["train"].tokens,
         "order0_entropy": manifest.splits["validation"].order0_entropy(),

@@ -166,7 +166,7 @@ class Recorder:
 
     def _tags(self) -> dict[str, str]:
         """What this attempt is made of, in short."""
-        manifest = Manifest.load(Path(self._config.data.path))
+        manifest = Manifest.load(self._config.data.path)
         return {
             "dataset/fingerprint": manifest.fingerprint,
             "dataset/tokenizer": manifest.tokenizer.sha256,

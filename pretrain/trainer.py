@@ -17,7 +17,9 @@ from data_pipeline import packing_plan
 from data_pipeline.atomic import disk_errors
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import RunError
+from data_pipeline.files import is_uri
 from data_pipeline.loader import Loader, Reader
+from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Plan, go_on, wanted_phase
 from data_pipeline.state import DataState
 from model import registry
@@ -101,7 +103,10 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
     config.micro_batches(ranks.world_size)
     with disk_errors(folder.path, RunError), ExitStack() as stack:
         first_of_node = os.environ["LOCAL_RANK"] == "0"
-        dataset = ranks.together(lambda: Dataset.open(config.data.path, check=first_of_node))
+        remote = is_uri(config.data.path)  # Then one rank reads the manifest for all.
+        manifest = ranks.together(lambda: Manifest.load(config.data.path), only_first=True) if remote else None
+        check = ranks.is_first if remote else first_of_node
+        dataset = ranks.together(lambda: Dataset.of(config.data, check, manifest))
         lease = ranks.together(lambda: _own(folder, stack) if ranks.is_first else None)
         attempt = ranks.broadcast(lease.attempt if lease else None)
         config = ranks.together(lambda: _claim(folder, config, dataset), only_first=True)
@@ -286,7 +291,8 @@ def _claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     """Complete the configuration by the dataset's vocabulary and tie the run folder to both."""
     config = origin.resolve(complete(config, dataset))
     first = not folder.run_file.exists()
-    if first and sum(shard.bytes for shard in dataset.manifest.shards) <= VERIFY_UP_TO_BYTES:
+    # Remote shards are compared with their hashes as they come.
+    if first and not dataset.is_remote and sum(shard.bytes for shard in dataset.manifest.shards) <= VERIFY_UP_TO_BYTES:
         dataset.verify()
     if config.data.packing == "best_fit":
         packing_plan.prepare(dataset, config.model.context, slow_progress())

@@ -49,7 +49,7 @@ def load_model(run: Path, step: int | None) -> tuple[LanguageModel, Config, Chec
 def evaluate_run(run: Path, step: int | None) -> dict[str, float]:
     """Validation metrics of a checkpoint over all held-out text."""
     model, config, _ = load_model(run, step)
-    dataset = Dataset.open(config.data.path)
+    dataset = Dataset.of(config.data)
     windows = held_out(dataset, config)
     with join(config.engine.timeout_minutes) as ranks:
         text_bytes = dataset.manifest.splits["validation"].bytes
@@ -86,7 +86,7 @@ def generate_texts(
             f"{run}: trained with data.objective={config.data.objective}, where a prompt is read both ways; it is not "
             "generated from"
         )
-    tokenizer: Tokenizer = Dataset.open(config.data.path).tokenizer()
+    tokenizer: Tokenizer = Dataset.of(config.data).tokenizer()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = [GrowingText(tokenizer.decode, stops) for _ in prompts]
     encoded = [ids.tolist() if len(ids) else [tokenizer.eos_id] for ids in tokenizer.encode(list(prompts))]

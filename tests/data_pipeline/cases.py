@@ -12,8 +12,10 @@ from data_pipeline.atomic import write_atomic
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import Loader, Reader
+from data_pipeline.manifest import ShardFacts
 from data_pipeline.packing_plan import prepare
-from data_pipeline.plan import Plan, go_on
+from data_pipeline.plan import Plan, go_on, wanted_phase
+from data_pipeline.remote import RemoteShards
 from data_pipeline.state import DataState
 from pretrain.distributed import Ranks
 
@@ -68,3 +70,25 @@ def read_steps(
                 if step % SAVE_EVERY == 0:
                     write_atomic(saved, state.model_dump_json())
     return began
+
+
+def read_remote(ranks: Ranks, uri: str, cache: str, limit: int, steps: int, start: int) -> dict[str, Any]:
+    """A digest of what this rank reads, and which shards it fetched into the cache that all share."""
+    fetched = []
+    copy = RemoteShards._copy
+
+    def noted(self: RemoteShards, shard: ShardFacts, out: Any) -> None:
+        fetched.append(shard.path)
+        copy(self, shard, out)
+
+    RemoteShards._copy = noted  # type: ignore[method-assign]
+    data = DataConfig(path=uri, cache=cache, cache_bytes=limit, order="block")
+    dataset = Dataset.of(data, check=ranks.is_first)
+    plan = Plan(dataset, wanted_phase(dataset, data, 32), 0)
+    reader = Reader(plan, global_batch=64, rank=ranks.rank, world_size=ranks.world_size, start=start)
+    read = []
+    with Loader(reader) as loader:
+        for _ in range(steps):
+            step = next(loader)
+            read.append([step.positions.tolist(), xxhash.xxh3_64_hexdigest(step.tokens.numpy().tobytes())])
+    return {"read": read, "fetched": fetched}

@@ -1,6 +1,11 @@
 """What the tests of the data pipeline share: real text, and datasets built from it."""
 
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +13,9 @@ import pytest
 
 from data_pipeline.build import build
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Dataset, Windows
+from data_pipeline.dataset import Dataset
+from data_pipeline.files import resolve
+from data_pipeline.windows import Windows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -79,3 +86,42 @@ def jsonl(tmp_path: Path) -> Callable[[str, list[str]], Path]:
         return file
 
     return write
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator[Callable[[str], str]]:
+    """A real S3 server on this machine; gives the URI of a key."""
+    pytest.importorskip("moto", reason="moto's server is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():
+            patch.setenv(name, value)
+        end = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/corpus", method="PUT")).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < end, "the server did not start"
+                time.sleep(0.02)
+        options = f"endpoint_override=http%3A%2F%2F127.0.0.1%3A{port}&region=us-east-1"
+        yield lambda key: f"s3://corpus/{key}?{options}"
+    server.terminate()
+    server.wait()
+
+
+def put(uri: str, content: bytes) -> None:
+    filesystem, path = resolve(uri)
+    with filesystem.open_output_stream(path, compression=None) as file:
+        file.write(content)

@@ -5,12 +5,7 @@ import gzip
 import io
 import json
 import lzma
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_pipeline import files, sources
+from data_pipeline import sources
 from data_pipeline.build import build
 from data_pipeline.config import DataConfig, SourceConfig, SplitConfig
 from data_pipeline.corpus import UnitReader
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.sources import Source, Unit
-from tests.data_pipeline.conftest import config, prose, stream
+from tests.data_pipeline.conftest import config, prose, put, stream
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -181,45 +176,6 @@ def test_text_in_a_table_that_is_not_utf8_is_named_by_row(tmp_path: Path) -> Non
 
 
 # --- a store ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[Callable[[str], str]]:
-    """A real S3 server on this machine; gives the URI of a key."""
-    pytest.importorskip("moto", reason="moto's server is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():
-            patch.setenv(name, value)
-        end = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/corpus", method="PUT")).close()
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < end, "the server did not start"
-                time.sleep(0.02)
-        options = f"endpoint_override=http%3A%2F%2F127.0.0.1%3A{port}&region=us-east-1"
-        yield lambda key: f"s3://corpus/{key}?{options}"
-    server.terminate()
-    server.wait()
-
-
-def put(uri: str, content: bytes) -> None:
-    filesystem, path = files._resolve(uri)
-    with filesystem.open_output_stream(path, compression=None) as file:
-        file.write(content)
 
 
 def test_a_store_is_read_like_a_disk(tmp_path: Path, store: Callable[[str], str]) -> None:

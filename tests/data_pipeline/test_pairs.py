@@ -114,6 +114,20 @@ def test_every_pair_comes_back_and_halves_are_dropped(paired: Dataset) -> None:
     assert sorted(both) == sorted(texts(500, 0) + texts(200, 1))
 
 
+def test_the_shards_of_a_range_hold_its_pairs(paired: Dataset) -> None:
+    windows = paired.pairs("train", CONTEXT, "a")
+    paths = [shard.path for shard in paired.shards_of("train", "a")]
+    assert len(paths) > 4
+    at = [paths.index(windows.origin(index).shard) for index in range(len(windows))]
+    rng = np.random.default_rng(SEED)
+    for first, end in np.sort(rng.integers(0, len(windows) + 1, (50, 2))).tolist():
+        if first < end:
+            found = [paths.index(shard.path) for shard in windows.shards_of(first, end)]
+            assert set(at[first:end]) <= set(found), "none is left out"
+            assert found[0] == at[first], "none before"
+            assert found[-1] <= at[end - 1] + 1, "one behind, where a pair may run on"
+
+
 def test_a_long_pair_is_cut_nowhere_but_at_the_context(tmp_path: Path) -> None:
     source, target = "ab cd ef\n" * 160_000, "gh ij\n" * 200_000  # above 1 MiB: tokenized in pieces
     for name, pairs in (("train", [("a", "b"), (source, target)]), ("held", [("face", "big")])):
