@@ -125,6 +125,8 @@ def diagnose(
     known = Failure(job or "?", restart, outcome.rc, "", checkpoint=checkpoint)
     if outcome.dead_nodes:
         return replace(known, what="the launch failed", host=outcome.dead_nodes[0])
+    if outcome.newly_excluded:
+        return replace(known, what="the preflight failed", host=outcome.newly_excluded[0])
     # A rank killed from outside writes nothing, and its peers only tell of a lost connection.
     killed = _first_killed(words) if outcome.rc else None
     if killed and killed[0] not in [failure.rank for failure in ranks]:
