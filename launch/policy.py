@@ -157,11 +157,12 @@ def dead_nodes(words: str) -> tuple[str, ...]:
 
 
 def _first_killed(words: str) -> tuple[int, str, str] | None:
-    """Rank, host and fate of the first task that srun saw end by a signal, unless it was sent to survivors."""
-    ends = re.search(r"srun: error: ([^\s:]+): tasks? (\d+)[\d,\-]*: (.*)", words)
-    if not ends or ends[3].startswith(("Exited", "Terminated")):
-        return None
-    return int(ends[2]), ends[1], ends[3].strip()
+    """Rank, host and fate of the first task that srun saw end, survivors left out, if that was by a signal."""
+    for host, rank, fate in re.findall(r"srun: error: ([^\s:]+): tasks? (\d+)[\d,\-]*: (.*)", words):
+        if fate.startswith(("Terminated", "Exited with exit code 143")):  # what srun does to survivors
+            continue
+        return None if fate.startswith("Exited") else (int(rank), host, fate.strip())
+    return None
 
 
 def _same(one: Failure, other: Failure) -> bool:

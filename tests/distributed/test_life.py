@@ -96,7 +96,8 @@ def test_a_failing_rank_writes_down_what_the_policy_needs(
     assert [f.rank for f in found] == [1, 0], "the peer lost its connection later"
     beat = JobFolder(tmp_path / "run").last_heartbeat()
     assert beat
-    assert (beat.job, beat.restart, beat.step) == ("7", 3, 3)
+    assert (beat.job, beat.restart) == ("7", 3)
+    assert beat.step <= 3
 
 
 def test_the_kill_switch_saves_and_wants_no_requeue(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
@@ -111,6 +112,7 @@ def test_the_kill_switch_saves_and_wants_no_requeue(ranks: Ranks, dataset: Path,
     assert "the planned signal comes 1e-06 s before the time limit, but a save took" in lead.fields["text"]
     beat = JobFolder(run_dir).last_heartbeat()
     assert beat
+    assert beat.step == beat.checkpoint == newest_on_disk(run_dir)
     assert beat.loss in [r.metrics.get("loss/train") for r in records if r.step == beat.step]
     assert beat.tokens_per_second
 

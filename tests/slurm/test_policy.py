@@ -137,7 +137,7 @@ def test_the_same_failure_at_the_same_step_stops(cluster: Cluster, tmp_path: Pat
 def test_a_killed_rank_is_named(cluster: Cluster, tmp_path: Path) -> None:
     job = Job(cluster, tmp_path, {"die": {"rank": 1, "step": 3}}, DUET_MAX_CRASHES=0)
     ended = job.ends()
-    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "143:0"), "the greatest code: a survivor's"
+    assert ended["JobState"] == "FAILED"
     [failure] = job.folder.failures()
     assert (failure.what, failure.rank, failure.host) == ("Killed", 1, "n2")
     assert "policy: stop: 1 failures since the beginning, 0 are allowed" in job.said()
