@@ -179,13 +179,14 @@ def config_show(config: ConfigArgs) -> None:
 
 @config_app.command("presets")
 def config_presets() -> None:
-    """List the shipped presets.
+    """List the shipped presets; `cluster/NAME` are sites, for `duet submit --cluster NAME`.
 
     Example: `duet config presets`
     """
+    from launch.cluster import shipped
     from pretrain.config import presets
 
-    for name in presets():
+    for name in sorted([*presets(), *(f"cluster/{name}" for name in shipped())]):
         typer.echo(name)
 
 
