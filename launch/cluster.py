@@ -61,24 +61,27 @@ class Cluster(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=T
     """Of a node, as for `--mem`: 500G; 0 is all of it."""
     exclusive: bool = False
     """Nobody else's jobs on these nodes."""
-    container: Line | None = None
+    container: Word | None = None
     """Image for pyxis (Enroot): `--container-image`."""
-    apptainer: Line | None = None
+    apptainer: Word | None = None
     """Image for Apptainer, instead."""
-    mounts: list[Line] = []
+    mounts: list[Word] = []
     """Folders that a container sees, as SOURCE or SOURCE:TARGET."""
     modules: list[Word] = []
     """Loaded in this order before anything else."""
     setup: Line | None = None
     """A shell file that is sourced: a virtual environment's `activate`, or a site's own."""
-    python: Line = "python"
-    """The interpreter that has Duet's dependencies, as the nodes see it."""
+    python: Word | None = None
+    """The interpreter that has Duet's dependencies, as the nodes see it; the one that submits unless given, and in a
+    container `python`."""
     scratch: Line | None = None
     """A folder on each node's own disk, for caches and copies of the data."""
     requeue: bool = True
     """Whether a job may go back into the queue; where the site forbids it, `duet submit --chain`."""
     signal_lead: int = Field(default=300, ge=1)
     """Seconds before the time limit at which the run is told to save."""
+    preflight: bool = False
+    """Test nodes and network at each start of a job (`duet preflight`)."""
     sbatch: list[Line] = []
     """Further options of sbatch, such as `--reservation=maintenance`."""
     environment: dict[str, Line] = {}

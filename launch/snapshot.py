@@ -22,8 +22,10 @@ MOST_NAMED = 5
 """Large files in an error."""
 
 
-def take(code: Path, untracked_mib: float, root: Path = SOURCE) -> Path:
+def take(code: Path, untracked_mib: float, root: Path = SOURCE, *, dry_run: bool = False) -> Path:
     """Copy the code at `root` to `code/snapshot-HASH`, unless it is there; returns that folder.
+
+    With `dry_run` nothing is copied.
 
     Of a checkout: what git tracks, as it lies on disk, and what it neither tracks nor ignores, up to `untracked_mib`;
     nothing of the folder that `code` is in. Commit and difference are noted inside (`pretrain.provenance`). Of an
@@ -37,6 +39,8 @@ def take(code: Path, untracked_mib: float, root: Path = SOURCE) -> Path:
     names = _checkout(root, code.parent, untracked_mib) if (root / ".git").exists() else _installed(root)
     names = sorted(set(names) - made.keys())
     there = code / _name(_read(root, names), made)
+    if dry_run:
+        return there
     if there.is_dir():
         if _name(_read(there, names), made) != there.name:
             raise RunError(f"{there}: no longer what was copied there; remove it, and submit again")

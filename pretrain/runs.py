@@ -57,7 +57,7 @@ def run_state(run_dir: Path) -> RunState:
     owner: dict[str, Any] = json.loads(attempt_file.read_text()) if attempt else {}
     journal = run_dir / "metrics.jsonl"
     try:
-        records = _tail(journal) if journal.is_file() else []
+        records = tail(journal) if journal.is_file() else []
     except RunError:  # one damaged journal must not hide the other runs; `duet report` names the line
         records, state = [], "unreadable"
     else:
@@ -89,8 +89,8 @@ def _state(owner: dict[str, Any], attempt_file: Path, records: list[Record]) -> 
     return "failed" if "ended" in owner else "dead"
 
 
-def _tail(journal: Path) -> list[Record]:
-    """The last records: as many as it takes to have the loss and the speed among them."""
+def tail(journal: Path) -> list[Record]:
+    """The last records of a journal: as many as it takes to have the loss and the speed among them."""
     length, size = TAIL_BYTES, journal.stat().st_size
     while True:
         start = max(0, size - length)

@@ -34,6 +34,7 @@ def test_a_path_then_the_users_own_then_the_shipped(tmp_path: Path, monkeypatch:
         ("parition: x", "unknown key parition; nearest valid key: partition"),
         ("partition: a b", "partition: expected one word"),
         ("python: ''", "python: expected one line"),
+        ("python: my python", "python: expected one word"),
         ("setup: |\n  a\n  b\n", "setup: expected one line"),
         ("nodes: 8-2", "nodes: '8-2' is not a number of nodes"),
         ("nodes: 0", "nodes: '0' is not a number of nodes"),
