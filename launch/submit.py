@@ -158,7 +158,7 @@ def place(order: Order) -> list[str]:
             locks.enter_context(_alone(config.run_dir))
             _check_not_queued(config.run_dir)
         if order.after and slurm.job(order.after) is None:  # Slurm would take it for one that has succeeded
-            raise ConfigError(f"--after {order.after}: Slurm knows no such job")
+            raise ConfigError(f"--after {order.after}: Slurm knows no such job, or no longer")
         with tempfile.TemporaryDirectory(prefix="duet-") as folder:
             script = Path(folder, "job.sbatch")
             script.write_text(plan.script)

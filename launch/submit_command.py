@@ -1,5 +1,6 @@
 """`duet submit`: the command."""
 
+import re
 import sys
 from typing import Annotated
 
@@ -50,6 +51,8 @@ def submit(
 
     if array and chain > 1:
         raise ConfigError("--array and --chain exclude each other: chain each run on its own")
+    if after and not re.fullmatch(r"\d+(_\d+)?", after):
+        raise ConfigError(f"--after {after}: expected the number of a job, such as 1234")
     configs = expand(config, array) if array else [load(config)]
     order = Order(
         configs,

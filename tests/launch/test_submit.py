@@ -212,7 +212,7 @@ def test_time_and_lead_are_held_beside_what_was_measured(small: list[str], datas
     folder = begun(arguments, fingerprint=Manifest.load(dataset).fingerprint)
     told = submit(*arguments, "--cluster", "local", "--nodes", "1", "--dry-run")
     # 1,000 steps of 9 s on 4 ranks: on 2 ranks 18,000 s; 29 min a start.
-    assert "1,000 steps of 18 s are left, 5:00:00, so 11 start(s) (measured on 4 ranks)" in told
+    assert "1,000 steps of 18 s are left, 5h00m, so 11 start(s) (measured on 4 ranks)" in told
     assert "warning: 60 s before the end the run is told to save, and a step with a save took 98 s" in told
     assert "signal_lead of 147" in told
     site = folder.path.parent / "site.yaml"
