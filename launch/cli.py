@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import UserError
-from launch import checkpoint, data, model, runs, tracking
+from launch import checkpoint, data, model, preflight, runs, tracking
 
 ConfigArgs = Annotated[
     list[str],
@@ -30,6 +30,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(model.app, name="model")
 app.add_typer(runs.app, name="runs")
 app.add_typer(tracking.app, name="track")
+app.command("preflight")(preflight.preflight)
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
 
