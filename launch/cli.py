@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import UserError
-from launch import checkpoint, data, model, runs, submit_command, tracking
+from launch import checkpoint, data, model, preflight, runs, submit_command, tracking
 
 ConfigArgs = Annotated[
     list[str],
@@ -31,6 +31,7 @@ app.add_typer(model.app, name="model")
 app.add_typer(runs.app, name="runs")
 app.add_typer(tracking.app, name="track")
 app.command("submit")(submit_command.submit)
+app.command("preflight")(preflight.preflight)
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
 
