@@ -11,7 +11,7 @@ from launch.cluster import Cluster
 
 SECTIONS = ("# --- the job", "# --- the site", "# --- the life of the job")
 _RULE = 119
-_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_@%+=:,./-[]")
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_@%+=:,./-")
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,18 @@ def plain(path: Path) -> str:
 
 
 def directive(option: str) -> str:
-    """One `#SBATCH` line. sbatch splits it at spaces and reads quotes, backslashes and `#` in a way of its own.
+    """One `#SBATCH` line. sbatch splits it at spaces but in quotes, where a backslash protects what follows.
 
     Raises:
         ConfigError: it holds a line's end.
     """
     if not option.isprintable():
         raise ConfigError(f"{option!r}: Slurm's options are one line of text; choose another name")
-    return "#SBATCH " + "".join(letter if letter in _PLAIN or ord(letter) > 127 else f"\\{letter}" for letter in option)
+    if set(option) <= _PLAIN:
+        return f"#SBATCH {option}"
+    name, mark, value = option.partition("=") if "=" in option else ("", "", option)
+    value = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'#SBATCH {name}{mark}"{value}"'
 
 
 def _directives(job: Job) -> list[str]:

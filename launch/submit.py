@@ -18,6 +18,7 @@ from data_pipeline.errors import ConfigError, RunError
 from launch import checks, cluster, render, slurm, snapshot
 from launch.checks import Finding
 from launch.cluster import Cluster
+from launch.exclude import avoided
 from pretrain.config import Config, dump, load
 from pretrain.job import JobFolder
 from pretrain.provenance import SOURCE
@@ -117,7 +118,7 @@ def prepare(order: Order, *, dry_run: bool = False) -> Plan:
     folder = first.parent if order.array else first
     code = order.code or snapshot.take(folder / "code", order.untracked_mib, dry_run=True)
     findings.append(Finding("code", str(code)))
-    excluded = list(dict.fromkeys(e["node"] for c in configs for e in JobFolder(c.run_dir).excluded()))
+    excluded = list(dict.fromkeys(node for config in configs for node in avoided(JobFolder(config.run_dir))))
     if excluded:
         findings.append(Finding("exclude", f"{', '.join(excluded)}: {first}/slurm/exclude.jsonl", warning=True))
     # Slurm's pattern %a is the element's number, and $SLURM_ARRAY_TASK_ID: links lead from it to the run folders.

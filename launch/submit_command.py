@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -57,7 +58,7 @@ def submit(
     order = Order(
         configs,
         site(cluster, nodes, time),
-        cluster,
+        str(Path(cluster).absolute()) if Path(cluster).is_file() else cluster,
         ["duet", *sys.argv[1:]],
         array=bool(array),
         chain=chain,

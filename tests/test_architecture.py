@@ -68,6 +68,7 @@ def test_the_rules_see_a_breach(tmp_path: Path) -> None:
         ["checkpoint", "ls", "--help"],
         ["config", "show", "model/tiny"],
         ["config", "presets"],
+        ["submit", "--help"],
         ["model", "params", "--help"],
         ["model", "flops", "model/tiny", "model.vocab_size=512"],
     ],

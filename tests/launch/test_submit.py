@@ -220,7 +220,7 @@ def test_time_and_lead_are_held_beside_what_was_measured(small: list[str], datas
     assert "does not requeue: --chain 11" in submit(*arguments, "--cluster", str(site), "--nodes", "1", "--dry-run")
     assert "--chain" not in submit(*arguments, "--cluster", str(site), "--nodes", "1", "--chain", "11", "--dry-run")
     with pytest.raises(RunError, match=r"finished: its newest checkpoint is of step 100, train\.steps=100"):
-        checks.check_folder(checked([*small, "train.steps=100"]), None)
+        checks.check_folder(load([*small, "train.steps=100"]), None)
     (folder.path / "slurm").mkdir()
     (folder.path / "slurm" / "stop").touch()
     with pytest.raises(RunError, match="the kill switch is there"):

@@ -19,13 +19,12 @@ from launch.cli import app
 from launch.submit import resubmit
 from pretrain.job import JobFolder
 from pretrain.provenance import PACKAGES
-from pretrain.run import RunFolder
 from tests.runs import CHARACTERS, ROOT, SMALL
 from tests.slurm.cluster import Cluster
 from tests.slurm.processes import wait_until
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED")
-STANDIN = '''"""Says what it was given; with STEPS it leaves the checkpoint of that step."""
+STANDIN = '''"""Says what it was given; with train.keep_every it leaves a checkpoint so many steps on."""
 
 import json
 import os
@@ -35,6 +34,7 @@ from pathlib import Path
 
 from pretrain import provenance
 from pretrain.config import load
+from pretrain.run import RunFolder
 
 VERSION = "first"
 config = load(sys.argv[1:])
@@ -44,11 +44,12 @@ facts |= {"version": VERSION, "seed": config.run.seed, "source": str(provenance.
 facts["tags"] = provenance.record(config.run_dir / "code", 1 + int(facts["SLURM_PROCID"]))
 with open(config.run_dir / "ranks.jsonl", "a") as file:
     file.write(json.dumps(facts) + "\\n")
-if config.train.keep_every:
-    manifest = config.run_dir / "checkpoints" / f"step-{config.train.keep_every:09d}" / "manifest.json"
+if config.train.keep_every and facts["SLURM_PROCID"] == "0":
+    step = max(RunFolder(config.run_dir).saved_steps(), default=0) + config.train.keep_every
+    manifest = config.run_dir / "checkpoints" / f"step-{step:09d}" / "manifest.json"
     manifest.parent.mkdir(parents=True, exist_ok=True)
     manifest.touch()
-while Path("hold").exists():
+while Path("wait").exists():
     time.sleep(0.02)
 '''
 
@@ -167,12 +168,15 @@ def test_a_mistake_is_one_clear_line(
     assert not Path("runs/first/code").exists()
 
 
-def test_each_rank_has_a_gpu_and_the_job_its_log(cluster: Cluster, submit: Submit, checkout: Path) -> None:
+def test_a_job_gets_what_it_was_submitted_with(cluster: Cluster, submit: Submit, checkout: Path) -> None:
+    """A GPU for each rank, as many nodes as can share the batch, its variables, and its log, in a hostile folder."""
     where = site(gpus_per_node=2, tasks_per_node=None, environment={"MOTTO": "it's $HOME", "OMP_NUM_THREADS": 1})
-    job = submit("--nodes", "2", site=where)
-    log = ended(cluster, job, Path(f"runs/first/logs/slurm-{job}.out"))
+    run_dir = Path("runs", 'it\'s #1 & 100%j "done"; $HOME')
+    job = submit(f"run.dir={json.dumps(str(run_dir))}", "--nodes", "2-3", site=where)
+    log = ended(cluster, job, run_dir / "logs" / f"slurm-{job}.out")
+    assert "3 nodes cannot share the batch: idle are n3" in log
     assert "start on n1 n2, 4 ranks" in log
-    found = ranks()
+    found = ranks(run_dir)
     assert [(f["SLURM_PROCID"], f["SLURMD_NODENAME"], f["SLURM_LOCALID"]) for f in found] == [
         ("0", "n1", "0"), ("1", "n1", "1"), ("2", "n2", "0"), ("3", "n2", "1"),
     ]  # fmt: skip
@@ -181,8 +185,8 @@ def test_each_rank_has_a_gpu_and_the_job_its_log(cluster: Cluster, submit: Submi
     assert {f["tags"]["slurm/job_id"] for f in found} == {job}
     commit = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     assert {f["tags"]["git/commit"] for f in found} == {commit}
-    [record] = JobFolder(Path("runs/first")).submissions()
-    assert (record["job"], record["cluster"], record["nodes"]) == (job, str(Path("site.yaml").absolute()), "2")
+    [record] = JobFolder(run_dir).submissions()
+    assert (record["job"], record["cluster"], record["nodes"]) == (job, str(Path("site.yaml").absolute()), "2-3")
     assert record["command"][:2] == ["duet", "submit"]
 
 
@@ -193,11 +197,13 @@ def test_edits_after_the_submission_reach_neither_the_job_nor_its_requeues(
     trainer.write_text(trainer.read_text().replace('"first"', '"edited before"'))
     job = submit("--sbatch=--hold")
     trainer.write_text(trainer.read_text().replace('"edited before"', '"edited after"'))
+    Path("runs/first/wait").touch()
     cluster.run("scontrol", "release", job)
     log = Path(f"runs/first/logs/slurm-{job}.out")
-    ended(cluster, job, log)
+    wait_until(lambda: Path("runs/first/ranks.jsonl").exists() and len(ranks()) == 2, 60, "the first start")
     cluster.run("scontrol", "requeue", job)
     wait_until(lambda: cluster.job(job)["JobState"] == "PENDING", 30, "the requeue")
+    Path("runs/first/wait").unlink()
     cluster.start_now(job)
     assert ended(cluster, job, log).count("start on") == 2
     found = ranks()
@@ -212,45 +218,27 @@ def test_edits_after_the_submission_reach_neither_the_job_nor_its_requeues(
 
 
 def test_a_sweep_is_one_array_with_a_folder_for_each_element(cluster: Cluster, submit: Submit) -> None:
-    first = submit("--array", "run.seed=7,8")
+    sweep = Path("runs", "a=b, été")
+    first = submit(f"run.dir={json.dumps(str(sweep), ensure_ascii=False)}", "--array", "run.seed=7,8")
     array = first.removesuffix("_0")
     for number, seed in enumerate((7, 8)):
-        run_dir = Path(f"runs/first/seed-{seed}")
+        run_dir = sweep / f"seed-{seed}"
         log = ended(cluster, f"{array}_{number}", run_dir / "logs" / f"slurm-{array}_{number}.out")
         assert f"run {run_dir.absolute()}" in log
         assert {f["seed"] for f in ranks(run_dir)} == {seed}
         [record] = JobFolder(run_dir).submissions()
         assert (record["job"], record["array"]) == (f"{array}_{number}", f"{number} of 0-1")
-    assert len(list(Path("runs/first/code").glob("snapshot-*"))) == 1
-    [again] = resubmit(Path("runs/first/seed-8"))
-    ended(cluster, again, Path(f"runs/first/seed-8/logs/slurm-{again}.out"))
+        assert {f["source"] for f in ranks(run_dir)} == {str(next((sweep / "code").absolute().glob("snapshot-*")))}
 
 
 def test_a_chain_goes_on_until_the_run_is_finished(cluster: Cluster, submit: Submit) -> None:
     where = site(requeue=False)
-    Path("runs/first").mkdir(parents=True)
     first = submit("--chain", "3", "train.steps=4", "train.keep_every=2", site=where)
     links = [record["job"] for record in JobFolder(Path("runs/first")).submissions()]
     assert links[0] == first
-    assert len(links) == 3
-    Path("runs/first/orders").touch()
-    logs = [Path(f"runs/first/logs/slurm-{link}.out") for link in links]
-    for link, log in zip(links[:1], logs[:1], strict=True):
-        assert "start on" in ended(cluster, link, log)
-    last = RunFolder(Path("runs/first")).checkpoints / "step-000000004" / "manifest.json"
-    last.parent.mkdir(parents=True)
-    last.touch()
-    for link, log in zip(links[2:], logs[2:], strict=True):
-        text = ended(cluster, link, log)
-        assert "start on" not in text
-        assert "nothing is left for this link of the chain" in text
-
-
-def test_a_range_of_nodes_leaves_idle_what_cannot_share_the_batch(cluster: Cluster, submit: Submit) -> None:
-    job = submit("--nodes", "2-3")
-    log = ended(cluster, job, Path(f"runs/first/logs/slurm-{job}.out"))
-    assert "3 nodes cannot share the batch: idle are n3" in log
-    assert "start on n1 n2, 4 ranks" in log
+    logs = [ended(cluster, link, Path(f"runs/first/logs/slurm-{link}.out")) for link in links]
+    assert ["start on" in log for log in logs] == [True, True, False]
+    assert "nothing is left for this link of the chain" in logs[2]
 
 
 def test_a_second_submission_names_the_job_that_waits(cluster: Cluster, submit: Submit, run: list[str]) -> None:
@@ -272,11 +260,3 @@ def test_one_after_another_job(cluster: Cluster, submit: Submit) -> None:
     job = submit("--after", failed)
     cluster.run("scontrol", "release", failed)
     assert cluster.wait_for_job(job, *ENDED)["JobState"] == "CANCELLED", "it would wait for ever"
-
-
-@pytest.mark.parametrize("name", ['it\'s #1 & 100%j "done"; $HOME', "a=b, été"])
-def test_names_that_shells_and_slurm_read_otherwise(cluster: Cluster, submit: Submit, name: str) -> None:
-    job = submit(f"run.dir={json.dumps(f'runs/{name}', ensure_ascii=False)}")
-    run_dir = Path("runs", name)
-    assert "start on" in ended(cluster, job, run_dir / "logs" / f"slurm-{job}.out")
-    assert len(ranks(run_dir)) == 2
