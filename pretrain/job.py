@@ -1,7 +1,7 @@
 """What a run folder knows of its Slurm jobs, and the heartbeat: the tie between ranks, batch script and command line.
 
 slurm/job.sbatch  slurm/config.yaml  slurm/jobs.jsonl  slurm/wants-requeue  slurm/stop  slurm/exclude.jsonl
-slurm/failures.jsonl  slurm/failures/JOB-RESTART-rank-R.json  heartbeat
+slurm/failures.jsonl  slurm/failures/JOB-RESTART-rank-R.json  slurm/decisions.jsonl  heartbeat
 
 Free of torch. Readers leave out what is missing or torn: another node may be in the middle of writing a record.
 """
@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 
 from data_pipeline.atomic import write_json
 
-R = TypeVar("R", "RankFailure", "Failure", "Heartbeat")
+R = TypeVar("R", "RankFailure", "Failure", "Heartbeat", "Wish")
 HEARTBEAT_SHARE = 0.01
 """Of the time that writing heartbeats may take; a slow file system gets fewer of them."""
+MOST_EXCLUDED = 8
+"""Nodes: more are not bad luck, and a faulty test must not eat the cluster."""
 
 
 def this_job() -> tuple[str | None, int]:
@@ -85,6 +87,17 @@ class Heartbeat:
     time: float = field(default_factory=time.time)
 
 
+@dataclass(frozen=True)
+class Wish:
+    """Rank 0 asks for a requeue."""
+
+    step: int
+    """Where the run stands, and is saved."""
+    trained: int
+    """Steps that this start has taken: without any, there is no progress to go on with."""
+    time: float = field(default_factory=time.time)
+
+
 class JobFolder:
     """Paths and records of a run folder's Slurm part."""
 
@@ -99,17 +112,17 @@ class JobFolder:
         self._wants_requeue = self.path / "wants-requeue"
         self._excluded = self.path / "exclude.jsonl"
         self._failures = self.path / "failures.jsonl"
+        self._decisions = self.path / "decisions.jsonl"
         self._of_ranks = self.path / "failures"
 
-    @property
-    def wants_requeue(self) -> bool:
-        """Whether the ranks saved because of the planned signal, and the checkpoint is whole."""
-        return self._wants_requeue.exists()
-
-    def request_requeue(self, step: int) -> None:
-        """A checkpoint of `step`, made because of the planned signal, is published."""
+    def request_requeue(self, step: int, trained: int) -> None:
+        """The run stands at `step`, saved because of the planned signal, after `trained` steps of this start."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self._wants_requeue, {"step": step, "time": time.time()})
+        write_json(self._wants_requeue, asdict(Wish(step, trained)))
+
+    def requeue_wish(self) -> "Wish | None":
+        """None when nobody asked to be requeued."""
+        return next(iter(_records(Wish, [_json(self._wants_requeue)])), None)
 
     def submitted(self, job: str, cluster: str, nodes: str, command: list[str], array: str | None = None) -> None:
         """Record a submission; `nodes` as Slurm was asked for them."""
@@ -120,14 +133,24 @@ class JobFolder:
         """All of them, in order."""
         return _lines(self._jobs)
 
-    def exclude(self, node: str, reason: str) -> None:
-        """Have the next submission avoid a node."""
-        record = {"node": node, "time": time.time(), "job": this_job()[0], "reason": reason}
+    def exclude(self, node: str, reason: str) -> bool:
+        """Have the next starts avoid a node; False when `MOST_EXCLUDED` are avoided already."""
+        avoided = [line["node"] for line in self.excluded()]
+        if node not in avoided and len(avoided) >= MOST_EXCLUDED:
+            return False
+        job, restart = this_job()
+        record = {"node": node, "time": time.time(), "job": job, "restart": restart, "reason": reason}
         self._append(self._excluded, record)
+        return True
 
     def excluded(self) -> list[dict[str, Any]]:
         """Nodes to avoid, each once, with the last reason; in the order they were first named."""
         return list({line["node"]: line for line in _lines(self._excluded) if "node" in line}.values())
+
+    def excluded_by(self, job: str | None, restart: int) -> list[str]:
+        """Nodes that one start of a job has excluded."""
+        ours = [line for line in _lines(self._excluded) if (line.get("job"), line.get("restart")) == (job, restart)]
+        return list(dict.fromkeys(line["node"] for line in ours if "node" in line))
 
     def failed(self, failure: Failure) -> None:
         """Record why a start of a job ended."""
@@ -136,6 +159,16 @@ class JobFolder:
     def failures(self) -> list[Failure]:
         """Of all starts of all jobs, in order."""
         return _records(Failure, _lines(self._failures))
+
+    def decided(self, action: str, reason: str, rc: int, signal: str) -> None:
+        """Record what was decided after a start of this job: an action of `launch.policy`, and why."""
+        job, restart = this_job()
+        record = {"job": job, "restart": restart, "time": time.time(), "action": action, "reason": reason}
+        self._append(self._decisions, record | {"rc": rc, "signal": signal})
+
+    def decisions(self) -> list[dict[str, Any]]:
+        """Of all starts of all jobs, in order."""
+        return _lines(self._decisions)
 
     def rank_failed(self, failure: RankFailure) -> None:
         """Record why a rank ended."""

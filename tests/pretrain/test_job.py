@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.job import Failure, Heartbeat, JobFolder, Pulse, RankFailure, this_job
+from pretrain.job import MOST_EXCLUDED, Failure, Heartbeat, JobFolder, Pulse, RankFailure, this_job
 from tests.runs import ROOT
 
 
@@ -19,7 +19,7 @@ def test_an_empty_run_folder_knows_nothing(tmp_path: Path) -> None:
     folder = JobFolder(tmp_path)
     assert folder.submissions() == folder.excluded() == folder.failures() == folder.rank_failures("7", 0) == []
     assert folder.last_heartbeat() is None
-    assert not folder.wants_requeue
+    assert folder.requeue_wish() is None
     assert not list(tmp_path.iterdir()), "reading makes nothing"
 
 
@@ -43,12 +43,26 @@ def test_what_is_recorded_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     failure = Failure("7", 2, 1, "a bug", step=5, rank=1, host="n2", samples=[3, 4], checkpoint=4)
     folder.failed(failure)
     assert folder.failures() == [failure]
-    folder.request_requeue(12)
-    assert folder.wants_requeue
+    folder.request_requeue(12, trained=3)
+    wish = folder.requeue_wish()
+    assert wish
+    assert (wish.step, wish.trained) == (12, 3)
     heartbeat = Heartbeat(12, 3, loss=2.5)
     assert (heartbeat.job, heartbeat.restart) == this_job() == ("7", 2)
     Pulse(folder).beat(heartbeat)
     assert folder.last_heartbeat() == heartbeat
+
+
+def test_so_many_nodes_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = JobFolder(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    taken = [folder.exclude(f"n{number}", "why") for number in range(MOST_EXCLUDED + 2)]
+    assert taken == [True] * MOST_EXCLUDED + [False] * 2
+    assert len(folder.excluded()) == MOST_EXCLUDED
+    assert folder.exclude("n3", "again"), "that is no further one"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert folder.exclude("n4", "again")
+    assert folder.excluded_by("7", 1) == ["n4"]
 
 
 def test_the_ranks_of_one_start_only_and_the_cause_first(tmp_path: Path) -> None:
