@@ -99,7 +99,6 @@ def resume(
     Examples: `duet resume runs/first`, `duet resume runs/first --nodes 2-8`
     """
     from launch.run_status import status_and_jobs
-    from launch.submit import resubmit
     from pretrain.job import JobFolder
 
     status, jobs = status_and_jobs(run)
@@ -114,6 +113,8 @@ def resume(
         raise RunError(
             f"{run}: all {status.total} steps are done; to train on, `duet submit {run}/config.yaml train.steps=MORE`"
         )
+    from launch.submit import resubmit
+
     JobFolder(run).kill_switch.unlink(missing_ok=True)
     resubmit(run, nodes=nodes, cluster=cluster)
 

@@ -1,5 +1,6 @@
 """What the folders of runs say, for `duet status`: as far as they can be read, and quickly. Free of torch."""
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import yaml
 
 from data_pipeline.errors import RunError
 from pretrain.job import Failure, Heartbeat, JobFolder
-from pretrain.runs import RunState, run_state
+from pretrain.runs import RunState, run_state, saved_steps
 
 MOST_JOBS = 16
 """Newest submissions of a run that Slurm is asked about."""
@@ -32,6 +33,8 @@ class RunFiles(NamedTuple):
     asked_to_stop: bool
     excluded: list[dict[str, Any]]
     failures: list[Failure]
+    decision: dict[str, Any]
+    """The last of `launch.policy`; empty when there is none."""
 
 
 def is_run(path: Path) -> bool:
@@ -74,6 +77,7 @@ def read_files(path: Path) -> RunFiles:
         asked_to_stop=folder.kill_switch.exists(),
         excluded=folder.excluded(),
         failures=folder.failures(),
+        decision=next(reversed(folder.decisions()), {}),
     )
 
 
@@ -93,14 +97,7 @@ def _number(config: dict[str, Any], section: str, key: str) -> float | None:
 
 def _newest_checkpoint(path: Path) -> tuple[int | None, float | None]:
     """Its step, and when it was complete."""
-    steps = {}
-    for manifest in path.glob("checkpoints/step-*/manifest.json"):
-        number = manifest.parent.name.removeprefix("step-")
-        if number.isdigit():
-            steps[int(number)] = manifest
-    for step in sorted(steps, reverse=True):
-        try:
-            return step, steps[step].stat().st_mtime
-        except FileNotFoundError:  # the run just made room
-            continue
+    for step in reversed(saved_steps(path)):
+        with contextlib.suppress(FileNotFoundError):  # the run may just make room
+            return step, (path / "checkpoints" / f"step-{step:09d}" / "manifest.json").stat().st_mtime
     return None, None

@@ -80,6 +80,8 @@ class Status:
     """Further ones of this run in the queue."""
     excluded: list[dict[str, Any]]
     failures: list[Failure]
+    decision: dict[str, Any]
+    """What the batch script decided last (`launch.policy`), and why; empty when there is none."""
     owner: str | None
     """User whose job it is."""
 
@@ -163,6 +165,7 @@ def join(files: RunFiles, jobs: list[Job], *, asked: bool, now: float | None = N
         more_jobs=[one.id for one in jobs if one.waiting and one is not job],
         excluded=files.excluded,
         failures=files.failures,
+        decision=files.decision,
         owner=job.user if job else None,
     )
 
@@ -224,14 +227,13 @@ def _in_job(files: RunFiles, job: Job, now: float) -> tuple[str, str]:
         return "stopping", "Slurm waits for the end of its processes"
     if ours and run.state == "finished":
         return "finished", "the job is about to end"
-    if ours and run.state in ("killed", "failed"):
-        return "stopping", "the run has ended; the batch script decides what follows"
+    if ours and run.state != "running":
+        return "stopping", "the ranks have ended; the batch script decides what follows"
+    if ours and beat and beat.attempt == run.attempts:
+        return _training(files, now)
     if files.asked_to_stop:
-        return "stopping", "asked to: it saves at the end of the step, and is not requeued"
-    if not ours or run.state == "dead" or not (beat and beat.attempt == run.attempts):
-        since = "" if job.start is None else f"; the job runs since {_clock(now - job.start)}"
-        return "starting", f"no step yet{since}"
-    return _training(files, now)
+        return "stopping", "asked to, before its first step"
+    return "starting", "no step yet" + ("" if job.start is None else f" in {_clock(now - job.start)}")
 
 
 def _training(files: RunFiles, now: float) -> tuple[str, str]:
@@ -240,7 +242,7 @@ def _training(files: RunFiles, now: float) -> tuple[str, str]:
         return "starting", "no step yet"
     if now - beat.time > files.hang_seconds:
         return "stalled", f"no step since {_clock(now - beat.time)}: it hangs, or evaluates or saves for very long"
-    return ("stopping", "asked to: it saves at the end of the step") if files.asked_to_stop else ("running", "")
+    return ("stopping", "asked to, at the end of its step") if files.asked_to_stop else ("running", "")
 
 
 def _ended(files: RunFiles, job: Job) -> tuple[str, str]:
@@ -250,9 +252,8 @@ def _ended(files: RunFiles, job: Job) -> tuple[str, str]:
         return files.run.state if files.run.state in ENDS else "dead", "its job ended as if all were well"
     words = {"CANCELLED": "cancelled", "TIMEOUT": "timed out", "DEADLINE": "timed out", "PREEMPTED": "preempted"}
     state = words.get(job.state, "failed")
-    failures = [failure for failure in files.failures if failure.job in (job.id, job.number)]
-    if state == "failed" and failures:
-        return state, told(failures[-1])
+    if state == "failed" and files.decision.get("job") in (job.id, job.number):
+        return state, str(files.decision.get("reason"))
     code = f", exit code {job.exit_code}" if job.exit_code else ""
     return state, f"{job.reason or job.state}{code}" if state == "failed" else ""
 

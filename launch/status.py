@@ -140,11 +140,19 @@ def _block(one: "Status", now: float) -> list[str]:
         ("attempts", f"{one.attempts}, this job was requeued {one.restarts} times" if one.attempts else ""),
         ("job ends", f"{_moment(one.job_ends, now)}{left}" if one.job_ends else ""),
         ("run ends", f"{_moment(one.run_ends, now)} at this speed" if one.run_ends else ""),
+        ("decided", _decision(one, now)),
         *(("avoided", f"{node.get('node')}: {node.get('reason')}") for node in one.excluded),
         *(("failed", f"{_moment(failure.time, now)}: {told(failure)}") for failure in one.failures[-FAILURES_SHOWN:]),
     ]
     width = max(len(label) for label, _ in rows)
     return [f"{label:<{width}}  {_printable(text)}" for label, text in rows if text]
+
+
+def _decision(one: "Status", now: float) -> str:
+    if not one.decision:
+        return ""
+    action = str(one.decision.get("action")).lower().replace("_", " ")
+    return f"{_moment(one.decision.get('time'), now)}: {action}: {one.decision.get('reason')}"
 
 
 def _step(one: "Status") -> str:

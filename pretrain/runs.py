@@ -93,7 +93,9 @@ def _is_run(path: Path) -> bool:
 def _owner(attempt_file: Path) -> dict[str, Any]:
     try:
         owner: dict[str, Any] = json.loads(attempt_file.read_text())
-        if owner.keys() >= {"attempt", "started"} and ("ended" in owner or owner.keys() >= {"pid", "pid_space"}):
+        if owner.keys() >= {"attempt", "started"} and (
+            "ended" in owner or owner.keys() >= {"pid", "pid_started", "pid_space"}
+        ):
             return owner
     except (ValueError, AttributeError):
         pass
