@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import UserError
-from launch import checkpoint, data, jobs, logs, model, runs, status, tracking
+from launch import checkpoint, data, jobs, logs, model, preflight, runs, status, submit_command, tracking
 from launch.completion import complete_configs, complete_runs
 
 ConfigArgs = Annotated[
@@ -33,6 +33,8 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(model.app, name="model")
 app.add_typer(runs.app, name="runs")
 app.add_typer(tracking.app, name="track")
+app.command("submit")(submit_command.submit)
+app.command("preflight")(preflight.preflight)
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
 
@@ -182,13 +184,14 @@ def config_show(config: ConfigArgs) -> None:
 
 @config_app.command("presets")
 def config_presets() -> None:
-    """List the shipped presets.
+    """List the shipped presets; `cluster/NAME` are sites, for `duet submit --cluster NAME`.
 
     Example: `duet config presets`
     """
+    from launch.cluster import shipped
     from pretrain.config import presets
 
-    for name in presets():
+    for name in sorted([*presets(), *(f"cluster/{name}" for name in shipped())]):
         typer.echo(name)
 
 

@@ -61,7 +61,7 @@ def run_state(run_dir: Path) -> RunState:
     problem = ""
     try:
         owner = _owner(attempt_file) if attempt else {}
-        records = _tail(journal) if journal.is_file() else []
+        records = tail(journal) if journal.is_file() else []
     except (RunError, OSError) as error:  # one damaged run must not hide the others
         records, state, problem = [], "unreadable", str(error)
     else:
@@ -112,8 +112,8 @@ def _state(owner: dict[str, Any], attempt_file: Path, records: list[Record]) -> 
     return "failed" if "ended" in owner else "dead"
 
 
-def _tail(journal: Path) -> list[Record]:
-    """The last records: as many as it takes to have the loss and the speed among them."""
+def tail(journal: Path) -> list[Record]:
+    """The last records of a journal: as many as it takes to have the loss and the speed among them."""
     length, size = TAIL_BYTES, journal.stat().st_size
     while True:
         start = max(0, size - length)
