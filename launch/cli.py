@@ -7,15 +7,18 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import UserError
-from launch import checkpoint, data, model, preflight, runs, submit_command, tracking
+from launch import checkpoint, data, jobs, logs, model, preflight, runs, status, submit_command, tracking
+from launch.completion import complete_configs, complete_runs
 
 ConfigArgs = Annotated[
     list[str],
     typer.Argument(
-        metavar="CONFIG… KEY=VALUE…", help="YAML files or presets, then overrides such as optimizer.lr=3e-4."
+        metavar="CONFIG… KEY=VALUE…",
+        help="YAML files or presets, then overrides such as optimizer.lr=3e-4.",
+        autocompletion=complete_configs,
     ),
 ]
-RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", autocompletion=complete_runs)]
 StepOption = Annotated[int | None, typer.Option("--step", help="Use the checkpoint of this step, not the newest.")]
 
 app = typer.Typer(
@@ -190,6 +193,10 @@ def config_presets() -> None:
 
     for name in sorted([*presets(), *(f"cluster/{name}" for name in shipped())]):
         typer.echo(name)
+
+
+for command in (status.status, logs.logs, jobs.cancel, jobs.requeue, jobs.resume):
+    app.command()(command)
 
 
 def main() -> None:

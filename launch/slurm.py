@@ -215,6 +215,19 @@ def update(job_id: str, **values: str) -> None:
     _checked("scontrol", "update", f"jobid={job_id}", *(f"{name}={value}" for name, value in values.items()))
 
 
+def output(job_id: str) -> Path | None:
+    """Where a job writes its log; None when the controller does not know the job.
+
+    Raises:
+        SlurmError: Slurm cannot be asked.
+    """
+    done = _call("scontrol", "show", "job", "--oneliner", job_id)
+    if done.returncode and "invalid job id" not in done.stderr.lower():
+        raise _refusal("scontrol", done.stderr)
+    found = re.search(r" StdOut=(.*?)(?: \w+=|\s*$)", done.stdout, re.MULTILINE)
+    return Path(found[1]) if found else None
+
+
 def hostnames(nodes: str) -> list[str]:
     """n[1-3] as n1, n2, n3."""
     return _checked("scontrol", "show", "hostnames", nodes).stdout.split() if nodes else []
