@@ -15,7 +15,8 @@ import typer
 
 from data_pipeline.atomic import disk_errors, write_atomic
 from data_pipeline.errors import ConfigError, RunError
-from launch import checks, cluster, render, slurm, snapshot
+from launch import checks, render, slurm, snapshot
+from launch import cluster as clusters
 from launch.checks import Finding
 from launch.cluster import Cluster
 from launch.exclude import avoided
@@ -59,9 +60,7 @@ class Plan:
     findings: list[Finding] = field(default_factory=list)
 
 
-def resubmit(
-    run_dir: Path, nodes: str | None = None, cluster_name: str | None = None, time: str | None = None
-) -> list[str]:
+def resubmit(run_dir: Path, nodes: str | None = None, cluster: str | None = None, time: str | None = None) -> list[str]:
     """Submit a run again as it was submitted last, with the code of then; returns the ids of the jobs.
 
     Raises:
@@ -73,8 +72,8 @@ def resubmit(
     config = load([str(folder.config)])
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run_dir.absolute())})})
     last = folder.submissions()[-1:]
-    name = cluster_name or (last[0]["cluster"] if last else str(folder.path / CLUSTER))
-    where = site(cluster_name or str(folder.path / CLUSTER), nodes, time)
+    name = cluster or (last[0]["cluster"] if last else str(folder.path / CLUSTER))
+    where = site(cluster or str(folder.path / CLUSTER), nodes, time)
     code = (folder.path / CODE).resolve()
     if not code.is_dir():
         raise RunError(
@@ -91,8 +90,8 @@ def site(name: str, nodes: str | None = None, time: str | None = None) -> Cluste
         ConfigError: there is none, or it cannot be so.
     """
     changes = {key: value for key, value in (("nodes", nodes), ("time", time)) if value is not None}
-    found = cluster.load(name)
-    return cluster.parse(found.model_dump() | changes, f"--cluster {name}") if changes else found
+    found = clusters.load(name)
+    return clusters.parse(found.model_dump() | changes, f"--cluster {name}") if changes else found
 
 
 def prepare(order: Order, *, dry_run: bool = False) -> Plan:
@@ -186,7 +185,7 @@ def _write_and_submit(order: Order, plan: Plan) -> list[str]:
         run_dir, folder = config.run_dir, JobFolder(config.run_dir)
         with disk_errors(run_dir, RunError):
             RunFolder(run_dir).logs.mkdir(exist_ok=True)
-            write_atomic(folder.path / CLUSTER, cluster.dump(order.cluster))
+            write_atomic(folder.path / CLUSTER, clusters.dump(order.cluster))
             write_atomic(folder.config, dump(config))
             write_atomic(folder.script, plan.script)
             _link(folder.path / CODE, plan.code)
@@ -218,7 +217,7 @@ def _check_not_queued(run_dir: Path) -> None:
             where = f" on {job.nodes}" if job.nodes else f" ({job.reason})" if job.reason else ""
             raise RunError(
                 f"{run_dir}: job {job.id} is {job.state}{where} for this run folder already; wait for it, or end it: "
-                f"scancel {job.id}"
+                f"duet cancel {run_dir}"
             )
 
 

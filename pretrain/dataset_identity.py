@@ -14,8 +14,13 @@ from pretrain.config import Config
 class Dataset(Protocol):
     """A `data_pipeline.dataset.Dataset`, or as much of it as a login node has."""
 
-    path: Path
-    manifest: Manifest
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is in it."""
 
 
 def complete(config: Config, dataset: Dataset) -> Config:

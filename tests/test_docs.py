@@ -45,7 +45,8 @@ RUN_ELSEWHERE = {
 }
 """Commands that are not run here, and where they are."""
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w*(?: \w+)?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+"""`bash` is run here, `bash slurm` on a cluster by tests/slurm/test_documents.py."""
 LINK = re.compile(r"!?\[[^]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
 SECTIONS = "|".join(Config.model_fields)

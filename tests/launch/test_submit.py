@@ -268,7 +268,7 @@ def test_bytes_of_a_parameter(changes: list[str], ranks: int, expected: float) -
 @pytest.mark.parametrize("key", ["setup", "container", "apptainer"])
 def test_what_a_site_names_is_there(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"{key}: /nowhere/x is not there"):
-        checks.check_site(Cluster(**{key: "/nowhere/x"}), "python")
+        checks.check_site(Cluster().model_copy(update={key: "/nowhere/x"}), "python")
     with pytest.raises(ConfigError, match="is no program here"):
         checks.check_site(Cluster(), "/nowhere/python")
 

@@ -1,0 +1,88 @@
+"""docs/slurm.md does what it says, on a real Slurm with the real trainer."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.cluster import Cluster as Site
+from pretrain.job import JobFolder
+from pretrain.run import RunFolder
+from tests.runs import ROOT
+from tests.slurm.cluster import Cluster
+from tests.slurm.processes import wait_until
+from tests.test_docs import FENCE
+
+TEXT = (ROOT / "docs" / "slurm.md").read_text()
+
+
+def test_every_key_of_a_site_is_told() -> None:
+    [table] = re.findall(r"(?ms)^## A site$.*?^\| key \|.*?\n\n", TEXT)
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert [key for row in rows for key in re.findall(r"`(\w+)`", row)] == sorted(
+        Site.model_fields, key=lambda name: table.index(f"`{name}`")
+    )
+
+
+@pytest.mark.drill
+def test_from_an_empty_account_to_a_resumed_run(cluster: Cluster, tmp_path: Path) -> None:
+    """Block by block as it is written; a job that was started meanwhile is given the time to take a step."""
+    for name in ("LICENSE", "slurm"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    environment = cluster.environment | {
+        "HOME": str(tmp_path / "home"),
+        "XDG_CONFIG_HOME": "",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{cluster.environment['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "DUET_PYTHON": sys.executable,
+    }
+    run = tmp_path / "runs" / "first"
+    jobs = JobFolder(run)
+    said, beats = "", []
+
+    def settled() -> bool:
+        """No job is there, or it has taken a step in its present start."""
+        states = [cluster.job(record["job"]) for record in jobs.submissions()]
+        live = [job for job in states if job["JobState"] not in ("COMPLETED", "FAILED", "CANCELLED")]
+        if not live:
+            return True
+        beat = jobs.last_heartbeat()
+        now = (live[0]["JobId"], int(live[0]["Restarts"]))
+        if live[0]["JobState"] == "PENDING":
+            cluster.start_now(live[0]["JobId"])
+        return live[0]["JobState"] == "RUNNING" and beat is not None and (beat.job, beat.restart) == now
+
+    for kind, script in FENCE.findall(TEXT):
+        if kind != "bash slurm":
+            continue
+        done = subprocess.run(
+            ["bash", "-euxo", "pipefail", "-c", script],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
+        said += done.stdout
+        assert done.returncode == 0, f"exit code {done.returncode}:\n{said}"
+        if "duet requeue" in script:
+            wait_until(lambda: cluster.job(jobs.submissions()[-1]["job"])["Restarts"] == "1", 60, "the requeue")
+        if "duet cancel" in script:
+            last = jobs.submissions()[-1]["job"]
+            wait_until(lambda: cluster.job(last)["JobState"] in ("COMPLETED", "CANCELLED"), 60, "the end")  # noqa: B023
+        wait_until(settled, 90, f"a step after:\n{script}\n{said}")
+        if (beat := jobs.last_heartbeat()) is not None:
+            beats.append((beat.job, beat.restart, beat.step))
+    starts = list(dict.fromkeys((job, restart) for job, restart, _ in beats))
+    first, second = (record["job"] for record in jobs.submissions())
+    assert starts == [(first, 0), (first, 1), (second, 0)]
+    assert [step for *_, step in beats] == sorted(step for *_, step in beats), "a start did not go on from the last"
+    assert RunFolder(run).facts()["world_size"] == 2
+    assert "bits_per_byte" in (next(tmp_path.glob("duet-eval-*.out"))).read_text()
+    assert (run / "report.html").is_file()
