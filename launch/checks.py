@@ -17,7 +17,7 @@ from model.size import num_parameters
 from pretrain import origin
 from pretrain.config import Config
 from pretrain.console import duration
-from pretrain.dataset_identity import complete, identity
+from pretrain.dataset_identity import complete
 from pretrain.journal import Record
 from pretrain.lease import check_unowned
 from pretrain.memory import activation_bytes, state_bytes
@@ -69,10 +69,11 @@ def check_data(config: Config, *, later: bool) -> tuple[Config, list[Finding]]:
         raise DataError(f"{path / 'tokenizer'}: the tokenizer is missing; restore it from a copy, or build again")
     dataset = _Built(path, manifest)
     config = origin.resolve(complete(config, dataset))
-    origin.check(config, identity(dataset))
+    identity = {"fingerprint": manifest.fingerprint, "path": str(path)}
+    origin.check(config, identity)
     folder = RunFolder(config.run_dir)
     if folder.run_file.exists() and folder.has_trained():
-        folder.check(config, identity(dataset))
+        folder.check(config, identity)
     tokens = manifest.splits["train"].tokens
     return config, [Finding("data", f"{path}: {tokens:,} tokens, fingerprint {manifest.fingerprint[:12]}")]
 

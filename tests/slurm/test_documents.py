@@ -11,6 +11,7 @@ import pytest
 
 from launch.cluster import Cluster as Site
 from pretrain.job import JobFolder
+from pretrain.journal import read
 from pretrain.run import RunFolder
 from tests.runs import ROOT
 from tests.slurm.cluster import Cluster
@@ -28,6 +29,19 @@ def test_every_key_of_a_site_is_told() -> None:
     )
 
 
+def starts(run: Path) -> list[tuple[str, str]]:
+    """Job and restart of each start that has taken a step."""
+    found: list[tuple[str, str]] = []
+    tags: dict[str, str] = {}
+    for record in read(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else ():
+        if record.kind == "start":
+            tags = record.fields["tags"]
+        elif record.kind == "metrics" and tags:
+            found.append((tags["slurm/job_id"], tags.get("slurm/restarts", "0")))
+            tags = {}
+    return found
+
+
 @pytest.mark.drill
 def test_from_an_empty_account_to_a_resumed_run(cluster: Cluster, tmp_path: Path) -> None:
     """Block by block as it is written; a job that was started meanwhile is given the time to take a step."""
@@ -43,7 +57,7 @@ def test_from_an_empty_account_to_a_resumed_run(cluster: Cluster, tmp_path: Path
     }
     run = tmp_path / "runs" / "first"
     jobs = JobFolder(run)
-    said, beats = "", []
+    said = ""
 
     def settled() -> bool:
         """No job is there, or it has taken a step in its present start."""
@@ -51,11 +65,9 @@ def test_from_an_empty_account_to_a_resumed_run(cluster: Cluster, tmp_path: Path
         live = [job for job in states if job["JobState"] not in ("COMPLETED", "FAILED", "CANCELLED")]
         if not live:
             return True
-        beat = jobs.last_heartbeat()
-        now = (live[0]["JobId"], int(live[0]["Restarts"]))
         if live[0]["JobState"] == "PENDING":
             cluster.start_now(live[0]["JobId"])
-        return live[0]["JobState"] == "RUNNING" and beat is not None and (beat.job, beat.restart) == now
+        return live[0]["JobState"] == "RUNNING" and starts(run)[-1:] == [(live[0]["JobId"], live[0]["Restarts"])]
 
     for kind, script in FENCE.findall(TEXT):
         if kind != "bash slurm":
@@ -77,12 +89,11 @@ def test_from_an_empty_account_to_a_resumed_run(cluster: Cluster, tmp_path: Path
             last = jobs.submissions()[-1]["job"]
             wait_until(lambda: cluster.job(last)["JobState"] in ("COMPLETED", "CANCELLED"), 60, "the end")  # noqa: B023
         wait_until(settled, 90, f"a step after:\n{script}\n{said}")
-        if (beat := jobs.last_heartbeat()) is not None:
-            beats.append((beat.job, beat.restart, beat.step))
-    starts = list(dict.fromkeys((job, restart) for job, restart, _ in beats))
     first, second = (record["job"] for record in jobs.submissions())
-    assert starts == [(first, 0), (first, 1), (second, 0)]
-    assert [step for *_, step in beats] == sorted(step for *_, step in beats), "a start did not go on from the last"
+    assert starts(run) == [(first, "0"), (first, "1"), (second, "0")]
+    resumed = [record.fields["resumed_from"] for record in read(run / "metrics.jsonl") if record.kind == "start"]
+    assert resumed[0] is None
+    assert 0 < resumed[1] < resumed[2]
     assert RunFolder(run).facts()["world_size"] == 2
     assert "bits_per_byte" in (next(tmp_path.glob("duet-eval-*.out"))).read_text()
     assert (run / "report.html").is_file()

@@ -262,3 +262,14 @@ def test_one_after_another_job(cluster: Cluster, submit: Submit) -> None:
     job = submit("--after", failed)
     cluster.run("scontrol", "release", failed)
     assert cluster.wait_for_job(job, *ENDED)["JobState"] == "CANCELLED", "it would wait for ever"
+
+
+def test_an_evaluation_is_a_job_of_its_own(cluster: Cluster) -> None:
+    """The real one runs in the drill of docs/slurm.md."""
+    Path("python").write_text('#!/bin/bash\necho $SLURM_NTASKS "$@" $PYTHONPATH\n')
+    Path("python").chmod(0o755)
+    values = {"DUET_PYTHON": str(Path("python").absolute()), "DUET_CODE": "/the/code", "PYTHONPATH": ""}
+    command = ["sbatch", "--parsable", "--gpus-per-node=0", "--output=log", str(ROOT / "slurm" / "evaluate.sbatch")]
+    done = subprocess.run([*command, "run 1", "--step", "3"], env=os.environ | values, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ended(cluster, done.stdout.strip(), Path("log")) == "1 -P -m launch.cli eval run 1 --step 3 /the/code\n"
