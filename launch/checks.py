@@ -198,14 +198,33 @@ def check_site(cluster: Cluster, python: str) -> list[Finding]:
     Raises:
         ConfigError: it is not.
     """
+    found = [
+        Finding("site", f"{name}={value} in the environment goes before what the script says", warning=True)
+        for name, value in sorted(os.environ.items())
+        if name.startswith("SBATCH_")
+    ]
     for key, value in (("setup", cluster.setup), ("container", cluster.container), ("apptainer", cluster.apptainer)):
         if value and value.startswith("/") and not Path(value).exists():
             raise ConfigError(f"{key}: {value} is not there; nodes see the same file systems, so name what is")
     if cluster.container or cluster.apptainer:
-        return [Finding("python", f"{python}, inside the container")]
+        return [*found, Finding("python", f"{python}, inside the container")]
     if "/" in python and not os.access(python, os.X_OK):
         raise ConfigError(f"python: {python} is no program here; name one on a file system that the nodes see, too")
-    return [Finding("python", python)]
+    return [*found, Finding("python", python)]
+
+
+def check_mounts(config: Config, cluster: Cluster) -> list[Finding]:
+    """A container sees the run folder, with the code in it, and the dataset."""
+    if not (cluster.container or cluster.apptainer):
+        return []
+    seen = [Path(source) for source, _, target in (m.partition(":") for m in cluster.mounts) if target in ("", source)]
+    hidden = [
+        path
+        for path in (str(config.run_dir), config.data.path)
+        if not any(Path(path).is_relative_to(mount) for mount in seen)
+    ]
+    text = "in none of the mounts, so the container sees it only if the site mounts it by itself"
+    return [Finding("mounts", f"{path}: {text}", warning=True) for path in hidden]
 
 
 def _absolute(config: Config) -> Config:

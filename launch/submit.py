@@ -110,7 +110,7 @@ def prepare(order: Order, *, dry_run: bool = False) -> Plan:
             raise ConfigError("a name with ${ would be taken for a reference when the job reads it; choose another")
         found += checks.check_folder(checked, clock.time() if dry_run else None)
         found += checks.check_nodes(checked, where) + checks.check_memory(checked, where)
-        found += checks.check_time(checked, where, order.chain)
+        found += checks.check_mounts(checked, where) + checks.check_time(checked, where, order.chain)
         findings += [finding for finding in found if finding not in findings]
         configs.append(checked)
     first = configs[0].run_dir

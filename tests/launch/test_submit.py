@@ -14,9 +14,10 @@ from data_pipeline.errors import ConfigError, DataError, RunError, UserError
 from launch import checks, cluster, render
 from launch.cli import app
 from launch.cluster import Cluster
+from launch.submit import _ends_at_once
 from launch.sweep import expand
 from pretrain.config import Config, load
-from pretrain.job import JobFolder
+from pretrain.job import Failure, JobFolder
 from pretrain.journal import Journal
 from pretrain.lease import Lease
 from pretrain.memory import state_bytes
@@ -271,6 +272,33 @@ def test_what_a_site_names_is_there(key: str) -> None:
         checks.check_site(Cluster().model_copy(update={key: "/nowhere/x"}), "python")
     with pytest.raises(ConfigError, match="is no program here"):
         checks.check_site(Cluster(), "/nowhere/python")
+
+
+def test_what_a_container_or_the_surroundings_change_is_told(
+    small: list[str], tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(f"gpus_per_node: 0\ncontainer: image\nmounts: ['{dataset}', '{tmp_path}:/elsewhere']")
+    monkeypatch.setenv("SBATCH_PARTITION", "other")
+    told = submit(*small, "--cluster", str(site), "--dry-run")
+    assert f"{tmp_path}/runs/first: in none of the mounts" in told
+    assert f"{dataset}: in none of the mounts" not in told
+    assert "SBATCH_PARTITION=other in the environment goes before what the script says" in told
+
+
+@pytest.mark.parametrize(("finished", "mistake", "goes_on"), [(0, 0, True), (1, 0, False), (0, 1, False)])
+def test_later_links_of_a_chain_end_at_once(small: list[str], finished: int, mistake: int, goes_on: bool) -> None:
+    config = load([*small, 'run.dir="it\'s here"', "train.steps=7"])
+    folder = JobFolder(config.run_dir)
+    folder.failed(Failure("1", 0, 2, "of an earlier submission", mistake=True))
+    lines = "\n".join(_ends_at_once(config))
+    folder.failed(Failure("2", 0, 1, "a crash", mistake=bool(mistake)))
+    if finished:
+        (config.run_dir / "checkpoints" / "step-000000007").mkdir(parents=True)
+        (config.run_dir / "checkpoints" / "step-000000007" / "manifest.json").touch()
+    done = subprocess.run(["bash", "-c", f"{lines}\necho goes on"], capture_output=True, text=True)
+    assert (done.stdout == "goes on\n") == goes_on
+    assert done.returncode == mistake
 
 
 def test_a_sweep_has_a_folder_for_each_combination(small: list[str]) -> None:
