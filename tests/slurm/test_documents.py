@@ -18,6 +18,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.processes import wait_until
 from tests.test_docs import FENCE
 
+ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 TEXT = (ROOT / "docs" / "slurm.md").read_text()
 
 
@@ -59,15 +60,14 @@ def test_from_an_empty_account_to_a_resumed_run(cluster: Cluster, tmp_path: Path
     jobs = JobFolder(run)
     said = ""
 
+    def job() -> dict[str, str]:
+        return cluster.job(jobs.submissions()[-1]["job"])
+
     def settled() -> bool:
         """No job is there, or it has taken a step in its present start."""
-        states = [cluster.job(record["job"]) for record in jobs.submissions()]
-        live = [job for job in states if job["JobState"] not in ("COMPLETED", "FAILED", "CANCELLED")]
-        if not live:
+        if not jobs.submissions() or job()["JobState"] in ENDED:
             return True
-        if live[0]["JobState"] == "PENDING":
-            cluster.start_now(live[0]["JobId"])
-        return live[0]["JobState"] == "RUNNING" and starts(run)[-1:] == [(live[0]["JobId"], live[0]["Restarts"])]
+        return job()["JobState"] == "RUNNING" and starts(run)[-1:] == [(job()["JobId"], job()["Restarts"])]
 
     for kind, script in FENCE.findall(TEXT):
         if kind != "bash slurm":
@@ -84,10 +84,10 @@ def test_from_an_empty_account_to_a_resumed_run(cluster: Cluster, tmp_path: Path
         said += done.stdout
         assert done.returncode == 0, f"exit code {done.returncode}:\n{said}"
         if "duet requeue" in script:
-            wait_until(lambda: cluster.job(jobs.submissions()[-1]["job"])["Restarts"] == "1", 60, "the requeue")
+            wait_until(lambda: (job()["JobState"], job()["Restarts"]) == ("PENDING", "1"), 60, "the requeue")
+            cluster.start_now(job()["JobId"])
         if "duet cancel" in script:
-            last = jobs.submissions()[-1]["job"]
-            wait_until(lambda: cluster.job(last)["JobState"] in ("COMPLETED", "CANCELLED"), 60, "the end")  # noqa: B023
+            wait_until(lambda: job()["JobState"] in ENDED, 60, "the end")
         wait_until(settled, 90, f"a step after:\n{script}\n{said}")
     first, second = (record["job"] for record in jobs.submissions())
     assert starts(run) == [(first, "0"), (first, "1"), (second, "0")]
