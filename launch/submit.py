@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shlex
 import sys
@@ -120,9 +121,10 @@ def prepare(order: Order, *, dry_run: bool = False) -> Plan:
     excluded = list(dict.fromkeys(node for config in configs for node in avoided(JobFolder(config.run_dir))))
     if excluded:
         findings.append(Finding("exclude", f"{', '.join(excluded)}: {first}/slurm/exclude.jsonl", warning=True))
-    # Slurm's pattern %a is the element's number, and $SLURM_ARRAY_TASK_ID: links lead from it to the run folders.
-    logs = f"{render.plain(folder)}/slurm/%a/logs/slurm-%A_%a.out"
-    config_file = f"{shlex.quote(f'{folder}/slurm')}/$SLURM_ARRAY_TASK_ID/slurm/config.yaml"
+    # An element knows its number only, in Slurm's pattern %a and in the shell: links lead from it to the run folders.
+    links = _links(configs)
+    logs = f"{render.plain(links)}/%a/logs/slurm-%A_%a.out"
+    config_file = f"{shlex.quote(str(links))}/$SLURM_ARRAY_TASK_ID/slurm/config.yaml"
     script = render.render(
         render.template("pretrain"),
         render.Job(
@@ -149,8 +151,8 @@ def place(order: Order) -> list[str]:
     """Check the order, ask Slurm, write the run folders, submit; returns the ids of the jobs, and says them.
 
     Raises:
-        UserError: nothing was submitted, and what is in the run folders already stays as it is. When it was a later
-            link of a chain that Slurm refused, the message names those that wait.
+        UserError: nothing was submitted. When it was a later link of a chain that Slurm refused, the message names
+            those that wait.
     """
     with contextlib.ExitStack() as locks:
         plan = prepare(order)
@@ -176,7 +178,6 @@ def show(findings: list[Finding]) -> None:
 
 
 def _write_and_submit(order: Order, plan: Plan) -> list[str]:
-    parent = plan.configs[0].run_dir.parent
     if order.code is None:
         code = snapshot.take(plan.code.parent, order.untracked_mib)
         if code != plan.code:
@@ -190,7 +191,7 @@ def _write_and_submit(order: Order, plan: Plan) -> list[str]:
             write_atomic(folder.script, plan.script)
             _link(folder.path / CODE, plan.code)
             if order.array:
-                _link(parent / "slurm" / str(number), run_dir)
+                _link(_links(plan.configs) / str(number), run_dir)
     jobs: list[str] = []
     for _ in range(order.chain):
         dependency = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
@@ -227,12 +228,19 @@ def _alone(run_dir: Path) -> Iterator[None]:
     folder = JobFolder(run_dir).path
     with disk_errors(run_dir, RunError):
         folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".submitting", "w") as file:
+        file = open(folder / ".submitting", "w")  # noqa: SIM115 - what is done under the lock has errors of its own
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{run_dir}: another `duet submit` is at work on this run folder") from None
         yield
+
+
+def _links(configs: list[Config]) -> Path:
+    """Of a sweep: the folder of links, by element, to its run folders. Another set of runs has another one."""
+    names = "\0".join(config.run_dir.name for config in configs)
+    return configs[0].run_dir.parent / "slurm" / hashlib.sha256(names.encode()).hexdigest()[:8]
 
 
 def _dependency(after: str | None) -> list[str]:

@@ -1,6 +1,7 @@
 """What is submitted is checked first, quoted whatever its name, and a dry run leaves nothing behind."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -308,6 +309,15 @@ def test_a_sweep_has_a_folder_for_each_combination(small: list[str]) -> None:
         ("first-betas-0.9-0.95_seed-2", "runs/first/betas-0.9-0.95_seed-2", (0.9, 0.95), 2),
         ("first-betas-0.8-0.9_seed-1", "runs/first/betas-0.8-0.9_seed-1", (0.8, 0.9), 1),
     ]
+
+
+def test_two_sweeps_under_one_name_do_not_share_the_numbers_of_their_elements(small: list[str]) -> None:
+    logs = [
+        re.findall(r"--output=(\S+)", submit(*small, "--cluster", "local", "--dry-run", "--array", f"run.seed={seeds}"))
+        for seeds in ("1,2", "2,1", "3,4", "1,2")
+    ]
+    assert logs[0] == logs[3]
+    assert len({log for [log] in logs}) == 3
 
 
 @pytest.mark.parametrize(
