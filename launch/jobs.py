@@ -93,8 +93,13 @@ def resume(
     cluster: Annotated[
         str | None, typer.Option(metavar="NAME", help="Another site than that of the last submission.")
     ] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Time limit of the job; that of the last submission unless given.")
+    ] = None,
 ) -> None:
     """Submit a run again that has stopped: it goes on from its newest checkpoint, also on another number of nodes.
+
+    It is the code and the configuration of the last submission that run.
 
     Examples: `duet resume runs/first`, `duet resume runs/first --nodes 2-8`
     """
@@ -116,7 +121,7 @@ def resume(
     from launch.submit import resubmit
 
     JobFolder(run).kill_switch.unlink(missing_ok=True)
-    resubmit(run, nodes=nodes, cluster=cluster)
+    resubmit(run, nodes, cluster, time)
 
 
 def _live_jobs(run: Path) -> "tuple[Status, list[Job]]":

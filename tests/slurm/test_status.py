@@ -95,9 +95,10 @@ def submit(cluster: Cluster, run: Path, *options: str) -> str:
 def followed(tmp_path: Path) -> Iterator["tuple[subprocess.Popen[bytes], Path]"]:
     """`duet logs -f`, and what it shows."""
     out = tmp_path / "followed"
+    program = "import sys\nfrom launch import cli, logs\nlogs.STATUS_SECONDS = 0.5\ncli.main()"
     with open(out, "wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "launch.cli", "logs", str(tmp_path / "run"), "-f"],
+            [sys.executable, "-c", program, "logs", str(tmp_path / "run"), "-f"],
             cwd=ROOT,
             stdout=file,
             stderr=file,
