@@ -21,7 +21,7 @@ def cancel(
     run: RunArg,
     now: Annotated[bool, typer.Option("--now", help="Let Slurm end it, without waiting for the step's end.")] = False,
 ) -> None:
-    """End the jobs of a run for good. One that trains saves at the end of its step; those that wait are removed.
+    """End the jobs of a run for good. One that trains saves at the end of its step; others have nothing to save.
 
     With --now a job has what the site gives it to save (30 s, most likely); what is lost goes back to the last
     checkpoint. `duet resume` goes on after either.
@@ -32,10 +32,13 @@ def cancel(
     from pretrain.job import JobFolder
 
     status, jobs = _live_jobs(run)
-    for job in (job for job in jobs if job.waiting or now):
-        slurm.cancel(job.id)
-        typer.echo(f"job {job.id} is removed from the queue" if job.waiting else f"job {job.id} is told to end at once")
-    for job in (job for job in jobs if not job.waiting and not now):
+    now = now or status.state == "starting"  # there is nothing to save, and USR1 kills a rank that is not ready for it
+    for job in jobs:
+        if job.waiting or now:
+            slurm.cancel(job.id)
+            done = "is removed from the queue" if job.waiting else "is told to end at once"
+            typer.echo(f"job {job.id} {done}")
+            continue
         if job.state == "COMPLETING":
             typer.echo(f"job {job.id} is ending already")
             continue
@@ -93,8 +96,13 @@ def resume(
     cluster: Annotated[
         str | None, typer.Option(metavar="NAME", help="Another site than that of the last submission.")
     ] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Time limit of the job; that of the last submission unless given.")
+    ] = None,
 ) -> None:
     """Submit a run again that has stopped: it goes on from its newest checkpoint, also on another number of nodes.
+
+    It is the code and the configuration of the last submission that run.
 
     Examples: `duet resume runs/first`, `duet resume runs/first --nodes 2-8`
     """
@@ -116,7 +124,7 @@ def resume(
     from launch.submit import resubmit
 
     JobFolder(run).kill_switch.unlink(missing_ok=True)
-    resubmit(run, nodes=nodes, cluster=cluster)
+    resubmit(run, nodes, cluster, time)
 
 
 def _live_jobs(run: Path) -> "tuple[Status, list[Job]]":

@@ -43,13 +43,27 @@ def is_run(path: Path) -> bool:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """Run folders among `paths`, and those in them."""
+    """Run folders among `paths`, those in them, and those of sweeps in them.
+
+    Raises:
+        RunError: a folder that is not there.
+    """
     found: dict[Path, None] = {}
     for path in paths:
         if not path.is_dir():
             raise RunError(f"{path}: no such folder; expected a run folder, or one that holds some, such as runs")
-        found |= dict.fromkeys([path] if is_run(path) else sorted(p for p in path.iterdir() if is_run(p)))
+        found |= dict.fromkeys([path] if is_run(path) else _inside(path))
     return list(found)
+
+
+def _inside(folder: Path) -> list[Path]:
+    runs = []
+    for path in sorted(folder.iterdir()):
+        if is_run(path):
+            runs.append(path)
+        elif (path / "slurm").is_dir():  # of a sweep, whose runs are in it
+            runs += [run for run in sorted(path.iterdir()) if is_run(run)]
+    return runs
 
 
 def read_files(path: Path) -> RunFiles:

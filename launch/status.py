@@ -27,7 +27,7 @@ def status(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[RUN|FOLDER]…", help="Runs, and folders of them; runs unless given.", autocompletion=complete_runs
+            metavar="RUN|FOLDER", help="Runs, and folders of them; runs unless given.", autocompletion=complete_runs
         ),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again and again, until Ctrl-C.")] = False,

@@ -25,6 +25,8 @@ def main() -> int:
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     (logs / f"rank-{rank}.log").write_text(f"words of rank {rank}\n")
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    (logs / f"ready-{restart}-{rank}").touch()
     if rank:
         while not (stop or folder.kill_switch.exists() or (run_dir / "end").exists()):
             time.sleep(0.02)
@@ -34,6 +36,8 @@ def main() -> int:
         journal, pulse = Journal(run_dir / "metrics.jsonl", lease.attempt), Pulse(folder)
         journal.event("start", resumed_from=step or None)
         print(f"trains from step {step}", flush=True)
+        while len(list(logs.glob(f"ready-{restart}-*"))) < int(os.environ["SLURM_NTASKS"]):
+            time.sleep(0.02)  # as the first collective waits
         while not (stop or folder.kill_switch.exists() or (run_dir / "end").exists()):
             time.sleep(0.05)
             if not (run_dir / "still").exists():

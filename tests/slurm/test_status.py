@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 
 from data_pipeline.errors import RunError
 from launch.cli import app
+from launch.logs import _log
+from launch.run_status import status as status_of
 from pretrain.config import dump, load
 from pretrain.job import JobFolder
-from tests.runs import ROOT
+from tests.runs import CHARACTERS, ROOT, SMALL
 from tests.slurm.cluster import Cluster
 from tests.slurm.processes import wait_until
 
@@ -95,9 +97,10 @@ def submit(cluster: Cluster, run: Path, *options: str) -> str:
 def followed(tmp_path: Path) -> Iterator["tuple[subprocess.Popen[bytes], Path]"]:
     """`duet logs -f`, and what it shows."""
     out = tmp_path / "followed"
+    program = "import sys\nfrom launch import cli, logs\nlogs.STATUS_SECONDS = 0.5\ncli.main()"
     with open(out, "wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "launch.cli", "logs", str(tmp_path / "run"), "-f"],
+            [sys.executable, "-c", program, "logs", str(tmp_path / "run"), "-f"],
             cwd=ROOT,
             stdout=file,
             stderr=file,
@@ -189,6 +192,36 @@ def test_runs_of_an_array_and_ones_that_failed(cluster: Cluster, tmp_path: Path)
     assert duet("cancel", "runs/3", "--now")
     assert wait_for("runs/3", "cancelled")
     assert asked("runs/2")["state"] == "starting", "the other elements go on"
+
+
+def test_resume_submits_again_on_other_nodes(cluster: Cluster, dataset: Path) -> None:
+    given = [CHARACTERS, "model/tiny", "run/quickstart", *SMALL, f"data.path={dataset}", "run.name=first"]
+    duet("submit", *given, "--cluster", "local", "--sbatch=--hold", "--nodes", "2")
+    status = asked("runs/first")
+    assert (status["state"], status["node_count"]) == ("queued", 2)
+    duet("cancel", "runs/first")
+    JobFolder(Path("runs/first")).kill_switch.touch()  # as a job leaves it that was cancelled while it trained
+    assert wait_for("runs/first", "cancelled")["job"] == status["job"]
+    duet("resume", "runs/first", "--nodes", "4", "--time", "20")
+    again = asked("runs/first")
+    assert int(again["job"]) > int(status["job"]) and again["node_count"] == 4
+    assert not JobFolder(Path("runs/first")).kill_switch.exists(), "else the job would end at once"
+    with pytest.raises(RunError, match=f"job {again['job']} is still there"):
+        duet("resume", "runs/first")
+    assert f"slurm-{again['job']}.out" in str(_log(Path("runs/first"), status_of(Path("runs/first"))[0], None))
+    duet("cancel", "runs/first", "--now")
+
+
+def test_the_runs_of_a_sweep_are_found_and_have_logs(cluster: Cluster, dataset: Path) -> None:
+    given = [CHARACTERS, "model/tiny", "run/quickstart", *SMALL, f"data.path={dataset}", "run.name=first"]
+    duet("submit", *given, "--cluster", "local", "--sbatch=--hold", "--array", "run.seed=7,8")
+    rows = [line.split() for line in duet("status", "runs").splitlines()[1:]]
+    assert sorted(row[0] for row in rows) == ["runs/first/seed-7", "runs/first/seed-8"]
+    for number, (name, job) in enumerate(sorted((row[0], row[2]) for row in rows)):
+        assert job.endswith(f"_{number}")
+        log = Path(f"runs/first/slurm/{number}/logs/slurm-{job}.out")
+        log.write_text(f"words of {number}\n")
+        assert duet("logs", name) == f"words of {number}\n"
 
 
 def test_a_chain_and_a_job_that_slurm_forgot(cluster: Cluster, tmp_path: Path) -> None:
