@@ -1,7 +1,6 @@
 """`duet preflight`, and the same as the first seconds of each job: `python -P -m launch.preflight RUN_DIR CONFIG…`.
 
-Slurm starts the second on every rank. Rank 0's exit code is the verdict, the others' is 0: GOOD, what the user has to
-mend (2), or how the job goes on.
+Slurm starts the second on every rank. Rank 0's exit code is the verdict, the others' is 0.
 """
 
 import json
@@ -19,15 +18,15 @@ import typer
 
 from data_pipeline.errors import ConfigError, UserError
 from launch.exclude import exclude
-from pretrain.job import JobFolder
+from pretrain.job import JobFolder, RankFailure, this_job
 from pretrain.preflight_verdict import Verdict
 
 if TYPE_CHECKING:
     from pretrain.preflight_exchange import Place
 
-GOOD, FAILED, MISTAKE, AVOID, TOO_MANY = 0, 1, 2, 11, 12
-"""FAILED: the group broke, and no node can be named. AVOID: bad nodes are excluded, start again without them.
-TOO_MANY: bad nodes, and none was excluded: somebody has to look."""
+GOOD, FAILED, STOP, AVOID = 0, 1, 2, 11
+"""FAILED: the group broke, and no node can be named: try again. STOP: another try cannot mend it. AVOID: bad nodes are
+excluded, start again without them."""
 SCONTROL_SECONDS = 30
 _TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
@@ -79,15 +78,21 @@ def check(config: list[str], run: Path | None, as_json: bool = False) -> int:
 
 
 def conclude(verdict: Verdict, folder: JobFolder | None) -> tuple[int, str | None]:
-    """The exit code, and why bad nodes were not excluded; writes them to the run's list."""
+    """The exit code, and why bad nodes were not excluded. Writes to the run's list, and what failed for the policy."""
+    if verdict.good:
+        return GOOD, None
+    code, refusal = FAILED, None
     if verdict.shared:
-        return MISTAKE, None
-    if not verdict.bad:
-        return FAILED if verdict.exchange else GOOD, None
-    if folder is None:
-        return TOO_MANY, "no run was given (--run)"
-    refusal = exclude(folder, {node: "; ".join(why) for node, why in verdict.bad.items()}, len(verdict.nodes))
-    return (TOO_MANY if refusal else AVOID), refusal
+        code = STOP
+    elif verdict.bad:
+        reasons = {node: "; ".join(why) for node, why in verdict.bad.items()}
+        refusal = exclude(folder, reasons, len(verdict.nodes)) if folder else "no run was given (--run)"
+        code = STOP if refusal else AVOID
+    job, restart = this_job()
+    if folder and job:
+        what = "preflight: " + "; ".join(_failures(verdict) + ([refusal] if refusal else []))
+        folder.rank_failed(RankFailure(job, restart, 0, socket.gethostname(), what, mistake=code == STOP))
+    return code, refusal
 
 
 def describe(verdict: Verdict, code: int, refusal: str | None) -> str:
@@ -97,18 +102,22 @@ def describe(verdict: Verdict, code: int, refusal: str | None) -> str:
         f"preflight of {len(verdict.nodes)} node(s), {verdict.num_ranks} rank(s), {verdict.seconds:.1f} s",
         *(f"  {name:<{width}}  {text}" for name, text in verdict.measured.items()),
         *(f"warning: {text}" for text in verdict.warnings),
-        *(f"error: {text}" for text in (*verdict.shared, *verdict.exchange)),
-        *(f"bad node {node}: {'; '.join(reasons)}" for node, reasons in verdict.bad.items()),
+        *(f"error: {text}" for text in _failures(verdict)),
     ]
     if code == AVOID:
         lines.append(f"{', '.join(verdict.bad)}: excluded for a day; start again without")
-    elif code == TOO_MANY:
-        lines.append(f"error: no node is excluded: {refusal}")
-    elif code == MISTAKE:
-        lines.append("no node is excluded: what all share is not theirs")
+    elif refusal:
+        lines.append(f"no node is excluded: {refusal}")
+    elif code == STOP:
+        lines.append("no node is excluded: what all nodes share is the fault of none")
     elif code == GOOD:
         lines.append("preflight is good")
     return "\n".join(lines)
+
+
+def _failures(verdict: Verdict) -> list[str]:
+    bad = [f"bad node {node}: {'; '.join(reasons)}" for node, reasons in verdict.bad.items()]
+    return [*verdict.shared, *verdict.exchange, *bad]
 
 
 def place_of(environment: Mapping[str, str], make: "type[Place]") -> "Place":
@@ -162,7 +171,7 @@ def main(args: list[str]) -> int:
         return check(args[1:], Path(args[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return MISTAKE if isinstance(error, ConfigError) else FAILED  # without rank 0 there is no verdict
+        return STOP if isinstance(error, ConfigError) else FAILED  # without rank 0 there is no verdict
 
 
 def _leave(code: int) -> None:

@@ -123,6 +123,7 @@ class Exchange:
             work()
             preflight_node.wait(self._device)
             best = min(best, time.perf_counter() - since)
+            self._at("its own work between two exchanges", None)
         return best
 
     def _gather(self, value: float) -> list[float]:

@@ -61,9 +61,9 @@ class Meeting:
     def collect(self, topic: str, seconds: float) -> dict[int, Any]:
         """Every rank's word, by rank; without those that did not post in time."""
         end = time.monotonic() + seconds
-        while self._store.add(f"{topic}/count", 0) < self._world_size and time.monotonic() < end:
+        while not (all_came := self._store.add(f"{topic}/count", 0) == self._world_size) and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
-        came = [rank for rank in range(self._world_size) if self._store.check([f"{topic}/{rank}"])]
+        came = [rank for rank in range(self._world_size) if all_came or self._store.check([f"{topic}/{rank}"])]
         contents = self._store.multi_get([f"{topic}/{rank}" for rank in came])
         return {rank: json.loads(content) for rank, content in zip(came, contents, strict=True)}
 
@@ -215,7 +215,7 @@ class _Leader:
         self._meeting.tell("verdict", None)
         self._meeting.tell("end", "verdict")
         self._meeting.post("left", None)
-        self._meeting.collect("left", self._limits.answer if verdict.good else 1.0)  # the store ends with us
+        self._meeting.collect("left", self._limits.answer)  # the store ends with us
         return verdict
 
     def _verdict(self) -> Verdict:

@@ -131,7 +131,7 @@ def _note_versions(report: Report) -> Iterator[Finding]:
 
 
 def _look_at_data(config: Config, report: Report) -> Iterator[Finding]:
-    path = Path(config.data.path)
+    path = _data_path(config)
     try:
         dataset = Dataset.open(path, check=False)
         dataset.tokenizer()
@@ -139,7 +139,12 @@ def _look_at_data(config: Config, report: Report) -> Iterator[Finding]:
         dataset.shard(dataset.shards_of("train")[0]).check_batch(0)
         report.same["manifest of the data"] = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:16]
     except OSError as error:
-        yield Finding("data", "place", f"data.path={path}: {error}")
+        yield Finding("data", "place", f"the dataset {path} cannot be read: {error}")
+
+
+def _data_path(config: Config) -> Path:
+    """What training reads here: the node's own copy where the batch script made one."""
+    return Path(os.environ.get("DUET_DATA") or config.data.path)
 
 
 def _look_at_disks(config: Config, report: Report, share: float) -> Iterator[Finding]:
@@ -193,7 +198,7 @@ def _probe_writing(place: Path, report: Report) -> Iterator[Finding]:
 def _checkpoint_bytes(config: Config) -> int:
     """About; 0 when the data, which know the vocabulary, cannot be read: that is told elsewhere."""
     try:
-        model = complete(config, Dataset.open(config.data.path, check=False)).model
+        model = complete(config, Dataset.open(_data_path(config), check=False)).model
     except (OSError, UserError):
         return 0
     return sum(parameters_by_part(model).values()) * STATE_BYTES[config.optimizer.kind]

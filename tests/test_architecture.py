@@ -66,6 +66,7 @@ def test_the_rules_see_a_breach(tmp_path: Path) -> None:
         ["train", "--help"],
         ["data", "build", "--help"],
         ["checkpoint", "ls", "--help"],
+        ["preflight", "--help"],
         ["config", "show", "model/tiny"],
         ["config", "presets"],
         ["submit", "--help"],

@@ -12,7 +12,7 @@ from tests.runs import SMALL
 
 CASE = "tests.distributed.preflight_cases:run"
 Ranks = Callable[..., list[Any]]
-LIMITS = {"arrival": 20, "stage": 2, "answer": 1}
+LIMITS = {"arrival": 20, "stage": 1.5, "answer": 0.5}
 
 
 def arguments(data: Path, run_dir: Path, ranks: int) -> list[list[str]]:
@@ -83,15 +83,15 @@ def test_a_clock_that_is_ahead(ranks: Ranks, dataset: Path, tmp_path: Path) -> N
     ("fault", "told"),
     [
         ("absent", "rank 1 did not come within 1 s"),
-        ("hanging", "rank 1 hangs in the matrix product, for 2 s"),
-        ("late", "rank 1 hangs in the links, for 2 s"),
+        ("hanging", "rank 1 hangs in the matrix product, for 1.5 s"),
+        ("late", "rank 1 hangs in its own work between two exchanges, for 1.5 s"),
     ],
 )
 def test_a_rank_that_is_missing_or_stuck_is_named(
     ranks: Ranks, dataset: Path, tmp_path: Path, fault: str, told: str
 ) -> None:
     limits = LIMITS | ({"arrival": 1} if fault == "absent" else {})
-    verdict = ranks(CASE, 3, args=arguments(dataset, tmp_path, 3), faults={"1": fault}, **limits)[0]
+    verdict = ranks(CASE, 2, args=arguments(dataset, tmp_path, 2), faults={"1": fault}, **limits)[0]
     assert verdict["bad"] == {"n1": [told]}
     assert not (verdict["shared"] or verdict["exchange"])
 
@@ -106,6 +106,6 @@ def test_ranks_that_are_stopped_or_killed_in_the_middle_are_named(ranks: Ranks, 
 def test_a_link_that_carries_nothing_is_named_but_neither_end_is_blamed(
     ranks: Ranks, dataset: Path, tmp_path: Path
 ) -> None:
-    verdict = ranks(CASE, 3, args=arguments(dataset, tmp_path, 3), faults={"1": "mute"}, **LIMITS)[0]
-    assert verdict["exchange"] == ["rank 2 on n2 waits for what rank 1 on n1 sends"]
+    verdict = ranks(CASE, 2, args=arguments(dataset, tmp_path, 2), faults={"1": "mute"}, **LIMITS)[0]
+    assert verdict["exchange"] == ["rank 0 on n0 waits for what rank 1 on n1 sends"]
     assert verdict["bad"] == {}
