@@ -10,6 +10,7 @@ from data_pipeline.errors import ConfigError
 from launch.cluster import Cluster
 
 SECTIONS = ("# --- the job", "# --- the site", "# --- the life of the job")
+_HEAD = "#!/bin/bash\n# Written by `duet submit`: the third section is that of slurm/pretrain.sbatch.\n\n"
 _RULE = 119
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_@%+=:,./-")
 
@@ -21,8 +22,6 @@ class Job:
     name: str
     cluster: Cluster
     cluster_name: str
-    nodes: str
-    time: str
     folder: Path
     """Where the job runs."""
     log: str
@@ -47,20 +46,16 @@ def template(name: str) -> str:
 
 def render(text: str, job: Job) -> str:
     """The script `text` with the job's own first two sections; its defaults of the site stay behind ours."""
-    head, _, site, life = sections(text)
-    title = "#!/bin/bash\n" if head.startswith("#!") else ""
-    ours = "\n".join(_site(job))
-    return (
-        f"{title}{_rule(SECTIONS[0])}\n{chr(10).join(_directives(job))}\n\n{_rule(SECTIONS[1])}\n{ours}\n{site}{life}"
-    )
+    defaults, life = sections(text)
+    directives, ours = "\n".join(_directives(job)), "\n".join(_site(job))
+    return f"{_HEAD}{_rule(SECTIONS[0])}\n{directives}\n\n{_rule(SECTIONS[1])}\n{ours}\n{defaults}{life}"
 
 
-def sections(text: str) -> tuple[str, str, str, str]:
-    """What is before the three sections; the first and the second, without their titles; the third, with its own."""
+def sections(text: str) -> tuple[str, str]:
+    """The second section without its title, and the third."""
     starts = [text.find(f"\n{title}") + 1 for title in SECTIONS]
     assert 0 < starts[0] < starts[1] < starts[2], f"the script lacks one of its sections: {', '.join(SECTIONS)}"
-    bodies = [text.index("\n", start) + 1 for start in starts]
-    return text[: starts[0]], text[bodies[0] : starts[1]], text[bodies[1] : starts[2]], text[starts[2] :]
+    return text[text.index("\n", starts[1]) + 1 : starts[2]], text[starts[2] :]
 
 
 def plain(path: Path) -> str:
@@ -91,11 +86,11 @@ def directive(option: str) -> str:
 
 def _directives(job: Job) -> list[str]:
     cluster = job.cluster
-    options = [f"--job-name={job.name}", f"--nodes={job.nodes}", f"--ntasks-per-node={cluster.ranks_per_node}"]
+    options = [f"--job-name={job.name}", f"--nodes={cluster.nodes}", f"--ntasks-per-node={cluster.ranks_per_node}"]
     options += [f"--gpus-per-node={cluster.gpus_per_node}"] if cluster.gpus_per_node else []
     options += [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
     options += [f"--mem={cluster.memory}"] if cluster.memory else []
-    options += [f"--time={job.time}", f"--signal=B:USR1@{cluster.signal_lead}"]
+    options += [f"--time={cluster.time}", f"--signal=B:USR1@{cluster.signal_lead}"]
     for name in ("partition", "account", "qos", "constraint"):
         options += [f"--{name}={value}"] if (value := getattr(cluster, name)) else []
     options += ["--exclusive"] if cluster.exclusive else []

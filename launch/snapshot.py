@@ -68,13 +68,20 @@ def _name(files: Iterable[tuple[str, bytes]], made: dict[str, bytes]) -> str:
 def _read(root: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
     for name in names:
         path = root / name
-        yield name, path.read_bytes() if path.is_file() else b""
+        if _is_folder_link(path):
+            yield name, os.fsencode(path.readlink())
+        else:
+            yield name, path.read_bytes() if path.is_file() else b""  # altered, in a snapshot
 
 
 def _copy(root: Path, names: list[str], target: Path) -> Iterator[tuple[str, bytes]]:
     for name, content in _read(root, names):
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
+        if _is_folder_link(root / name):
+            copy.symlink_to(os.fsdecode(content))
+            yield name, content
+            continue
         copy.write_bytes(content)
         copy.chmod(0o555 if os.access(root / name, os.X_OK) else 0o444)
         yield name, content
@@ -90,7 +97,7 @@ def _installed(root: Path) -> list[str]:
 
 
 def _checkout(root: Path, run_dir: Path, untracked_mib: float) -> list[str]:
-    tracked = [name for name in _listed(root, "--recurse-submodules") if (root / name).is_file()]
+    tracked = [name for name in _listed(root, "--recurse-submodules") if (root / name).exists()]  # not removed
     runs = run_dir.resolve()
     untracked = [
         name
@@ -98,8 +105,11 @@ def _checkout(root: Path, run_dir: Path, untracked_mib: float) -> list[str]:
         if not runs.is_relative_to(root) or not (root / name).resolve().is_relative_to(runs)
     ]
     for name in [*tracked, *untracked]:
-        if not (root / name).is_file() and not (root / name).is_symlink():
-            raise RunError(f"{root / name}: a repository of its own inside the checkout; name it in .gitignore")
+        path = root / name
+        if _is_folder_link(path) and (path.readlink().is_absolute() or not path.resolve().is_relative_to(root)):
+            raise RunError(f"{path}: a link to a folder outside, and the job would read it as it is then; copy it in")
+        if path.is_dir() and not path.is_symlink():
+            raise RunError(f"{path}: a repository of its own inside the checkout; name it in .gitignore")
     sizes = {name: (root / name).stat().st_size for name in untracked if (root / name).is_file()}
     if sum(sizes.values()) > untracked_mib * MIB:
         large = sorted(sizes, key=lambda name: -sizes[name])[:MOST_NAMED]
@@ -109,7 +119,11 @@ def _checkout(root: Path, run_dir: Path, untracked_mib: float) -> list[str]:
             f"{sum(sizes.values()) / MIB:.1f} MiB of it; the largest:\n{told}\n"
             f"name them in .gitignore or .git/info/exclude, or allow more than --untracked-mib={untracked_mib:g}"
         )
-    return [*tracked, *sizes]
+    return [*tracked, *(name for name in untracked if (root / name).exists())]
+
+
+def _is_folder_link(path: Path) -> bool:
+    return path.is_symlink() and path.is_dir()
 
 
 def _listed(root: Path, *options: str) -> list[str]:

@@ -113,6 +113,20 @@ def test_a_folder_with_a_repository_of_its_own_is_told(checkout: Path, tmp_path:
         take(tmp_path / "run" / "code", 1.0, checkout)
 
 
+def test_links_to_folders_stay_inside(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "same").symlink_to("model")
+    (checkout / "dangling").symlink_to("nothing")
+    (checkout / "file").symlink_to("run.sh")
+    taken = take(tmp_path / "run" / "code", 1.0, checkout)
+    (checkout / "model" / "a.py").write_text("A = 2\n")
+    assert (taken / "same" / "a.py").read_text() == "A = 1\n"
+    assert (taken / "file").read_text() == "#!/bin/sh\n"
+    assert take(tmp_path / "run" / "code", 1.0, checkout) != taken
+    (checkout / "out").symlink_to("..")
+    with pytest.raises(RunError, match="out: a link to a folder outside"):
+        take(tmp_path / "run" / "code", 1.0, checkout)
+
+
 def test_an_installed_package_is_its_files(tmp_path: Path) -> None:
     installed = tmp_path / "site-packages"
     for name in ("configs/model/tiny.yaml", "model/__init__.py", "model/__pycache__/x.pyc", "torch/__init__.py"):
