@@ -32,8 +32,8 @@ def cancel(
     from pretrain.job import JobFolder
 
     status, jobs = _live_jobs(run)
-    now = now or status.state == "starting"  # there is nothing to save, and USR1 kills a rank that is not ready for it
-    for job in jobs:
+    now = now or status.state == "starting"  # there is nothing to save
+    for job in sorted(jobs, key=lambda job: not job.waiting):  # first those that would follow the one that runs
         if job.waiting or now:
             slurm.cancel(job.id)
             done = "is removed from the queue" if job.waiting else "is told to end at once"
@@ -44,8 +44,7 @@ def cancel(
             continue
         kill_switch = JobFolder(run).kill_switch
         kill_switch.parent.mkdir(exist_ok=True)
-        kill_switch.touch()  # first: from here on nothing requeues it
-        slurm.signal(job.id, "USR1")  # so that it does not wait for the end of an evaluation, either
+        kill_switch.touch()  # no signal beside it: one that comes while a rank ends would make it a failure
         typer.echo(
             f"job {job.id} saves at the end of its step and ends, for good ({kill_switch}); `duet status {run}` tells "
             f"when it has, `duet cancel {run} --now` does not wait for it"

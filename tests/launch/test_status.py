@@ -46,6 +46,7 @@ def training(run: Path, job: str | None = "7", *, age: float = 0.0, began: float
         journal.metrics(4, {"loss/train": 2.0, "time/tokens_per_second": 100.0})
         beat = Heartbeat(5, lease.attempt, 2.0, 100.0, time=time.time() - age)
         (run / "heartbeat").write_text(json.dumps(vars(beat)))
+        os.environ.pop("SLURM_JOB_ID", None)
         yield
         journal.close()
 
