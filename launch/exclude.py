@@ -1,7 +1,7 @@
 """Which nodes a run avoids, and what keeps that from eating the cluster: `python -m launch.exclude RUN_DIR` lists them.
 
-A preflight that finds more bad nodes than the caps allow excludes none of them and stops: so many are no bad nodes, or
-somebody has to look at the cluster.
+Who finds more bad nodes than the caps allow excludes none of them: so many are no bad nodes, or somebody has to look at
+the cluster.
 """
 
 import sys
@@ -10,14 +10,16 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.job import MOST_EXCLUDED, JobFolder, this_job
+from pretrain.job import JobFolder, this_job
 
 AVOIDED_SECONDS = 24 * 3600.0
 """Then a node gets another chance: it was mended, or the next preflight finds it again."""
 SHARE = 0.1
-"""Of a job's nodes that one preflight may exclude; one at least."""
+"""Of a job's nodes that one start may exclude; one at least."""
 PER_DAY = 4
 """Nodes that a run avoids at a time."""
+MOST_EXCLUDED = 32
+"""Nodes that a run has ever avoided."""
 
 
 def avoided(folder: JobFolder, now: float | None = None) -> list[str]:

@@ -6,6 +6,7 @@ The exit code is an `Action`. Free of torch: it runs on a node where something h
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 
+from launch.exclude import exclude
 from pretrain.job import Failure, JobFolder, RankFailure, this_job
 from pretrain.runs import saved_steps
 
@@ -230,9 +232,9 @@ def main(args: list[str]) -> int:
         outcome = replace(outcome, failure=failure)
         folder.failed(failure)
     decision = decide(outcome, earlier, given.max_crashes)
-    for node in decision.nodes_to_exclude:
-        if not folder.exclude(node, "did not start its tasks"):
-            print(f"policy: {node} is not excluded: {len(folder.excluded())} nodes are already", flush=True)
+    bad = dict.fromkeys(decision.nodes_to_exclude, "did not start its tasks")
+    if bad and (refusal := exclude(folder, bad, int(os.environ.get("SLURM_JOB_NUM_NODES", 1)))):
+        print(f"policy: no node is excluded: {refusal}", flush=True)
     folder.decided(decision.action.name, decision.reason, given.rc, given.signal)
     print(f"policy: {decision.action.name.lower().replace('_', ' ')}: {decision.reason}", flush=True)
     return decision.action

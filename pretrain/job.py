@@ -23,8 +23,6 @@ from data_pipeline.errors import UserError
 R = TypeVar("R", "RankFailure", "Failure", "Heartbeat", "Wish")
 HEARTBEAT_SHARE = 0.01
 """Of the time that writing heartbeats may take; a slow file system gets fewer of them."""
-MOST_EXCLUDED = 8
-"""Nodes: more are not bad luck, and a faulty test must not eat the cluster."""
 
 
 def this_job() -> tuple[str | None, int]:
@@ -136,15 +134,11 @@ class JobFolder:
         """All of them, in order."""
         return _lines(self._jobs)
 
-    def exclude(self, node: str, reason: str) -> bool:
-        """Have the next starts avoid a node; False when `MOST_EXCLUDED` are avoided already."""
-        avoided = [line["node"] for line in self.excluded()]
-        if node not in avoided and len(avoided) >= MOST_EXCLUDED:
-            return False
+    def exclude(self, node: str, reason: str) -> None:
+        """Have the next starts avoid a node; `launch.exclude` knows whether that may be."""
         job, restart = this_job()
         record = {"node": node, "time": time.time(), "job": job, "restart": restart, "reason": reason}
         self._append(self._excluded, record)
-        return True
 
     def excluded(self) -> list[dict[str, Any]]:
         """Nodes to avoid, each once, with the last reason; in the order they were first named."""

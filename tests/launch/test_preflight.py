@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.exclude import AVOIDED_SECONDS, PER_DAY, SHARE, avoided, exclude, refuse
+from launch.exclude import AVOIDED_SECONDS, MOST_EXCLUDED, PER_DAY, SHARE, avoided, exclude, refuse
 from launch.preflight import AVOID, FAILED, GOOD, STOP, conclude, planned_nodes, tasks_per_node
-from pretrain.job import MOST_EXCLUDED, JobFolder
+from pretrain.job import JobFolder
 from pretrain.preflight_gpu import inspect, judge_gpus, parse_gpus, parse_processes
 from pretrain.preflight_verdict import Finding, Link, Report, Verdict, judge
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.job import MOST_EXCLUDED, Failure, Heartbeat, JobFolder, Pulse, RankFailure, this_job
+from pretrain.job import Failure, Heartbeat, JobFolder, Pulse, RankFailure, this_job
 from tests.runs import ROOT
 
 
@@ -53,16 +53,13 @@ def test_what_is_recorded_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert folder.last_heartbeat() == heartbeat
 
 
-def test_so_many_nodes_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_each_start_excluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = JobFolder(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    taken = [folder.exclude(f"n{number}", "why") for number in range(MOST_EXCLUDED + 2)]
-    assert taken == [True] * MOST_EXCLUDED + [False] * 2
-    assert len(folder.excluded()) == MOST_EXCLUDED
-    assert folder.exclude("n3", "again"), "that is no further one"
+    folder.exclude("n3", "why")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert folder.exclude("n4", "again")
-    assert folder.excluded_by("7", 1) == ["n4"]
+    folder.exclude("n4", "again")
+    assert (folder.excluded_by("7", 0), folder.excluded_by("7", 1)) == (["n3"], ["n4"])
 
 
 def test_the_ranks_of_one_start_only_and_the_cause_first(tmp_path: Path) -> None:
