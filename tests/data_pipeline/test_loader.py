@@ -178,12 +178,12 @@ def test_waiting_ends_with_the_data_or_when_it_is_given_up() -> None:
             yield StepSamples(torch.tensor([position]), tokens, None)
             stalled.wait(60)
 
-    asked = []
+    asked = iter(range(10))
     with Loader(cast(Reader, reader())) as loader:
         loader.wait(lambda: False)
         assert next(loader).positions.tolist() == [0]
-        loader.wait(lambda: asked.append(1) or len(asked) > 3)
-        assert len(asked) == 4, "looked again and again"
+        loader.wait(lambda: next(asked) == 3)
+        assert next(asked) == 4, "looked again and again"
         stalled.set()
         loader.wait(lambda: False)
         loader.wait(lambda: pytest.fail("there is a step"))

@@ -23,7 +23,7 @@ def run(ranks: Ranks, args: list[str], job: str | None = None, restart: int = 0,
         os.environ |= {"RUN_DIR": str(load(args).run_dir), "DUET_STOP_LEAD": str(lead)}
     evaluate = trainer.evaluate
     trainer.evaluate = lambda module, windows, size, batch, *more: evaluate(module, windows, size, 4, *more)
-    recorder.report.write = lambda *_: None  # type: ignore[assignment]
+    recorder.report.write = lambda *_: None
     return trainer.train(load(args), ranks, StopRequest(), time.time(), FailureFile(ranks.rank))
 
 
@@ -37,7 +37,7 @@ def signalled_in_validation(ranks: Ranks, args: list[str], at: int) -> list[int]
             os.kill(os.getpid(), signal.SIGUSR1)
         return of_validation(*given)
 
-    trainer.Batches.of_validation = count  # type: ignore[method-assign]
+    trainer.Batches.of_validation = count  # type: ignore[method-assign,assignment]
     return [run(ranks, args, job="7"), batches[0]]
 
 
@@ -61,7 +61,7 @@ def signalled_while_data_stall(ranks: Ranks, args: list[str], step: int) -> int:
         wait(self, give_up)
         waiting.clear()
 
-    loader.Reader._read = stall  # type: ignore[method-assign]
+    loader.Reader._read = stall  # type: ignore[method-assign,assignment]
     loader.Loader.wait = remember  # type: ignore[method-assign]
     return run(ranks, args, job="7")
 
