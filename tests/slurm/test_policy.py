@@ -23,7 +23,9 @@ PREFLIGHT = """
 import os, sys
 from pathlib import Path
 from pretrain.job import JobFolder
-sys.exit(os.environ["SLURMD_NODENAME"] == "n1" and JobFolder(Path(sys.argv[1])).exclude("n1", "no memory"))
+if os.environ["SLURMD_NODENAME"] == "n1":
+    JobFolder(Path(sys.argv[1])).exclude("n1", "no memory")
+    sys.exit(11)
 """
 
 
