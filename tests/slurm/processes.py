@@ -45,7 +45,7 @@ def alive(pid: int) -> bool:
 def daemons(folder: Path) -> list[int]:
     """munged, slurmctld and slurmd's."""
     mark = f"{MARK}={folder}".encode()
-    return [pid for pid in _pids() if mark in _environment(pid) and not _is_stepd(pid)]
+    return [pid for pid in _pids() if mark in environment(pid) and not _is_stepd(pid)]
 
 
 def stepds(folder: Path) -> list[int]:
@@ -56,7 +56,19 @@ def stepds(folder: Path) -> list[int]:
 def tasks(cluster_name: str) -> list[int]:
     """Batch scripts, srun's, ranks."""
     mark = f"SLURM_CLUSTER_NAME={cluster_name}".encode()
-    return [pid for pid in _pids() if mark in _environment(pid)]
+    return [pid for pid in _pids() if mark in environment(pid)]
+
+
+def programs(cluster_name: str, module: str, **variables: object) -> list[int]:
+    """Tasks that run `python -m module` and have these in their environment."""
+    wanted = {f"{name}={value}".encode() for name, value in variables.items()}
+    return [
+        pid
+        for pid in tasks(cluster_name)
+        if module.encode() in _read(pid, "cmdline")
+        and b"srun" not in _read(pid, "cmdline")[0]
+        and wanted <= set(environment(pid))
+    ]
 
 
 def open_logs(pid: int, folder: Path) -> set[str]:
@@ -78,6 +90,11 @@ def descendants(pids: Iterable[int]) -> set[int]:
     return found - first
 
 
+def environment(pid: int) -> list[bytes]:
+    """NAME=value, as the process was started with."""
+    return _read(pid, "environ")
+
+
 def _pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and _parent(int(name)) is not None]
 
@@ -90,11 +107,11 @@ def _parent(pid: int) -> int | None:
     return None if state in "ZX" else int(parent)
 
 
-def _environment(pid: int) -> list[bytes]:
+def _read(pid: int, file: str) -> list[bytes]:
     try:
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return Path(f"/proc/{pid}/{file}").read_bytes().split(b"\0")
     except OSError:
-        return []
+        return [b""]
 
 
 def _is_stepd(pid: int) -> bool:
