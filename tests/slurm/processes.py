@@ -48,9 +48,10 @@ def daemons(folder: Path) -> list[int]:
     return [pid for pid in _pids() if mark in environment(pid) and not _is_stepd(pid)]
 
 
-def stepds(folder: Path) -> list[int]:
-    """What manages a job's step on its node, or its batch script."""
-    return [pid for pid in _pids() if _is_stepd(pid) and open_logs(pid, folder)]
+def stepds(folder: Path, job_id: str | None = None) -> list[int]:
+    """What manages a job's step on its node, or its batch script; of all jobs, unless one is named."""
+    found = [pid for pid in _pids() if _is_stepd(pid) and open_logs(pid, folder)]
+    return [pid for pid in found if job_id is None or _of_job(pid, job_id)]
 
 
 def tasks(cluster_name: str) -> list[int]:
@@ -112,6 +113,12 @@ def _read(pid: int, file: str) -> list[bytes]:
         return Path(f"/proc/{pid}/{file}").read_bytes().split(b"\0")
     except OSError:
         return [b""]
+
+
+def _of_job(stepd: int, job_id: str) -> bool:
+    """A new one has no title yet: it may be."""
+    title = _read(stepd, "cmdline")[0]
+    return not title.startswith(b"slurmstepd: [") or title.startswith(f"slurmstepd: [{job_id}.".encode())
 
 
 def _is_stepd(pid: int) -> bool:
