@@ -75,6 +75,12 @@ def run_state(run_dir: Path) -> RunState:
     )
 
 
+def saved_steps(run_dir: Path) -> list[int]:
+    """Steps of a run's complete checkpoints, in order."""
+    found = run_dir.glob("checkpoints/step-*/manifest.json")
+    return sorted(int(manifest.parent.name.removeprefix("step-")) for manifest in found)
+
+
 def _is_run(path: Path) -> bool:
     return (path / "metrics.jsonl").is_file() or (path / "attempts").is_dir()
 
