@@ -1,11 +1,10 @@
 """A run of the real trainer as a job on the test cluster, what may befall it, and the proof that it came back."""
 
 import json
-import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +35,31 @@ def arguments(dataset: Path, run_dir: Path, *more: str) -> list[str]:
 class Drill:
     """One job, its run folder, and what was on disk each time it was queued again."""
 
-    def __init__(self, cluster: Cluster, folder: Path, dataset: Path, *more: str) -> None:
-        """`more` are settings of the run. Submits nothing yet."""
+    def __init__(self, cluster: Cluster, folder: Path, dataset: Path, *more: str, run_dir: Path | None = None) -> None:
+        """`more` are settings of the run; its folder is `folder`/run unless given. Submits nothing yet."""
+        folder.mkdir(exist_ok=True)
         self.cluster = cluster
         self.folder = folder
-        self.run_dir = folder / "run"
+        self.run_dir = run_dir or folder / "run"
         self.journal = self.run_dir / "metrics.jsonl"
         self.log = folder / "log"
         self.job = ""
         self.on_disk: list[int | None] = []
         self._faults: list[dict[str, Any]] = []
-        self._arguments = arguments(dataset, self.run_dir, *more)
+        self.arguments = arguments(dataset, self.run_dir, *more)
 
     def hold(self, step: int, rank: int = 0, restart: int = 0) -> None:
         """Have a rank wait in the middle of a step, in one start of the job, until it gets a signal or `go`."""
         self._faults.append({"restart": restart, "rank": rank, "step": step, "folder": str(self.folder)})
 
-    def die(self, step: int, phase: str, rank: int) -> None:
-        """Have a rank killed when it enters a phase of saving a step, in the first start of the job."""
-        self._faults.append({"restart": 0, "rank": rank, "step": step, "phase": phase})
+    def fail(self, step: int, rank: int, restart: int, **fault: str) -> None:
+        """Have a rank fail: error="…" in the middle of a step, phase="…" is its death when it saves the step."""
+        self._faults.append({"restart": restart, "rank": rank, "step": step, "folder": str(self.folder), **fault})
 
     def submit(self, nodes: int = 2, *options: str, **environment: str) -> str:
-        """The job's number; its folder is new, or holds a run that goes on."""
+        """A new job on the run's folder, with the faults that were asked for since the last one; its number."""
+        if self.job:
+            self.on_disk.append(newest_on_disk(self.run_dir))
         python = self.folder / "python"
         python.write_text(PYTHON.format(trainer=TRAINER, python=shlex.quote(sys.executable)))
         python.chmod(0o755)
@@ -71,15 +73,16 @@ class Drill:
             "OMP_NUM_THREADS": "1",
         }
         size = [f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
-        command = ["sbatch", "--parsable", *size, f"--output={self.log}", *options, str(SCRIPT), *self._arguments]
+        command = ["sbatch", "--parsable", *size, f"--output={self.log}", *options, str(SCRIPT), *self.arguments]
         self.job = self.cluster.run(*command, environment=site | environment).split(";")[0].strip()
+        self._faults = []
         return self.job
 
     def wait_held(self, step: int, rank: int = 0, restart: int = 0) -> None:
         """Until the rank stands in the step."""
         held = self.folder / f"held-{PLACE.format(restart=restart, rank=rank, step=step)}"
-        wait_until(lambda: held.exists() or self._ended(), 180, f"rank {rank} in step {step}")
-        assert held.exists(), self.log.read_text()
+        wait_until(lambda: held.exists() or self._state() in ENDED, 180, f"rank {rank} in step {step}")
+        assert held.exists(), self.said()
 
     def go(self, step: int, rank: int = 0, restart: int = 0) -> None:
         """Let the rank go on."""
@@ -110,33 +113,41 @@ class Drill:
         try:
             wait_until(queued, 120, f"job {self.job} queued again")
         except TimeoutError as error:
-            raise AssertionError(f"{error}\n{self.log.read_text()}") from error
+            raise AssertionError(f"{error}\n{self.said()}") from error
         self.on_disk.append(newest_on_disk(self.run_dir))
         self.cluster.start_now(self.job)
 
     def wait_ended(self, state: str = "COMPLETED") -> None:
-        """Until the job is over."""
-        found = self.cluster.wait_for_job(self.job, *ENDED, seconds=300)
-        assert found["JobState"] == state, f"{found}\n{self.log.read_text()}"
+        """Until the job is over, and nothing of it is alive."""
+        wait_until(lambda: self._state() in ENDED, 300, f"the end of job {self.job}")
+        assert self._state() == state, self.said()
+        wait_until(lambda: not programs(self.cluster.name, TRAINER, SLURM_JOB_ID=self.job), 30, "the end of its ranks")
 
-    def check(self, name: str, reference: Path, again_at_most: int = 2 * INTERVAL) -> None:
-        """The journal proves that every start went on from the newest checkpoint, bit for bit; prints the loss of time.
+    def said(self) -> str:
+        """The job's log."""
+        return self.log.read_text() if self.log.exists() else "no log"
+
+    def check(self, name: str, reference: Path, stops: Collection[int] = ()) -> None:
+        """The journal proves that every start went on from the newest checkpoint, bit for bit; prints the time lost.
 
         Args:
             reference: journal of a run on as many nodes that was never interrupted.
-            again_at_most: steps that were computed again.
+            stops: steps at which a signal had the run save.
         """
-        interval = INTERVAL if again_at_most else 1  # the planned stop saves at any step
-        assert check_resumed(self.journal, reference, interval, self.on_disk) == len(self.on_disk) + 1
-        for number, lost in enumerate(losses_of_time(self.journal), start=1):
-            assert lost["again"] <= again_at_most
-            print(
-                f"drill: {name}: return {number}: {lost['again']} steps computed again, {lost['seconds']:.1f} s lost, "
-                f"{lost['start']:.1f} s of them from the start of the program"
-            )
+        assert check_resumed(self.journal, reference, INTERVAL, self.on_disk, stops) == len(self.on_disk) + 1
+        tell(name, self.journal)
 
-    def _ended(self) -> bool:
-        return self.cluster.job(self.job)["JobState"] in ENDED
+    def _state(self) -> str:
+        return self.cluster.job(self.job)["JobState"]
+
+
+def tell(name: str, journal: Path) -> None:
+    """Print a line for each time a run came back: what docs/fault-tolerance.md shows."""
+    for lost in losses_of_time(journal):
+        print(
+            f"drill: {name}: {lost['again']} steps computed again, {lost['seconds']:.1f} s lost, "
+            f"{lost['start']:.1f} s of them from the start of the program on"
+        )
 
 
 def losses_of_time(journal: Path) -> list[dict[str, Any]]:

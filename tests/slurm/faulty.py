@@ -4,6 +4,7 @@ DRILL_FAULTS holds a JSON list. A fault is of one start of the job (`restart`, 0
 
     {"restart", "rank", "step", "folder"}: in the middle of this step the rank writes held-RESTART-RANK-STEP in the
         folder and waits for a stop signal, for the file go-RESTART-RANK-STEP, or for its death;
+    {"restart", "rank", "step", "error"}: in the middle of this step the rank has a bug that raises this;
     {"restart", "rank", "step", "phase"}: SIGKILL when it enters this phase of saving the step.
 """
 
@@ -30,22 +31,23 @@ def main() -> None:
         restart, rank = int(os.environ.get("SLURM_RESTART_COUNT", 0)), int(os.environ["SLURM_PROCID"])
         for fault in json.loads(os.environ["DRILL_FAULTS"]):
             if (fault["restart"], fault["rank"]) == (restart, rank):
-                (die if "phase" in fault else hold)(fault)
+                (die if "phase" in fault else stand)(fault)
         return load(args)
 
     config.load = load_and_arm
     runpy.run_module("pretrain", run_name="__main__", alter_sys=True)
 
 
-def hold(fault: dict[str, Any]) -> None:
-    """Hold the rank in a step."""
+def stand(fault: dict[str, Any]) -> None:
+    """Hold the rank in a step, or end it there with an error."""
     from pretrain import trainer
     from pretrain.engine import Engine
 
     run_steps, train_step, learning_rate = trainer.run_steps, Engine.train_step, trainer.learning_rate
     now, stop = 0, None
     place = PLACE.format_map(fault)
-    held, go = Path(fault["folder"], f"held-{place}"), Path(fault["folder"], f"go-{place}")
+    folder = Path(fault["folder"])
+    held, go = folder / f"held-{place}", folder / f"go-{place}"
 
     def remember_stop(session: Any, *args: Any) -> Any:
         nonlocal stop
@@ -58,6 +60,8 @@ def hold(fault: dict[str, Any]) -> None:
         return learning_rate(config, tokens)
 
     def step(*args: Any) -> Any:
+        if now == fault["step"] and "error" in fault:
+            raise RuntimeError(fault["error"])
         if now == fault["step"]:
             held.write_text(str(os.getpid()))
             while not (stop and stop.signal) and not go.exists():

@@ -45,31 +45,26 @@ def alive(pid: int) -> bool:
 def daemons(folder: Path) -> list[int]:
     """munged, slurmctld and slurmd's."""
     mark = f"{MARK}={folder}".encode()
-    return [pid for pid in _pids() if mark in environment(pid) and not _is_stepd(pid)]
+    return [pid for pid in _pids() if mark in _environment(pid) and not _is_stepd(pid)]
 
 
-def stepds(folder: Path, job_id: str | None = None) -> list[int]:
-    """What manages a job's step on its node, or its batch script; of all jobs, unless one is named."""
-    found = [pid for pid in _pids() if _is_stepd(pid) and open_logs(pid, folder)]
-    return [pid for pid in found if job_id is None or _of_job(pid, job_id)]
+def stepds(folder: Path) -> list[int]:
+    """What manages a job's step on its node, or its batch script."""
+    return [pid for pid in _pids() if _is_stepd(pid) and open_logs(pid, folder)]
 
 
 def tasks(cluster_name: str) -> list[int]:
     """Batch scripts, srun's, ranks."""
     mark = f"SLURM_CLUSTER_NAME={cluster_name}".encode()
-    return [pid for pid in _pids() if mark in environment(pid)]
+    return [pid for pid in _pids() if mark in _environment(pid)]
 
 
 def programs(cluster_name: str, module: str, **variables: object) -> list[int]:
-    """Tasks that run `python -m module` and have these in their environment."""
+    """Those of the tasks that are `python -m module` and have these in their environment."""
     wanted = {f"{name}={value}".encode() for name, value in variables.items()}
-    return [
-        pid
-        for pid in tasks(cluster_name)
-        if module.encode() in _read(pid, "cmdline")
-        and b"srun" not in _read(pid, "cmdline")[0]
-        and wanted <= set(environment(pid))
-    ]
+    found = [pid for pid in tasks(cluster_name) if wanted <= set(_environment(pid))]
+    commands = {pid: _read(pid, "cmdline") for pid in found}
+    return [pid for pid in found if module.encode() in commands[pid] and b"srun" not in commands[pid][0]]
 
 
 def open_logs(pid: int, folder: Path) -> set[str]:
@@ -91,11 +86,6 @@ def descendants(pids: Iterable[int]) -> set[int]:
     return found - first
 
 
-def environment(pid: int) -> list[bytes]:
-    """NAME=value, as the process was started with."""
-    return _read(pid, "environ")
-
-
 def _pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and _parent(int(name)) is not None]
 
@@ -108,17 +98,15 @@ def _parent(pid: int) -> int | None:
     return None if state in "ZX" else int(parent)
 
 
+def _environment(pid: int) -> list[bytes]:
+    return _read(pid, "environ")
+
+
 def _read(pid: int, file: str) -> list[bytes]:
     try:
         return Path(f"/proc/{pid}/{file}").read_bytes().split(b"\0")
     except OSError:
         return [b""]
-
-
-def _of_job(stepd: int, job_id: str) -> bool:
-    """A new one has no title yet: it may be."""
-    title = _read(stepd, "cmdline")[0]
-    return not title.startswith(b"slurmstepd: [") or title.startswith(f"slurmstepd: [{job_id}.".encode())
 
 
 def _is_stepd(pid: int) -> bool:
