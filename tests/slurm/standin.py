@@ -1,7 +1,7 @@
 """A trainer without torch for the tests of batch script and policy: `python -m tests.slurm.standin`, a rank.
 
 Takes a step in 20 ms, has a checkpoint at each, and does what RUN_DIR/orders says: a JSON object of
-{"die": {"rank", "step"}, "bug": {"rank", "step", "what"}, "mistake": "…", "deaf": true, "steps": N}.
+{"die": {"rank", "step"}, "bug": {"rank", "step", "what"}, "mistake": "…", "deaf": true (to USR1), "steps": N}.
 """
 
 import json
@@ -53,10 +53,10 @@ def main() -> int:
             (run_dir / "checkpoints" / f"step-{step:09d}" / "manifest.json").touch()
         if rank == 0:
             Pulse(folder).beat(Heartbeat(step, 1, checkpoint=step))
-        if seen and "deaf" not in orders:
-            if rank == 0 and seen[0] == USR1:
+        if seen and ("deaf" not in orders or TERM in seen):
+            if rank == 0 and TERM not in seen:
                 folder.request_requeue(step, trained=step - start)
-            return 143 if seen[0] == TERM else 0
+            return 143 if TERM in seen else 0
         if folder.kill_switch.exists():
             return 0
     return 0
