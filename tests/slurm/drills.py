@@ -1,6 +1,7 @@
 """A run of the real trainer as a job on the test cluster, what may befall it, and the proof that it came back."""
 
 import json
+import re
 import shlex
 import signal
 import sys
@@ -102,8 +103,8 @@ class Drill:
         """What comes before the time limit, now."""
         self.cluster.run("scancel", "--batch", "--signal=USR1", self.job)
 
-    def wait_queued_again(self, restarts: int = 1) -> None:
-        """Until Slurm has queued the job again so many times; ends its wait there."""
+    def wait_queued_again(self, restarts: int = 1, start: bool = True) -> None:
+        """Until Slurm has queued the job again so many times; ends its wait there if it is to `start`."""
 
         def queued() -> bool:
             job = self.cluster.job(self.job)
@@ -115,7 +116,8 @@ class Drill:
         except TimeoutError as error:
             raise AssertionError(f"{error}\n{self.said()}") from error
         self.on_disk.append(newest_on_disk(self.run_dir))
-        self.cluster.start_now(self.job)
+        if start:
+            self.cluster.start_now(self.job)
 
     def wait_ended(self, state: str = "COMPLETED") -> None:
         """Until the job is over, and nothing of it is alive."""
@@ -126,6 +128,11 @@ class Drill:
     def said(self) -> str:
         """The job's log."""
         return self.log.read_text() if self.log.exists() else "no log"
+
+    def nodes(self, restart: int) -> list[str]:
+        """Where a start of the job trained, as its log tells."""
+        [names] = re.findall(rf"restart {restart}: start on ([^,]+),", self.said())
+        return names.split()
 
     def check(self, name: str, reference: Path, stops: Collection[int] = ()) -> None:
         """The journal proves that every start went on from the newest checkpoint, bit for bit; prints the time lost.
