@@ -19,13 +19,20 @@ from typing import Any
 
 PHASES = ["before the shards", "between shards", "before the manifest", "after the manifest", "in retention"]
 PLACE = "{restart}-{rank}-{step}"
+stops: list[Any] = []
+"""Where this rank learns of a request to stop."""
 
 
 def main() -> None:
     """Arms the faults when the trainer reads its configuration: signals are handled by then, torch is not there yet."""
-    from pretrain import config
+    from pretrain import config, signals
 
-    load = config.load
+    load, remember = config.load, signals.StopRequest.__init__
+
+    def remember_stop(self: Any) -> None:
+        remember(self)
+        stops.append(self)
+
 
     def load_and_arm(args: list[str]) -> Any:
         restart, rank = int(os.environ.get("SLURM_RESTART_COUNT", 0)), int(os.environ["SLURM_PROCID"])
@@ -34,6 +41,7 @@ def main() -> None:
                 (die if "phase" in fault else stand)(fault)
         return load(args)
 
+    signals.StopRequest.__init__ = remember_stop  # type: ignore[method-assign]
     config.load = load_and_arm
     runpy.run_module("pretrain", run_name="__main__", alter_sys=True)
 
@@ -43,16 +51,11 @@ def stand(fault: dict[str, Any]) -> None:
     from pretrain import trainer
     from pretrain.engine import Engine
 
-    run_steps, train_step, learning_rate = trainer.run_steps, Engine.train_step, trainer.learning_rate
-    now, stop = 0, None
+    train_step, learning_rate = Engine.train_step, trainer.learning_rate
+    now = 0
     place = PLACE.format_map(fault)
     folder = Path(fault["folder"])
     held, go = folder / f"held-{place}", folder / f"go-{place}"
-
-    def remember_stop(session: Any, *args: Any) -> Any:
-        nonlocal stop
-        stop = session.stop
-        return run_steps(session, *args)
 
     def remember_step(config: Any, tokens: int) -> float:
         nonlocal now
@@ -64,11 +67,11 @@ def stand(fault: dict[str, Any]) -> None:
             raise RuntimeError(fault["error"])
         if now == fault["step"]:
             held.write_text(str(os.getpid()))
-            while not (stop and stop.signal) and not go.exists():
+            while not stops[0].signal and not go.exists():
                 time.sleep(0.005)
         return train_step(*args)
 
-    trainer.run_steps, trainer.learning_rate = remember_stop, remember_step
+    trainer.learning_rate = remember_step
     Engine.train_step = step  # type: ignore[method-assign,assignment]
 
 
