@@ -25,11 +25,11 @@ def complete(config: Config, dataset: Dataset) -> Config:
     return config.model_copy(update={"model": model, "data": data})
 
 
-def identity(dataset: Dataset) -> dict[str, Any]:
+def identity(config: Config, dataset: Dataset) -> dict[str, Any]:
     """What a run folder records of its dataset; `order0_entropy` in bits per byte of the validation text."""
     manifest = dataset.manifest
     return {
-        "path": str(dataset.path),
+        "path": config.data.path,  # not that of a copy on a node's disk
         "fingerprint": manifest.fingerprint,
         "tokens": manifest.splits["train"].tokens,
         "order0_entropy": manifest.splits["validation"].order0_entropy(),

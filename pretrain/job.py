@@ -9,13 +9,16 @@ Free of torch. Readers leave out what is missing or torn: another node may be in
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 from data_pipeline.atomic import write_json
+from data_pipeline.errors import UserError
 
 R = TypeVar("R", "RankFailure", "Failure", "Heartbeat", "Wish")
 HEARTBEAT_SHARE = 0.01
@@ -45,7 +48,7 @@ class RankFailure:
     step: int | None = None
     """The one that was being taken; None before the first."""
     samples: list[int] = field(default_factory=list)
-    """Of the rank in this step: positions in the data order."""
+    """The first and the last of the batch, over all ranks: positions in the data order."""
     time: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
@@ -212,6 +215,42 @@ class Pulse:
         os.replace(temporary, self._folder.heartbeat)
         now = time.perf_counter()
         self._next = now + (now - since) / HEARTBEAT_SHARE
+
+
+class FailureFile:
+    """Use as a context: an error that leaves it is written down for the policy, in a Slurm job. May be entered twice.
+
+    The batch script names the run folder in RUN_DIR.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._step: int | None = None
+        self._samples: list[int] = []
+        self._written = False
+
+    def at(self, step: int, first_sample: int, num_samples: int) -> None:
+        """This step is being taken."""
+        self._step, self._samples = step, [first_sample, first_sample + num_samples - 1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        (job, restart), run_dir = this_job(), os.environ.get("RUN_DIR")
+        if not isinstance(error, Exception) or self._written or not job or not run_dir:
+            return
+        self._written = True
+        mistake = isinstance(error, UserError)
+        what = str(error) if mistake else f"{type(error).__name__}: {error}"
+        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        failure = RankFailure(job, restart, self._rank, host, what, mistake, self._step, self._samples)
+        try:
+            JobFolder(Path(run_dir)).rank_failed(failure)
+        except OSError as refused:  # the error itself matters more
+            print(f"the failure of rank {self._rank} could not be written down: {refused}", file=sys.stderr)
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
