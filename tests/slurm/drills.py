@@ -9,6 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pretrain.journal import read
 from tests.runs import ROOT, SMALL, attempts, check_resumed, newest_on_disk
 from tests.slurm.cluster import Cluster
@@ -20,8 +22,9 @@ STEPS, INTERVAL = 30, 5
 TRAINER = "tests.slurm.faulty"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 PYTHON = """#!/bin/bash
-# The trainer is started with its faults, anything else as it is.
+# The trainer is started with its faults, which its code need not have; anything else as it is.
 [ "$1 $2 $3" != "-P -m pretrain" ] || {{ shift 3; set -- -P -m {trainer} "$@"; }}
+export PYTHONPATH=$PYTHONPATH:{root}
 exec {python} "$@"
 """
 
@@ -57,27 +60,41 @@ class Drill:
         """Have a rank fail: error="…" in the middle of a step, phase="…" is its death when it saves the step."""
         self._faults.append({"restart": restart, "rank": rank, "step": step, "folder": str(self.folder), **fault})
 
-    def submit(self, nodes: int = 2, *options: str, **environment: str) -> str:
+    def submit(self, nodes: int = 2) -> str:
         """A new job on the run's folder, with the faults that were asked for since the last one; its number."""
+        size = [f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+        command = ["sbatch", "--parsable", *size, f"--output={self.log}", str(SCRIPT), *self.arguments]
+        site = {"DUET_CODE": str(ROOT), "DUET_PYTHON": self.python(), "DUET_PREFLIGHT": "0"}
+        return self.begin(self.cluster.run(*command, environment=site | self.environment()).split(";")[0].strip())
+
+    def submit_by_command(self, checkout: Path) -> str:
+        """The same by `duet submit`, from a checkout."""
+        site = {"gpus_per_node": 0, "python": self.python(), "environment": self.environment(), "time": "0:30:00"}
+        file = self.folder / "site.yaml"
+        file.write_text(yaml.safe_dump(site))
+        command = ["-P", "-m", "launch.cli", "submit", *self.arguments, "--cluster", str(file), "--nodes", "2"]
+        said = self.cluster.run(sys.executable, *command, environment={"PYTHONPATH": str(checkout)})
+        job = said.split()[1].removesuffix(":")
+        self.log = self.run_dir / "logs" / f"slurm-{job}.out"
+        return self.begin(job)
+
+    def python(self) -> str:
+        """A program that is Python, but for the trainer."""
+        file = self.folder / "python"
+        file.write_text(PYTHON.format(trainer=TRAINER, root=ROOT, python=shlex.quote(sys.executable)))
+        file.chmod(0o755)
+        return str(file)
+
+    def environment(self) -> dict[str, str]:
+        """Of the job."""
+        return {"DRILL_FAULTS": json.dumps(self._faults), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+
+    def begin(self, job: str) -> str:
+        """The run is now this job's."""
         if self.job:
             self.on_disk.append(newest_on_disk(self.run_dir))
-        python = self.folder / "python"
-        python.write_text(PYTHON.format(trainer=TRAINER, python=shlex.quote(sys.executable)))
-        python.chmod(0o755)
-        site = {
-            "RUN_DIR": str(self.run_dir),
-            "DUET_PYTHON": str(python),
-            "DUET_CODE": str(ROOT),
-            "DUET_PREFLIGHT": "0",
-            "DRILL_FAULTS": json.dumps(self._faults),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-        }
-        size = [f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
-        command = ["sbatch", "--parsable", *size, f"--output={self.log}", *options, str(SCRIPT), *self.arguments]
-        self.job = self.cluster.run(*command, environment=site | environment).split(";")[0].strip()
-        self._faults = []
-        return self.job
+        self.job, self._faults = job, []
+        return job
 
     def wait_held(self, step: int, rank: int = 0, restart: int = 0) -> None:
         """Until the rank stands in the step."""

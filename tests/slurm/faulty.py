@@ -33,7 +33,6 @@ def main() -> None:
         remember(self)
         stops.append(self)
 
-
     def load_and_arm(args: list[str]) -> Any:
         restart, rank = int(os.environ.get("SLURM_RESTART_COUNT", 0)), int(os.environ["SLURM_PROCID"])
         for fault in json.loads(os.environ["DRILL_FAULTS"]):

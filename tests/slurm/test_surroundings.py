@@ -1,6 +1,7 @@
 """Drills of what is around a run: nodes, scheduler, disk, tracking server, a second job, edits of the code."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from pretrain.journal import read
+from pretrain.provenance import PACKAGES
 from pretrain.tracking import sync
 from tests.faults.tracked import Server, assert_mirrors
-from tests.runs import newest_on_disk
+from tests.runs import ROOT, newest_on_disk
 from tests.slurm.cluster import Cluster
 from tests.slurm.drills import Drill
 
@@ -177,3 +179,27 @@ def test_two_jobs_on_one_run_folder(cluster: Cluster, dataset: Path, reference: 
     first.wait_queued_again()
     first.wait_ended()
     first.check("a second job on the run folder; planned signal", reference(2), stops=[7])
+
+
+def test_code_is_edited_between_submission_and_requeue(
+    cluster: Cluster, dataset: Path, reference: Reference, tmp_path: Path
+) -> None:
+    """The job runs a copy of the code as it was when it was submitted, what git does not know included."""
+    checkout = tmp_path / "checkout"
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for command in ("init -q", "add -A", "-c user.name=a -c user.email=a@b commit -qm first"):
+        subprocess.run(["git", "-C", checkout, *command.split()], check=True)
+    trainer = checkout / "pretrain" / "trainer.py"
+    trainer.write_text(trainer.read_text() + "\nfrom pretrain import untracked  # noqa\n")
+    (checkout / "pretrain" / "untracked.py").touch()
+    drill = Drill(cluster, tmp_path / "job", dataset)
+    drill.hold(7)
+    drill.submit_by_command(checkout)
+    drill.wait_held(7)
+    trainer.write_text("raise RuntimeError('an edit')\n")
+    (checkout / "pretrain" / "untracked.py").unlink()
+    drill.planned_signal()
+    drill.wait_queued_again()
+    drill.wait_ended()
+    drill.check("code edited after submission; planned signal", reference(2), stops=[7])
