@@ -1,11 +1,26 @@
-"""What ties a run to its dataset: the vocabulary in its configuration and the fingerprint in its folder."""
+"""What ties a run to its dataset: the vocabulary in its configuration and the fingerprint in its folder.
+
+Free of torch and pyarrow.
+"""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from data_pipeline.dataset import Dataset
 from data_pipeline.errors import RunError
+from data_pipeline.manifest import Manifest
 from pretrain.config import Config
+
+
+class Dataset(Protocol):
+    """A `data_pipeline.dataset.Dataset`, or as much of it as a login node has."""
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is in it."""
 
 
 def complete(config: Config, dataset: Dataset) -> Config:

@@ -116,12 +116,12 @@ def latest_attempt(run_dir: Path) -> int:
     return max((int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit()), default=0)
 
 
-def check_unowned(run_dir: Path) -> None:
-    """Raises RunError while an attempt owns the run folder; names job, host and process."""
+def check_unowned(run_dir: Path, clock: float | None = None) -> None:
+    """Raises RunError while an attempt owns the run folder; names job, host and process. `clock` as for `alive`."""
     if attempt := latest_attempt(run_dir):
         path = attempt_path(run_dir / "attempts", attempt)
         owner = json.loads(path.read_text())
-        if alive(owner, path):
+        if alive(owner, path, clock):
             raise RunError(_refusal(run_dir, owner))
 
 
