@@ -24,7 +24,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 PYTHON = """#!/bin/bash
 # The trainer is started with its faults, which its code need not have; anything else as it is.
 [ "$1 $2 $3" != "-P -m pretrain" ] || {{ shift 3; set -- -P -m {trainer} "$@"; }}
-export PYTHONPATH=$PYTHONPATH:{root}
+export PYTHONPATH=${{PYTHONPATH:+$PYTHONPATH:}}{root}
 exec {python} "$@"
 """
 
@@ -152,32 +152,30 @@ class Drill:
         return names.split()
 
     def check(self, name: str, reference: Path, stops: Collection[int] = ()) -> None:
-        """The journal proves that every start went on from the newest checkpoint, bit for bit; prints the time lost.
+        """The journal proves that every start went on from the newest checkpoint, bit for bit.
+
+        Prints a line for each time the run came back: what docs/fault-tolerance.md shows.
 
         Args:
             reference: journal of a run on as many nodes that was never interrupted.
             stops: steps at which a signal had the run save.
         """
         assert check_resumed(self.journal, reference, INTERVAL, self.on_disk, stops) == len(self.on_disk) + 1
-        tell(name, self.journal)
+        for lost in losses_of_time(self.journal):
+            print(
+                f"drill: {name}: {lost['again']} steps computed again, {lost['seconds']:.1f} s lost, "
+                f"{lost['start']:.1f} s of them from the start of the program on"
+            )
 
     def _state(self) -> str:
         return self.cluster.job(self.job)["JobState"]
 
 
-def tell(name: str, journal: Path) -> None:
-    """Print a line for each time a run came back: what docs/fault-tolerance.md shows."""
-    for lost in losses_of_time(journal):
-        print(
-            f"drill: {name}: {lost['again']} steps computed again, {lost['seconds']:.1f} s lost, "
-            f"{lost['start']:.1f} s of them from the start of the program on"
-        )
-
-
 def losses_of_time(journal: Path) -> list[dict[str, Any]]:
-    """What each return cost: steps computed `again`; `seconds` from the last step before to the first new one.
+    """Of a finished run, what each return cost.
 
-    `start`: of these, from the start of rank 0's program on; the rest is the end of the old start, and Slurm's.
+    `again`: steps computed again. `seconds`: from the last step before to the first new one; `start`: of these, from the
+    start of rank 0's program on. The rest is the end of the old start, and Slurm's.
     """
     found: list[dict[str, Any]] = []
     newest, newest_time = 0, 0

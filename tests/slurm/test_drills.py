@@ -10,7 +10,7 @@ import pytest
 
 from tests.runs import attempts
 from tests.slurm.cluster import Cluster
-from tests.slurm.drills import Drill, check_close, tell
+from tests.slurm.drills import Drill, check_close
 
 Reference = Callable[..., Path]
 WITH_NOISE, WITHOUT_NOISE = 1e-3, 1e-5
@@ -130,7 +130,6 @@ def test_a_crash_loop_ends(cluster: Cluster, dataset: Path, tmp_path: Path) -> N
     drill.wait_ended("FAILED")
     assert [resumed_from for resumed_from, _ in attempts(drill.journal)] == [None, 5]
     assert "the same failure twice at step 8, in restart 0 and now: RuntimeError: a bug (rank 1 on n2" in drill.said()
-    tell("crash loop", drill.journal)
 
 
 @pytest.mark.drill
