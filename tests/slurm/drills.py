@@ -125,7 +125,8 @@ class Drill:
 
         def queued() -> bool:
             job = self.cluster.job(self.job)
-            return job["JobState"] == "PENDING" and job["Restarts"] == str(restarts)
+            # When a node is lost, the wait can be over before the job has ended there.
+            return job["JobState"] in ("PENDING", "RUNNING") and job["Restarts"] == str(restarts)
 
         # On its way there the job is CANCELLED for a moment.
         try:
@@ -174,8 +175,8 @@ class Drill:
 def losses_of_time(journal: Path) -> list[dict[str, Any]]:
     """Of a finished run, what each return cost.
 
-    `again`: steps computed again. `seconds`: from the last step before to the first new one; `start`: of these, from the
-    start of rank 0's program on. The rest is the end of the old start, and Slurm's.
+    `again`: steps computed again. `seconds`: from the last step before to the first new one; `start`: of these, from
+    the start of rank 0's program on. The rest is the end of the old start, and Slurm's.
     """
     found: list[dict[str, Any]] = []
     newest, newest_time = 0, 0
