@@ -125,6 +125,8 @@ def diagnose(
     known = Failure(job or "?", restart, outcome.rc, "", checkpoint=checkpoint)
     if outcome.dead_nodes:
         return replace(known, what="the launch failed", host=outcome.dead_nodes[0])
+    if outcome.newly_excluded:
+        return replace(known, what="the preflight failed", host=outcome.newly_excluded[0])
     # A rank killed from outside writes nothing, and its peers only tell of a lost connection.
     killed = _first_killed(words) if outcome.rc else None
     if killed and killed[0] not in [failure.rank for failure in ranks]:
@@ -155,11 +157,12 @@ def dead_nodes(words: str) -> tuple[str, ...]:
 
 
 def _first_killed(words: str) -> tuple[int, str, str] | None:
-    """Rank, host and fate of the first task that srun saw end by a signal, unless it was sent to survivors."""
-    ends = re.search(r"srun: error: ([^\s:]+): tasks? (\d+)[\d,\-]*: (.*)", words)
-    if not ends or ends[3].startswith(("Exited", "Terminated")):
-        return None
-    return int(ends[2]), ends[1], ends[3].strip()
+    """Rank, host and fate of the first task that srun saw end, survivors left out, if that was by a signal."""
+    for host, rank, fate in re.findall(r"srun: error: ([^\s:]+): tasks? (\d+)[\d,\-]*: (.*)", words):
+        if fate.startswith(("Terminated", "Exited with exit code 143")):  # what srun does to survivors
+            continue
+        return None if fate.startswith("Exited") else (int(rank), host, fate.strip())
+    return None
 
 
 def _same(one: Failure, other: Failure) -> bool:

@@ -131,6 +131,8 @@ class Life:
 
     def ended(self, step: int, request: int) -> None:
         """The loop is over and all is saved; after the planned signal, the job wants to go on."""
+        self._pulse = Pulse(self._folder)  # the last heartbeat is not left out for speed
+        self._beat()
         if self._ranks.is_first and request == signal.SIGUSR1 and this_job()[0]:
             self._folder.request_requeue(step, trained=max(0, step - self._first_step))
 

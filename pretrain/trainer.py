@@ -158,11 +158,15 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
     profile_steps = config.profile.steps if ranks.is_first else None
     profile = Profile(profile_steps, session.folder.path / "profile", ranks.device, recorder.profile)
     life.begin(step)
-    request = life.agreed_request()
     with loader, profile, failure_file:
+        if step < config.train.steps:
+            loader.wait(lambda: life.requested)
+        request = life.agreed_request()
         if owed := owes_validation(session, step):
             owed = validation(session, step) is None
             request = life.request
+            health.beat()
+            meter.resume_clock()
         while step < config.train.steps and not request:
             step += 1
             failure_file.at(step, data.samples_seen, config.global_batch)

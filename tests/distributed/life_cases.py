@@ -41,25 +41,29 @@ def signalled_in_validation(ranks: Ranks, args: list[str], at: int) -> list[int]
     return [run(ranks, args, job="7"), batches[0]]
 
 
-def signalled_while_data_stall(ranks: Ranks, args: list[str], step: int) -> list[Any]:
-    """Rank 1's data of a step never come; it alone gets the planned signal, once it waits."""
+def signalled_while_data_stall(ranks: Ranks, args: list[str], step: int) -> int:
+    """Rank 1's data of a step never come; it alone gets the planned signal, once it waits for them."""
     loader._GROUP_TOKENS, loader._JOIN_SECONDS = 1, 0.1
     read, wait, count = loader.Reader._read, loader.Loader.wait, [0]
+    waiting: list[loader.Loader] = []
 
     def stall(*given: Any) -> Any:
         count[0] += 1
         if ranks.rank == 1 and count[0] == step:
+            while not waiting or waiting[0]._group or not waiting[0]._queue.empty():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGUSR1)
             threading.Event().wait()
         return read(*given)
 
-    def signal_after(self: loader.Loader, give_up: Any) -> None:
-        if ranks.rank == 1 and count[0] == step and self._queue.empty() and not self._group:
-            os.kill(os.getpid(), signal.SIGUSR1)
+    def remember(self: loader.Loader, give_up: Any) -> None:
+        waiting.append(self)
         wait(self, give_up)
+        waiting.clear()
 
     loader.Reader._read = stall  # type: ignore[method-assign]
-    loader.Loader.wait = signal_after  # type: ignore[method-assign]
-    return [run(ranks, args, job="7"), threading.active_count()]
+    loader.Loader.wait = remember  # type: ignore[method-assign]
+    return run(ranks, args, job="7")
 
 
 def failing(ranks: Ranks, args: list[str], step: int, mistake: bool) -> None:

@@ -73,11 +73,16 @@ def test_the_planned_signal_breaks_off_a_validation_that_is_made_up_for(
     assert len([found for found in validations(run_dir) if found[1] == step]) == 1
 
 
-def test_the_planned_signal_while_data_stall(ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [1, 8])
+def test_the_planned_signal_while_data_stall(
+    ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path, step: int
+) -> None:
     args = arguments(dataset, tmp_path / "run")
-    results = ranks(f"{CASES}signalled_while_data_stall", 2, args=args, step=8, timeout=30)
-    assert [request for request, _ in results] == [signal.SIGUSR1] * 2
-    assert newest_on_disk(tmp_path / "run") == 7, "the step before the one without data"
+    assert ranks(f"{CASES}signalled_while_data_stall", 2, args=args, step=step) == [signal.SIGUSR1] * 2
+    assert newest_on_disk(tmp_path / "run") == (step - 1 or None), "the step before the one without data"
+    wish = JobFolder(tmp_path / "run").requeue_wish()
+    assert wish
+    assert (wish.step, wish.trained) == (step - 1, step - 1)
     assert ranks(f"{CASES}run", 2, args=args) == [0, 0]
     check_whole(tmp_path / "run", reference)
 
@@ -96,7 +101,8 @@ def test_a_failing_rank_writes_down_what_the_policy_needs(
     assert [f.rank for f in found] == [1, 0], "the peer lost its connection later"
     beat = JobFolder(tmp_path / "run").last_heartbeat()
     assert beat
-    assert (beat.job, beat.restart, beat.step) == ("7", 3, 3)
+    assert (beat.job, beat.restart) == ("7", 3)
+    assert beat.step <= 3
 
 
 def test_the_kill_switch_saves_and_wants_no_requeue(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
@@ -111,6 +117,7 @@ def test_the_kill_switch_saves_and_wants_no_requeue(ranks: Ranks, dataset: Path,
     assert "the planned signal comes 1e-06 s before the time limit, but a save took" in lead.fields["text"]
     beat = JobFolder(run_dir).last_heartbeat()
     assert beat
+    assert beat.step == beat.checkpoint == newest_on_disk(run_dir)
     assert beat.loss in [r.metrics.get("loss/train") for r in records if r.step == beat.step]
     assert beat.tokens_per_second
 

@@ -118,6 +118,8 @@ def test_a_killed_rank_is_the_cause_and_not_its_peers(monkeypatch: pytest.Monkey
         found = diagnose(Outcome(143), [bug, peer], said, 4, 4)
         assert (found.rank, found.what, found.step) == (1, "ValueError: x", 5)
     assert diagnose(Outcome(137), [], "srun: error: n2: tasks 0-1: Killed\n", 4, 8).step == 9
+    late = "srun: error: n1: task 0: Terminated\nsrun: error: n2: task 1: Segmentation fault (core dumped)\n"
+    assert diagnose(Outcome(139), [peer], late, 4, 4).what == "Segmentation fault (core dumped)"
     assert "no rank said why" in diagnose(Outcome(7), [], "", None, None).what
     mistake = replace(peer, what="disk full", mistake=True, time=2)
     assert diagnose(Outcome(2), [bug, mistake], "", 4, 4).what == "disk full"

@@ -85,23 +85,21 @@ class Job:
 
 def test_the_planned_signal_saves_requeues_and_goes_on_in_one_log(cluster: Cluster, tmp_path: Path) -> None:
     job = Job(cluster, tmp_path, {"saves": True}, nodes=3)
-    reached = 0
-    for restart in (0, 1):
-        job.wait_for_step(reached + 3, restart)
-        job.planned_signal()
-        job.restarts(restart + 1)
-        wish = job.folder.requeue_wish()
-        reached = wish.step if wish else reached
-    job.order(saves=True, steps=reached)
+    job.wait_for_step(3)
+    job.planned_signal()
+    job.restarts(1)
+    wish = job.folder.requeue_wish()
+    assert wish
+    job.order(saves=True, steps=wish.step + 2)
     ended = job.ends()
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2")
     said = job.said()
-    starts = [int(line.split()[2].rstrip(";")) for line in said.splitlines() if line.startswith("resumed from")]
-    assert starts[0] == 0
-    assert starts[1] >= 3
-    assert starts[2] >= starts[1] + 3
-    assert said.count("policy: requeue: saved at the planned signal") == 2
-    assert said.count("3 nodes cannot share the batch: idle are n3") == 3
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), said
+    assert [line.split(";")[0] for line in said.splitlines() if line.startswith("resumed")] == [
+        "resumed from 0",
+        f"resumed from {wish.step}",
+    ]
+    assert said.count("policy: requeue: saved at the planned signal") == 1
+    assert said.count("3 nodes cannot share the batch: idle are n3") == 2
     assert said.count("policy: done: all ranks ended well") == 1
     assert job.folder.requeue_wish() is None, "an old wish must not count for the next start"
 
@@ -129,13 +127,20 @@ def test_a_crash_loop_is_bounded(cluster: Cluster, tmp_path: Path) -> None:
     assert [(f.restart, f.step, f.samples) for f in job.folder.failures()] == [(0, 3, [24, 31]), (1, 3, [24, 31])]
 
 
-def test_the_same_failure_twice_stops_and_a_killed_rank_is_named(cluster: Cluster, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, {"die": {"rank": 1, "step": 20}}, DUET_MAX_CRASHES=9)
+def test_the_same_failure_at_the_same_step_stops(cluster: Cluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, {"bug": {"rank": 1, "step": 3, "what": "bug"}}, DUET_MAX_CRASHES=9)
     job.restarts(1)
     assert job.ends()["JobState"] == "FAILED"
-    for failure in job.folder.failures():
-        assert (failure.what, failure.rank, failure.host) == ("Killed", 1, "n2")
-    assert "policy: stop: " in job.said()
+    assert "policy: stop: the same failure twice at step 3, in restart 0 and now: bug (rank 1 on n2" in job.said()
+
+
+def test_a_killed_rank_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, {"die": {"rank": 1, "step": 3}}, DUET_MAX_CRASHES=0)
+    ended = job.ends()
+    assert ended["JobState"] == "FAILED"
+    [failure] = job.folder.failures()
+    assert (failure.what, failure.rank, failure.host) == ("Killed", 1, "n2")
+    assert "policy: stop: 1 failures since the beginning, 0 are allowed" in job.said()
 
 
 @pytest.mark.parametrize("orders", [{"mistake": "the disk is full"}, {"kill switch": True}])

@@ -39,19 +39,21 @@ def test_preemption(cluster: Cluster, dataset: Path, reference: Reference, tmp_p
     drill.check("preemption", reference(2), stops=[7])
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_node_is_lost(cluster: Cluster, dataset: Path, reference: Reference, tmp_path: Path, rank: int) -> None:
-    """Rank 0's runs the batch script, too."""
+@pytest.mark.parametrize(("rank", "told"), [(0, True), (1, True), (1, False)])
+def test_a_node_is_lost(
+    cluster: Cluster, dataset: Path, reference: Reference, tmp_path: Path, rank: int, told: bool
+) -> None:
+    """Rank 0's runs the batch script, too. When Slurm is not `told`, the job may first be started there once more."""
     drill = Drill(cluster, tmp_path, dataset)
     drill.hold(12, rank=rank)
     drill.submit()
     drill.wait_held(12, rank=rank)
     node = f"n{rank + 1}"
-    cluster.kill_node(node)
+    cluster.kill_node(node, tell=told)
     drill.wait_queued_again()
     drill.wait_ended()
-    assert node not in drill.nodes(restart=1)
-    drill.check(f"node of rank {rank} killed", reference(2))
+    assert node not in drill.nodes(restart=int(cluster.job(drill.job)["Restarts"]))
+    drill.check(f"node of rank {rank} killed{'' if told else ', Slurm does not know'}", reference(2))
 
 
 def test_a_node_is_dead_at_launch(cluster: Cluster, dataset: Path, reference: Reference, tmp_path: Path) -> None:
