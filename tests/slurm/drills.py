@@ -60,10 +60,10 @@ class Drill:
         """Have a rank fail: error="…" in the middle of a step, phase="…" is its death when it saves the step."""
         self._faults.append({"restart": restart, "rank": rank, "step": step, "folder": str(self.folder), **fault})
 
-    def submit(self, nodes: int = 2) -> str:
+    def submit(self, nodes: int = 2, *options: str) -> str:
         """A new job on the run's folder, with the faults that were asked for since the last one; its number."""
         size = [f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
-        command = ["sbatch", "--parsable", *size, f"--output={self.log}", str(SCRIPT), *self.arguments]
+        command = ["sbatch", "--parsable", *size, f"--output={self.log}", *options, str(SCRIPT), *self.arguments]
         site = {"DUET_CODE": str(ROOT), "DUET_PYTHON": self.python(), "DUET_PREFLIGHT": "0"}
         return self.begin(self.cluster.run(*command, environment=site | self.environment()).split(";")[0].strip())
 

@@ -70,6 +70,19 @@ def test_the_planned_signal_twice(cluster: Cluster, dataset: Path, reference: Re
 
 
 @pytest.mark.drill
+def test_the_time_limit(cluster: Cluster, dataset: Path, reference: Reference, tmp_path: Path) -> None:
+    """Slurm itself sends the planned signal, 300 s before the limit as the script asks, or up to a minute earlier."""
+    drill = Drill(cluster, tmp_path, dataset)
+    drill.hold(7)
+    drill.submit(2, "--time=6")
+    drill.wait_held(7)
+    drill.wait_queued_again()
+    drill.wait_ended()
+    assert drill.on_disk == [7]
+    drill.check("time limit", reference(2), stops=[7])
+
+
+@pytest.mark.drill
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_is_killed(cluster: Cluster, dataset: Path, reference: Reference, tmp_path: Path, rank: int) -> None:
     drill = Drill(cluster, tmp_path, dataset)
