@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from pretrain.journal import Record, read
@@ -119,14 +119,18 @@ def newest_on_disk(run_dir: Path) -> int | None:
     return max((int(m.parent.name[5:]) for m in run_dir.glob("checkpoints/*/manifest.json")), default=None)
 
 
-def check_resumed(journal: Path, reference: Path, interval: int, on_disk: list[int | None]) -> int:
+def check_resumed(
+    journal: Path, reference: Path, interval: int, on_disk: Sequence[int | None], stops: Collection[int] = ()
+) -> int:
     """Prove from its journal that a run resumed and that it learned what the uninterrupted reference did.
 
     Every step's loss is bit for bit the reference's, in every attempt; each later attempt began right after the
     newest checkpoint, and computed at most twice `interval` steps again: those since a save, and those during it.
     Returns the number of attempts.
 
-    `on_disk`: of each later attempt, what `newest_on_disk` was before it.
+    Args:
+        on_disk: of each later attempt, what `newest_on_disk` was before it.
+        stops: steps at which a signal made a run save; nothing is computed again after those.
     """
     [(_, expected)] = attempts(reference)
     found = attempts(journal)
@@ -137,10 +141,10 @@ def check_resumed(journal: Path, reference: Path, interval: int, on_disk: list[i
             newest = on_disk[number - 1]
             assert resumed_from == newest, "not from the newest checkpoint"
             assert (newest or 0) >= _newest_told(read(journal), number), "a checkpoint was lost"
-            assert resumed_from in (None, 1) or resumed_from % interval == 0
+            assert resumed_from in (None, 1, *stops) or resumed_from % interval == 0
             if steps:
                 assert min(steps) == (resumed_from or 0) + 1
-            assert len(steps.keys() & done.keys()) <= 2 * interval
+            assert len(steps.keys() & done.keys()) <= (0 if resumed_from in stops else 2 * interval)
         for step, metrics in steps.items():
             for name in ("loss/total", "loss/train", "penalty/entropy", "penalty/l1", "optim/grad_norm"):
                 assert metrics[name] == expected[step][name], f"step {step}: {name} differs"

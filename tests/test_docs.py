@@ -40,7 +40,7 @@ RUN_ELSEWHERE = {
     "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db": "a server",
     "torchrun --nproc-per-node 8 -m pretrain model/tiny run/quickstart data.path=data/mine run.name=wide": "8 GPUs",
     "srun --kill-on-bad-exit=1 python -m pretrain model/tiny run/quickstart data.path=data/mine run.name=wide": "Slurm",
-    "bash slurm/tokenize.sbatch 32 mine.yaml data.path=data/shared": "tests/data_pipeline/test_slurm.py",
+    "bash slurm/tokenize.sbatch 32 mine.yaml data.path=data/shared": "tests/slurm/test_tokenize.py",
     "duet cancel runs/first": "tests/slurm/test_status.py",
     "duet requeue runs/first": "tests/slurm/test_status.py",
     "duet resume runs/first --nodes 4": "tests/slurm/test_status.py",

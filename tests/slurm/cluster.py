@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.slurm.processes import (
@@ -158,13 +159,16 @@ class Cluster:
         for sub in ("munge", "state", "spool", "run"):
             shutil.rmtree(self.folder / sub, ignore_errors=True)
 
-    def run(self, *command: str, timeout: float = 60, check: bool = True) -> str:
-        """One of Slurm's commands; its output.
+    def run(
+        self, *command: str, timeout: float = 60, check: bool = True, environment: Mapping[str, str] | None = None
+    ) -> str:
+        """One of Slurm's commands, with `environment` beside the caller's; its output.
 
         Raises:
             AssertionError: it failed; with what it said.
         """
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout)
+        variables = self.environment | dict(environment or {})
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout)
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 

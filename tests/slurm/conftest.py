@@ -2,12 +2,15 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.slurm.cluster import Cluster, missing
+from tests.slurm.drills import arguments
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +34,18 @@ def cluster(slurm: Cluster) -> Iterator[Cluster]:
     slurm.cancel_all()
     for node in slurm.nodes:
         slurm.start_node(node)
+
+
+@pytest.fixture(scope="session")
+def reference(
+    ranks: Callable[..., list[Any]], dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """reference(world, *settings) -> the journal of a drill's run that nothing befell, made without Slurm."""
+
+    @cache
+    def journal(world: int, *more: str) -> Path:
+        run_dir = tmp_path_factory.mktemp("reference") / "run"
+        ranks("tests.distributed.cases:train_run", world, args=arguments(dataset, run_dir, *more))
+        return run_dir / "metrics.jsonl"
+
+    return journal

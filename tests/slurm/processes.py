@@ -59,6 +59,14 @@ def tasks(cluster_name: str) -> list[int]:
     return [pid for pid in _pids() if mark in _environment(pid)]
 
 
+def programs(cluster_name: str, module: str, **variables: object) -> list[int]:
+    """Those of the tasks that are `python -m module` and have these in their environment."""
+    wanted = {f"{name}={value}".encode() for name, value in variables.items()}
+    found = [pid for pid in tasks(cluster_name) if wanted <= set(_environment(pid))]
+    commands = {pid: _read(pid, "cmdline") for pid in found}
+    return [pid for pid in found if module.encode() in commands[pid] and b"srun" not in commands[pid][0]]
+
+
 def open_logs(pid: int, folder: Path) -> set[str]:
     """Names of the cluster's log files that a process holds open."""
     try:
@@ -91,10 +99,14 @@ def _parent(pid: int) -> int | None:
 
 
 def _environment(pid: int) -> list[bytes]:
+    return _read(pid, "environ")
+
+
+def _read(pid: int, file: str) -> list[bytes]:
     try:
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return Path(f"/proc/{pid}/{file}").read_bytes().split(b"\0")
     except OSError:
-        return []
+        return [b""]
 
 
 def _is_stepd(pid: int) -> bool:

@@ -1,0 +1,58 @@
+"""slurm/tokenize.sbatch: three jobs, the failure of one task, and its repair."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from data_pipeline.build import build
+from data_pipeline.manifest import Manifest
+from tests.data_pipeline.conftest import config, contents, prose
+from tests.runs import ROOT
+from tests.slurm.cluster import Cluster
+from tests.slurm.processes import programs, signal_all, wait_until
+
+SCRIPT = str(ROOT / "slurm" / "tokenize.sbatch")
+
+
+def run(cluster: Cluster, folder: Path, *command: str) -> str:
+    """On the login node; what it printed."""
+    setup = folder / "setup.sh"
+    setup.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
+    site = {"DUET_SETUP": str(setup), "DUET_CODE": str(ROOT), "DUET_SBATCH": "--cpus-per-task=1"}
+    done = subprocess.run(
+        command, env=cluster.environment | site, cwd=folder, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_task_that_was_killed_is_named_and_done_again(cluster: Cluster, tmp_path: Path) -> None:
+    sources = {}
+    for number in range(3):
+        file = tmp_path / f"{number}.txt"
+        file.write_text(prose(300, number))
+        sources[f"s{number}"] = {"paths": [str(file)]}
+    character: dict[str, object] = {"type": "char"}
+    wanted = build(config(tmp_path / "reference", sources=sources, tokenizer=character)).fingerprint
+    settings = [f"data.sources.{name}.paths={source['paths']}" for name, source in sources.items()]
+    settings += [f"data.path={tmp_path / 'd'}", "data.tokenizer.type=char"]
+    settings += ["data.split.rule=tail", "data.split.fraction=0.1"]
+
+    said = run(cluster, tmp_path, "bash", SCRIPT, "2", *settings)
+    prepare, array, merge = (words.split()[1] for words in said.split(", "))
+    assert said == f"prepare {prepare}, tasks {array}, merge {merge}"
+    wait_until(lambda: programs(cluster.name, "launch.cli", SLURM_ARRAY_TASK_ID=1), 60, "task 1")
+    signal_all(programs(cluster.name, "launch.cli", SLURM_ARRAY_TASK_ID=1), signal.SIGKILL)
+    assert cluster.wait_for_job(merge, "COMPLETED", "FAILED")["ExitCode"] == "2:0"
+    log = (tmp_path / f"duet-data-{merge}.out").read_text()
+    assert "1 of 3 units are not tokenized yet: 1. Unit U is the work of task U modulo the number of tasks" in log
+    assert "Traceback" not in log
+    assert not (tmp_path / "d" / "manifest.json").exists()
+
+    options = ("--parsable", "--cpus-per-task=1")
+    again = run(cluster, tmp_path, "sbatch", *options, "--array=1", SCRIPT, "task", "2", *settings)
+    merge = run(cluster, tmp_path, "sbatch", *options, f"--dependency=afterok:{again}", SCRIPT, "merge", "2", *settings)
+    assert cluster.wait_for_job(merge, "COMPLETED", "FAILED", "CANCELLED")["JobState"] == "COMPLETED"
+    assert Manifest.load(tmp_path / "d").fingerprint == wanted
+    assert contents(tmp_path / "d" / "train") == contents(tmp_path / "reference" / "train")
