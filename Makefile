@@ -20,7 +20,7 @@ quickstart: setup  ## Collect text, train a tokenizer and a small model, evaluat
 	@$(BIN)/duet quickstart
 
 test: setup  ## All tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## Style, format and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy .

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from launch.cli import app
 from pretrain.journal import read
 from tests.conftest import RanksFailed
 from tests.runs import (
@@ -78,7 +80,7 @@ def test_killed_at_a_random_step_and_started_again(dataset: Path, reference: Pat
     assert f"step {STEPS} of {STEPS}" in done.stdout
 
 
-@pytest.mark.parametrize("step", [1, 4, 6, 8, 11, 23])
+@pytest.mark.parametrize("step", [1, 6, 23, *(pytest.param(step, marks=pytest.mark.drill) for step in (4, 8, 11))])
 def test_killed_at_each_kind_of_step(ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path, step: int) -> None:
     """Rank 1 is killed in the middle of a step; twice, so that a resumed run is killed, too."""
     run_dir = tmp_path / "run"
@@ -95,7 +97,15 @@ def test_killed_at_each_kind_of_step(ranks: Ranks, dataset: Path, reference: Pat
         assert min(found or 0 for found in on_disk) >= INTERVAL, "a save that has to wait for the one before"
 
 
-@pytest.mark.parametrize("sabotage", ["load nothing", "find nothing", "forget the data position", "forget the moments"])
+@pytest.mark.parametrize(
+    "sabotage",
+    [
+        pytest.param("load nothing", marks=pytest.mark.drill),
+        pytest.param("find nothing", marks=pytest.mark.drill),
+        "forget the data position",
+        "forget the moments",
+    ],
+)
 def test_the_proof_of_resuming_fails_when_loading_is_sabotaged(
     ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path, sabotage: str
 ) -> None:
@@ -193,32 +203,36 @@ def test_using_a_finished_run(dataset: Path, reference: Path, tmp_path: Path) ->
     assert validated.returncode == 0, validated.stderr
     recorded = [r.metrics["loss/val"] for r in read(reference) if "loss/val" in r.metrics][-1]
     assert f"{recorded:.5f}"[:-1] in validated.stdout, "another number of ranks, the same validation"
-    first, second = (duet("generate", run_dir, "--prompt", "License", "--tokens", "20") for _ in range(2))
+    first = duet("generate", run_dir, "--prompt", "License", "--tokens", "20")
     assert first.returncode == 0, first.stderr
-    assert first.stdout == second.stdout
+    assert first.stdout == here("generate", run_dir, "--prompt", "License", "--tokens", "20")
     assert first.stdout.startswith("License")
     assert len(first.stdout) > len("License\n")
-    several = duet("generate", run_dir, "--prompt", "License", "--prompt", "The", "--tokens", "20")
-    assert several.returncode == 0, several.stderr
-    assert several.stdout.startswith(f"== 1 of 2 ==\n{first.stdout}== 2 of 2 ==\nThe")
+    several = here("generate", run_dir, "--prompt", "License", "--prompt", "The", "--tokens", "20")
+    assert several.startswith(f"== 1 of 2 ==\n{first.stdout}== 2 of 2 ==\nThe")
     stop = re.compile("[a-z]{2}").search(first.stdout, len("License"))
     assert stop
-    stopped = duet("generate", run_dir, "--prompt", "License", "--tokens", "20", "--stop", stop[0])
-    assert stopped.stdout == first.stdout[: stop.start()] + "\n"
+    stopped = here("generate", run_dir, "--prompt", "License", "--tokens", "20", "--stop", stop[0])
+    assert stopped == first.stdout[: stop.start()] + "\n"
     wrong = duet("generate", run_dir, "--top-p", "0")
     assert wrong.returncode == 2
     assert wrong.stderr == "error: top_p=0.0; it is a probability above 0, up to 1\n"
-    listed = duet("checkpoint", "ls", run_dir)
-    assert [line.split("step ")[1].split()[0] for line in listed.stdout.splitlines()] == ["24", "20", "15"]
-    assert "token_embed.weight" in duet("checkpoint", "inspect", run_dir).stdout
-    assert duet("checkpoint", "verify", run_dir).stdout.count("whole") == 3
-    report = duet("report", run_dir, "--out", str(tmp_path / "r.html"))
-    assert report.returncode == 0, report.stderr
+    listed = here("checkpoint", "ls", run_dir)
+    assert [line.split("step ")[1].split()[0] for line in listed.splitlines()] == ["24", "20", "15"]
+    assert "token_embed.weight" in here("checkpoint", "inspect", run_dir)
+    assert here("checkpoint", "verify", run_dir).count("whole") == 3
+    here("report", run_dir, "--out", str(tmp_path / "r.html"))
     assert "<html" in (tmp_path / "r.html").read_text()
-    plan = duet("train", *arguments(dataset, tmp_path / "new"), "--dry-run", "--ranks", "2")
-    assert plan.returncode == 0, plan.stderr
-    assert "2 rank(s) x 1 x 4 sequences" in plan.stdout
+    plan = here("train", *arguments(dataset, tmp_path / "new"), "--dry-run", "--ranks", "2")
+    assert "2 rank(s) x 1 x 4 sequences" in plan
     assert not (tmp_path / "new").exists()
+
+
+def here(*words: str) -> str:
+    """What a command prints, run in this process: the imports are done."""
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 def test_validation_does_not_depend_on_the_number_of_ranks(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
@@ -232,7 +246,7 @@ def test_validation_does_not_depend_on_the_number_of_ranks(ranks: Ranks, dataset
     assert results == pytest.approx([results[0]] * 3, abs=1e-6)
 
 
-@pytest.mark.parametrize("delay", [0.5, 2.5])
+@pytest.mark.parametrize("delay", [pytest.param(0.5, marks=pytest.mark.drill), 2.5])
 def test_ctrl_c_while_starting_up_is_clean(dataset: Path, tmp_path: Path, delay: float) -> None:
     """The delay only spreads the interrupts over interpreter start, imports and opening; each must end alike."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
@@ -249,7 +263,7 @@ def test_ctrl_c_while_starting_up_is_clean(dataset: Path, tmp_path: Path, delay:
     assert "Traceback" not in log.read_text()
 
 
-@pytest.mark.parametrize("moment", ["starting", "training"])
+@pytest.mark.parametrize("moment", [pytest.param("starting", marks=pytest.mark.drill), "training"])
 def test_a_rank_that_dies_ends_the_run_with_a_word_about_it(dataset: Path, tmp_path: Path, moment: str) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     process = start_duet("train", *arguments(dataset, run_dir, "train.steps=100000"), "--ranks", "2", log=log)

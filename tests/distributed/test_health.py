@@ -28,7 +28,7 @@ ALL_STAGES = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
 QUICK_AND_DRILL = [
     pytest.param(0, "fp32", marks=pytest.mark.drill),
     pytest.param(1, "fp32", marks=pytest.mark.drill),
-    (1, "bf16"),
+    pytest.param(1, "bf16", marks=pytest.mark.drill),
     pytest.param(2, "fp32", marks=pytest.mark.drill),
     pytest.param(2, "bf16", marks=pytest.mark.drill),
     pytest.param(3, "fp32", marks=pytest.mark.drill),
@@ -154,7 +154,7 @@ def test_a_spike_is_told_with_its_samples(warned: Path) -> None:
     assert event.fields["text"] in write_report([warned], None).read_text()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.drill), 1, 3])
 def test_a_spike_s_update_is_left_out(ranks: Ranks, dataset: Path, tmp_path: Path, stage: int, warned: Path) -> None:
     """Up to the spike the guard changes no bit; that step alone has no effect."""
     ranks(
