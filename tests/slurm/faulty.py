@@ -98,7 +98,7 @@ def die(fault: dict[str, Any]) -> None:
             enter(after)
         return result
 
-    saver.Saver.start = watched_start  # type: ignore[method-assign]
+    saver.Saver.start = watched_start  # type: ignore[method-assign,assignment]
     saver.write_tensors = partial(watched, "before the shards", write, "between shards")
     saver.write_atomic = partial(watched, "before the manifest", write_atomic, "after the manifest")
     retention.remove = partial(watched, "in retention", remove, None)
