@@ -141,7 +141,7 @@ def check_resumed(
             newest = on_disk[number - 1]
             assert resumed_from == newest, "not from the newest checkpoint"
             assert (newest or 0) >= _newest_told(read(journal), number), "a checkpoint was lost"
-            assert resumed_from in (None, 1, *stops) or resumed_from % interval == 0
+            assert resumed_from is None or resumed_from in (1, *stops) or resumed_from % interval == 0
             if steps:
                 assert min(steps) == (resumed_from or 0) + 1
             assert len(steps.keys() & done.keys()) <= (0 if resumed_from in stops else 2 * interval)
