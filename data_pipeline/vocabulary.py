@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def prepare_tokenizer(
     meta = {"format": FORMAT, **facts, "identity": identity}
     new = work / f"new-{TOKENIZER}"
     with disk_errors(folder):
-        new.mkdir(exist_ok=True)
+        if new.exists():  # left by a build that was killed, perhaps with a temporary file in it
+            shutil.rmtree(new)
+        new.mkdir()
         write_atomic(new / model_name(model), model)
         write_json(new / META, meta)
         new.rename(folder)

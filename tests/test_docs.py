@@ -41,6 +41,7 @@ RUN_ELSEWHERE = {
     "torchrun --nproc-per-node 8 -m pretrain model/tiny run/quickstart data.path=data/mine run.name=wide": "8 GPUs",
     "srun --kill-on-bad-exit=1 python -m pretrain model/tiny run/quickstart data.path=data/mine run.name=wide": "Slurm",
     "bash slurm/tokenize.sbatch 32 mine.yaml data.path=data/shared": "tests/slurm/test_tokenize.py",
+    "duet data upload data/mine s3://bucket/mine": "tests/data_pipeline/test_remote.py",
     "duet cancel runs/first": "tests/slurm/test_status.py",
     "duet requeue runs/first": "tests/slurm/test_status.py",
     "duet resume runs/first --nodes 4": "tests/slurm/test_status.py",

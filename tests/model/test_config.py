@@ -100,7 +100,7 @@ def test_refusals_say_what_is_wrong(values: dict[str, Any], message: str) -> Non
         ("encoder_decoder", "span_corruption", None),
         ("decoder_only", "masked", "predicts each token from those before it; take data.objective=causal or prefix"),
         ("encoder_only", "causal", "sees every token, the next one included, .* take data.objective=masked"),
-        ("encoder_decoder", "causal", "reads a text with gaps .* take data.objective=span_corruption"),
+        ("encoder_decoder", "causal", "reads one text and writes another.* take data.objective=span_corruption"),
     ],
 )
 def test_an_objective_has_to_fit(architecture: Any, objective: Any, message: str | None) -> None:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,24 +94,32 @@ def submit(cluster: Cluster, run: Path, *options: str) -> str:
 
 
 @pytest.fixture
-def followed(tmp_path: Path) -> Iterator["tuple[subprocess.Popen[bytes], Path]"]:
-    """`duet logs -f`, and what it shows."""
+def follow(tmp_path: Path) -> Iterator[Callable[[], "tuple[subprocess.Popen[bytes], Path]"]]:
+    """Starts `duet logs -f` on a run whose job waits; the process, and what it shows."""
     out = tmp_path / "followed"
+    started = []
     program = "import sys\nfrom launch import cli, logs\nlogs.STATUS_SECONDS = 0.5\ncli.main()"
-    with open(out, "wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, "logs", str(tmp_path / "run"), "-f"],
-            cwd=ROOT,
-            stdout=file,
-            stderr=file,
-        )
-    yield process, out
-    process.kill()
-    process.wait()
+
+    def start() -> "tuple[subprocess.Popen[bytes], Path]":
+        with open(out, "wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-c", program, "logs", str(tmp_path / "run"), "-f"],
+                cwd=ROOT,
+                stdout=file,
+                stderr=file,
+            )
+        started.append(process)
+        wait_until(lambda: "waiting for" in out.read_text(), 60, "duet logs -f")
+        return process, out
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def test_the_life_of_a_run_as_its_user_sees_it(
-    cluster: Cluster, tmp_path: Path, followed: "tuple[subprocess.Popen[bytes], Path]"
+    cluster: Cluster, tmp_path: Path, follow: Callable[[], "tuple[subprocess.Popen[bytes], Path]"]
 ) -> None:
     job = submit(cluster, tmp_path / "run", "--nodes=2", "--time=60", "--hold")
     status = asked()
@@ -123,6 +131,7 @@ def test_the_life_of_a_run_as_its_user_sees_it(
         duet("resume", "run")
     with pytest.raises(RunError, match="no log yet .queued"):
         duet("logs", "run")
+    process, out = follow()
     cluster.run("scontrol", "release", job)
     status = wait_for("run", "running")
     assert status["nodes"] == "n[1-2]" and status["node_count"] == 2 and status["restarts"] == 0
@@ -159,7 +168,6 @@ def test_the_life_of_a_run_as_its_user_sees_it(
     assert duet("logs", "run", "--rank", "1") == "words of rank 1\n"
     with pytest.raises(RunError, match="ranks 0 to 1"):
         duet("logs", "run", "--rank", "7")
-    process, out = followed
     assert process.wait(30) == 0, "-f ends with the run"
     shown = out.read_text()
     assert "waiting for" in shown and log in shown and "run: stopped" in shown.splitlines()[-1]
@@ -219,7 +227,7 @@ def test_the_runs_of_a_sweep_are_found_and_have_logs(cluster: Cluster, dataset: 
     assert sorted(row[0] for row in rows) == ["runs/first/seed-7", "runs/first/seed-8"]
     for number, (name, job) in enumerate(sorted((row[0], row[2]) for row in rows)):
         assert job.endswith(f"_{number}")
-        log = Path(f"runs/first/slurm/{number}/logs/slurm-{job}.out")
+        log = Path(name, "logs", f"slurm-{job}.out")
         log.write_text(f"words of {number}\n")
         assert duet("logs", name) == f"words of {number}\n"
 
