@@ -15,7 +15,7 @@ ConfigArgs = Annotated[
         metavar="CONFIG… KEY=VALUE…", help="YAML files or presets, then overrides such as optimizer.lr=3e-4."
     ),
 ]
-RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint or an export.")]
 StepOption = Annotated[int | None, typer.Option("--step", help="Use the checkpoint of this step, not the newest.")]
 
 app = typer.Typer(
