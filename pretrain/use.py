@@ -70,7 +70,15 @@ def generate_texts(
         UserError: as `open_trained` and `GrowingText` do.
         ConfigError: the model was not trained to continue a text.
     """
-    trained = open_trained(path, step)
+    pieces = continue_texts(open_trained(path, step), prompts, sampling, tokens=tokens, stops=stops, seed=seed)
+    yield from enumerate(prompts)
+    yield from pieces
+
+
+def continue_texts(
+    trained: Trained, prompts: Sequence[str], sampling: Sampling, *, tokens: int, stops: Sequence[str], seed: int
+) -> Iterator[tuple[int, str]]:
+    """As `generate_texts`, but for the prompts. The model goes to a GPU if there is one."""
     trained.check_continues()
     model, tokenizer = trained.model, trained.tokenizer
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,7 +91,10 @@ def generate_texts(
         eos_id=tokenizer.eos_id,
         generators=[torch.Generator(device).manual_seed(seed + number) for number in range(len(prompts))],
     )
-    yield from enumerate(prompts)
+    return _grow(generation, texts, tokens)
+
+
+def _grow(generation: Generation, texts: Sequence[GrowingText], tokens: int) -> Iterator[tuple[int, str]]:
     for _ in range(tokens):
         found = generation.step()
         for number, token in found.items():
