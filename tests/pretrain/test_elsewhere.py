@@ -2,12 +2,14 @@
 
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from lm_eval.api.instance import Instance
 from safetensors import safe_open
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from typer.testing import CliRunner
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.tokenizer import Tokenizer
 from launch.cli import app
 from model.language_model import LanguageModel
 from model.sampling import Sampling
@@ -90,6 +93,29 @@ def test_its_tokenizer_gives_our_tokens(exported: Path) -> None:
         assert theirs(text).input_ids == expected.tolist()
         assert theirs.decode(expected.tolist()) == ours.decode(expected)
     assert (theirs.eos_token_id, len(theirs)) == (ours.eos_id, ours.vocab_size)
+
+
+def test_so_does_an_imported_tokenizer(exported: Path, tmp_path: Path) -> None:
+    """Of Hugging Face's own kind, whose own classes would put [CLS] before each text and read special tokens in it."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    special = ["[CLS]", "</s>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    made.train_from_iterator([LICENSE], trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 0)])
+    folder = shutil.copytree(exported, tmp_path / "exported")
+    (folder / "spm.model").unlink()
+    made.save(str(folder / "tokenizer.json"))
+    ours = Tokenizer.of(folder)
+    text = "You  may not\n </s> use [CLS] licensed"
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    theirs.save_pretrained(tmp_path / "again")
+    for tokenizer in (theirs, AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)):
+        assert tokenizer(text).input_ids == ours.encode([text])[0].tolist()
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+        assert tokenizer.pad_token_id == ours.eos_id == 1
 
 
 def test_greedy_generation_is_ours_token_by_token(exported: Path) -> None:
@@ -268,7 +294,7 @@ def test_tasks_that_choose_and_that_generate(exported: Path, tmp_path: Path) -> 
     )
     for words, message in (
         (odd, "generation_kwargs ask for typical"),
-        (str(tmp_path / "none.yaml"), "no such task or file"),
+        (str(tmp_path / "none.yaml"), "none.yaml: no such file"),
         (task(tmp_path, "choosy", docs, "chooses"), "cannot be loaded"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -276,3 +302,10 @@ def test_tasks_that_choose_and_that_generate(exported: Path, tmp_path: Path) -> 
     (tmp_path / "writes.jsonl").unlink()
     with pytest.raises(ConfigError, match="writes.yaml: no such task or file, or it cannot be loaded"):
         evaluated(exported, str(tmp_path / "writes.yaml"))
+
+
+def test_a_missing_harness_is_named(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "pretrain.harness")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError, match=r"--tasks needs the library lm_eval: pip install 'duet-pretrain\[lm-eval\]'"):
+        evaluated(exported, "lambada_openai")
