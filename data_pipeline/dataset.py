@@ -152,6 +152,12 @@ class Dataset:
             digest.update(f" {shard.tokens} {shard.xxh3_128}".encode())
         return digest.hexdigest()
 
+    def tokenizer_file(self) -> Path:
+        """Where the model of its tokenizer lies; of a dataset at a URI, in the cache."""
+        if self._remote is not None:
+            return self._remote.tokenizer(self.manifest.tokenizer).path
+        return model_file(self.path / TOKENIZER)
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of this dataset. Raises DataError if the file there is missing or another one."""
         if self._remote is not None:

@@ -65,6 +65,11 @@ def is_uri(name: str) -> bool:
     return _URI.match(name) is not None
 
 
+def absolute(path: str) -> str:
+    """A path that means the same from everywhere; a URI does already."""
+    return path if is_uri(path) else str(Path(path).absolute())
+
+
 def packing(name: str) -> str:
     """The ending that says how a file is packed, such as `.gz`, or nothing."""
     suffix = PurePosixPath(_path(name)).suffix

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError, DataError, RunError
+from data_pipeline.files import absolute, is_uri
 from data_pipeline.manifest import MANIFEST, Manifest
 from launch.cluster import Cluster, node_range, seconds
 from model.size import num_parameters
@@ -42,7 +43,6 @@ class Finding:
 class _Built:
     """As much of a dataset as a login node reads."""
 
-    path: Path
     manifest: Manifest
 
 
@@ -54,11 +54,26 @@ def check_data(config: Config, *, later: bool) -> tuple[Config, list[Finding]]:
     Raises:
         UserError: they are not, or they are others than the run's own.
     """
-    path = Path(config.data.path).absolute()
     config = _absolute(config)
-    if later and not (path / MANIFEST).is_file():
-        return config, [Finding("data", f"{path}: no dataset yet; the job looks again", warning=True)]
-    manifest = Manifest.load(path)
+    path = config.data.path
+    if is_uri(path):  # the run compares its shards with one listing
+        manifest = Manifest.load(path)
+    else:
+        if later and not Path(path, MANIFEST).is_file():
+            return config, [Finding("data", f"{path}: no dataset yet; the job looks again", warning=True)]
+        manifest = Manifest.load(path)
+        _check_files(Path(path), manifest)
+    config = origin.resolve(complete(config, _Built(manifest)))
+    identity = {"fingerprint": manifest.fingerprint, "path": path}
+    origin.check(config, identity)
+    folder = RunFolder(config.run_dir)
+    if folder.run_file.exists() and folder.has_trained():
+        folder.check(config, identity)
+    tokens = manifest.splits["train"].tokens
+    return config, [Finding("data", f"{path}: {tokens:,} tokens, fingerprint {manifest.fingerprint[:12]}")]
+
+
+def _check_files(path: Path, manifest: Manifest) -> None:
     for shard in manifest.shards:
         file = path / shard.path
         size = file.stat().st_size if file.is_file() else None
@@ -67,15 +82,6 @@ def check_data(config: Config, *, later: bool) -> tuple[Config, list[Finding]]:
             raise DataError(f"shard {file} {state}; restore it from a copy, or run `duet data build --overwrite`")
     if not any((path / "tokenizer").glob("*")):
         raise DataError(f"{path / 'tokenizer'}: the tokenizer is missing; restore it from a copy, or build again")
-    dataset = _Built(path, manifest)
-    config = origin.resolve(complete(config, dataset))
-    identity = {"fingerprint": manifest.fingerprint, "path": str(path)}
-    origin.check(config, identity)
-    folder = RunFolder(config.run_dir)
-    if folder.run_file.exists() and folder.has_trained():
-        folder.check(config, identity)
-    tokens = manifest.splits["train"].tokens
-    return config, [Finding("data", f"{path}: {tokens:,} tokens, fingerprint {manifest.fingerprint[:12]}")]
 
 
 def check_folder(config: Config, clock: float | None) -> list[Finding]:
@@ -230,7 +236,7 @@ def check_mounts(config: Config, cluster: Cluster) -> list[Finding]:
 def _absolute(config: Config) -> Config:
     """Nothing in it depends on where one stands: the job runs in its run folder."""
     run = config.run.model_copy(update={"dir": str(config.run_dir.absolute())})
-    data = config.data.model_copy(update={"path": str(Path(config.data.path).absolute())})
+    data = config.data.model_copy(update={"path": absolute(config.data.path)})
     tracking = config.tracking
     file = (tracking.uri or "").removeprefix("sqlite:///")
     if tracking.uri and file != tracking.uri and not file.startswith("/"):

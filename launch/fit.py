@@ -8,9 +8,9 @@ here, with exit code 2, before a node has done anything.
 
 import argparse
 import sys
-from pathlib import Path
 
 from data_pipeline.errors import ConfigError, UserError
+from data_pipeline.files import absolute
 from pretrain.config import Config, load
 
 
@@ -43,7 +43,7 @@ def main(args: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(nodes, config.run_dir.absolute(), Path(config.data.path).absolute(), sep="\n")
+    print(nodes, config.run_dir.absolute(), absolute(config.data.path), sep="\n")
     return 0
 
 

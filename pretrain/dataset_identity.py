@@ -16,10 +16,6 @@ class Dataset(Protocol):
     """A `data_pipeline.dataset.Dataset`, or as much of it as a login node has."""
 
     @property
-    def path(self) -> Path:
-        """Its folder."""
-
-    @property
     def manifest(self) -> Manifest:
         """What is in it."""
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from data_pipeline.atomic import disk_errors
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import RunError, UserError
-from data_pipeline.manifest import MANIFEST
 from model.parameters import parameters_by_part
 from pretrain import preflight_gpu
 from pretrain.config import Config
@@ -133,18 +132,18 @@ def _note_versions(report: Report) -> Iterator[Finding]:
 def _look_at_data(config: Config, report: Report) -> Iterator[Finding]:
     path = _data_path(config)
     try:
-        dataset = Dataset.open(path, check=False)
+        dataset = Dataset.of(config.data.model_copy(update={"path": path}), check=False)
         dataset.tokenizer()
         # The same one on every node: a shard that is damaged for all is no node's fault.
         dataset.shard(dataset.shards_of("train")[0]).check_batch(0)
-        report.same["manifest of the data"] = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:16]
+        report.same["fingerprint of the data"] = dataset.manifest.fingerprint[:16]
     except OSError as error:
         yield Finding("data", "place", f"the dataset {path} cannot be read: {error}")
 
 
-def _data_path(config: Config) -> Path:
+def _data_path(config: Config) -> str:
     """What training reads here: the node's own copy where the batch script made one."""
-    return Path(os.environ.get("DUET_DATA") or config.data.path)
+    return os.environ.get("DUET_DATA") or config.data.path
 
 
 def _look_at_disks(config: Config, report: Report, share: float) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""A trained model, read from a checkpoint onto one device: evaluation and generation after the run."""
+"""A trained model after the run: evaluation and generation on one device."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -6,49 +6,40 @@ from pathlib import Path
 import torch
 
 from data_pipeline.dataset import Dataset
-from data_pipeline.errors import CheckpointError, ConfigError
-from data_pipeline.tokenizer import Tokenizer
-from model import registry
-from model.generate import Generation, check_continues
-from model.language_model import LanguageModel
+from data_pipeline.errors import ConfigError
+from model.generate import Generation
 from model.sampling import Sampling
 from pretrain.batches import Batches
-from pretrain.buffers import persistent_buffers
-from pretrain.checkpoint import Checkpoint, complete, step_path
-from pretrain.config import Config
 from pretrain.distributed import join
 from pretrain.evaluate import evaluate, held_out
-from pretrain.run import RunFolder
+from pretrain.portable import is_export, load_export
 from pretrain.text import GrowingText
+from pretrain.trained import Trained, find_checkpoint, read_model, tokenizer_of
 
 
-def load_model(run: Path, step: int | None) -> tuple[LanguageModel, Config, Checkpoint]:
-    """The model of a run's newest checkpoint, or of that of `step`, in fp32 and evaluation mode.
+def open_trained(path: Path, step: int | None = None) -> Trained:
+    """The model of a run folder (its newest checkpoint, or that of `step`), of a checkpoint or of an export.
 
     Raises:
-        RunError: not a run folder.
+        RunError: none of them.
         CheckpointError: no such checkpoint, or it is damaged.
+        ConfigError: `step` of what is not a run folder.
+        DataError: the tokenizer is missing, or another one.
     """
-    folder = RunFolder(run)
-    config = folder.config()
-    found = complete(folder.checkpoints)
-    if not found:
-        raise CheckpointError(f"{run}: no complete checkpoint yet")
-    path = found[0] if step is None else step_path(folder.checkpoints, step)
-    if path not in found:
-        steps = ", ".join(str(int(p.name.removeprefix("step-"))) for p in found)
-        raise CheckpointError(f"{run}: no complete checkpoint of step {step}; there are: {steps}")
-    checkpoint = Checkpoint(path)
-    checkpoint.verify()
-    model = registry.build(config.model)
-    checkpoint.check_buffers(persistent_buffers(model))
-    model.load_state_dict(checkpoint.weights() | checkpoint.buffers())
-    return model.eval(), config, checkpoint
+    if is_export(path):
+        if step is not None:
+            raise ConfigError(f"{path} is an export, which has one step; leave step {step} out")
+        return load_export(path)
+    checkpoint, config = find_checkpoint(path, step)
+    return Trained(read_model(checkpoint, config), tokenizer_of(checkpoint, config)[1], config.data.objective)
 
 
 def evaluate_run(run: Path, step: int | None) -> dict[str, float]:
     """Validation metrics of a checkpoint over all held-out text."""
-    model, config, _ = load_model(run, step)
+    if is_export(run):
+        raise ConfigError(f"{run} is an export, and does not say where its held-out text lies; name the run folder")
+    checkpoint, config = find_checkpoint(run, step)
+    model = read_model(checkpoint, config)
     dataset = Dataset.of(config.data)
     windows = held_out(dataset, config)
     with join(config.engine.timeout_minutes) as ranks:
@@ -59,7 +50,7 @@ def evaluate_run(run: Path, step: int | None) -> dict[str, float]:
 
 
 def generate_texts(
-    run: Path,
+    path: Path,
     step: int | None,
     prompts: Sequence[str],
     sampling: Sampling,
@@ -76,17 +67,20 @@ def generate_texts(
         (number of the text, piece of it) as soon as a piece is certain; the prompts first.
 
     Raises:
-        UserError: as `load_model` and `GrowingText` do.
+        UserError: as `open_trained` and `GrowingText` do.
         ConfigError: the model was not trained to continue a text.
     """
-    model, config, _ = load_model(run, step)
-    check_continues(config.model)
-    if config.data.objective != "causal":
-        raise ConfigError(
-            f"{run}: trained with data.objective={config.data.objective}, where a prompt is read both ways; it is not "
-            "generated from"
-        )
-    tokenizer: Tokenizer = Dataset.of(config.data).tokenizer()
+    pieces = continue_texts(open_trained(path, step), prompts, sampling, tokens=tokens, stops=stops, seed=seed)
+    yield from enumerate(prompts)
+    yield from pieces
+
+
+def continue_texts(
+    trained: Trained, prompts: Sequence[str], sampling: Sampling, *, tokens: int, stops: Sequence[str], seed: int
+) -> Iterator[tuple[int, str]]:
+    """As `generate_texts`, but for the prompts. The model goes to a GPU if there is one."""
+    trained.check_continues()
+    model, tokenizer = trained.model, trained.tokenizer
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = [GrowingText(tokenizer.decode, stops) for _ in prompts]
     encoded = [ids.tolist() if len(ids) else [tokenizer.eos_id] for ids in tokenizer.encode(list(prompts))]
@@ -97,7 +91,10 @@ def generate_texts(
         eos_id=tokenizer.eos_id,
         generators=[torch.Generator(device).manual_seed(seed + number) for number in range(len(prompts))],
     )
-    yield from enumerate(prompts)
+    return _grow(generation, texts, tokens)
+
+
+def _grow(generation: Generation, texts: Sequence[GrowingText], tokens: int) -> Iterator[tuple[int, str]]:
     for _ in range(tokens):
         found = generation.step()
         for number, token in found.items():

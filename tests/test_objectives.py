@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_pipeline.errors import ConfigError
 from model.sampling import Sampling
+from pretrain.buffers import persistent_buffers
 from pretrain.journal import read
+from pretrain.portable import load_export, write_export
+from pretrain.trained import find_checkpoint
 from pretrain.use import generate_texts
 from tests.runs import SMALL, attempts, duet
 
@@ -47,6 +51,12 @@ def test_a_model_of_another_objective_is_trained_and_validated(
     if architecture == "encoder_decoder":
         again = duet("eval", str(folder))
         assert f"{'loss/val':<28} {found[-1]['loss/val']:.6f}" in again.stdout, again.stderr
+        checkpoint, config = find_checkpoint(folder)
+        write_export(checkpoint, config, tmp_path / "exported", "bf16")
+        exported = load_export(tmp_path / "exported")
+        buffers = persistent_buffers(exported.model)
+        assert buffers
+        assert all(torch.equal(buffers[name], values) for name, values in checkpoint.buffers().items())
 
 
 @pytest.mark.parametrize(
