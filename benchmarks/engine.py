@@ -28,6 +28,7 @@ from pretrain.config import Config, load
 from pretrain.dataset_identity import complete
 from pretrain.distributed import join
 from pretrain.engine import bootstrap
+from pretrain.job import FailureFile
 from pretrain.signals import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,7 +117,7 @@ def take_turns(folder: Path) -> dict[str, list[float]]:
                 return samples
 
         trainer.Loader = TakingTurns  # type: ignore[misc]
-        signal = trainer.train(config, ranks, StopRequest(), time.time())
+        signal = trainer.train(config, ranks, StopRequest(), time.time(), FailureFile(ranks.rank))
         assert not signal, f"stopped by signal {signal}"
     return {name: values[WARM_UP : WARM_UP + PAIRS] for name, values in seconds.items()}
 

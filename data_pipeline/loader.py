@@ -1,8 +1,11 @@
 """Samples of each step for one rank. The order depends on the position alone: any world size reads the same steps."""
 
+import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -13,6 +16,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.plan import Plan
 
 _PREFETCH_GROUPS = 4
+_POLL_SECONDS = 0.05
+_JOIN_SECONDS = 5.0
 _GROUP_TOKENS = 2**17  # Steps change hands in groups of so many, since waking a thread costs as much as a small step.
 _PLANNED_SAMPLES = 4096  # Permuting a few indices costs as much as permuting thousands.
 
@@ -124,7 +129,8 @@ class Loader:
 
     def __init__(self, reader: Reader) -> None:
         self._stop = threading.Event()
-        self._group: Iterator[StepSamples] = iter(())
+        self._group: deque[StepSamples] = deque()
+        self._error: BaseException | None = None
         self._queue: queue.Queue[list[StepSamples] | BaseException] = queue.Queue(_PREFETCH_GROUPS)
         self._thread = threading.Thread(target=self._fill, args=(reader,), name="data-prefetch", daemon=True)
         self._thread.start()
@@ -137,14 +143,19 @@ class Loader:
         """The next step. Raises what the thread raised (DataError for a damaged shard); StopIteration once closed."""
         if self._stop.is_set():
             raise StopIteration
-        for step in self._group:
-            return step
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self.close()
-            raise item
-        self._group = iter(item)
-        return next(self._group)
+        if not self._group and not self._error:
+            self._take(self._queue.get())
+        if self._group:
+            return self._group.popleft()
+        assert self._error
+        self.close()
+        raise self._error
+
+    def wait(self, give_up: Callable[[], object]) -> None:
+        """Until the next step can be had at once, or until `give_up()`, which is asked every 50 ms, is true."""
+        while not self._group and not self._error and not give_up():
+            with contextlib.suppress(queue.Empty):
+                self._take(self._queue.get(timeout=_POLL_SECONDS))
 
     def __enter__(self) -> Self:
         """For `with`."""
@@ -155,13 +166,20 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Ends the thread; returns when it is gone."""
+        """Ends the thread; a file system that hangs holds it up, and the caller for a few seconds at most."""
         self._stop.set()
-        while self._thread.is_alive():
+        end = time.monotonic() + _JOIN_SECONDS
+        while self._thread.is_alive() and time.monotonic() < end:
             # The thread may wait for room in the queue.
             while not self._queue.empty():
                 self._queue.get_nowait()
             self._thread.join(0.01)
+
+    def _take(self, item: list[StepSamples] | BaseException) -> None:
+        if isinstance(item, BaseException):
+            self._error = item
+        else:
+            self._group.extend(item)
 
     def _fill(self, reader: Reader) -> None:
         group: list[StepSamples] = []

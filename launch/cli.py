@@ -7,15 +7,18 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import UserError
-from launch import checkpoint, data, model, runs, tracking
+from launch import checkpoint, data, jobs, logs, model, preflight, runs, status, submit_command, tracking
+from launch.completion import complete_configs, complete_runs
 
 ConfigArgs = Annotated[
     list[str],
     typer.Argument(
-        metavar="CONFIG… KEY=VALUE…", help="YAML files or presets, then overrides such as optimizer.lr=3e-4."
+        metavar="CONFIG… KEY=VALUE…",
+        help="YAML files or presets, then overrides such as optimizer.lr=3e-4.",
+        autocompletion=complete_configs,
     ),
 ]
-RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", autocompletion=complete_runs)]
 StepOption = Annotated[int | None, typer.Option("--step", help="Use the checkpoint of this step, not the newest.")]
 
 app = typer.Typer(
@@ -30,6 +33,8 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(model.app, name="model")
 app.add_typer(runs.app, name="runs")
 app.add_typer(tracking.app, name="track")
+app.command("submit")(submit_command.submit)
+app.command("preflight")(preflight.preflight)
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
 
@@ -179,14 +184,19 @@ def config_show(config: ConfigArgs) -> None:
 
 @config_app.command("presets")
 def config_presets() -> None:
-    """List the shipped presets.
+    """List the shipped presets; `cluster/NAME` are sites, for `duet submit --cluster NAME`.
 
     Example: `duet config presets`
     """
+    from launch.cluster import shipped
     from pretrain.config import presets
 
-    for name in presets():
+    for name in sorted([*presets(), *(f"cluster/{name}" for name in shipped())]):
         typer.echo(name)
+
+
+for command in (status.status, logs.logs, jobs.cancel, jobs.requeue, jobs.resume):
+    app.command()(command)
 
 
 def main() -> None:

@@ -29,10 +29,10 @@ def describe(config: Config, ranks: int) -> str:
         held_out(dataset, config)
     Batches.of(config, dataset, torch.device("cpu"))  # needs pieces of the tokenizer
     config = origin.resolve(complete(config, dataset))
-    origin.check(config, identity(dataset))
+    origin.check(config, identity(config, dataset))
     folder = RunFolder(config.run_dir)
     if folder.run_file.exists():
-        folder.check(config, identity(dataset))
+        folder.check(config, identity(config, dataset))
     with torch.device("meta"):
         model = registry.build(config.model)
     micro_batch, accumulation = config.micro_batches(ranks)

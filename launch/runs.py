@@ -36,10 +36,14 @@ def ls(
     if as_json:
         typer.echo(json.dumps([_strict(asdict(run)) for run in runs], indent=1))
         return
-    rows = [COLUMNS, *(_row(run) for run in runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    for row in rows:
-        typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in aligned([COLUMNS, *(_row(run) for run in runs)]):
+        typer.echo(line)
+
+
+def aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """The rows of a table as lines."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _row(run: "RunState") -> tuple[str, ...]:

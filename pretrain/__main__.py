@@ -25,7 +25,7 @@ def main(args: list[str]) -> int:
     if parent := os.environ.pop("DUET_PARENT", None):
         die_with(int(parent))
 
-    from pretrain.signals import EXIT_CODES, StopRequest
+    from pretrain.signals import EXIT_CODES, StopRequest, exit_code
 
     stop = StopRequest()  # first of all: Ctrl-C during the imports below is a request, too
 
@@ -33,19 +33,20 @@ def main(args: list[str]) -> int:
     from data_pipeline.errors import RunError, UserError
     from pretrain.config import load
     from pretrain.console import fail, take_over
+    from pretrain.job import FailureFile
 
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     try:
-        config = load(args)
-        with disk_errors(config.run_dir, RunError):
-            take_over(config.run_dir / "logs", rank, verbose=bool(os.environ.get("DUET_VERBOSE")))
+        with FailureFile(rank) as failure_file:
+            config = load(args)
+            with disk_errors(config.run_dir, RunError):
+                take_over(config.run_dir / "logs", rank, verbose=bool(os.environ.get("DUET_VERBOSE")))
 
-        from pretrain.distributed import join
-        from pretrain.trainer import train
+            from pretrain.distributed import join
+            from pretrain.trainer import train
 
-        with join(config.engine.timeout_minutes) as ranks:
-            received = train(config, ranks, stop, started)
-            return EXIT_CODES[signal.Signals(received)] if received else 0
+            with join(config.engine.timeout_minutes) as ranks:
+                return exit_code(train(config, ranks, stop, started, failure_file))
     except UserError as error:
         fail(f"error: {error}")  # of the other ranks into their logs
         return 2

@@ -235,12 +235,12 @@ def load(args: list[str]) -> Config:
 
 
 def presets() -> list[str]:
-    """Names of the shipped presets: `model/tiny`, `run/quickstart`, …"""
+    """Names of the shipped presets: `model/tiny`, `run/quickstart`, …; sites (`launch.cluster`) are none of them."""
     root = resources.files("configs")
     return sorted(
         f"{room.name}/{preset.name.removesuffix('.yaml')}"
         for room in root.iterdir()
-        if room.is_dir()
+        if room.is_dir() and room.name != "cluster"
         for preset in room.iterdir()
         if preset.name.endswith(".yaml")
     )

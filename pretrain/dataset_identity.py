@@ -1,11 +1,26 @@
-"""What ties a run to its dataset: the vocabulary in its configuration and the fingerprint in its folder."""
+"""What ties a run to its dataset: the vocabulary in its configuration and the fingerprint in its folder.
+
+Free of torch and pyarrow.
+"""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from data_pipeline.dataset import Dataset
 from data_pipeline.errors import RunError
+from data_pipeline.manifest import Manifest
 from pretrain.config import Config
+
+
+class Dataset(Protocol):
+    """A `data_pipeline.dataset.Dataset`, or as much of it as a login node has."""
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is in it."""
 
 
 def complete(config: Config, dataset: Dataset) -> Config:
@@ -25,11 +40,11 @@ def complete(config: Config, dataset: Dataset) -> Config:
     return config.model_copy(update={"model": model, "data": data})
 
 
-def identity(dataset: Dataset) -> dict[str, Any]:
+def identity(config: Config, dataset: Dataset) -> dict[str, Any]:
     """What a run folder records of its dataset; `order0_entropy` in bits per byte of the validation text."""
     manifest = dataset.manifest
     return {
-        "path": str(dataset.path),
+        "path": config.data.path,  # not that of a copy on a node's disk
         "fingerprint": manifest.fingerprint,
         "tokens": manifest.splits["train"].tokens,
         "order0_entropy": manifest.splits["validation"].order0_entropy(),

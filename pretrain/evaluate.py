@@ -1,6 +1,7 @@
 """Validation over the whole held-out text: the same batches, whatever the number of ranks."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -27,7 +28,13 @@ def held_out(dataset: Dataset, config: Config) -> AnyWindows:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, windows: AnyWindows, text_bytes: int, batch: int, ranks: Ranks, batches: Batches | None = None
+    model: nn.Module,
+    windows: AnyWindows,
+    text_bytes: int,
+    batch: int,
+    ranks: Ranks,
+    batches: Batches | None = None,
+    edge: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Predict what `batches` asks for of the held-out text, in non-overlapping windows: every token but the first.
 
@@ -37,6 +44,7 @@ def evaluate(
         text_bytes: UTF-8 bytes of that text, for bits per byte.
         batch: windows of a forward pass on each rank.
         batches: makes them; for causal models, unless given.
+        edge: called before each batch, as often on every rank; may raise to break off.
 
     Returns:
         `loss/val` (nats a label), `loss/val_bits_per_byte` if every token is predicted, and the gates' means under
@@ -52,6 +60,7 @@ def evaluate(
     totals: dict[str, float] = {}
     count = 0
     for index in range(rounds):
+        edge()
         first = (index * ranks.world_size + ranks.rank) * batch
         indices = np.arange(first, min(first + batch, len(windows)))
         inputs = batches.of_validation(windows, indices)

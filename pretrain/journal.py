@@ -21,7 +21,7 @@ from data_pipeline.errors import RunError
 FORMAT = 1
 MOST_RECORDS = 4000
 """Of a kind in `series`: a picture has fewer columns."""
-HEALTH = ("skipped", "spike", "straggler", "hang", "growth")
+HEALTH = ("skipped", "spike", "straggler", "hang", "growth", "lead")
 """Kinds of what a run noticed about itself; each has a `text`, as `warning` and `rollback` do."""
 ENVELOPE = ("format", "kind", "time", "attempt", "step", "metrics")
 

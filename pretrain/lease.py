@@ -16,6 +16,7 @@ from typing import Any
 
 from data_pipeline.atomic import write_json
 from data_pipeline.errors import RunError
+from pretrain.job import this_job
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
@@ -115,12 +116,12 @@ def latest_attempt(run_dir: Path) -> int:
     return max((int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit()), default=0)
 
 
-def check_unowned(run_dir: Path) -> None:
-    """Raises RunError while an attempt owns the run folder; names job, host and process."""
+def check_unowned(run_dir: Path, clock: float | None = None) -> None:
+    """Raises RunError while an attempt owns the run folder; names job, host and process. `clock` as for `alive`."""
     if attempt := latest_attempt(run_dir):
         path = attempt_path(run_dir / "attempts", attempt)
         owner = json.loads(path.read_text())
-        if alive(owner, path):
+        if alive(owner, path, clock):
             raise RunError(_refusal(run_dir, owner))
 
 
@@ -130,23 +131,27 @@ def attempt_path(folder: Path, attempt: int) -> Path:
 
 
 def _identity() -> dict[str, Any]:
+    job, restart = this_job()
     return {
         "format": 1,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "pid_started": _process_start(os.getpid()),
         "pid_space": _pid_space(),
-        "job": os.environ.get("SLURM_JOB_ID"),
+        "job": job,
+        "restart": restart,
     }
 
 
 def alive(owner: dict[str, Any], path: Path, clock: float | None = None) -> bool:
     """Whether the owner that an attempt's file tells of still has the run folder.
 
-    On another machine its heartbeat decides: against `clock` (seconds since the epoch), or else against a file that
-    is touched beside it, so that only the file system's own clock counts.
+    An earlier start of this process's own job has not: Slurm ends it before the next, or has lost its node. On another
+    machine the heartbeat decides: against `clock` (seconds since the epoch), or else against a file that is touched
+    beside it, so that only the file system's own clock counts.
     """
-    if "ended" in owner:
+    job, restart = this_job()
+    if "ended" in owner or (job and owner.get("job") == job and owner.get("restart", 0) < restart):
         return False
     if owner["pid_space"] == _pid_space():
         return bool(owner["pid_started"] == _process_start(owner["pid"]))

@@ -11,6 +11,10 @@ from pathlib import Path
 from data_pipeline.atomic import write_atomic, write_json
 
 SOURCE = Path(__file__).resolve().parent.parent
+PACKAGES = ("configs", "data_pipeline", "launch", "model", "pretrain", "slurm")
+"""Folders in SOURCE that are ours, wherever that is."""
+SNAPSHOT, SNAPSHOT_DIFF = "snapshot.json", "snapshot.diff"
+"""What `source` said of the code that a snapshot (`launch.snapshot`) is a copy of; in its folder."""
 MAX_DIFF_BYTES = 1 << 20
 GIT_SECONDS = 30.0
 SLURM = {"slurm/job_id": "SLURM_JOB_ID", "slurm/nodes": "SLURM_JOB_NODELIST", "slurm/restarts": "SLURM_RESTART_COUNT"}
@@ -46,13 +50,19 @@ def commit(folder: Path, attempt: int) -> str | None:
 
 
 def source(root: Path) -> tuple[dict[str, str], bytes]:
-    """Tags and the difference to the commit, cut at MAX_DIFF_BYTES; nothing unless `root` itself is a checkout."""
+    """Tags and the difference to the commit, cut at MAX_DIFF_BYTES; of a snapshot those of the code it is a copy of.
+
+    Nothing unless `root` itself is a checkout or a snapshot of one.
+    """
+    if (root / SNAPSHOT).is_file():
+        diff_file = root / SNAPSHOT_DIFF
+        return json.loads((root / SNAPSHOT).read_text()), diff_file.read_bytes() if diff_file.is_file() else b""
     if not (root / ".git").exists():  # an installed package may lie within somebody else's checkout
         return {}, b""
     try:
-        commit = _git(root, "rev-parse", "HEAD").decode().strip()
-        changed = _git(root, "status", "--porcelain").splitlines(keepends=True)
-        diff = _git(root, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD")
+        commit = git(root, "rev-parse", "HEAD").decode().strip()
+        changed = git(root, "status", "--porcelain").splitlines(keepends=True)
+        diff = git(root, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD")
         diff = b"".join(b"# " + line for line in changed) + diff  # names the files that git does not know, too
     except (OSError, subprocess.SubprocessError) as error:  # no git here, not our files, a disk that hangs
         said = getattr(error, "stderr", None) or str(error).encode()
@@ -62,7 +72,8 @@ def source(root: Path) -> tuple[dict[str, str], bytes]:
     return {"git/commit": commit, "git/changed_files": str(len(changed))}, diff
 
 
-def _git(root: Path, *arguments: str) -> bytes:
+def git(root: Path, *arguments: str) -> bytes:
+    """What a command of git says of a checkout; raises OSError or subprocess.SubprocessError."""
     return subprocess.run(
         ["git", "-C", str(root), *arguments],
         env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},  # a look must not write into the checkout

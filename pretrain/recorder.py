@@ -19,6 +19,7 @@ from pretrain.lease import LeaseLost
 from pretrain.metrics import StepMetrics
 from pretrain.report_data import RunData, load
 from pretrain.run import RunFolder
+from pretrain.signals import told
 from pretrain.tracking import Tracker, assign
 
 COUNTED = {"skipped": "steps without an update", "spikes": "loss spikes", "rollbacks": "rollbacks"}
@@ -130,17 +131,17 @@ class Recorder:
             self._journal.num_rollbacks += 1
             self._journal.sync()
 
-    def finish(self, step: int, signal: int, seconds: float) -> None:
-        """The loop is over: all steps done, or stopped by a signal after a save."""
+    def finish(self, step: int, request: int, seconds: float) -> None:
+        """The loop is over: all steps done, or stopped on request (`pretrain.signals`) after a save."""
         if not self._active:
             return
-        self._end("KILLED" if signal else "FINISHED", f"signal {signal}" if signal else "all steps done")
+        self._end("KILLED" if request else "FINISHED", told(request) if request else "all steps done")
         data = load(self._folder.path)
         report.write([data], self._folder.report)
-        shipped = self._close_tracker(CLOSE_SECONDS_AFTER_SIGNAL if signal else CLOSE_SECONDS)
+        shipped = self._close_tracker(CLOSE_SECONDS_AFTER_SIGNAL if request else CLOSE_SECONDS)
         if self._sample:
             self._console.note(f"sample: {self._sample}")
-        self._console.summary(self._summary(data, step, signal, seconds, shipped))
+        self._console.summary(self._summary(data, step, request, seconds, shipped))
 
     def __enter__(self) -> "Recorder":
         return self
@@ -172,10 +173,10 @@ class Recorder:
             "dataset/tokenizer": manifest.tokenizer.sha256,
         } | provenance.record(self._folder.path / "code", self.attempt)
 
-    def _summary(self, data: RunData, step: int, signal: int, seconds: float, shipped: bool) -> list[tuple[str, str]]:
+    def _summary(self, data: RunData, step: int, request: int, seconds: float, shipped: bool) -> list[tuple[str, str]]:
         config, path = self._config, self._folder.path
         points, facts = data.points, data.facts
-        rows = [("run", f"{config.run.name}: step {step} of {config.train.steps}" + (" (stopped)" if signal else ""))]
+        rows = [("run", f"{config.run.name}: step {step} of {config.train.steps}" + (" (stopped)" if request else ""))]
         if loss := points.get("loss/train"):
             rows.append(("loss", f"{loss[0].value:.4f} → {loss[-1].value:.4f} nats/token"))
         if bits := points.get("loss/val_bits_per_byte"):

@@ -14,6 +14,7 @@ from data_pipeline.atomic import write_atomic, write_json
 from data_pipeline.errors import CheckpointError, RunError
 from pretrain.config import Config, differences, dump
 from pretrain.journal import read
+from pretrain.runs import saved_steps
 from pretrain.schedule import decay_start
 
 FORMAT = 1
@@ -68,8 +69,7 @@ class RunFolder:
 
     def saved_steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
-        found = self.checkpoints.glob("step-*/manifest.json")
-        return sorted(int(manifest.parent.name.removeprefix("step-")) for manifest in found)
+        return saved_steps(self.path)
 
     def check_never_saved(self) -> None:
         """Whether a run without a checkpoint may start from scratch.

@@ -36,6 +36,8 @@ class RunState:
     attempts: int
     started: float
     """When the newest attempt began, in seconds since the epoch."""
+    problem: str = ""
+    """Why it is unreadable."""
 
 
 def list_runs(folder: Path) -> list[RunState]:
@@ -54,12 +56,14 @@ def run_state(run_dir: Path) -> RunState:
     """How one run stands."""
     attempt = latest_attempt(run_dir)
     attempt_file = attempt_path(run_dir / "attempts", attempt)
-    owner: dict[str, Any] = json.loads(attempt_file.read_text()) if attempt else {}
     journal = run_dir / "metrics.jsonl"
+    owner: dict[str, Any] = {}
+    problem = ""
     try:
-        records = _tail(journal) if journal.is_file() else []
-    except RunError:  # one damaged journal must not hide the other runs; `duet report` names the line
-        records, state = [], "unreadable"
+        owner = _owner(attempt_file) if attempt else {}
+        records = tail(journal) if journal.is_file() else []
+    except (RunError, OSError) as error:  # one damaged run must not hide the others
+        records, state, problem = [], "unreadable", str(error)
     else:
         state = _state(owner, attempt_file, records)
     steps = [record for record in records if record.kind == "metrics"]
@@ -72,11 +76,30 @@ def run_state(run_dir: Path) -> RunState:
         job=owner.get("job"),
         attempts=attempt,
         started=owner["started"] if owner else run_dir.stat().st_mtime,
+        problem=problem,
     )
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """Steps of a run's complete checkpoints, in order."""
+    found = run_dir.glob("checkpoints/step-*/manifest.json")
+    return sorted(int(manifest.parent.name.removeprefix("step-")) for manifest in found)
 
 
 def _is_run(path: Path) -> bool:
     return (path / "metrics.jsonl").is_file() or (path / "attempts").is_dir()
+
+
+def _owner(attempt_file: Path) -> dict[str, Any]:
+    try:
+        owner: dict[str, Any] = json.loads(attempt_file.read_text())
+        if owner.keys() >= {"attempt", "started"} and (
+            "ended" in owner or owner.keys() >= {"pid", "pid_started", "pid_space"}
+        ):
+            return owner
+    except (ValueError, AttributeError):
+        pass
+    raise RunError(f"{attempt_file}: not the record of an attempt; remove it when no process trains this run")
 
 
 def _state(owner: dict[str, Any], attempt_file: Path, records: list[Record]) -> str:
@@ -89,8 +112,8 @@ def _state(owner: dict[str, Any], attempt_file: Path, records: list[Record]) -> 
     return "failed" if "ended" in owner else "dead"
 
 
-def _tail(journal: Path) -> list[Record]:
-    """The last records: as many as it takes to have the loss and the speed among them."""
+def tail(journal: Path) -> list[Record]:
+    """The last records of a journal: as many as it takes to have the loss and the speed among them."""
     length, size = TAIL_BYTES, journal.stat().st_size
     while True:
         start = max(0, size - length)

@@ -31,7 +31,9 @@ from pretrain.engine import Engine
 from pretrain.evaluate import evaluate, held_out
 from pretrain.goodput import Goodput, earlier_goodput
 from pretrain.health import Health
-from pretrain.lease import Lease, LeaseLost
+from pretrain.job import FailureFile
+from pretrain.lease import Lease
+from pretrain.life import Life, Stopped
 from pretrain.metrics import Meter
 from pretrain.probe import Probe
 from pretrain.profiling import Profile
@@ -47,8 +49,6 @@ from pretrain.system import SystemSampler
 
 VERIFY_UP_TO_BYTES = 10 * 2**30
 """A dataset up to this size is hashed in full at a run's first start."""
-LOST = 255
-"""Greater than any signal: what rank 0 reports when the run folder is no longer its own."""
 
 
 @dataclass
@@ -65,34 +65,19 @@ class Session:
     recorder: Recorder
     goodput: Goodput
     system: SystemSampler
-    lease: Lease | None
-    """Rank 0's."""
-    stop: StopRequest
     saver: Saver
+    life: Life
     health: Health
-
-    def agreed_request(self) -> int:
-        """The stop signal that any rank has seen, 0 for none; goes on with the save in flight. A collective.
-
-        Raises:
-            LeaseLost: on every rank, when the run folder is no longer ours.
-            CheckpointError: on every rank, when one could not write.
-        """
-        mine = LOST if self.lease and self.lease.lost else self.stop.signal
-        request, writing = self.ranks.largest(mine, self.saver.writing)
-        if request == LOST:
-            raise LeaseLost(f"{self.folder.path}: taken over by another start, or removed; this one ends")
-        self.saver.poll(bool(writing))
-        return request
+    failure_file: FailureFile
 
 
-def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> int:
+def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failure_file: FailureFile) -> int:
     """Train to `train.steps`, from the newest checkpoint of the run folder when there is one.
 
     `started` is when the program began (`time.time()`), for the summary and the goodput.
 
     Returns:
-        the signal that ended the run early, else 0.
+        the request (`pretrain.signals`) that ended the run early, else 0.
 
     Raises:
         UserError: on every rank, with the same message.
@@ -101,7 +86,8 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
     config.micro_batches(ranks.world_size)
     with disk_errors(folder.path, RunError), ExitStack() as stack:
         first_of_node = os.environ["LOCAL_RANK"] == "0"
-        dataset = ranks.together(lambda: Dataset.open(config.data.path, check=first_of_node))
+        path = os.environ.get("DUET_DATA") or config.data.path  # a copy on this node's disk
+        dataset = ranks.together(lambda: Dataset.open(path, check=first_of_node))
         lease = ranks.together(lambda: _own(folder, stack) if ranks.is_first else None)
         attempt = ranks.broadcast(lease.attempt if lease else None)
         config = ranks.together(lambda: _claim(folder, config, dataset), only_first=True)
@@ -125,8 +111,9 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
             ranks,
             still_ours=lease.check if lease else lambda: None,
             prune=partial(prune, folder.checkpoints, config.train.keep_checkpoints, config.train.keep_every),
-            published=recorder.checkpoint,
+            published=lambda step, path, seconds: life.published(step, path, seconds),
         )
+        life = Life(folder.path, ranks, stop, lease, saver, recorder)
         health = Health(config, ranks, engine, recorder, folder.logs, past)
         probe = Probe(held_out(dataset, config), batches, compiled=config.engine.compile)
         session = Session(
@@ -140,21 +127,22 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float) -> in
             recorder,
             goodput,
             system,
-            lease,
-            stop,
             saver,
+            life,
             health,
+            failure_file,
         )
         with system, saver, health:
-            step, signal = run_steps(session, step, data)
-        recorder.finish(step, signal, time.time() - started)
-        return signal
+            step, request = run_steps(session, step, data)
+        life.ended(step, request)
+        recorder.finish(step, request, time.time() - started)
+        return request
 
 
 def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
-    """The training loop. Returns the last finished step and the signal that ended it early, else 0."""
+    """The training loop. Returns the last finished step and the request that ended it early, else 0."""
     config, ranks, engine, recorder = session.config, session.ranks, session.engine, session.recorder
-    health = session.health
+    health, life, failure_file = session.health, session.life, session.failure_file
     micro_batch, _ = config.micro_batches(ranks.world_size)
     plan = Plan(session.dataset, data.phases[-1], data.seed)
     reader = Reader(
@@ -170,10 +158,15 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
     meter = Meter(config, engine, ranks, session.goodput, restarts=recorder.attempt - 1)
     profile_steps = config.profile.steps if ranks.is_first else None
     profile = Profile(profile_steps, session.folder.path / "profile", ranks.device, recorder.profile)
-    signal = session.agreed_request()
-    with loader, profile:
-        while step < config.train.steps and not signal:
+    life.begin(step)
+    request = life.agreed_request()
+    with loader, profile, failure_file:
+        if owed := owes_validation(session, step):
+            owed = validation(session, step) is None
+            request = life.request
+        while step < config.train.steps and not request:
             step += 1
+            failure_file.at(step, data.samples_seen, config.global_batch)
             profile.before(step)
             engine.stopwatch.start()
             samples = next(loader)
@@ -195,34 +188,64 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
             if not applied:
                 known["optim/skipped"] = 1
             meter.add(step, metrics, known)
-
-            signal = session.agreed_request()
             last = step == config.train.steps
+            if not last:  # before the ranks agree: one that waits for data must not keep the others from stopping
+                engine.stopwatch.start()
+                loader.wait(lambda: life.requested)
+                engine.stopwatch.lap("data")
+
+            request = life.agreed_request()
             validate = last or step % config.train.eval_every == 0
-            save = last or bool(signal) or step == 1 or step % config.train.checkpoint_every == 0
+            save = last or bool(request) or step == 1 or step % config.train.checkpoint_every == 0
+            lines = []
             if validate or save or step % config.train.log_every == 0 or health.too_many_skipped:
-                health.record(meter.flush())
+                lines = meter.flush()
+                health.record(lines)
+            life.after_step(step, lines)
             if health.spike and (older := roll_back(session, step, data)) is not None:
                 step = older
                 meter.resume_clock()
                 continue
-            loss = validation(session, step) if validate and (last or not signal) else None
-            if save:
+            loss = validation(session, step) if validate else None
+            owed = validate and loss is None
+            request = life.request  # it may have come meanwhile
+            if save or request:
                 save_checkpoint(session, step, data, loss)
             if validate or save:
                 health.beat()
                 meter.resume_clock()
         session.saver.join()
-    return step, signal
+    return step, request if step < config.train.steps or owed else 0
 
 
-def validation(session: Session, step: int) -> float:
-    """Validate over all held-out text and write a sample; a collective. Returns the loss in nats a token."""
+def owes_validation(session: Session, step: int) -> bool:
+    """Whether the one that was due at `step`, which this run has saved, was broken off; a collective."""
+    config, folder = session.config.train, session.folder
+
+    def missing() -> bool:
+        due = step > 0 and (step == config.steps or step % config.eval_every == 0)
+        if not due or step not in folder.saved_steps():
+            return False
+        return all(point.step != step for point in journal.series(journal.read(folder.journal)).get("loss/val", []))
+
+    return session.ranks.together(missing, only_first=True)
+
+
+def validation(session: Session, step: int) -> float | None:
+    """Validate over all held-out text and write a sample; a collective.
+
+    Returns:
+        the loss in nats a token; None: it was broken off, since the run is to stop, and is owed.
+    """
     config, dataset = session.config, session.dataset
     windows = held_out(dataset, config)
     batch = max(1, 8192 // config.model.context)
     text_bytes = dataset.manifest.splits["validation"].bytes
-    metrics = evaluate(session.engine.module, windows, text_bytes, batch, session.ranks, session.batches)
+    edge = session.life.check_in_validation
+    try:
+        metrics = evaluate(session.engine.module, windows, text_bytes, batch, session.ranks, session.batches, edge)
+    except Stopped:
+        return None
     session.recorder.validation(step, metrics | session.probe.flips(session.engine.module))
     if config.train.sample_tokens and config.data.objective == "causal":
         session.recorder.sample(step, sample_text(session.engine.module, dataset, config, session.ranks.device))
@@ -242,6 +265,7 @@ def save_checkpoint(session: Session, step: int, data: DataState, validation_los
             "commit": provenance.commit(session.folder.path / "code", session.recorder.attempt),
             "mlflow_run": _mlflow_run(session.folder),
         }
+    session.life.saving(step)
     session.saver.start(step, state, validation_loss)
 
 
@@ -293,8 +317,8 @@ def _claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     # Both splits must be large enough for one window.
     Plan(dataset, wanted_phase(dataset, config.data, config.model.context), config.run.seed)
     held_out(dataset, config)
-    origin.check(config, identity(dataset))
-    folder.claim(config, identity(dataset))
+    origin.check(config, identity(config, dataset))
+    folder.claim(config, identity(config, dataset))
     return config
 
 
@@ -331,7 +355,7 @@ def _restore(
         return data
 
     data = ranks.together(load)
-    ranks.together(lambda: folder.describe(dataset=identity(dataset)), only_first=True)
+    ranks.together(lambda: folder.describe(dataset=identity(config, dataset)), only_first=True)
     return step, data
 
 

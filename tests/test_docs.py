@@ -41,11 +41,15 @@ RUN_ELSEWHERE = {
     "torchrun --nproc-per-node 8 -m pretrain model/tiny run/quickstart data.path=data/mine run.name=wide": "8 GPUs",
     "srun --kill-on-bad-exit=1 python -m pretrain model/tiny run/quickstart data.path=data/mine run.name=wide": "Slurm",
     "bash slurm/tokenize.sbatch 32 mine.yaml data.path=data/shared": "tests/data_pipeline/test_slurm.py",
+    "duet cancel runs/first": "tests/slurm/test_status.py",
+    "duet requeue runs/first": "tests/slurm/test_status.py",
+    "duet resume runs/first --nodes 4": "tests/slurm/test_status.py",
     "sbatch slurm/pretrain.sbatch model/tiny run/quickstart data.path=data/mine run.dir=runs/wide": "Slurm",
 }
 """Commands that are not run here, and where they are."""
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w*(?: \w+)?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+"""`bash` is run here, `bash slurm` on a cluster by tests/slurm/test_documents.py."""
 LINK = re.compile(r"!?\[[^]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
 SECTIONS = "|".join(Config.model_fields)

@@ -62,6 +62,7 @@ def _fork(rank: int, request: dict[str, Any], folder: Path) -> int:
         log = os.open(folder / f"{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # as StopRequest does, before there are threads
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["world"])}
         os.environ["DUET_RENDEZVOUS"] = f"file://{folder}/store"
         from pretrain.distributed import join

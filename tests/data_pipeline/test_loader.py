@@ -1,5 +1,7 @@
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.loader import Loader, Reader, StepSamples
+from data_pipeline.loader import _GROUP_TOKENS, Loader, Reader, StepSamples
 from data_pipeline.order import SampleOrder
 from data_pipeline.plan import Plan, wanted_phase
 
@@ -165,3 +167,24 @@ def test_steps_tell_where_documents_begin(mixed: Dataset) -> None:
             windows = list(plan.windows.values())[k]
             places = [place.tolist() for place in windows.places(np.array([index]))]
             assert windows.document_starts(*places, [row]).tolist() == step.document_starts[rows == row].tolist()
+
+
+def test_waiting_ends_with_the_data_or_when_it_is_given_up() -> None:
+    stalled = threading.Event()
+
+    def reader() -> Iterator[StepSamples]:
+        for position in range(2):
+            tokens = torch.zeros(1, _GROUP_TOKENS, dtype=torch.int64)  # a group of its own
+            yield StepSamples(torch.tensor([position]), tokens, None)
+            stalled.wait(60)
+
+    asked = []
+    with Loader(cast(Reader, reader())) as loader:
+        loader.wait(lambda: False)
+        assert next(loader).positions.tolist() == [0]
+        loader.wait(lambda: asked.append(1) or len(asked) > 3)
+        assert len(asked) == 4, "looked again and again"
+        stalled.set()
+        loader.wait(lambda: False)
+        loader.wait(lambda: pytest.fail("there is a step"))
+        assert next(loader).positions.tolist() == [1]

@@ -23,6 +23,7 @@ from pretrain.config import Config, load
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.evaluate import evaluate
+from pretrain.job import FailureFile
 from pretrain.retention import prune
 from pretrain.run import RunFolder
 from pretrain.saver import Saver
@@ -243,7 +244,7 @@ def train_run(
         trainer.DataState.model_validate = classmethod(  # type: ignore[method-assign,assignment]
             lambda cls, content: cls(**(content | {"samples_seen": 0}))
         )
-    return trainer.train(load(args), ranks, StopRequest(), time.time())
+    return trainer.train(load(args), ranks, StopRequest(), time.time(), FailureFile(ranks.rank))
 
 
 def validate_in_batches_of(ranks: Ranks, run: str, sizes: list[int]) -> list[dict[str, float]]:
@@ -298,7 +299,7 @@ def slow_rank(ranks: Ranks, args: list[str], slow: int, seconds: float) -> int:
         return original(model, *rest)
 
     LanguageModel.hidden = hidden  # type: ignore[method-assign,assignment]
-    return trainer.train(load(args), ranks, StopRequest(), time.time())
+    return trainer.train(load(args), ranks, StopRequest(), time.time(), FailureFile(ranks.rank))
 
 
 WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
@@ -367,5 +368,5 @@ def host_waits(ranks: Ranks, args: list[str], sabotage: bool = False) -> list[st
         scope: dict[str, Any] = {"tensor": torch.tensor, "original": trainer.learning_rate}
         exec(compile(source, str(root / "pretrain" / "sabotage.py"), "exec"), scope)
         trainer.learning_rate = scope["learning_rate"]
-    trainer.train(load(args), ranks, StopRequest(), time.time())
+    trainer.train(load(args), ranks, StopRequest(), time.time(), FailureFile(ranks.rank))
     return sorted(found)

@@ -18,6 +18,7 @@ from model.language_model import LanguageModel
 from pretrain import health, recorder, trainer, trends
 from pretrain.config import load
 from pretrain.distributed import Ranks
+from pretrain.job import FailureFile
 from pretrain.nonfinite import Diagnosis
 from pretrain.signals import StopRequest
 from pretrain.watchdog import Watchdog
@@ -28,7 +29,7 @@ def train(ranks: Ranks, args: list[str]) -> list[tuple[str, str]]:
     summary: list[tuple[str, str]] = []
     recorder.report.write_report = lambda run_dirs, out: out or run_dirs[0]
     recorder.Console.summary = lambda self, rows: summary.extend(rows)  # type: ignore[method-assign]
-    trainer.train(load(args), ranks, StopRequest(), time.time())
+    trainer.train(load(args), ranks, StopRequest(), time.time(), FailureFile(ranks.rank))
     return summary
 
 

@@ -102,6 +102,24 @@ def test_an_owner_on_another_machine_is_judged_by_its_heartbeat(tmp_path: Path) 
         assert lease.attempt == 2
 
 
+def test_an_earlier_start_of_the_same_job_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the loss of a node: its heart seems to beat for STALE_SECONDS, but Slurm has requeued the job."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    lost = Lease.acquire(tmp_path)
+    with pytest.raises(RunError, match="job 7"):
+        Lease.acquire(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(RunError, match="job 7"):
+        Lease.acquire(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with Lease.acquire(tmp_path) as lease:
+        assert lease.attempt == 2
+        with pytest.raises(LeaseLost):  # should it be alive after all
+            lost.check()
+    lost.release("over")
+
+
 def taken_over(run_dir: Path) -> None:
     (run_dir / "attempts" / "000002.json").write_text("{}")
 

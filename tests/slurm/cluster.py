@@ -179,8 +179,9 @@ class Cluster:
         return self.job(job_id)
 
     def start_now(self, job_id: str) -> None:
-        """Ends the wait of a requeued job."""
-        self.run("scontrol", "update", f"jobid={job_id}", "starttime=now", check=False)
+        """Ends the wait of a requeued job; it must have ended on its nodes."""
+        # A start within the second of the requeue has a credential that the nodes hold for revoked: the job fails.
+        self.run("scontrol", "update", f"jobid={job_id}", "starttime=now+1", check=False)
 
     def cancel_all(self) -> None:
         """Cancel every job and wait until the nodes are idle and nothing of the jobs is alive."""

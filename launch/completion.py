@@ -1,0 +1,30 @@
+"""What the shell completes (`duet --install-completion`): run folders, presets. Quick: it runs at each press of Tab."""
+
+from importlib import resources
+from pathlib import Path
+
+
+def complete_runs(incomplete: str) -> list[str]:
+    """Run folders, and folders on the way to one."""
+    from launch.run_files import is_run
+
+    folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
+    if not folder.is_dir():
+        return []
+    paths = [path for path in sorted(folder.iterdir()) if path.is_dir() and str(path).startswith(incomplete)]
+    runs = [str(path) for path in paths if is_run(path)]
+    return runs or [f"{path}/" for path in paths if not path.name.startswith(".")]
+
+
+def complete_configs(incomplete: str) -> list[str]:
+    """Presets, and YAML files."""
+    shipped = [
+        f"{room.name}/{preset.name.removesuffix('.yaml')}"
+        for room in resources.files("configs").iterdir()
+        if room.is_dir()
+        for preset in room.iterdir()
+        if preset.name.endswith(".yaml")
+    ]
+    folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
+    files = [str(path) for path in folder.glob("*.yaml")] if folder.is_dir() else []
+    return sorted(name for name in [*shipped, *files] if name.startswith(incomplete))

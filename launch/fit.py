@@ -1,0 +1,51 @@
+"""How many of the granted nodes a run can use; the batch script asks before it starts the ranks.
+
+    python -m launch.fit CONFIG… KEY=VALUE… --nodes N --tasks T
+
+Prints three lines: the nodes to use, the run folder, the dataset. Free of torch. A mistake in the configuration ends
+here, with exit code 2, before a node has done anything.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from data_pipeline.errors import ConfigError, UserError
+from pretrain.config import Config, load
+
+
+def nodes_that_fit(config: Config, granted: int, tasks: int) -> int:
+    """The most nodes, of `tasks` ranks each, that can share the batch; it and the order of the data stay the same.
+
+    Raises:
+        ConfigError: not even one can.
+    """
+    for nodes in range(granted, 0, -1):
+        try:
+            config.micro_batches(nodes * tasks)
+        except ConfigError as error:
+            why = error
+        else:
+            return nodes
+    raise ConfigError(f"no number of nodes up to {granted}, with {tasks} rank(s) each, can share the batch: {why}")
+
+
+def main(args: list[str]) -> int:
+    """Print what the batch script needs to know."""
+    parser = argparse.ArgumentParser(prog="launch.fit", description=__doc__)
+    parser.add_argument("config", nargs="*")
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--tasks", type=int, required=True)
+    given = parser.parse_intermixed_args(args)
+    try:
+        config = load(given.config)
+        nodes = nodes_that_fit(config, given.nodes, given.tasks)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(nodes, config.run_dir.absolute(), Path(config.data.path).absolute(), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

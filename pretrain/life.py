@@ -1,0 +1,146 @@
+"""A rank's part in the life of its job: requests to stop that all ranks agree on, the heartbeat, the wish to go on."""
+
+import math
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from pretrain.distributed import Ranks
+from pretrain.job import Heartbeat, JobFolder, Pulse, this_job
+from pretrain.lease import Lease, LeaseLost
+from pretrain.metrics import StepMetrics
+from pretrain.recorder import Recorder
+from pretrain.report_data import LOSS
+from pretrain.saver import Saver
+from pretrain.signals import KILL_SWITCH, StopRequest
+
+LOST = 255
+"""Greater than any request: what rank 0 reports when the run folder is no longer its own."""
+LOOK_SECONDS = 1.0
+"""How often rank 0 looks for the kill switch."""
+
+
+class Stopped(Exception):
+    """The ranks have agreed to stop: what can be done again later is broken off."""
+
+
+class Life:
+    """The same on every rank, but for what rank 0 writes.
+
+    Ranks agree at the edge of each step and of each batch of a validation. A rank that waits for data looks at its own
+    signals meanwhile (`requested`), so that no rank waits in the agreement for one that waits for its data.
+    """
+
+    def __init__(
+        self, folder: Path, ranks: Ranks, stop: StopRequest, lease: Lease | None, saver: Saver, recorder: Recorder
+    ) -> None:
+        """`lease` is rank 0's."""
+        self.request = 0
+        """What was agreed on last: a signal, or KILL_SWITCH; 0 for none."""
+        self._path = folder
+        self._folder = JobFolder(folder)
+        self._ranks = ranks
+        self._stop = stop
+        self._lease = lease
+        self._saver = saver
+        self._recorder = recorder
+        self._looked = -LOOK_SECONDS
+        self._switched_off = False
+        self._pulse = Pulse(self._folder)
+        self._heartbeat = Heartbeat(0, recorder.attempt)
+        self._first_step = 0
+        self._lead = float(os.environ.get("DUET_STOP_LEAD") or 0)
+        self._edge: float | None = None
+        self._longest = 0.0
+        self._saves: dict[int, float] = {}
+        """When those in flight began, by step."""
+        self._told_lead = False
+
+    @property
+    def requested(self) -> int:
+        """What this rank itself knows of."""
+        if self._lease and self._lease.lost:
+            return LOST
+        if self._ranks.is_first and not self._switched_off and time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._switched_off = self._folder.kill_switch.exists()
+        return KILL_SWITCH if self._switched_off else self._stop.signal
+
+    def agreed_request(self) -> int:
+        """The greatest request that any rank knows of, 0 for none; goes on with the save in flight. A collective.
+
+        Raises:
+            LeaseLost: on every rank, when the run folder is no longer ours.
+            CheckpointError: on every rank, when one could not write.
+        """
+        request, writing = self._ranks.largest(self.requested, self._saver.writing)
+        if request == LOST:
+            raise LeaseLost(f"{self._path}: taken over by another start, or removed; this one ends")
+        self._saver.poll(bool(writing))
+        self.request = request
+        return request
+
+    def check_in_validation(self) -> None:
+        """At the edge of its batches; a collective.
+
+        Raises:
+            Stopped: on every rank, when the run is to stop.
+        """
+        if self.agreed_request():
+            raise Stopped
+        self._mark_edge()
+
+    def begin(self, step: int) -> None:
+        """Training goes on after `step`."""
+        self._first_step = step
+        self._heartbeat = replace(self._heartbeat, step=step, checkpoint=step or None)
+        self._beat()
+
+    def after_step(self, step: int, logged: list[StepMetrics]) -> None:
+        """A step is done; `logged` is what was logged after it, if anything was."""
+        if step == self._first_step + 1:
+            self._edge = None
+        self._mark_edge()
+        self._heartbeat = replace(self._heartbeat, step=step, time=time.time())
+        if logged:
+            values = logged[-1].values
+            self._heartbeat = replace(
+                self._heartbeat, loss=values[LOSS], tokens_per_second=values["time/tokens_per_second"]
+            )
+        self._beat()
+
+    def saving(self, step: int) -> None:
+        """A save begins."""
+        self._saves[step] = time.perf_counter()
+
+    def published(self, step: int, path: Path, blocked: float) -> None:
+        """A checkpoint is complete; training has waited `blocked` seconds for it."""
+        self._recorder.checkpoint(step, path, blocked)
+        self._heartbeat = replace(self._heartbeat, checkpoint=step)
+        saving = time.perf_counter() - self._saves.pop(step)
+        if self._lead and saving + self._longest > self._lead and not self._told_lead:
+            self._told_lead = True
+            text = (
+                f"the planned signal comes {self._lead:g} s before the time limit, but a save took {saving:.1f} s, and "
+                f"the longest step {self._longest:.1f} s: what was not saved yet would be lost; give --signal and "
+                f"DUET_STOP_LEAD at least {math.ceil(2 * (saving + self._longest))} s"
+            )
+            self._recorder.health("lead", step, text, save_seconds=saving, step_seconds=self._longest)
+
+    def ended(self, step: int, request: int) -> None:
+        """The loop is over and all is saved; after the planned signal, the job wants to go on."""
+        if self._ranks.is_first and request == signal.SIGUSR1 and this_job()[0]:
+            self._folder.request_requeue(step, trained=max(0, step - self._first_step))
+
+    def _beat(self) -> None:
+        if self._ranks.is_first:
+            self._pulse.beat(self._heartbeat)
+
+    def _mark_edge(self) -> None:
+        """What a signal has to wait for; the first step, which compiles, is no measure."""
+        now = time.perf_counter()
+        if self._edge is not None:
+            self._longest = max(self._longest, now - self._edge)
+        self._edge = now

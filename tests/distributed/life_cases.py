@@ -1,0 +1,93 @@
+"""Runs that are asked to stop, or fail, at an awkward moment; started through the fixture `ranks`."""
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+from data_pipeline import loader
+from data_pipeline.errors import DataError
+from pretrain import life, recorder, trainer
+from pretrain.config import load
+from pretrain.distributed import Ranks
+from pretrain.engine import Engine
+from pretrain.job import FailureFile
+from pretrain.signals import StopRequest
+
+
+def run(ranks: Ranks, args: list[str], job: str | None = None, restart: int = 0, lead: float = 0) -> int:
+    """A whole run, in a job of Slurm if one is named; validations in small batches. Returns why it ended early."""
+    if job:
+        os.environ |= {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart), "SLURMD_NODENAME": f"n{ranks.rank}"}
+        os.environ |= {"RUN_DIR": str(load(args).run_dir), "DUET_STOP_LEAD": str(lead)}
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda module, windows, size, batch, *more: evaluate(module, windows, size, 4, *more)
+    recorder.report.write = lambda *_: None  # type: ignore[assignment]
+    return trainer.train(load(args), ranks, StopRequest(), time.time(), FailureFile(ranks.rank))
+
+
+def signalled_in_validation(ranks: Ranks, args: list[str], at: int) -> list[int]:
+    """Rank 1 alone gets the planned signal in the batch number `at` of the first validation. Returns batches, too."""
+    batches, of_validation = [0], trainer.Batches.of_validation
+
+    def count(*given: Any) -> Any:
+        batches[0] += 1
+        if ranks.rank == 1 and batches[0] == at:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return of_validation(*given)
+
+    trainer.Batches.of_validation = count  # type: ignore[method-assign]
+    return [run(ranks, args, job="7"), batches[0]]
+
+
+def signalled_while_data_stall(ranks: Ranks, args: list[str], step: int) -> list[Any]:
+    """Rank 1's data of a step never come; it alone gets the planned signal, once it waits."""
+    loader._GROUP_TOKENS, loader._JOIN_SECONDS = 1, 0.1
+    read, wait, count = loader.Reader._read, loader.Loader.wait, [0]
+
+    def stall(*given: Any) -> Any:
+        count[0] += 1
+        if ranks.rank == 1 and count[0] == step:
+            threading.Event().wait()
+        return read(*given)
+
+    def signal_after(self: loader.Loader, give_up: Any) -> None:
+        if ranks.rank == 1 and count[0] == step and self._queue.empty() and not self._group:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        wait(self, give_up)
+
+    loader.Reader._read = stall  # type: ignore[method-assign]
+    loader.Loader.wait = signal_after  # type: ignore[method-assign]
+    return [run(ranks, args, job="7"), threading.active_count()]
+
+
+def failing(ranks: Ranks, args: list[str], step: int, mistake: bool) -> None:
+    """Rank 1 fails in a step."""
+    train_step, now = Engine.train_step, [0]
+
+    def fail(*given: Any) -> Any:
+        now[0] += 1
+        if now[0] == step and ranks.rank == 1:
+            raise DataError("the shard is damaged") if mistake else ValueError("a bug")
+        return train_step(*given)
+
+    Engine.train_step = fail  # type: ignore[method-assign,assignment]
+    run(ranks, args, job="7", restart=3)
+
+
+def switched_off(ranks: Ranks, args: list[str], step: int) -> int:
+    """Somebody touches the kill switch during a step; the lead time is too short for anything."""
+    train_step, now = Engine.train_step, [0]
+
+    def touch(*given: Any) -> Any:
+        now[0] += 1
+        if now[0] == step and ranks.rank == 1:
+            switch = load(args).run_dir / "slurm" / "stop"
+            switch.parent.mkdir()
+            switch.touch()
+        return train_step(*given)
+
+    Engine.train_step = touch  # type: ignore[method-assign,assignment]
+    life.LOOK_SECONDS = 0
+    return run(ranks, args, job="7", lead=1e-6)

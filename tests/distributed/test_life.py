@@ -1,0 +1,131 @@
+"""Real ranks that are asked to stop at an awkward moment, or fail, in a job of Slurm (its environment is enough)."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.job import JobFolder
+from pretrain.journal import read
+from pretrain.signals import KILL_SWITCH
+from tests.conftest import RanksFailed
+from tests.runs import ROOT, SMALL, attempts, newest_on_disk
+
+Ranks = Callable[..., list[Any]]
+CASES = "tests.distributed.life_cases:"
+STEPS = 12
+BATCH = 8
+
+
+def arguments(dataset: Path, run_dir: Path, *more: str) -> list[str]:
+    run = [f"data.path={dataset}", f"run.dir={run_dir}", f"train.steps={STEPS}"]
+    return [*SMALL, *run, "train.checkpoint_every=5", "train.eval_every=6", *more]
+
+
+def validations(run_dir: Path) -> list[tuple[int, int, float]]:
+    """Attempt, step and loss of each."""
+    records = list(read(run_dir / "metrics.jsonl"))
+    return [(r.attempt, r.step or 0, r.metrics["loss/val"]) for r in records if "loss/val" in r.metrics]
+
+
+@pytest.fixture(scope="module")
+def reference(ranks: Ranks, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("life") / "run"
+    assert ranks(f"{CASES}run", 2, args=arguments(dataset, run_dir)) == [0, 0]
+    return run_dir
+
+
+def check_whole(run_dir: Path, reference: Path) -> None:
+    """All attempts together did what the uninterrupted run did, bit for bit, validations included."""
+    done: dict[int, dict[str, float]] = {}
+    for _, steps in attempts(run_dir / "metrics.jsonl"):
+        done |= steps
+    [(_, expected)] = attempts(reference / "metrics.jsonl")
+    for name in ("loss/total", "optim/grad_norm"):
+        assert {s: m[name] for s, m in done.items()} == {s: m[name] for s, m in expected.items()}
+    assert [found[1:] for found in validations(run_dir)] == [found[1:] for found in validations(reference)]
+
+
+@pytest.mark.parametrize("step", [6, STEPS])
+def test_the_planned_signal_breaks_off_a_validation_that_is_made_up_for(
+    ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path, step: int
+) -> None:
+    run_dir = tmp_path / "run"
+    args = arguments(dataset, run_dir, f"train.eval_every={step}")
+    [[request, batches], other] = ranks(f"{CASES}signalled_in_validation", 2, args=args, at=2)
+    assert request == other[0] == signal.SIGUSR1
+    assert batches == other[1] == 2, "both stopped behind the batch in which one was signalled"
+    assert validations(run_dir) == []
+    assert newest_on_disk(run_dir) == step
+    wish = JobFolder(run_dir).requeue_wish()
+    assert wish
+    assert (wish.step, wish.trained) == (step, step)
+    assert ranks(f"{CASES}run", 2, args=args) == [0, 0]
+    assert validations(run_dir)[0][:2] == (2, step)
+    if step == 6:
+        check_whole(run_dir, reference)
+    assert ranks(f"{CASES}run", 2, args=args) == [0, 0], "once more"
+    assert len([found for found in validations(run_dir) if found[1] == step]) == 1
+
+
+def test_the_planned_signal_while_data_stall(ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path) -> None:
+    args = arguments(dataset, tmp_path / "run")
+    results = ranks(f"{CASES}signalled_while_data_stall", 2, args=args, step=8, timeout=30)
+    assert [request for request, _ in results] == [signal.SIGUSR1] * 2
+    assert newest_on_disk(tmp_path / "run") == 7, "the step before the one without data"
+    assert ranks(f"{CASES}run", 2, args=args) == [0, 0]
+    check_whole(tmp_path / "run", reference)
+
+
+@pytest.mark.parametrize("mistake", [False, True])
+def test_a_failing_rank_writes_down_what_the_policy_needs(
+    ranks: Ranks, dataset: Path, tmp_path: Path, mistake: bool
+) -> None:
+    with pytest.raises(RanksFailed):
+        ranks(f"{CASES}failing", 2, args=arguments(dataset, tmp_path / "run"), step=4, mistake=mistake)
+    found = JobFolder(tmp_path / "run").rank_failures("7", 3)
+    first = found[0]
+    assert (first.rank, first.host, first.step, first.mistake) == (1, "n1", 4, mistake)
+    assert first.what == ("the shard is damaged" if mistake else "ValueError: a bug")
+    assert first.samples == [3 * BATCH, 4 * BATCH - 1]
+    assert [f.rank for f in found] == [1, 0], "the peer lost its connection later"
+    beat = JobFolder(tmp_path / "run").last_heartbeat()
+    assert beat
+    assert (beat.job, beat.restart, beat.step) == ("7", 3, 3)
+
+
+def test_the_kill_switch_saves_and_wants_no_requeue(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    args = arguments(dataset, run_dir)
+    assert ranks(f"{CASES}switched_off", 2, args=args, step=4) == [KILL_SWITCH] * 2
+    assert newest_on_disk(run_dir) in (4, 5), "of both ranks, one may have been a step ahead"
+    assert JobFolder(run_dir).requeue_wish() is None
+    records = list(read(run_dir / "metrics.jsonl"))
+    assert [r.fields["reason"] for r in records if r.kind == "end"] == ["kill switch"]
+    [lead] = [r for r in records if r.kind == "lead"]
+    assert "the planned signal comes 1e-06 s before the time limit, but a save took" in lead.fields["text"]
+    beat = JobFolder(run_dir).last_heartbeat()
+    assert beat
+    assert beat.loss in [r.metrics.get("loss/train") for r in records if r.step == beat.step]
+    assert beat.tokens_per_second
+
+
+def test_the_children_of_a_rank_survive_the_planned_signal() -> None:
+    """srun sends it to all processes of a step: a compiler that dies of it would be a crash."""
+    program = (
+        "import os, signal, subprocess, threading\n"
+        "from pretrain.signals import StopRequest\n"
+        "stop = StopRequest()\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "child = subprocess.Popen(['sleep', '100'])\n"
+        "for pid in (child.pid, os.getpid()): os.kill(pid, signal.SIGUSR1)\n"
+        "print(child.poll(), stop.signal, stop.signal)\n"
+        "child.kill(); child.wait(); os._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-uc", program], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.stdout == "None 10 10\n", done.stderr

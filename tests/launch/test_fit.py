@@ -1,0 +1,40 @@
+"""Nodes that can share the batch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.errors import ConfigError
+from launch import fit
+from launch.fit import nodes_that_fit
+from pretrain.config import load
+from tests.runs import ROOT
+
+
+@given(st.integers(1, 16), st.integers(1, 8), st.sampled_from([1, 2, 3, 6, 8, 12, 24, 48, 96, 360]))
+def test_the_most_nodes_that_divide_the_batch(granted: int, tasks: int, sequences: int) -> None:
+    config = load(["model.context=16", f"batch.tokens={16 * sequences}"])
+    possible = [nodes for nodes in range(1, granted + 1) if sequences % (nodes * tasks) == 0]
+    if possible:
+        assert nodes_that_fit(config, granted, tasks) == max(possible)
+    else:
+        with pytest.raises(ConfigError, match=f"no number of nodes up to {granted}, with {tasks} rank"):
+            nodes_that_fit(config, granted, tasks)
+
+
+def test_what_the_batch_script_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["model.context=16", "batch.tokens=64", f"run.dir={tmp_path}/a run", "data.path=data", "--nodes=3"]
+    assert fit.main([*given, "--tasks=1"]) == 0
+    assert capsys.readouterr().out == f"2\n{tmp_path}/a run\n{Path.cwd()}/data\n"
+    assert fit.main([*given, "--tasks=5"]) == 2
+    assert "error: no number of nodes" in capsys.readouterr().err
+
+
+def test_neither_needs_torch() -> None:
+    for module in ("launch.fit", "launch.policy"):
+        program = "import sys\nfor name in ('torch', 'pyarrow', 'mlflow', 'deepspeed'): sys.modules[name] = None\n"
+        subprocess.run([sys.executable, "-c", f"{program}import {module}"], cwd=ROOT, check=True)

@@ -1,0 +1,185 @@
+"""The batch script and the policy on a real Slurm; the trainer is a stand-in of a few lines (standin.py)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.job import JobFolder
+from tests.runs import ROOT
+from tests.slurm.cluster import Cluster
+from tests.slurm.processes import wait_until
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+PYTHON = """#!/bin/bash
+[ "$3" != launch.preflight ] || [ -z "$PREFLIGHT" ] || exec {python} -c "$PREFLIGHT" "$4"
+[ "$3" != pretrain ] || exec {python} -m tests.slurm.standin
+exec {python} "$@"
+"""
+PREFLIGHT = """
+import os, sys
+from pathlib import Path
+from pretrain.job import JobFolder
+sys.exit(os.environ["SLURMD_NODENAME"] == "n1" and JobFolder(Path(sys.argv[1])).exclude("n1", "no memory"))
+"""
+
+
+class Job:
+    """A submission of slurm/pretrain.sbatch in a folder of its own."""
+
+    def __init__(self, cluster: Cluster, folder: Path, orders: dict[str, Any], nodes: int = 2, **site: Any) -> None:
+        self.cluster, self.run_dir, self.log = cluster, folder / "run", folder / "log"
+        self.run_dir.mkdir()
+        (self.run_dir / "orders").write_text(json.dumps(orders))
+        python = folder / "python"
+        python.write_text(PYTHON.format(python=sys.executable))
+        python.chmod(0o755)
+        self.folder = JobFolder(self.run_dir)
+        settings = {"DUET_PYTHON": python, "DUET_CODE": ROOT, "DUET_CACHE": folder / "cache", **site}
+        command = [
+            "sbatch", "--parsable", f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=30",
+            f"--output={self.log}", str(ROOT / "slurm" / "pretrain.sbatch"),
+            "model.context=16", "batch.tokens=64", f"run.dir={self.run_dir}", f"data.path={folder / 'data'}",
+        ]  # fmt: skip
+        environment = cluster.environment | {name: str(value) for name, value in settings.items()}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        self.id = done.stdout.strip()
+
+    def order(self, **orders: Any) -> None:
+        (self.run_dir / "orders").write_text(json.dumps(orders))
+
+    def wait_for_step(self, step: int, restart: int = 0) -> None:
+        def there() -> bool:
+            assert self.cluster.job(self.id)["JobState"] not in ENDED, self.said()
+            beat = self.folder.last_heartbeat()
+            return beat is not None and beat.restart == restart and beat.step >= step
+
+        wait_until(there, 60, f"step {step} of restart {restart}")
+
+    def planned_signal(self) -> None:
+        """As `--signal=B:USR1@N` sends it."""
+        self.cluster.run("scancel", "--batch", "--signal=USR1", self.id)
+
+    def restarts(self, number: int) -> None:
+        """Wait until it is requeued for the so many'th time, and end the wait that Slurm then imposes."""
+
+        def requeued() -> bool:
+            job = self.cluster.job(self.id)
+            assert job["JobState"] not in ENDED, self.said()
+            return job["Restarts"] == str(number)
+
+        wait_until(requeued, 60, f"requeue {number}")
+        wait_until(lambda: self.cluster.job(self.id)["JobState"] != "COMPLETING", 60, "the end of the start before")
+        self.cluster.start_now(self.id)
+
+    def ends(self) -> dict[str, str]:
+        return self.cluster.wait_for_job(self.id, *ENDED, seconds=60)
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else "nothing"
+
+
+def test_the_planned_signal_saves_requeues_and_goes_on_in_one_log(cluster: Cluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, {"saves": True}, nodes=3)
+    reached = 0
+    for restart in (0, 1):
+        job.wait_for_step(reached + 3, restart)
+        job.planned_signal()
+        job.restarts(restart + 1)
+        wish = job.folder.requeue_wish()
+        reached = wish.step if wish else reached
+    job.order(saves=True, steps=reached)
+    ended = job.ends()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2")
+    said = job.said()
+    starts = [int(line.split()[2].rstrip(";")) for line in said.splitlines() if line.startswith("resumed from")]
+    assert starts[0] == 0
+    assert starts[1] >= 3
+    assert starts[2] >= starts[1] + 3
+    assert said.count("policy: requeue: saved at the planned signal") == 2
+    assert said.count("3 nodes cannot share the batch: idle are n3") == 3
+    assert said.count("policy: done: all ranks ended well") == 1
+    assert job.folder.requeue_wish() is None, "an old wish must not count for the next start"
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    """Also when it is about to be requeued: the planned signal has come, and the ranks are deaf to it."""
+    job = Job(cluster, tmp_path, {"saves": True, "deaf": True})
+    job.wait_for_step(2)
+    job.planned_signal()
+    cluster.run("scancel", job.id)
+    ended = job.ends()
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+    wait_until(lambda: "policy: stop: Slurm ended the job" in job.said(), 30, "the policy's word")
+    assert job.folder.failures() == []
+
+
+def test_a_crash_loop_is_bounded(cluster: Cluster, tmp_path: Path) -> None:
+    """Each start dies of something else, so that only the count can end it; one with progress does not count."""
+    job = Job(cluster, tmp_path, {"bug": {"rank": 1, "step": 3, "what": "bug RESTART"}}, DUET_MAX_CRASHES=1)
+    job.restarts(1)
+    assert job.ends()["JobState"] == "FAILED"
+    assert (
+        "policy: stop: 2 failures since the beginning, 1 are allowed; the last one: bug x (rank 1 on n2" in job.said()
+    )
+    assert [(f.restart, f.step, f.samples) for f in job.folder.failures()] == [(0, 3, [24, 31]), (1, 3, [24, 31])]
+
+
+def test_the_same_failure_twice_stops_and_a_killed_rank_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, {"die": {"rank": 1, "step": 20}}, DUET_MAX_CRASHES=9)
+    job.restarts(1)
+    assert job.ends()["JobState"] == "FAILED"
+    for failure in job.folder.failures():
+        assert (failure.what, failure.rank, failure.host) == ("Killed", 1, "n2")
+    assert "policy: stop: " in job.said()
+
+
+@pytest.mark.parametrize("orders", [{"mistake": "the disk is full"}, {"kill switch": True}])
+def test_what_another_try_cannot_mend_is_not_tried_again(
+    cluster: Cluster, tmp_path: Path, orders: dict[str, Any]
+) -> None:
+    job = Job(cluster, tmp_path, orders)
+    if "mistake" in orders:
+        assert job.ends()["JobState"] == "FAILED"
+        assert "policy: stop: another try cannot mend it: the disk is full" in job.said()
+    else:
+        job.wait_for_step(2)
+        job.folder.kill_switch.touch()
+        assert job.ends()["JobState"] == "COMPLETED"
+        assert "policy: done: the kill switch slurm/stop is there" in job.said()
+
+
+def test_a_signal_before_the_ranks_and_a_node_that_fails_its_test(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text("{}")
+    setup = tmp_path / "setup"
+    setup.write_text(f"touch {tmp_path}/waiting; until [ -e {tmp_path}/go ]; do sleep 0.05; done\n")
+    (tmp_path / "preflight.py").write_text(PREFLIGHT)
+    run = f"exec(open('{tmp_path}/preflight.py').read())"
+    stage = tmp_path / "local disk"
+    job = Job(
+        cluster,
+        tmp_path,
+        {"saves": True, "steps": 3},
+        DUET_SETUP=setup,
+        DUET_PREFLIGHT=1,
+        PREFLIGHT=run,
+        DUET_STAGE=stage,
+    )
+    wait_until((tmp_path / "waiting").exists, 60, "the set-up")
+    job.planned_signal()
+    (tmp_path / "go").touch()
+    job.restarts(1)
+    assert "resumed" not in job.said(), "nothing was started"
+    job.restarts(2)
+    ended = job.ends()
+    said = job.said()
+    assert ended["JobState"] == "COMPLETED", said
+    assert "failure 1 of at most 3 since the beginning: the planned signal came before anything was trained" in said
+    assert "policy: requeue avoiding: the preflight excluded n1; failure 2" in said
+    assert "restart 2: start on n2 n3" in said
+    assert f"resumed from 0; data {stage}/data" in said
