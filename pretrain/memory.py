@@ -101,18 +101,23 @@ def memory(config: Config, world_size: int, device: Device = "cuda") -> Memory:
     engine, size = config.engine, element_size(config)
     weights, gradients, optimizer = state(config, parameters, world_size)
     always, reduction = _buffers(config, parameters, device)
-    before = gradients if accumulation > 1 or engine.zero_stage == 3 else 0.0
-    if engine.zero_stage == 1 and engine.precision == "bf16" and accumulation == 1:
-        before = max(0.0, gradients - 2 * parameters)  # the sum has its place from the start
+    before = gradients
+    if accumulation == 1 and engine.zero_stage < 3:  # at stage 1 in bf16 the sum has its place from the start
+        before = 4.0 * parameters if (engine.zero_stage, engine.precision) == (1, "bf16") else 0.0
+        before = min(before, gradients)
     gathered = 0.0
     if engine.zero_stage == 3 and world_size > 1:
         table = (config.model.vocab_size or 0) * config.model.width
         gathered = size * (min(parameters, _LIVE) + 2 * table)
-    held = kept.kept(engine.activation_checkpointing) + (kept.largest_layer if engine.activation_checkpointing else 0)
-    loss = kept.loss + kept.logits
+    # A layer is computed again when the logits are gone.
+    again = kept.largest_layer if engine.activation_checkpointing else 0
+    again, logits = (again, 0) if again > kept.logits else (0, kept.logits)
+    held = kept.kept(engine.activation_checkpointing) + again
+    loss = kept.loss + logits
     backward = Memory("backward pass", weights, before, optimizer, held, loss, always + gathered)
-    rest = kept.largest_layer
-    reducing = Memory("reduction", weights, gradients, optimizer, rest, 0.0, max(always, reduction) + gathered)
+    reducing = Memory(
+        "reduction", weights, gradients, optimizer, kept.largest_layer, 0.0, max(always, reduction) + gathered
+    )
     steps = _step_bytes(config, parameters, world_size, device)
     stepping = Memory("optimizer step", weights, gradients, optimizer, 0.0, 0.0, always + steps)
     return max(backward, reducing, stepping, key=lambda moment: moment.total)
@@ -127,7 +132,7 @@ def activation_bytes(config: Config, micro_batch: int) -> float:
     """What a micro-batch keeps for the backward pass, with what its loss takes."""
     kept = _activations(config, micro_batch, "cuda")
     again = kept.largest_layer if config.engine.activation_checkpointing else 0
-    return kept.kept(config.engine.activation_checkpointing) + again + kept.loss + kept.logits
+    return kept.kept(config.engine.activation_checkpointing) + kept.loss + max(again, kept.logits)
 
 
 def element_size(config: Config) -> int:
@@ -140,9 +145,7 @@ def _activations(config: Config, micro_batch: int, device: Device) -> Activation
     pairs = objective == "pairs"
     masked = model.document_mask or objective in ("prefix", "pairs")
     in_blocks = device == "cuda" and model.causal and not model.needs_weights
-    return activations(
-        model, micro_batch, element_size(config), pairs=pairs, dense_mask=masked and not in_blocks
-    )
+    return activations(model, micro_batch, element_size(config), pairs=pairs, dense_mask=masked and not in_blocks)
 
 
 def _buffers(config: Config, parameters: int, device: Device) -> tuple[float, float]:

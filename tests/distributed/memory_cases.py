@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
+from model.gpus import GPUS
 from model.interface import Batch
 from pretrain.config import Config, load
+from pretrain.costs import costs
 from pretrain.distributed import Ranks
 from pretrain.memory import memory
-from tests.distributed.cases import make_engine, small_config
+from tests.distributed.cases import make_engine, save, small_config
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 """Of glibc's mallopt: what is freed goes back to the system, so that resident memory is what is in use."""
@@ -40,14 +42,37 @@ def growth(ranks: Ranks, args: list[str]) -> tuple[float, float, str]:
     return counted.total, _resident("VmHWM") - before, counted.moment
 
 
-def _batch(config: Config, rows: int, step: int = 1) -> Batch:
+def allocator_peak(ranks: Ranks, args: list[str]) -> tuple[float, float, str]:
+    """The same on a GPU, by torch's allocator."""
+    assert ranks.device.type == "cuda"
+    config = load(args)
+    engine = make_engine(ranks, config)
+    micro_batch, accumulation = config.micro_batches(ranks.world_size)
+    for step in (1, 2):
+        torch.cuda.reset_peak_memory_stats(ranks.device)
+        engine.train_step([_batch(config, micro_batch, step, ranks.device) for _ in range(accumulation)], lr=1e-4)
+    counted = memory(config, ranks.world_size)
+    return counted.total, torch.cuda.max_memory_allocated(ranks.device), counted.moment
+
+
+def checkpoint_bytes(ranks: Ranks, root: str, args: list[str]) -> tuple[int, float]:
+    """Of a real checkpoint, and counted."""
+    config = load(args)
+    save(make_engine(ranks, config), Path(root), 1, ranks)
+    found = sum(file.stat().st_size for file in Path(root).rglob("*") if file.is_file())
+    return found, costs(config, ranks.world_size, GPUS["h100"], 0.4).checkpoint_bytes
+
+
+def _batch(config: Config, rows: int, step: int = 1, device: torch.device | str = "cpu") -> Batch:
     model = config.model
     inputs, targets = model.lengths
     assert model.vocab_size is not None
-    ids = torch.randint(0, model.vocab_size, (rows, inputs))
-    labels = torch.randint(0, model.vocab_size, (rows, targets))
+    ids = torch.randint(0, model.vocab_size, (rows, inputs), device=device)
+    labels = torch.randint(0, model.vocab_size, (rows, targets), device=device)
     written = labels.clone() if model.architecture == "encoder_decoder" else None
-    return Batch(ids, labels, torch.arange(rows), torch.tensor(step), seed=1, decoder_input_ids=written)
+    return Batch(
+        ids, labels, torch.arange(rows, device=device), torch.tensor(step, device=device), 1, decoder_input_ids=written
+    )
 
 
 def _resident(key: str) -> int:

@@ -1,8 +1,10 @@
 """What is counted of a rank's memory is what its resident memory grows by, within 15 %."""
 
-import pytest
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from tests.conftest import RunRanks
+import pytest
 
 _OF_SIZE = ["model.heads=8", "model.vocab_size=8192"]
 _OFF = "model.learned_dropout.enabled=false"
@@ -24,9 +26,9 @@ AGAIN = "engine.activation_checkpointing=true"
 CASES = [
     ("decoder", 1, 1, "bf16", 8, 2, []),
     ("parallel", 2, 3, "fp32", 4, 1, [AGAIN]),
-    ("t5", 1, 0, "fp32", 8, 1, []),
 ]
 MORE = [
+    ("t5", 1, 0, "fp32", 8, 1, []),
     ("decoder", 1, 0, "fp32", 8, 1, []),
     ("decoder", 1, 1, "fp32", 8, 2, [AGAIN]),
     ("decoder", 2, 1, "bf16", 12, 1, ["model.norm=rmsnorm", "model.ff=swiglu", "model.attention=explicit"]),
@@ -41,12 +43,13 @@ MORE = [
     ("t5", 2, 1, "bf16", 16, 2, [AGAIN]),
     ("t5", 2, 3, "bf16", 16, 1, []),
 ]
+RunRanks = Callable[..., list[Any]]
 Case = tuple[str, int, int, str, int, int, list[str]]
 
 
-def check(ranks: RunRanks, case: Case) -> None:
+def arguments(case: Case) -> list[str]:
     model, world, stage, precision, micro_batch, accumulation, more = case
-    args = [
+    return [
         *MODELS[model],
         f"model.context={CONTEXT}",
         f"batch.tokens={CONTEXT * micro_batch * accumulation * world}",
@@ -55,10 +58,12 @@ def check(ranks: RunRanks, case: Case) -> None:
         f"engine.precision={precision}",
         *more,
     ]
-    for counted, measured, moment in ranks("tests.distributed.memory_cases:growth", world, args=args):
-        print(f"{model} ZeRO {stage} {precision} {micro_batch} x {accumulation} on {world} {' '.join(more)}: "
-              f"counted {counted / 2**20:.0f} MiB ({moment}), measured {measured / 2**20:.0f} MiB, "
-              f"{counted / measured:.3f}")
+
+
+def check(ranks: RunRanks, case: Case) -> None:
+    for counted, measured, moment in ranks("tests.distributed.memory_cases:growth", case[1], args=arguments(case)):
+        sizes = f"counted {counted / 2**20:.0f} MiB ({moment}), measured {measured / 2**20:.0f} MiB"
+        print(f"{case}: {sizes}, {counted / measured:.3f}")
         assert counted == pytest.approx(measured, rel=0.15)
 
 
@@ -71,3 +76,12 @@ def test_memory_grows_by_what_is_counted(ranks: RunRanks, case: Case) -> None:
 @pytest.mark.parametrize("case", MORE, ids=str)
 def test_memory_grows_by_what_is_counted_elsewhere(ranks: RunRanks, case: Case) -> None:
     check(ranks, case)
+
+
+@pytest.mark.parametrize(
+    "more", [["optimizer.kind=adamw8bit"], ["optimizer.kind=muon", "optimizer.clip=0", "engine.zero_stage=2"]], ids=str
+)
+def test_a_checkpoint_is_as_large_as_counted(ranks: RunRanks, tmp_path: Path, more: list[str]) -> None:
+    args = ["model.vocab_size=512", "model.width=256", "model.layers=2", *more]
+    [(found, counted)] = ranks("tests.distributed.memory_cases:checkpoint_bytes", 1, root=str(tmp_path), args=args)
+    assert counted == pytest.approx(found, rel=0.1)
