@@ -13,8 +13,6 @@ from model.size import num_parameters
 from pretrain.config import Config
 from pretrain.memory import Memory, memory
 
-_CHECKPOINT = {"adamw": 12, "adamw8bit": 12, "muon": 8}
-"""Bytes a parameter: the fp32 weight and the moments in fp32; under Muon in bf16 2 less for the matrices."""
 _MORE_GPUS = (2, 4, 8, 16, 32)
 
 
@@ -77,7 +75,7 @@ def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> Costs:
         step_seconds=seconds,
         tokens_per_second=config.batch.tokens / seconds,
         run_seconds=seconds * config.train.steps,
-        checkpoint_bytes=parameters * _CHECKPOINT[config.optimizer.kind],
+        checkpoint_bytes=checkpoint_bytes(config),
         checkpoints=_checkpoints(config),
         fitting=list(_fitting(config, gpus, size)) if own.total > size else [],
     )
@@ -89,6 +87,20 @@ def largest_micro_batch(config: Config, gpus: int, size: float) -> int | None:
     divisors = (n for n in range(share, 0, -1) if share % n == 0)
     fitting = (n for n in divisors if memory(changed(config, {"batch.micro_batch": n}), gpus).total <= size)
     return next(fitting, None)
+
+
+def checkpoint_bytes(config: Config) -> float:
+    """For each parameter 4 bytes of weight and 8 of moments, which are in fp32 also where AdamW keeps them in 8 bits.
+
+    Muon keeps of matrices one moment, in bf16 or fp32; norms and biases, which have two, are counted as matrices.
+    """
+    model, parameters = config.model, num_parameters(config.model)
+    if config.optimizer.kind != "muon":
+        return 12.0 * parameters
+    assert model.vocab_size is not None
+    tables = (model.vocab_size + (model.context if model.positions == "learned" else 0)) * model.width
+    momentum = 2 if config.engine.precision == "bf16" else 4
+    return 12.0 * tables + (4 + momentum) * (parameters - tables)
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:

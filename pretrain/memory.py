@@ -100,7 +100,7 @@ def memory(config: Config, world_size: int, device: Device = "cuda") -> Memory:
     kept = _activations(config, micro_batch, device)
     engine, size = config.engine, element_size(config)
     weights, gradients, optimizer = state(config, parameters, world_size)
-    always, reduction = _buffers(config, parameters, device)
+    always, bucket, reduction = _buffers(config, parameters, device)
     before = gradients
     if accumulation == 1 and engine.zero_stage < 3:  # at stage 1 in bf16 the sum has its place from the start
         before = 4.0 * parameters if (engine.zero_stage, engine.precision) == (1, "bf16") else 0.0
@@ -109,12 +109,15 @@ def memory(config: Config, world_size: int, device: Device = "cuda") -> Memory:
     if engine.zero_stage == 3 and world_size > 1:
         table = (config.model.vocab_size or 0) * config.model.width
         gathered = size * (min(parameters, _LIVE) + 2 * table)
-    # A layer is computed again when the logits are gone.
-    again = kept.largest_layer if engine.activation_checkpointing else 0
-    again, logits = (again, 0) if again > kept.logits else (0, kept.logits)
+    # The logits are gone when the bucket is made and a layer computed again.
+    again, logits = (kept.largest_layer if engine.activation_checkpointing else 0), kept.logits
+    if again + bucket > logits:
+        logits = 0
+    else:
+        again, bucket = 0, 0.0
     held = kept.kept(engine.activation_checkpointing) + again
     loss = kept.loss + logits
-    backward = Memory("backward pass", weights, before, optimizer, held, loss, always + gathered)
+    backward = Memory("backward pass", weights, before, optimizer, held, loss, always + bucket + gathered)
     reducing = Memory(
         "reduction", weights, gradients, optimizer, kept.largest_layer, 0.0, max(always, reduction) + gathered
     )
@@ -148,17 +151,17 @@ def _activations(config: Config, micro_batch: int, device: Device) -> Activation
     return activations(model, micro_batch, element_size(config), pairs=pairs, dense_mask=masked and not in_blocks)
 
 
-def _buffers(config: Config, parameters: int, device: Device) -> tuple[float, float]:
-    """What is there all the time, and what reducing the gradients takes, together with that."""
+def _buffers(config: Config, parameters: int, device: Device) -> tuple[float, float, float]:
+    """What is there all the time; what is there from the start of a backward pass; and what reducing takes, with it."""
     engine, size = config.engine, element_size(config)
-    bucket = min(parameters, _BUCKET)
-    allocated = _BUCKET if device == "cuda" else bucket
+    filled = min(parameters, _BUCKET)
+    allocated = _BUCKET if device == "cuda" else filled
     if engine.zero_stage == 3:
-        return size * allocated, size * allocated
+        return size * allocated, 0.0, size * allocated
     if engine.zero_stage == 2 or (engine.zero_stage == 1 and engine.precision != "bf16"):
-        copy = 4 * bucket if engine.zero_stage == 2 else 0
-        return 0.0, size * allocated + copy
-    return 0.0, (4 + (2 if engine.precision == "bf16" else 0)) * bucket
+        copy = 4 * filled if engine.zero_stage == 2 else 0
+        return 0.0, size * allocated if device == "cuda" else 0.0, size * allocated + copy
+    return 0.0, 0.0, (4 + (2 if engine.precision == "bf16" else 0)) * filled
 
 
 def _step_bytes(config: Config, parameters: int, world_size: int, device: Device) -> float:

@@ -24,10 +24,12 @@ MODELS = {
 CONTEXT = 256
 AGAIN = "engine.activation_checkpointing=true"
 CASES = [
-    ("decoder", 1, 1, "bf16", 8, 2, []),
-    ("parallel", 2, 3, "fp32", 4, 1, [AGAIN]),
+    ("decoder", 1, 1, "bf16", 4, 2, []),
+    ("parallel", 2, 3, "fp32", 2, 1, [AGAIN]),
 ]
 MORE = [
+    ("decoder", 1, 1, "bf16", 8, 2, []),
+    ("parallel", 2, 3, "fp32", 4, 1, [AGAIN]),
     ("t5", 1, 0, "fp32", 8, 1, []),
     ("decoder", 1, 0, "fp32", 8, 1, []),
     ("decoder", 1, 1, "fp32", 8, 2, [AGAIN]),
