@@ -46,7 +46,7 @@ def plan(
         typer.echo(json.dumps(_tree(found)))
     else:
         typer.echo("\n".join(_lines(loaded, found, gpus, gpu.value, mfu)))
-    if found.fitting or not _fits(found, loaded):
+    if not _fits(found, loaded):
         raise typer.Exit(1)
 
 

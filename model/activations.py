@@ -87,7 +87,7 @@ def activations(
         layers += 0 if count.norm_keeps_input or count.post or config.decoder_input_norm else count.vectors(inputs)
         outside += count.decoder_input_norm(inputs)
     if config.streams == "batched":
-        layers += count.stacked_weights(targets)
+        layers += count.stacked_weights()
     return Activations(layers, kept, max(encoder, decoder), outside, loss, logits)
 
 
@@ -177,8 +177,8 @@ class _Count:
         low = self._size if self._size < _FP32 else 0
         return kept, chunk * vocabulary * (_FP32 + low) + (table * low if chunk < count else 0)
 
-    def stacked_weights(self, tokens: int) -> int:
-        """Copies of the weights of self attention and feed forward of both streams, and of what they read."""
+    def stacked_weights(self) -> int:
+        """Copies of the weights of self attention and feed forward of both streams."""
         config = self._config
         width, keys = config.width, config.width // config.queries_per_kv_head
         gates = 2 if config.ff == "swiglu" else 1
@@ -211,9 +211,9 @@ class _Count:
         total = self.vectors(queries)  # the result
         if config.attention == "explicit" or rate:
             total += self.vectors(queries) + 2 * self.vectors(keys)
-            weights = _FP32 + (size if size < _FP32 else 0) + (size if rate and size < _FP32 else 0)
-            weights += 2 * size if rate and size == _FP32 else 0
-            total += rows * square * weights
+            # The weights in fp32 and, where that is another type, in 16 bits; with dropout its factors and result.
+            low = size < _FP32
+            total += rows * square * (_FP32 + low * size + (rate > 0) * (1 if low else 2) * size)
             if self._dense_mask:
                 total += rows * queries * keys
             elif causal:

@@ -118,9 +118,8 @@ def memory(config: Config, world_size: int, device: Device = "cuda") -> Memory:
     held = kept.kept(engine.activation_checkpointing) + again
     loss = kept.loss + logits
     backward = Memory("backward pass", weights, before, optimizer, held, loss, always + bucket + gathered)
-    reducing = Memory(
-        "reduction", weights, gradients, optimizer, kept.largest_layer, 0.0, max(always, reduction) + gathered
-    )
+    sending = max(always, reduction) + gathered
+    reducing = Memory("reduction", weights, gradients, optimizer, kept.largest_layer, 0.0, sending)
     steps = _step_bytes(config, parameters, world_size, device)
     stepping = Memory("optimizer step", weights, gradients, optimizer, 0.0, 0.0, always + steps)
     return max(backward, reducing, stepping, key=lambda moment: moment.total)

@@ -103,6 +103,16 @@ def test_with_documents_apart(name: str, changes: dict[str, Any]) -> None:
     assert counted.kept(checkpointing=False) + counted.loss == measure(config, 2, documents=True)
 
 
+@pytest.mark.parametrize("name", ["t5_dropout", "t5_modern"])
+def test_pairs_are_two_full_sequences(name: str) -> None:
+    config = larger(name)
+    ids = torch.ones(ROWS, config.context, dtype=torch.int64)
+    batch = replace(batch_of(config, ROWS), input_ids=ids, labels=ids.clone(), decoder_input_ids=ids.clone())
+    counted = activations(config, ROWS, 2, pairs=True)
+    model = build(config).bfloat16().train()
+    assert counted.kept(checkpointing=False) + counted.loss == saved_bytes(model, batch)
+
+
 def test_a_loss_in_chunks_keeps_the_gradient_of_the_table_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (chunked_loss, model_activations):
         monkeypatch.setattr(module, "chunk_tokens", lambda *_: 7)
