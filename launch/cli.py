@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import ConfigError, UserError
-from launch import checkpoint, data, jobs, logs, model, preflight, runs, status, submit_command, tracking
+from launch import checkpoint, data, jobs, logs, model, plan_command, preflight, runs, status, submit_command, tracking
 from launch.completion import complete_configs, complete_runs
 
 ConfigArgs = Annotated[
@@ -37,6 +37,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(model.app, name="model")
 app.add_typer(runs.app, name="runs")
 app.add_typer(tracking.app, name="track")
+app.command("plan")(plan_command.plan)
 app.command("submit")(submit_command.submit)
 app.command("preflight")(preflight.preflight)
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")

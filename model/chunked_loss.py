@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.chunks import chunk_tokens
 from model.interface import IGNORE
-
-CHUNK_BYTES = 64 * 2**20
-"""Of a chunk's logits in fp32, unless the table's gradient is larger (benchmarks/loss.md)."""
 
 
 class TokenLoss(NamedTuple):
@@ -49,15 +47,6 @@ def token_loss(x: Tensor, table: Tensor, labels: Tensor, smoothing: float, z_wei
     )
     count = (labels != IGNORE).sum().clamp(min=1)
     return TokenLoss(*(total / count for total in sums))
-
-
-def chunk_tokens(tokens: int, vocabulary: int, width: int) -> int:
-    """Tokens whose logits are held at a time; all chunks are about as large.
-
-    Each chunk adds to the gradient of the table [V, C], which is held in any case: a chunk of C tokens is as large.
-    """
-    most = max(1, width, CHUNK_BYTES // (4 * vocabulary))
-    return -(-tokens // -(-tokens // most))
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -1,11 +1,8 @@
-"""What a token costs in floating-point operations, and what a device can do in a second. Free of torch."""
+"""What a token costs in floating-point operations. Free of torch."""
 
 from data_pipeline.errors import ConfigError
 from model.config import NO_VOCABULARY, ModelConfig
-
-_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-"""Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets; for H100 and H200 the SXM boards."""
-_OTHER_BOARDS = ("H100 PCIe", "H100 NVL", "H200 NVL", "MIG")
+from model.gpus import peak_flops
 
 
 def sample_flops_by_part(config: ModelConfig, pairs: bool = False) -> dict[str, int]:
@@ -98,10 +95,3 @@ def utilisation_per_token(config: ModelConfig, device_name: str, num_devices: in
     """
     peak = peak_flops(device_name)
     return None if peak is None else training_flops_per_token(config, pairs) / (peak * num_devices)
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a device by the name CUDA gives it; None for one that is not known here."""
-    if any(board in device_name for board in _OTHER_BOARDS):
-        return None
-    return next((peak for name, peak in _PEAKS.items() if name in device_name), None)

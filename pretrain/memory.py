@@ -1,64 +1,177 @@
-"""What a run needs of a GPU's memory: the state by ZeRO stage, which is arithmetic, and activations, an estimate.
+"""What a run needs of each GPU's memory, by part, at the fullest moment of a step (docs/plan.md). Free of torch.
 
-Free of torch.
+What DeepSpeed 0.19.8 holds was read off its source and measured on a CPU (tests/distributed/test_memory.py).
 """
 
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from model.activations import Activations, activations
+from model.size import num_parameters
 from pretrain.config import Config
 
-_MOMENTS = {"adamw": 8, "adamw8bit": 2, "muon": 4}
+_MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "muon": 4.0}
 """Bytes a parameter; Muon's of the matrices, which are nearly all, in fp32."""
-_LAYER_BYTES = 34
-"""Of activations a layer keeps for the backward pass, for each token and channel in 16 bits, without the attention
-weights: 11 attention, 19 feed forward, 4 norms (Korthikanti et al. 2022, arXiv:2205.05198, equation 1)."""
-_CROSS_BYTES = 13
-"""Of these, attention once more with its norm: a decoder layer's cross attention."""
+_BUCKET = 500_000_000
+"""Elements that DeepSpeed reduces at once, its `reduce_bucket_size`; on CUDA the buffer is as large for any model."""
+_LIVE = 1_000_000_000
+"""Elements of gathered parameters that ZeRO 3 holds at most, its `stage3_max_live_parameters`."""
+_ADAMW8_CHUNKS = 6 * 2**24
+"""Temporary tensors of AdamW in 8 bits (pretrain/adam8.py)."""
+
+Device = Literal["cuda", "cpu"]
+Moment = Literal["backward pass", "reduction", "optimizer step"]
 
 
-def state_bytes(config: Config, parameters: int, world_size: int) -> float:
-    """Bytes of weights, gradients and optimizer state that each GPU holds, at least.
+class State(NamedTuple):
+    """Bytes on each GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU at the `moment` that needs most."""
+
+    moment: Moment
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """With the layer that activation checkpointing computes again."""
+    loss: float
+    """The loss's gradients, and the logits of a chunk."""
+    buffers: float
+    """For communication, gathered parameters (ZeRO 3), and temporary tensors."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss + self.buffers
+
+
+def state(config: Config, parameters: int, world_size: int) -> State:
+    """Weights, gradients and optimizer state, in full while the optimizer's step begins.
 
     For each parameter (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054, sections 3 and 5; over N ranks):
 
-        weights      p = 2 in bf16 and fp16, 4 in fp32                         divided by N at stage 3
-        gradients    g = 4, the sum over micro-batches; in fp16 2              by N at stages 2 and 3
-        optimizer    o = 4 master weights (none apart at stage 0) + moments    by N at stages 1 to 3
+        weights      2 in bf16 and fp16, 4 in fp32                           divided by N at stage 3
+        gradients    4, the sum over micro-batches; in fp16 2                by N at stages 2 and 3
+                     and at stage 1 in bf16 2 more, a micro-batch's own
+        optimizer    4 master weights (none apart at stage 0) + moments      by N at stages 1 to 3
                          (AdamW 8, in 8 bits 2, Muon 4)
 
-    With `engine.offload=cpu` gradients and optimizer state are the host's. Buffers for communication come on top.
+    With `engine.offload=cpu` gradients and optimizer state are the host's.
     """
     engine = config.engine
-    weights = 4 if engine.precision == "fp32" else 2
-    gradients = 2 if engine.precision == "fp16" else 4
-    optimizer = _MOMENTS[config.optimizer.kind] + (4 if engine.zero_stage else 0)
-    if engine.offload == "cpu":
-        gradients = optimizer = 0
-    divided = [1 if engine.zero_stage < stage else world_size for stage in (3, 2, 1)]
-    size = weights / divided[0] + gradients / divided[1] + optimizer / divided[2]
+    size = element_size(config)
+    weights = parameters * size / (world_size if engine.zero_stage == 3 else 1)
     if engine.hpz_partition_size > 1:
-        size += weights / engine.hpz_partition_size
-    return parameters * size
+        weights += parameters * size / engine.hpz_partition_size
+    if engine.offload == "cpu":
+        return State(weights, 0.0, 0.0)
+    gradient = 2 if engine.precision == "fp16" else 4
+    gradients = parameters * gradient / (world_size if engine.zero_stage >= 2 else 1)
+    if engine.zero_stage == 1 and engine.precision == "bf16":
+        gradients += 2 * parameters
+    optimizer = parameters * _MOMENTS[config.optimizer.kind]
+    if engine.zero_stage:
+        optimizer = (optimizer + 4 * parameters) / world_size
+    return State(weights, gradients, optimizer)
+
+
+def memory(config: Config, world_size: int, device: Device = "cuda") -> Memory:
+    """Of a step with the configuration's micro-batches: the largest of its three moments.
+
+        backward pass    its start: all activations, the loss's gradients, and gradients of micro-batches before
+        reduction        all gradients, and what DeepSpeed sends them in
+        optimizer step   all state, and temporary tensors: none with AdamW on CUDA, which is one kernel
+
+    Args:
+        device: a CPU's buffers are as large as what was written to them, and its AdamW needs 8 bytes a parameter.
+
+    Raises:
+        ConfigError: `vocab_size` is not known, or the ranks cannot share the batch.
+    """
+    parameters = num_parameters(config.model)
+    micro_batch, accumulation = config.micro_batches(world_size)
+    kept = _activations(config, micro_batch, device)
+    engine, size = config.engine, element_size(config)
+    weights, gradients, optimizer = state(config, parameters, world_size)
+    always, bucket, reduction = _buffers(config, parameters, device)
+    before = gradients
+    if accumulation == 1 and engine.zero_stage < 3:  # at stage 1 in bf16 the sum has its place from the start
+        before = 4.0 * parameters if (engine.zero_stage, engine.precision) == (1, "bf16") else 0.0
+        before = min(before, gradients)
+    gathered = 0.0
+    if engine.zero_stage == 3 and world_size > 1:
+        table = (config.model.vocab_size or 0) * config.model.width
+        gathered = size * (min(parameters, _LIVE) + 2 * table)
+    # The logits are gone when the bucket is made and a layer computed again.
+    again, logits = (kept.largest_layer if engine.activation_checkpointing else 0), kept.logits
+    if again + bucket > logits:
+        logits = 0
+    else:
+        again, bucket = 0, 0.0
+    held = kept.kept(engine.activation_checkpointing) + again
+    loss = kept.loss + logits
+    backward = Memory("backward pass", weights, before, optimizer, held, loss, always + bucket + gathered)
+    sending = max(always, reduction) + gathered
+    reducing = Memory("reduction", weights, gradients, optimizer, kept.largest_layer, 0.0, sending)
+    steps = _step_bytes(config, parameters, world_size, device)
+    stepping = Memory("optimizer step", weights, gradients, optimizer, 0.0, 0.0, always + steps)
+    return max(backward, reducing, stepping, key=lambda moment: moment.total)
+
+
+def state_bytes(config: Config, parameters: int, world_size: int) -> float:
+    """The sum of `state`: what each GPU holds at least."""
+    return sum(state(config, parameters, world_size))
 
 
 def activation_bytes(config: Config, micro_batch: int) -> float:
-    """An estimate of what a micro-batch keeps for the backward pass; the head's logits and masks are not in it."""
-    model = config.model
-    inputs, targets = model.lengths
-    factor = 2 if config.engine.precision == "fp32" else 1
-    width = model.width * factor
-    if not model.num_decoder_layers:
-        layers = [(model.layers, inputs, inputs, _LAYER_BYTES)]
-    else:
-        layers = [
-            (model.num_encoder_layers, inputs, inputs, _LAYER_BYTES),
-            (model.num_decoder_layers, targets, inputs + targets, _LAYER_BYTES + _CROSS_BYTES),
-        ]
+    """What a micro-batch keeps for the backward pass, with what its loss takes."""
+    kept = _activations(config, micro_batch, "cuda")
+    again = kept.largest_layer if config.engine.activation_checkpointing else 0
+    return kept.kept(config.engine.activation_checkpointing) + kept.loss + max(again, kept.logits)
+
+
+def element_size(config: Config) -> int:
+    """Bytes of a weight in the model."""
+    return 4 if config.engine.precision == "fp32" else 2
+
+
+def _activations(config: Config, micro_batch: int, device: Device) -> Activations:
+    model, objective = config.model, config.data.objective
+    pairs = objective == "pairs"
+    masked = model.document_mask or objective in ("prefix", "pairs")
+    in_blocks = device == "cuda" and model.causal and not model.needs_weights
+    return activations(model, micro_batch, element_size(config), pairs=pairs, dense_mask=masked and not in_blocks)
+
+
+def _buffers(config: Config, parameters: int, device: Device) -> tuple[float, float, float]:
+    """What is there all the time; what is there from the start of a backward pass; and what reducing takes, with it."""
+    engine, size = config.engine, element_size(config)
+    filled = min(parameters, _BUCKET)
+    allocated = _BUCKET if device == "cuda" else filled
+    if engine.zero_stage == 3:
+        return size * allocated, 0.0, size * allocated
+    if engine.zero_stage == 2 or (engine.zero_stage == 1 and engine.precision != "bf16"):
+        copy = 4 * filled if engine.zero_stage == 2 else 0
+        return 0.0, size * allocated if device == "cuda" else 0.0, size * allocated + copy
+    return 0.0, 0.0, (4 + (2 if engine.precision == "bf16" else 0)) * filled
+
+
+def _step_bytes(config: Config, parameters: int, world_size: int, device: Device) -> float:
+    """Temporary tensors of the optimizer's step."""
+    engine = config.engine
+    share = parameters / (world_size if engine.zero_stage else 1)
     total = 0.0
-    for count, tokens, seen, size in layers:
-        layer = size * tokens * width
-        if model.needs_weights:  # 5 a s² b of the same equation
-            layer += 5 * factor * model.heads * tokens * seen
-        if config.engine.activation_checkpointing:  # the input of each layer, and one layer as a whole
-            total += count * 2 * tokens * width + layer
-        else:
-            total += count * layer
-    return micro_batch * total
+    if engine.zero_stage == 3 or (engine.zero_stage and engine.precision != "bf16"):
+        total += 4 * share  # the gradients once more, in one tensor
+    if config.optimizer.kind == "adamw8bit":
+        return total + _ADAMW8_CHUNKS
+    if device == "cpu" and engine.zero_stage:
+        total += 8 * share
+    return total

@@ -79,6 +79,7 @@ def test_the_rules_see_a_breach(tmp_path: Path) -> None:
         ["status", "."],
         ["model", "params", "--help"],
         ["model", "flops", "model/tiny", "model.vocab_size=512"],
+        ["plan", "model/tiny", "model.vocab_size=512", "--gpus", "2", "--gpu", "h100"],
     ],
     ids=" ".join,
 )

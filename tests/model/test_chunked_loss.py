@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from model import chunked_loss
-from model.chunked_loss import TokenLoss, chunk_tokens, token_loss
+from model.chunked_loss import TokenLoss, token_loss
+from model.chunks import CHUNK_BYTES, chunk_tokens
 from model.config import ModelConfig
 from model.interface import IGNORE
 from model.noise import sample_keys
@@ -154,7 +155,7 @@ def test_all_logits_are_never_held() -> None:
     x, table = torch.randn(1, length, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
     labels = torch.randint(0, vocabulary, (1, length))
     held = 4 * largest(lambda: token_loss(x, table, labels, 0.1, 1e-4))
-    assert held <= chunked_loss.CHUNK_BYTES < 4 * length * vocabulary / 2
+    assert held <= CHUNK_BYTES < 4 * length * vocabulary / 2
     assert largest(lambda: plain(x, table, labels, 0.1, 1e-4)) == length * vocabulary
 
 

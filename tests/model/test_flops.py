@@ -12,11 +12,11 @@ from model.config import Architecture, ModelConfig
 from model.flops import (
     forward_flops,
     forward_flops_per_token,
-    peak_flops,
     sample_flops_by_part,
     training_flops_per_token,
     utilisation_per_token,
 )
+from model.gpus import peak_flops
 from model.mask_config import LearnedDropoutConfig
 from tests.model.helpers import ARCHITECTURES, EVERY, batch_of, build, variant
 

@@ -1,0 +1,74 @@
+"""`duet plan`: the counted numbers, told."""
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from data_pipeline.errors import ConfigError
+from launch.cli import app
+
+RUN = ["model/parallel-1b3", "model.vocab_size=50304", "batch.tokens=1048576"]
+WHERE = ["--gpus", "64", "--gpu", "h100"]
+
+
+def plan(*arguments: str, code: int = 0) -> str:
+    done = CliRunner().invoke(app, ["plan", *arguments])
+    assert done.exit_code == code, done.output
+    return done.stdout
+
+
+def test_a_run_that_fits() -> None:
+    lines = plan(*RUN, *WHERE, "--mfu", "0.5").splitlines()
+    assert lines[0].split()[:3] == ["model", "parallel_encoder_decoder,", "1,272,024,576"]
+    assert "64 rank(s) x 1 x 8 sequences of 2048" in lines[2]
+    assert lines[3].endswith("s at MFU 0.5")
+    stages = lines[-4:]
+    assert "use engine.zero_stage=1" in stages[0]
+    assert [line[0] for line in stages] == [" ", "*", " ", " "]
+    assert not any("does not fit" in line for line in lines)
+
+
+def test_as_json_parts_are_the_total() -> None:
+    found = json.loads(plan(*RUN, *WHERE, "--json"))
+    assert found["parameters"] == 1_272_024_576
+    own = found["stages"]["1"]
+    parts = ("weights", "gradients", "optimizer", "activations", "loss", "buffers")
+    assert sum(own["memory"][part] for part in parts) == own["memory"]["total"]
+    assert own["fits"] and own["largest_micro_batch"] == 8
+    assert found["stages"]["0"]["memory"] is None
+
+
+def test_a_run_that_does_not_fit_says_what_does() -> None:
+    big = ["model/gpt-3-6b7", "model.vocab_size=50304", "batch.tokens=2097152", "--gpus", "8", "--gpu", "a100-40gb"]
+    told = plan(*big, code=1)
+    assert "The run does not fit. What would:" in told
+    assert "engine.zero_stage=3 engine.activation_checkpointing=true batch.micro_batch=" in told
+    found = json.loads(plan(*big, "--json", code=1))
+    assert found["fitting"]
+
+
+def test_nothing_but_a_smaller_model_fits() -> None:
+    told = plan(
+        "model/gpt-3-175b", "model.vocab_size=50304", "batch.tokens=2048", "--gpus", "1", "--gpu", "h100", code=1
+    )
+    assert told.endswith("a smaller model only\n")
+
+
+def test_the_vocabulary_is_that_of_the_dataset(dataset: Path) -> None:
+    found = json.loads(plan("model/tiny", f"data.path={dataset}", "--gpus", "1", "--gpu", "h100", "--json"))
+    vocabulary = json.loads((dataset / "manifest.json").read_text())["tokenizer"]["vocab_size"]
+    given = json.loads(plan("model/tiny", f"model.vocab_size={vocabulary}", "--gpus", "1", "--gpu", "h100", "--json"))
+    assert found == given
+
+
+def test_without_a_vocabulary() -> None:
+    done = CliRunner().invoke(app, ["plan", "model/tiny", "--gpus", "1", "--gpu", "h100", "data.path=nowhere"])
+    assert isinstance(done.exception, ConfigError)
+    assert "model.vocab_size is not set" in str(done.exception)
+
+
+def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
+    done = CliRunner().invoke(app, ["plan", *RUN, "--gpus", "1", "--gpu", "v100"])
+    assert done.exit_code == 2
+    assert "a100-40gb" in done.stderr
