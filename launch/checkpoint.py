@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -129,18 +129,35 @@ def prune(
 
 @app.command("export")
 def export(
-    path: PathArg,
-    deepspeed: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder, in DeepSpeed's own layout.")],
+    path: Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="A run folder (its newest checkpoint), or one.")],
+    to: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A new folder: weights in one safetensors file, tokenizer.")
+    ] = None,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights in --to.")] = "fp32",
+    deepspeed: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A new folder, in DeepSpeed's own layout.")
+    ] = None,
 ) -> None:
-    """Export a checkpoint (of a run: the newest). Duet does not read what it exports.
+    """Export a checkpoint: for `duet generate`, plain torch and Hugging Face, or as DeepSpeed would have saved it.
 
-    Example: `duet checkpoint export runs/quickstart --deepspeed exported`
+    Example: `duet checkpoint export runs/quickstart --to exported`
     """
-    from pretrain.export import export_deepspeed
+    from data_pipeline.errors import ConfigError
+    from pretrain.origin import parse
+    from pretrain.trained import find_checkpoint
 
-    checkpoint = _opened(path)[0]
-    export_deepspeed(checkpoint, deepspeed)
-    typer.echo(f"{checkpoint.path}: exported to {deepspeed}")
+    if (to is None) == (deepspeed is None):
+        raise ConfigError("name one new folder: --to FOLDER, or --deepspeed FOLDER for DeepSpeed's own layout")
+    checkpoint, config = find_checkpoint(*parse(path))
+    if to:
+        from pretrain.portable import write_export
+
+        write_export(checkpoint, config, to, dtype)
+    if deepspeed:
+        from pretrain.export import export_deepspeed
+
+        export_deepspeed(checkpoint, deepspeed)
+    typer.echo(f"{checkpoint.path}: exported to {to or deepspeed}")
 
 
 def _age(seconds: float) -> str:

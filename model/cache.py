@@ -1,5 +1,8 @@
 """What a model keeps of the tokens it has read, so that each new one costs one position (docs/model.md G)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -43,16 +46,26 @@ class Cache:
         if end > self._capacity:
             raise ValueError(f"{end} tokens do not fit a cache of {self._capacity}")
         self._visible = self._mask(end)
+        with self.used_by(model):
+            found = model(input_ids)[:, -1]
+        self.length = end
+        return found
+
+    @contextmanager
+    def used_by(self, model: nn.Module) -> Iterator[None]:
+        """Every place in the model goes on where this cache ends."""
         places = [module for module in model.modules() if isinstance(module, Cached)]
         for place in places:
             place.cache = self
         try:
-            found = model(input_ids)[:, -1]
+            yield
         finally:
             for place in places:
                 del place.cache
-        self.length = end
-        return found
+
+    def asked(self, x: Tensor) -> Tensor:
+        """Of what the model found for the new columns [B, T, C], what goes to the head, which is large: the last."""
+        return x[:, -1:]
 
     def positions(self, count: int) -> Tensor:
         """Of the next `count` columns in their texts: [B, count] int64; 0 for pads."""

@@ -109,7 +109,7 @@ class LanguageModel(Cached):
             assert embedded.next_positions is not None
             x = self.output_norm(x - embedded.next_positions)
         if self.cache is not None:
-            x = x[:, -1:]  # nothing else is asked of the head, which is large
+            x = self.cache.asked(x)
         return Transformed(x, embedded.statistics | statistics, encoder_loss)
 
     def embed(self, input_ids: Tensor, keys: Tensor | None, visible: Visible, dropout: SiteDropout) -> Embedded:

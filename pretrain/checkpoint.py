@@ -136,7 +136,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the checkpoint is of another model; nothing was changed then.
         """
-        self._compare(self.manifest.shapes, engine.shapes, "")
+        self.check_shapes(engine.shapes)
         self.check_buffers(engine.buffers.tensors)
         if self.manifest.states != engine.states:
             wanted, stored = engine.states, self.manifest.states
@@ -178,6 +178,10 @@ class Checkpoint:
             return {name: file.get_tensor(BUFFER + name) for name in self.manifest.buffers}
         except SafetensorError as error:
             raise CheckpointError(f"{self.path / self.manifest.shards[0].file}: damaged: {error}") from error
+
+    def check_shapes(self, wanted: dict[str, list[int]]) -> None:
+        """Raises CheckpointError unless the parameters of a model are those of the checkpoint."""
+        self._compare(self.manifest.shapes, wanted, "")
 
     def check_buffers(self, wanted: Mapping[str, Tensor]) -> None:
         """Raises CheckpointError unless the buffers of a model are those of the checkpoint."""

@@ -7,12 +7,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from data_pipeline.tokenizer import Tokenizer
 from model.generate import Drawn, Generation
 from model.inspection import score
-from model.language_model import LanguageModel
 from model.sampling import Sampling
 from pretrain.text import GrowingText
+from pretrain.trained import Trained
 
 LIKELIEST = 5
 """Tokens that are told beside each one."""
@@ -66,8 +65,7 @@ class Continuation:
 
     def __init__(
         self,
-        model: LanguageModel,
-        tokenizer: Tokenizer,
+        trained: Trained,
         prompts: Sequence[str],
         settings: Settings,
         *,
@@ -76,22 +74,24 @@ class Continuation:
         """Nothing is computed yet.
 
         Args:
-            model: causal, in evaluation mode, on the device that computes.
+            trained: its model goes to the GPU if there is one.
             recorded: keep of each token how likely it was.
 
         Raises:
-            ConfigError: the model does not continue texts, or a stop string is empty.
+            ConfigError: the model was not trained to continue a text, or a stop string is empty.
         """
+        trained.check_continues()
         self.settings = settings
         self._recorded = recorded
-        device = model.token_embed.weight.device
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = trained.tokenizer
         encoded = [ids.tolist() if len(ids) else [tokenizer.eos_id] for ids in tokenizer.encode(list(prompts))]
         self.texts = [
             Text(prompt, ids, GrowingText(tokenizer.decode, settings.stops))
             for prompt, ids in zip(prompts, encoded, strict=True)
         ]
         self._generation = Generation(
-            model,
+            trained.model.to(device),
             [torch.tensor(ids, device=device) for ids in encoded],
             settings.sampling,
             eos_id=tokenizer.eos_id,

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import torch
 import xxhash
@@ -40,8 +41,12 @@ class Shard(BaseModel, extra="forbid", frozen=True):
     fragments: list[tuple[str, int, int]]
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor], abandoned: Event) -> tuple[int, str]:
+def write_tensors(
+    file: Path, tensors: dict[str, Tensor], abandoned: Event, metadata: dict[str, str] | None = None
+) -> tuple[int, str]:
     """Write contiguous host tensors, flushed to disk. A file that could not be written whole is removed.
+
+    The same content gives the same bytes, which safetensors' own writer does not promise: it shuffles `metadata`.
 
     Returns:
         bytes and hash of the file.
@@ -52,7 +57,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], abandoned: Event) -> t
     digest = xxhash.xxh3_128()
     try:
         with open(file, "wb") as written:
-            for block in _blocks(tensors):
+            for block in _blocks(tensors, metadata):
                 if abandoned.is_set():
                     raise CheckpointError(f"{file}: abandoned, since the run ends")
                 written.write(block)
@@ -82,9 +87,10 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _blocks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+def _blocks(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> Iterator[bytes | memoryview]:
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that each is aligned
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
     for name, tensor in ordered:
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}

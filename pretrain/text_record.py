@@ -1,4 +1,4 @@
-"""What is known of a generated text: each token with its probability, its gates, and what it attends to.
+"""What is told of a generated text: each token with its probability, its gates, and what it attends to.
 
 The fields are described in docs/generate.md.
 """
@@ -10,16 +10,19 @@ import torch
 
 from data_pipeline.tokenizer import Tokenizer
 from model.inspection import Look, inspect
-from model.language_model import LanguageModel
 from pretrain.continuation import Settings, Text, Token, scored
 from pretrain.text import GrowingText
+from pretrain.trained import Trained
 
 FORMAT = 1
 
 
-def record(
-    model: LanguageModel, tokenizer: Tokenizer, text: Text, number: int, settings: Settings, look: Look | None = None
-) -> dict[str, Any]:
+_CHUNK = 128
+"""Tokens of a prompt whose logits are formed at a time."""
+
+
+@torch.no_grad()
+def record(trained: Trained, text: Text, number: int, settings: Settings, look: Look | None = None) -> dict[str, Any]:
     """A finished text, after one more pass over its last `context` tokens; ready for strict JSON.
 
     Args:
@@ -27,25 +30,26 @@ def record(
         number: of the text among those of its command.
         look: as `inspect` takes it.
     """
+    model, tokenizer = trained.model, trained.tokenizer
     ids = text.prompt_ids + [token.id for token in text.drawn]
     start = max(0, len(ids) - model.config.context)
     device = model.token_embed.weight.device
     seen = inspect(model, torch.tensor(ids[start:], device=device), look)
     prompt = [Token(token) for token in text.prompt_ids]
-    predicted = text.prompt_ids[start + 1 :]
-    if predicted:
-        logits = model.token_embed(seen.states[: len(predicted)])
-        prompt[start + 1 :] = scored(torch.tensor(predicted, device=device), logits)
+    predicted = torch.tensor(text.prompt_ids[start + 1 :], dtype=torch.int64, device=device)
+    chunks = zip(predicted.split(_CHUNK), seen.states[: len(predicted)].split(_CHUNK), strict=True)
+    prompt[start + 1 :] = [token for part, states in chunks for token in scored(part, model.token_embed(states))]
     nothing: list[float | None] = [None] * start
     return {
         "format": FORMAT,
         "number": number,
+        "model": {"run": trained.run, "step": trained.step, "architecture": model.config.architecture}
+        | {"context": model.config.context},
         "prompt": text.prompt,
         "text": text.continuation,
         "finish": text.finish,
         "sampling": asdict(settings.sampling)
         | {"tokens": settings.tokens, "stop": list(settings.stops), "seed": settings.seed + number},
-        "context": model.config.context,
         "inspected_from": start,
         "tokens": [
             *_tokens(prompt, tokenizer, prompt=True),

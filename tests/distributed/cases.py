@@ -248,9 +248,10 @@ def train_run(
 
 def validate_in_batches_of(ranks: Ranks, run: str, sizes: list[int]) -> list[dict[str, float]]:
     """Validation of a run's newest checkpoint, with several numbers of windows a forward pass."""
-    from pretrain.use import load_model
+    from pretrain.trained import find_checkpoint, read_model
 
-    model, config, _ = load_model(Path(run), None)
+    checkpoint, config = find_checkpoint(Path(run))
+    model = read_model(checkpoint, config)
     windows = Dataset.open(config.data.path).windows("validation", config.model.context, partial=True)
     return [evaluate(model, windows, 1000, size, ranks) for size in sizes]
 

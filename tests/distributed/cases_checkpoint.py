@@ -16,11 +16,13 @@ import numpy as np
 import torch
 
 from data_pipeline.errors import CheckpointError
+from model import registry
 from pretrain import checkpoint, retention, saver, shard
 from pretrain.checkpoint import Checkpoint
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.lease import LeaseLost
+from pretrain.trained import saved_config
 from tests.distributed.cases import a_saver, digest, make_engine, save, small_config, train_steps
 
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
@@ -129,11 +131,11 @@ def snapshots(ranks: Ranks, root: str) -> dict[str, Any]:
     blocks, join = shard._blocks, saver.Saver.join
     manifest = Path(root) / "step-000000002" / "manifest.json"
 
-    def held_up(tensors: dict[str, torch.Tensor]) -> Iterator[Any]:
+    def held_up(*args: Any) -> Iterator[Any]:
         assert release.wait(60)
-        yield from blocks(tensors)
+        yield from blocks(*args)
 
-    shard._blocks = held_up
+    shard._blocks = held_up  # type: ignore[assignment]
     train_steps(engine, ranks, config, 1, 2)
     saved = [digest(engine, ranks)]
     with a_saver(engine, Path(root), ranks) as subject:
@@ -246,8 +248,8 @@ def die_while_saving(
         enter("between shards")
         return result
 
-    def watched_blocks(tensors: dict[str, torch.Tensor]) -> Iterator[Any]:
-        for number, block in enumerate(blocks(tensors)):
+    def watched_blocks(*args: Any) -> Iterator[Any]:
+        for number, block in enumerate(blocks(*args)):
             yield block
             if number == 3:
                 enter("in a shard")
@@ -320,6 +322,18 @@ def _load_newest(engine: Engine, ranks: Ranks, root: Path) -> int:
     assert found
     found.load(engine)
     return found.manifest.step
+
+
+def copy_at_stage(ranks: Ranks, path: str, root: str, stage: int) -> None:
+    """Load a run's checkpoint at another stage, and save it again as it is."""
+    source = Checkpoint(Path(path))
+    config = saved_config(source)
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"zero_stage": stage})})
+    engine = Engine(registry.build(config.model), config, ranks)
+    source.load(engine)
+    with a_saver(engine, Path(root), ranks) as subject:
+        subject.start(source.manifest.step, source.manifest.state)
+        subject.join()
 
 
 def read_export(ranks: Ranks, exported: str, path: str) -> dict[str, Any]:
