@@ -100,16 +100,14 @@ class Continuation:
 
     def pieces(self) -> Iterator[tuple[int, str]]:
         """(number of the text, piece of it) as soon as a piece is certain; without the prompts."""
+        going = list(range(len(self.texts)))
         for _ in range(self.settings.tokens):
-            found = self._generation.step()
-            drawn = self._generation.drawn
-            if not found or drawn is None:
+            if not going:
                 break
+            found = self._generation.step()
             if self._recorded:
-                for number, token in recorded(drawn, self.settings.sampling).items():
-                    if number in found:
-                        self.texts[number].drawn.append(token)
-            for number in drawn.texts:
+                self._record(found)
+            for number in going:
                 text = self.texts[number]
                 if number not in found:
                     text.finish = "end"
@@ -118,8 +116,15 @@ class Continuation:
                 if text.growing.ended:
                     text.finish = "stop"
                     self._generation.end(number)
+            going = [number for number in found if not self.texts[number].growing.ended]
         for number, text in enumerate(self.texts):
             yield self._shown(number, text.growing.finish())
+
+    def _record(self, found: dict[int, int]) -> None:
+        assert self._generation.drawn is not None
+        for number, token in recorded(self._generation.drawn, self.settings.sampling).items():
+            if number in found:  # the end token is no part of the text
+                self.texts[number].drawn.append(token)
 
     def _shown(self, number: int, piece: str) -> tuple[int, str]:
         self.texts[number].continuation += piece
