@@ -1,7 +1,7 @@
 """Prompts that are typed one after the other, each continued at once."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -72,13 +72,13 @@ def changed(settings: "Settings", words: list[str]) -> "Settings":
         raise ConfigError(
             f"{name}={words[1]}; it is a {'number' if names[name] is float else 'whole number'}"
         ) from None
+    change: dict[str, Any] = {name: None if name == "top_k" and value == 0 else value}
     if name in _SAMPLING:
-        kept = None if name == "top_k" and value == 0 else value
-        return replace(settings, sampling=replace(settings.sampling, **{name: kept}))
+        return replace(settings, sampling=replace(settings.sampling, **change))
     least = 1 if name == "tokens" else 0
     if value < least:
         raise ConfigError(f"{name}={value}; it is {least} or more")
-    return replace(settings, **{name: value})
+    return replace(settings, **change)
 
 
 def _shown(settings: "Settings") -> str:

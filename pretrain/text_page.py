@@ -44,7 +44,7 @@ def records(trained: Trained, continuation: Continuation, *, attention: bool) ->
         if attention:
             length = min(len(text.prompt_ids) + len(text.drawn), trained.model.config.context)
             rows = AttentionRows(trained.model.config, length, ATTENTION_BYTES // len(continuation.texts))
-        one = record(trained, text, number, continuation.settings, rows and rows.add)
+        one = record(trained, text, number, continuation.settings, rows.add if rows else None)
         found.append(one | {"attention": rows.packed()} if rows else one)
     return found
 
