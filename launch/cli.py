@@ -1,12 +1,14 @@
 """`duet`: the command line. Each command imports what it runs inside its own function."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import ConfigError, UserError
 from launch import checkpoint, data, model, runs, tracking
 from launch.generate import generate
 
@@ -78,15 +80,32 @@ app.command()(generate)
 
 
 @app.command("eval")
-def evaluate(run: RunArg, step: StepOption = None) -> None:
-    """Validate a checkpoint over all held-out text.
+def evaluate(
+    run: RunArg,
+    step: StepOption = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE_OR_NAME,…", help="Tasks of the lm-evaluation-harness instead: YAML files, or names it knows."
+        ),
+    ] = None,
+) -> None:
+    """Validate a checkpoint over all held-out text, or evaluate a model on tasks.
 
-    Example: `duet eval runs/quickstart`
+    Examples: `duet eval runs/quickstart`, `duet eval exported --tasks mine.yaml,lambada_openai`
     """
-    from pretrain.use import evaluate_run
+    if tasks is None:
+        from pretrain.use import evaluate_run
 
-    for name, value in evaluate_run(run, step).items():
-        typer.echo(f"{name:<28} {value:.6f}")
+        for name, value in evaluate_run(run, step).items():
+            typer.echo(f"{name:<28} {value:.6f}")
+        return
+    with wanted("lm_eval", "lm-eval", "--tasks"):
+        from pretrain.harness import evaluate_tasks
+
+    for task, metrics in evaluate_tasks(run, step, tasks.split(",")).items():
+        for name, value in metrics.items():
+            typer.echo(f"{f'{task}/{name}':<42} {value:.6f}")
 
 
 @app.command()
@@ -141,6 +160,17 @@ def config_presets() -> None:
 
     for name in presets():
         typer.echo(name)
+
+
+@contextmanager
+def wanted(library: str, extra: str, by: str) -> Iterator[None]:
+    """Say what to install when a library of an extra is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != library:
+            raise
+        raise ConfigError(f"{by} needs the library {library}: pip install 'duet-pretrain[{extra}]'") from None
 
 
 def main() -> None:

@@ -133,6 +133,11 @@ def read_facts(folder: Path) -> Facts:
         raise CheckpointError(f"{file}: damaged: {error}") from None
 
 
+def num_attentions(model: LanguageModel) -> int:
+    """How many of its modules keep keys and values."""
+    return sum(isinstance(module, CausalAttention) for module in model.modules())
+
+
 def _hugging_face(facts: Facts, model: LanguageModel, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     """What transformers reads of config.json."""
     return {
@@ -143,7 +148,7 @@ def _hugging_face(facts: Facts, model: LanguageModel, tokenizer: Tokenizer, dtyp
         "vocab_size": facts.model.vocab_size,
         "hidden_size": facts.model.width,
         # As many as there are pairs of keys and values: its caches read this, and nothing else does.
-        "num_hidden_layers": sum(isinstance(module, CausalAttention) for module in model.modules()),
+        "num_hidden_layers": num_attentions(model),
         "num_attention_heads": facts.model.heads,
         "max_position_embeddings": facts.model.context,
         "eos_token_id": tokenizer.eos_id,

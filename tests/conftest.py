@@ -1,8 +1,11 @@
 """Fixtures for all rooms."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,15 @@ from tests.runs import CHARACTERS, MARKED, ROOT, build_dataset
 
 SLOWEST = ("test_end_to_end.py", "test_health.py", "test_docs.py", "test_drills.py", "test_tracking_faults.py")
 """Files that take more than a minute. Begun first, so that no process has one of them left when the others are done."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What Hugging Face's libraries keep goes into a folder of this session, and they ask no server."""
+    os.environ |= {"HF_HOME": tempfile.mkdtemp(prefix="duet-hf-"), "HF_HUB_OFFLINE": "1"}
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["HF_HOME"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

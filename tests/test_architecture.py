@@ -19,6 +19,8 @@ MAY_IMPORT = {
 ONLY_IN = {
     "deepspeed": ("pretrain/engine.py",),
     "mlflow": ("pretrain/mirror.py",),
+    "transformers": ("pretrain/modeling_duet.py",),
+    "lm_eval": ("pretrain/harness.py",),
     "pyarrow": ("data_pipeline/",),
     "sentencepiece": ("data_pipeline/",),
 }
@@ -74,7 +76,8 @@ def test_the_rules_see_a_breach(tmp_path: Path) -> None:
     ids=" ".join,
 )
 def test_login_node_commands_need_no_heavy_library(arguments: list[str]) -> None:
-    blocked = "import sys\nfor name in ('torch', 'mlflow', 'pyarrow', 'deepspeed', 'sentencepiece', 'matplotlib'):\n"
+    heavy = ("torch", "mlflow", "pyarrow", "deepspeed", "sentencepiece", "matplotlib", "transformers", "lm_eval")
+    blocked = f"import sys\nfor name in {heavy}:\n"
     blocked += "    sys.modules[name] = None\n"
     program = f"{blocked}sys.argv = ['duet', *{arguments!r}]\nfrom launch.cli import main\nmain()\n"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

@@ -22,26 +22,9 @@ from pretrain.checkpoint import Checkpoint, step_path
 from pretrain.continuation import Continuation, Settings
 from pretrain.trained import find_checkpoint, read_model
 from pretrain.use import open_trained
-from tests.runs import ROOT, SMALL
+from tests.runs import ROOT
 
 Ranks = Callable[..., list[Any]]
-SHAPE = ["model.learned_dropout.sites=[enc_ff,dec_sa,embed]", "model.learned_dropout.source=embed", "model.bias=true"]
-
-
-@pytest.fixture(scope="module")
-def run(ranks: Ranks, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ZeRO 3 on two ranks; checkpoints of steps 1 and 3."""
-    folder = tmp_path_factory.mktemp("portable") / "run"
-    args = [*SMALL, *SHAPE, f"data.path={dataset}", f"run.dir={folder}", "train.steps=3", "engine.zero_stage=3"]
-    ranks("tests.distributed.cases:train_run", 2, args=args)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(run: Path) -> Path:
-    folder = run.parent / "exported"
-    export(run, "--to", folder)
-    return folder
 
 
 def duet(*words: object) -> str:

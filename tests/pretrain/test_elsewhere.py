@@ -1,0 +1,278 @@
+"""Exports in the hands of others: transformers and the lm-evaluation-harness. One file, so that both load once."""
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from typer.testing import CliRunner
+
+from data_pipeline.errors import ConfigError
+from launch.cli import app
+from model.language_model import LanguageModel
+from model.sampling import Sampling
+from pretrain.continuation import Continuation, Settings
+from pretrain.harness import DuetLM
+from pretrain.modeling_duet import DuetConfig, DuetForCausalLM
+from pretrain.portable import num_attentions, write_export
+from pretrain.trained import find_checkpoint
+from pretrain.use import open_trained
+from tests.model.helpers import VARIANTS, batch_of, build, open_masks, variant
+from tests.runs import ROOT
+
+LICENSE = (ROOT / "LICENSE").read_text()
+PROMPTS = ["You may", "The", "A"]
+
+
+def from_folder(folder: Path) -> tuple[Any, Any]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+
+def wrapped(model: LanguageModel) -> DuetForCausalLM:
+    facts = {"model": model.config.model_dump(), "objective": "causal"}
+    theirs = DuetForCausalLM(DuetConfig(duet=facts, num_hidden_layers=num_attentions(model)))
+    theirs.model.load_state_dict(model.state_dict())
+    return theirs.to(model.token_embed.weight.dtype).eval()
+
+
+def greedy(path: Path, tokens: int) -> list[str]:
+    continuation = Continuation(open_trained(path), PROMPTS, Settings(Sampling(temperature=0.0), tokens))
+    texts = list(PROMPTS)
+    for number, piece in continuation.pieces():
+        texts[number] += piece
+    return texts
+
+
+@torch.no_grad()
+def test_transformers_loads_it_and_saves_it_again(exported: Path, tmp_path: Path) -> None:
+    ours = open_trained(exported)
+    ids = torch.tensor(ours.tokenizer.encode(["Licensed under "])[0].tolist())[None]
+    model, _ = from_folder(exported)
+    assert not model.training
+    assert model.dtype == torch.float32
+    assert torch.equal(model(ids).logits, ours.model(ids))
+    assert torch.equal(
+        model(ids, attention_mask=torch.ones_like(ids), logits_to_keep=2).logits, ours.model(ids)[:, -2:]
+    )
+    for part in from_folder(exported):
+        part.save_pretrained(tmp_path / "again")
+    with (
+        safe_open(exported / "model.safetensors", "pt") as old,
+        safe_open(tmp_path / "again" / "model.safetensors", "pt") as new,
+    ):
+        assert old.keys() == new.keys()
+    assert torch.equal(from_folder(tmp_path / "again")[0](ids).logits, ours.model(ids))
+    again = open_trained(tmp_path / "again")
+    assert torch.equal(again.model(ids), ours.model(ids))
+    assert again.tokenizer.sha256 == ours.tokenizer.sha256
+
+
+def test_bf16_stays_bf16(run: Path, tmp_path: Path) -> None:
+    write_export(*find_checkpoint(run), tmp_path / "half", "bf16")
+    model, _ = from_folder(tmp_path / "half")
+    assert {values.dtype for values in model.state_dict().values()} == {torch.bfloat16}
+
+
+def test_its_tokenizer_gives_our_tokens(exported: Path) -> None:
+    _, theirs = from_folder(exported)
+    ours = open_trained(exported).tokenizer
+    texts = ["", "You  may not\n\n </s> use", " <unk>(c) 1.0 ", "é unknown", LICENSE[:3000]]
+    for text, expected in zip(texts, ours.encode(texts), strict=True):
+        assert theirs(text).input_ids == expected.tolist()
+        assert theirs.decode(expected.tolist()) == ours.decode(expected)
+    assert (theirs.eos_token_id, len(theirs)) == (ours.eos_id, ours.vocab_size)
+
+
+def test_greedy_generation_is_ours_token_by_token(exported: Path) -> None:
+    """Side by side, padded at the left: with a cache, without, and with beams, which reorder the cache."""
+    model, tokenizer = from_folder(exported)
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    assert batch.attention_mask.sum(1).tolist() != [batch.input_ids.shape[1]] * 3
+    room = model.config.max_position_embeddings - batch.input_ids.shape[1]
+    for use_cache in (True, False):
+        found = model.generate(**batch, max_new_tokens=room, do_sample=False, use_cache=use_cache)
+        starts = (batch.attention_mask == 0).sum(1).tolist()
+        assert [tokenizer.decode(row[start:]) for row, start in zip(found, starts, strict=True)] == greedy(
+            exported, room
+        )
+    beams = [model.generate(**batch, max_new_tokens=8, num_beams=3, use_cache=use) for use in (True, False)]
+    assert torch.equal(*beams)
+    with pytest.raises(ValueError, match="17 tokens do not fit a context of 16"):
+        model.generate(**batch, max_new_tokens=30, do_sample=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_caches_and_pads_change_nothing(name: str) -> None:
+    """Whatever the architecture's options, in float64: texts in parts, padded at either side, all logits."""
+    model = open_masks(build(variant(name))).double().eval()
+    theirs = wrapped(model)
+    ids = batch_of(model.config, sequences=2).input_ids
+    assert torch.equal(theirs(ids).logits, model(ids))
+    kept = DynamicCache()
+    parts = [theirs(part, past_key_values=kept).logits for part in ids.split([5, 1, 4, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), rtol=0, atol=1e-12)
+    assert len(kept) == num_attentions(model)
+    assert {layer.get_seq_length() for layer in kept.layers} == {ids.shape[1]}
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[1, 7:] = 0
+    alone: list[Tensor] = [model(ids[:1, 4:]), model(ids[1:, :7])]
+    for use_cache in (False, True):
+        found = theirs(ids, attention_mask=mask, use_cache=use_cache).logits
+        torch.testing.assert_close(found[:1, 4:], alone[0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(found[1:, :7], alone[1], rtol=0, atol=1e-12)
+
+
+def test_what_transformers_cannot_do_is_refused(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = json.loads((exported / "config.json").read_text())["duet"]
+    for change, message in (
+        ({"model": {"architecture": "encoder_only", "vocab_size": 9}, "objective": "masked"}, "no next token to draw"),
+        ({"model": {"architecture": "encoder_decoder", "vocab_size": 9}}, "not to continue a prompt"),
+        ({"objective": "prefix"}, "a prompt is read both ways"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            DuetForCausalLM(DuetConfig(duet=facts | change))
+    model, _ = from_folder(exported)
+    with pytest.raises(ValueError, match="attention_mask is"):
+        model(torch.ones(1, 3, dtype=torch.int64), attention_mask=torch.zeros(1, 2))
+    monkeypatch.setitem(sys.modules, "pretrain.trained", None)
+    with pytest.raises(ImportError, match="needs the package duet-pretrain"):
+        runpy.run_path(str(exported / "modeling_duet.py"))
+
+
+def task(folder: Path, name: str, docs: list[dict[str, Any]], output: str, **rest: Any) -> str:
+    """A task of the harness in files."""
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    content = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": output,
+        **rest,
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(content))
+    return str(folder / f"{name}.yaml")
+
+
+def evaluated(path: Path, *tasks: str) -> dict[str, float]:
+    done = CliRunner().invoke(app, ["eval", str(path), "--tasks", ",".join(tasks)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    rows = (line.split() for line in done.stdout.splitlines())
+    return {row[0]: float(row[1]) for row in rows if len(row) == 2 and "/" in row[0]}
+
+
+def asked(*arguments: Any) -> list[Instance]:
+    return [Instance("loglikelihood", {}, part, number) for number, part in enumerate(arguments)]
+
+
+def test_bits_per_byte_are_those_of_validation(
+    ranks: Callable[..., list[Any]], run: Path, exported: Path, tmp_path: Path
+) -> None:
+    """Texts of whole windows behind the end of a document: there both cut alike, and each token counts once."""
+    texts = [LICENSE[: 16 * 20], LICENSE[1000 : 1000 + 16 * 7], LICENSE[500:516]]
+    [expected] = ranks("tests.distributed.cases:validate_text", 1, path=str(run), texts=texts)
+    rolling = task(
+        tmp_path,
+        "held_out",
+        [{"text": text} for text in texts],
+        "loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[{"metric": "bits_per_byte"}],
+    )
+    for path in (run, exported):
+        found = evaluated(path, rolling)
+        assert found["held_out/bits_per_byte"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_likelihoods_are_the_models_and_do_not_depend_on_the_batch(exported: Path) -> None:
+    trained = open_trained(exported)
+    pairs = [("You may", " not"), ("", "A"), (LICENSE[:40], LICENSE[40:45]), ("x", LICENSE[:16]), ("of the ", "work")]
+    one, many = (DuetLM(trained, batch).loglikelihood(asked(*pairs), disable_tqdm=True) for batch in (1, 4))
+    for (context, continuation), a, b in zip(pairs, one, many, strict=True):
+        given = [trained.tokenizer.eos_id, *trained.tokenizer.encode([context + continuation])[0].tolist()]
+        given = given[1:] if context else given
+        length = len(continuation) + (context != context.rstrip())
+        ids = torch.tensor(given[-17:])
+        with torch.no_grad():
+            logits = trained.model(ids[None, :-1])[0, -length:]
+        expected = logits.log_softmax(-1)[range(length), ids[-length:]].sum()
+        assert a[0] == pytest.approx(float(expected), abs=1e-5)
+        assert b[0] == pytest.approx(a[0], abs=1e-5)
+        assert a[1] == b[1] == bool((logits.argmax(-1) == ids[-length:]).all())
+    greedily = greedy(exported, 5)[0].removeprefix(PROMPTS[0])
+    assert DuetLM(trained).loglikelihood(asked((PROMPTS[0], greedily)), disable_tqdm=True)[0][1]
+
+
+def test_rolling_covers_every_token_once(exported: Path) -> None:
+    """Also where the last window is not whole: there it has more to go by than in validation."""
+    model = DuetLM(open_trained(exported), 3)
+    text = LICENSE[: 16 * 3 + 5]
+    [whole] = model.loglikelihood_rolling(asked((text,)))
+    ids = torch.tensor([model.eot_token_id, *model.tok_encode(text)])
+    with torch.no_grad():
+        windows = [model._model(ids[None, start : start + 16])[0].log_softmax(-1) for start in (0, 16, 32, 37)]
+    first = sum(float(windows[n][range(16), ids[16 * n + 1 : 16 * n + 17]].sum()) for n in range(3))
+    assert whole == pytest.approx(first + float(windows[3][range(11, 16), ids[-5:]].sum()), abs=1e-4)
+    assert model.loglikelihood_rolling(asked(("",))) == [0.0]
+
+
+def test_tasks_that_choose_and_that_generate(exported: Path, tmp_path: Path) -> None:
+    docs: list[dict[str, Any]] = [
+        {"text": prompt, "answer": text[len(prompt) :]}
+        for prompt, text in zip(PROMPTS, greedy(exported, 5), strict=True)
+    ]
+    generate = {
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "exact_match"}],
+        "generation_kwargs": {"until": ["never"], "max_gen_toks": 5},
+    }
+    trained = open_trained(exported)
+    choices = ["e", "Q", "z"]
+    with torch.no_grad():
+        for doc in docs:
+            ids = torch.tensor(trained.tokenizer.encode([doc["text"]])[0].tolist())
+            each = [trained.tokenizer.encode([choice])[0][0] for choice in choices]
+            doc["gold"] = int(trained.model(ids[None])[0, -1, each].argmax())
+    choose = {
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": choices,
+        "doc_to_target": "gold",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    found = evaluated(
+        exported,
+        task(tmp_path, "writes", docs, "generate_until", **generate),
+        task(tmp_path, "chooses", docs, "multiple_choice", **choose),
+    )
+    assert found["writes/exact_match"] == 1.0
+    assert found["chooses/acc"] == 1.0
+    assert found["chooses/acc_stderr"] == 0.0
+    odd = task(
+        tmp_path, "odd", docs, "generate_until", **generate | {"generation_kwargs": {"until": "x", "typical": 1}}
+    )
+    for words, message in (
+        (odd, "generation_kwargs ask for typical"),
+        (str(tmp_path / "none.yaml"), "no such task or file"),
+        (task(tmp_path, "choosy", docs, "chooses"), "cannot be loaded"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluated(exported, words)
+    (tmp_path / "writes.jsonl").unlink()
+    with pytest.raises(ConfigError, match="writes.yaml: no such task or file, or it cannot be loaded"):
+        evaluated(exported, str(tmp_path / "writes.yaml"))
