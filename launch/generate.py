@@ -77,13 +77,13 @@ def generate(
     if not as_json and not html:
         return
     found = records(trained, continuation, attention=html is not None)
+    if as_json:
+        for one in found:
+            told = {name: value for name, value in one.items() if name != "attention"}
+            typer.echo(json.dumps(told, allow_nan=False))
     if html:
         write_page(html, found)
         typer.echo(str(html), err=as_json)
-    if as_json:
-        for one in found:
-            one.pop("attention", None)
-            typer.echo(json.dumps(one, allow_nan=False))
 
 
 def _show(prompts: list[str], pieces: Iterable[tuple[int, str]]) -> None:

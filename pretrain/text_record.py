@@ -15,8 +15,6 @@ from pretrain.text import GrowingText
 from pretrain.trained import Trained
 
 FORMAT = 1
-
-
 _CHUNK = 128
 """Tokens of a prompt whose logits are formed at a time."""
 
