@@ -148,6 +148,8 @@ def export(
 
     if (to is None) == (deepspeed is None):
         raise ConfigError("name one new folder: --to FOLDER, or --deepspeed FOLDER for DeepSpeed's own layout")
+    if deepspeed and dtype != "fp32":
+        raise ConfigError("--dtype is for --to; --deepspeed saves in the run's precision")
     checkpoint, config = find_checkpoint(*parse(path))
     if to:
         from pretrain.portable import write_export

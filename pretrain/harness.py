@@ -96,11 +96,11 @@ class DuetLM(TemplateLM):
             # What is behind the end of a row is seen by nothing before it.
             vectors = self._model.hidden(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), None).x
             for number, row, x in zip(numbers, rows, vectors, strict=True):
-                follows = torch.tensor(requests[number][2], device=self._device)
+                labels = torch.tensor(requests[number][2], device=self._device)
                 # The head one text at a time: logits of all would be large.
-                logits = self._model.token_embed(x[None, len(row) - len(follows) : len(row)])[0].float()
-                likelihood = logits.log_softmax(-1).gather(1, follows[:, None]).double().sum()
-                found[number] = float(likelihood), bool((logits.argmax(-1) == follows).all())
+                logits = self._model.token_embed(x[None, len(row) - len(labels) : len(row)])[0].float()
+                likelihood = logits.log_softmax(-1).gather(1, labels[:, None]).double().sum()
+                found[number] = float(likelihood), bool((logits.argmax(-1) == labels).all())
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -134,6 +134,9 @@ def evaluate_tasks(path: Path, step: int | None, tasks: Sequence[str]) -> dict[s
         UserError: as `open_trained` does.
         ConfigError: no such task; its file or its data cannot be read; or it asks for what there is not.
     """
+    for task in tasks:
+        if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
+            raise ConfigError(f"--tasks {task}: no such file")
     model = DuetLM(open_trained(path, step))
     # The harness's own tasks are many files: they are looked through only if one of them is asked for.
     manager = TaskManager(include_defaults=not all(Path(task).is_file() for task in tasks))
@@ -157,13 +160,16 @@ def _asked(keywords: dict[str, Any]) -> tuple[Sampling, list[str], int]:
     until = keywords.pop("until", [])
     tokens = keywords.pop("max_gen_toks", MAX_TOKENS)
     sampled = keywords.pop("do_sample", keywords.get("temperature", 0.0) > 0.0)
-    known = {name: keywords.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in keywords}
+    known: dict[str, Any] = {
+        name: keywords.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in keywords
+    }
     if keywords:
         raise ConfigError(
             f"a task's generation_kwargs ask for {', '.join(keywords)}; known are until, max_gen_toks, do_sample, "
             "temperature, top_k, top_p, min_p"
         )
-    return Sampling(**known if sampled else {"temperature": 0.0}), [until] if isinstance(until, str) else until, tokens
+    sampling = Sampling(**known) if sampled else Sampling(temperature=0.0)
+    return sampling, [until] if isinstance(until, str) else until, tokens
 
 
 def _parts(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -58,7 +58,7 @@ LINK = re.compile(r"!?\[[^]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
 SECTIONS = "|".join(Config.model_fields)
 KEY = re.compile(rf"(?<![\w./-])(?:{SECTIONS})(?:\.\w+)+(?![\w/(-])")
-FILE_ENDINGS = {"json", "yaml", "md", "py"}
+FILE_ENDINGS = {"json", "yaml", "md", "py", "safetensors"}
 
 
 def scripts(document: Path, done: Collection[str] = ()) -> list[str]:

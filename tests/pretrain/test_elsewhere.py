@@ -1,27 +1,29 @@
-"""Exports in the hands of others: transformers and the lm-evaluation-harness. One file, so that both load once."""
+"""Exports in the hands of others: transformers and the lm-evaluation-harness.
+
+Both take seconds to import: in one file, and where they are used, so that one process of a session does.
+"""
 
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
-from lm_eval.api.instance import Instance
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from typer.testing import CliRunner
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.tokenizer import Tokenizer
 from launch.cli import app
 from model.language_model import LanguageModel
 from model.sampling import Sampling
 from pretrain.continuation import Continuation, Settings
-from pretrain.harness import DuetLM
-from pretrain.modeling_duet import DuetConfig, DuetForCausalLM
 from pretrain.portable import num_attentions, write_export
 from pretrain.trained import find_checkpoint
 from pretrain.use import open_trained
@@ -33,11 +35,15 @@ PROMPTS = ["You may", "The", "A"]
 
 
 def from_folder(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
-def wrapped(model: LanguageModel) -> DuetForCausalLM:
+def wrapped(model: LanguageModel) -> Any:
+    from pretrain.modeling_duet import DuetConfig, DuetForCausalLM
+
     facts = {"model": model.config.model_dump(), "objective": "causal"}
     theirs = DuetForCausalLM(DuetConfig(duet=facts, num_hidden_layers=num_attentions(model)))
     theirs.model.load_state_dict(model.state_dict())
@@ -92,6 +98,31 @@ def test_its_tokenizer_gives_our_tokens(exported: Path) -> None:
     assert (theirs.eos_token_id, len(theirs)) == (ours.eos_id, ours.vocab_size)
 
 
+def test_so_does_an_imported_tokenizer(exported: Path, tmp_path: Path) -> None:
+    """Of Hugging Face's own kind, whose own classes would put [CLS] before each text and read special tokens in it."""
+    from transformers import AutoTokenizer
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    special = ["[CLS]", "</s>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    made.train_from_iterator([LICENSE], trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 0)])
+    folder = shutil.copytree(exported, tmp_path / "exported")
+    (folder / "spm.model").unlink()
+    made.save(str(folder / "tokenizer.json"))
+    ours = Tokenizer.of(folder)
+    text = "You  may not\n </s> use [CLS] licensed"
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    theirs.save_pretrained(tmp_path / "again")
+    for tokenizer in (theirs, AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)):
+        assert tokenizer(text).input_ids == ours.encode([text])[0].tolist()
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+        assert tokenizer.pad_token_id == ours.eos_id == 1
+
+
 def test_greedy_generation_is_ours_token_by_token(exported: Path) -> None:
     """Side by side, padded at the left: with a cache, without, and with beams, which reorder the cache."""
     model, tokenizer = from_folder(exported)
@@ -114,6 +145,8 @@ def test_greedy_generation_is_ours_token_by_token(exported: Path) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_caches_and_pads_change_nothing(name: str) -> None:
     """Whatever the architecture's options, in float64: texts in parts, padded at either side, all logits."""
+    from transformers import DynamicCache
+
     model = open_masks(build(variant(name))).double().eval()
     theirs = wrapped(model)
     ids = batch_of(model.config, sequences=2).input_ids
@@ -135,6 +168,8 @@ def test_caches_and_pads_change_nothing(name: str) -> None:
 def test_what_transformers_cannot_do_is_refused(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from pretrain.modeling_duet import DuetConfig, DuetForCausalLM
+
     facts = json.loads((exported / "config.json").read_text())["duet"]
     for change, message in (
         ({"model": {"architecture": "encoder_only", "vocab_size": 9}, "objective": "masked"}, "no next token to draw"),
@@ -174,7 +209,15 @@ def evaluated(path: Path, *tasks: str) -> dict[str, float]:
     return {row[0]: float(row[1]) for row in rows if len(row) == 2 and "/" in row[0]}
 
 
-def asked(*arguments: Any) -> list[Instance]:
+def answering(path: Path, batch: int | None = None) -> Any:
+    from pretrain.harness import DuetLM
+
+    return DuetLM(open_trained(path), batch)
+
+
+def asked(*arguments: Any) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
     return [Instance("loglikelihood", {}, part, number) for number, part in enumerate(arguments)]
 
 
@@ -201,7 +244,7 @@ def test_bits_per_byte_are_those_of_validation(
 def test_likelihoods_are_the_models_and_do_not_depend_on_the_batch(exported: Path) -> None:
     trained = open_trained(exported)
     pairs = [("You may", " not"), ("", "A"), (LICENSE[:40], LICENSE[40:45]), ("x", LICENSE[:16]), ("of the ", "work")]
-    one, many = (DuetLM(trained, batch).loglikelihood(asked(*pairs), disable_tqdm=True) for batch in (1, 4))
+    one, many = (answering(exported, batch).loglikelihood(asked(*pairs), disable_tqdm=True) for batch in (1, 4))
     for (context, continuation), a, b in zip(pairs, one, many, strict=True):
         given = [trained.tokenizer.eos_id, *trained.tokenizer.encode([context + continuation])[0].tolist()]
         given = given[1:] if context else given
@@ -214,12 +257,12 @@ def test_likelihoods_are_the_models_and_do_not_depend_on_the_batch(exported: Pat
         assert b[0] == pytest.approx(a[0], abs=1e-5)
         assert a[1] == b[1] == bool((logits.argmax(-1) == ids[-length:]).all())
     greedily = greedy(exported, 5)[0].removeprefix(PROMPTS[0])
-    assert DuetLM(trained).loglikelihood(asked((PROMPTS[0], greedily)), disable_tqdm=True)[0][1]
+    assert answering(exported).loglikelihood(asked((PROMPTS[0], greedily)), disable_tqdm=True)[0][1]
 
 
 def test_rolling_covers_every_token_once(exported: Path) -> None:
     """Also where the last window is not whole: there it has more to go by than in validation."""
-    model = DuetLM(open_trained(exported), 3)
+    model = answering(exported, 3)
     text = LICENSE[: 16 * 3 + 5]
     [whole] = model.loglikelihood_rolling(asked((text,)))
     ids = torch.tensor([model.eot_token_id, *model.tok_encode(text)])
@@ -268,7 +311,7 @@ def test_tasks_that_choose_and_that_generate(exported: Path, tmp_path: Path) -> 
     )
     for words, message in (
         (odd, "generation_kwargs ask for typical"),
-        (str(tmp_path / "none.yaml"), "no such task or file"),
+        (str(tmp_path / "none.yaml"), "none.yaml: no such file"),
         (task(tmp_path, "choosy", docs, "chooses"), "cannot be loaded"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -276,3 +319,10 @@ def test_tasks_that_choose_and_that_generate(exported: Path, tmp_path: Path) -> 
     (tmp_path / "writes.jsonl").unlink()
     with pytest.raises(ConfigError, match="writes.yaml: no such task or file, or it cannot be loaded"):
         evaluated(exported, str(tmp_path / "writes.yaml"))
+
+
+def test_a_missing_harness_is_named(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "pretrain.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError, match=r"--tasks needs the library lm_eval: pip install 'duet-pretrain\[lm-eval\]'"):
+        evaluated(exported, "lambada_openai")

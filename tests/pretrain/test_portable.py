@@ -14,7 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import CheckpointError, ConfigError, DataError, RunError
+from data_pipeline.tokenizer import train_tokenizer
 from launch.cli import app
 from model.sampling import Sampling
 from pretrain import shard
@@ -148,6 +150,7 @@ def test_what_cannot_be_exported_is_refused(run: Path, exported: Path, tmp_path:
         ([run, "--to", exported], CheckpointError, "is there already; name a new folder"),
         ([run], ConfigError, "name one new folder: --to FOLDER, or --deepspeed FOLDER"),
         ([run, "--to", new, "--deepspeed", new], ConfigError, "name one new folder"),
+        ([run, "--deepspeed", new, "--dtype", "bf16"], ConfigError, "--dtype is for --to"),
         ([f"{run}@2", "--to", new], CheckpointError, "no complete checkpoint of step 2; there are: 3, 1"),
         ([f"{step_path(run / 'checkpoints', 3)}@3", "--to", new], ConfigError, "is one checkpoint, which has one step"),
         ([tmp_path, "--to", new], RunError, "not a run folder"),
@@ -166,12 +169,15 @@ def test_what_cannot_be_exported_is_refused(run: Path, exported: Path, tmp_path:
     assert not new.exists()
 
 
-def test_the_tokenizer_of_the_training_or_none(ranks: Ranks, run: Path, marked_dataset: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_of_the_training_or_none(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "tokenizer" / "spm.model"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(train_tokenizer(["some other text"] * 50, TokenizerConfig(type="char"), seed=0))
     config = (run / "config.yaml").read_text()
     copy = shutil.copytree(run, tmp_path / "run")
     path = find_checkpoint(run)[1].data.path
-    for other, message in ((marked_dataset, "wrong tokenizer"), (tmp_path / "gone", "spm.model is missing")):
-        (copy / "config.yaml").write_text(config.replace(path, str(other)))
+    for data, message in ((tmp_path / "other", "wrong tokenizer"), (tmp_path / "gone", "spm.model is missing")):
+        (copy / "config.yaml").write_text(config.replace(path, str(data)))
         with pytest.raises(DataError, match=message):
             export(copy, "--to", tmp_path / "new")
 
