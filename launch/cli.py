@@ -11,6 +11,7 @@ import typer
 from data_pipeline.errors import ConfigError, UserError
 from launch import checkpoint, data, jobs, logs, model, plan_command, preflight, runs, status, submit_command, tracking
 from launch.completion import complete_configs, complete_runs
+from launch.generate import generate
 
 ConfigArgs = Annotated[
     list[str],
@@ -83,6 +84,9 @@ def train(
     raise typer.Exit(run_ranks(config, ranks, loaded.run_dir / "logs", verbose=verbose))
 
 
+app.command()(generate)
+
+
 @app.command("eval")
 def evaluate(
     run: RunArg,
@@ -110,56 +114,6 @@ def evaluate(
     for task, metrics in evaluate_tasks(run, step, tasks.split(",")).items():
         for name, value in metrics.items():
             typer.echo(f"{f'{task}/{name}':<42} {value:.6f}")
-
-
-@app.command()
-def generate(
-    run: RunArg,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given several times.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Texts to continue, one on each line; empty lines are left out.")
-    ] = None,
-    step: StepOption = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most, for each text.")] = 200,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="Divides the logits; 0 is --greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0: among all.")] = 50,
-    top_p: Annotated[
-        float, typer.Option(max=1.0, help="Choose among the fewest tokens that have this probability together.")
-    ] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Leave out tokens less likely than this share of the likeliest.")
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1, tokens that the text holds already become less likely.")
-    ] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End a text before this string; may be given several times.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")] = 0,
-) -> None:
-    """Continue texts; several are computed side by side, and the first is shown while it grows.
-
-    Examples: `duet generate runs/quickstart --prompt "Return the "`,
-    `duet generate runs/quickstart --prompts prompts.txt --top-k 0 --top-p 0.9 --stop "."`
-    """
-    from model.sampling import Sampling
-    from pretrain.text import read_prompts
-    from pretrain.use import generate_texts
-
-    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])] or [""]
-    sampling = Sampling(repetition_penalty, 0.0 if greedy else temperature, top_k or None, top_p, min_p)
-    later = [""] * len(texts)
-    if len(texts) > 1:
-        typer.echo(f"== 1 of {len(texts)} ==")
-    for number, piece in generate_texts(run, step, texts, sampling, tokens=tokens, stops=stop or [], seed=seed):
-        if number:
-            later[number] += piece
-        else:
-            typer.echo(piece, nl=False)
-    typer.echo()
-    for number, text in enumerate(later[1:], 2):
-        typer.echo(f"== {number} of {len(texts)} ==\n{text}")
 
 
 @app.command()

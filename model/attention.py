@@ -32,6 +32,7 @@ class CausalAttention(Cached):
             rate: of dropout on the weights, in training.
         """
         super().__init__()
+        self.name = name
         self._config = config
         self._heads = heads
         self._group = group
@@ -45,14 +46,7 @@ class CausalAttention(Cached):
 
         Keys and values may be of another length than the queries if `visible` is not causal.
         """
-        query = query.unflatten(-1, (self._heads, -1))
-        key, value = (x.unflatten(-1, (self._heads // self._group, -1)) for x in (key, value))
-        if self._config.positions == "rotary" and visible.aligned:
-            positions = visible.positions
-            if positions is None:
-                positions = torch.arange(query.shape[1], device=query.device)
-            query, key = rotate(query, positions), rotate(key, positions)
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        query, key, value = self._in_heads(query, key, value, visible)
         if self.cache is not None:
             key, value, mask = self.cache.extend(self, key, value)
             visible = Visible(mask=mask)
@@ -68,19 +62,39 @@ class CausalAttention(Cached):
             found = _plain(query, key, value, visible)
         return found.transpose(1, 2).flatten(2)
 
+    def weights(self, query: Tensor, key: Tensor, visible: Visible = CAUSAL) -> Tensor:
+        """What each query gives each key in evaluation, of tensors as `forward` takes them -> [B, H, T, S]."""
+        query, key, _ = self._in_heads(query, key, key, visible)
+        return _softmax(query, key.repeat_interleave(self._group, dim=1), visible)
+
+    def _in_heads(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, H, T, d], key and value [B, H / group, S, d], turned by their positions where these are rotary."""
+        query = query.unflatten(-1, (self._heads, -1))
+        key, value = (x.unflatten(-1, (self._heads // self._group, -1)) for x in (key, value))
+        if self._config.positions == "rotary" and visible.aligned:
+            positions = visible.positions
+            if positions is None:
+                positions = torch.arange(query.shape[1], device=query.device)
+            query, key = rotate(query, positions), rotate(key, positions)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
     def _explicit(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
-        scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
-        mask = visible.mask
-        assert not isinstance(mask, BlockMask)
-        if mask is None and visible.causal:
-            mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        exact = torch.promote_types(scores.dtype, torch.float32)
-        weights = scores.softmax(-1, dtype=exact).to(value.dtype)
+        weights = _softmax(query, key, visible).to(value.dtype)
         if self._rate and keys is not None:
             weights = weight_dropout(weights, keys, self._site, self._rate, self._config.context)
         return weights @ value
+
+
+def _softmax(query: Tensor, key: Tensor, visible: Visible) -> Tensor:
+    """Weights [B, H, T, S] in fp32 at least, of query [B, H, T, d] and key [B, H, S, d]."""
+    scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+    mask = visible.mask
+    assert not isinstance(mask, BlockMask)
+    if mask is None and visible.causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, visible: Visible) -> Tensor:

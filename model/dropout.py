@@ -70,3 +70,7 @@ class SiteDropout(nn.Module):
     ) -> tuple[Tensor, Statistics]:
         """x as it is: no mask stands here."""
         return x, {}
+
+    def kept(self, x: Tensor, source: Tensor | None, visible: Visible) -> Tensor | None:
+        """Which elements of x pass the mask in evaluation, [B, T, C] bool; None where there is no mask."""
+        return None

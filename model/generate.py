@@ -1,6 +1,7 @@
 """Texts from a model, one token after the other."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,19 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.sampling import Sampling
+
+
+class Drawn(NamedTuple):
+    """What a step of texts side by side has drawn, and from what."""
+
+    texts: list[int]
+    """Numbers of the B prompts."""
+    tokens: Tensor
+    """[B] int64, the end token included."""
+    logits: Tensor
+    """[B, V]."""
+    present: Tensor
+    """[B, V] bool, tokens that each text held."""
 
 
 class Generation:
@@ -56,6 +70,8 @@ class Generation:
         self._padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=self._ids.device)
         self._cache: Cache | None = None
         self._ended: set[int] = set()
+        self.drawn: Drawn | None = None
+        """By the last step; None before the first."""
 
     @torch.no_grad()
     def step(self) -> dict[int, int]:
@@ -67,6 +83,7 @@ class Generation:
         present = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, self._ids, True)
         tokens = self._sampling.draw(logits, present, self._generators)
         self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
+        self.drawn = Drawn(self._texts, tokens, logits, present)
         found = dict(zip(self._texts, tokens.tolist(), strict=True))
         self._ended |= {text for text, token in found.items() if token == self._eos_id}
         return {text: token for text, token in found.items() if text not in self._ended}

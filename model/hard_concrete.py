@@ -38,13 +38,24 @@ class HardConcreteGates(SiteDropout):
         self, x: Tensor, keys: Tensor | None, source: Tensor | None, visible: Visible
     ) -> tuple[Tensor, Statistics]:
         """Gate the channels of x; see `SiteDropout.forward`. The statistic `l0` is penalised."""
-        log_alpha = self.log_alpha.to(torch.promote_types(self.log_alpha.dtype, torch.float32))
-        if keys is None:
-            stretched = torch.sigmoid(log_alpha)[None, None]
-        else:
-            u = uniform(keys, self._noise_site, (1, x.shape[2])).to(log_alpha.dtype) + 2.0**-25  # never 0 nor 1
-            stretched = torch.sigmoid((u.log() - (1.0 - u).log() + log_alpha) / _TEMPERATURE)
-        gates = (stretched * (_HIGH - _LOW) + _LOW).clamp(0.0, 1.0)
+        log_alpha = self._log_alpha()
+        gates = self._gates(log_alpha, keys)
         z = gates.detach()
         statistics = {"l0": torch.sigmoid(log_alpha - _ZERO).mean()} | mask_statistics(z, z > 0.0)
         return x * gates.to(x.dtype), {self.name: statistics}
+
+    def kept(self, x: Tensor, source: Tensor | None, visible: Visible) -> Tensor:
+        """The same channels at every token."""
+        return (self._gates(self._log_alpha(), None) > 0.0).expand(x.shape)
+
+    def _log_alpha(self) -> Tensor:
+        return self.log_alpha.to(torch.promote_types(self.log_alpha.dtype, torch.float32))
+
+    def _gates(self, log_alpha: Tensor, keys: Tensor | None) -> Tensor:
+        """z [B, 1, C], or [1, 1, C] in evaluation."""
+        if keys is None:
+            stretched = torch.sigmoid(log_alpha)[None, None]
+        else:
+            u = uniform(keys, self._noise_site, (1, len(log_alpha))).to(log_alpha.dtype) + 2.0**-25  # never 0 nor 1
+            stretched = torch.sigmoid((u.log() - (1.0 - u).log() + log_alpha) / _TEMPERATURE)
+        return (stretched * (_HIGH - _LOW) + _LOW).clamp(0.0, 1.0)

@@ -53,12 +53,19 @@ class LearnedDropout(SiteDropout, Cached):
         self, x: Tensor, keys: Tensor | None, source: Tensor | None, visible: Visible
     ) -> tuple[Tensor, Statistics]:
         """Mask x; see `SiteDropout.forward`."""
-        mask = cosine_mask(at_least_fp32(self._angle(x, source, visible)) + at_least_fp32(self.shift))
+        mask = self._mask(x, source, visible)
         if self.sides is not None:
             self.sides.append(mask >= 0.5)
         used = self._round(mask, keys, visible.positions)
         statistics = {self.name: self._statistics(mask, used)} if self.cache is None else {}
         return x * used.to(x.dtype), statistics
+
+    def kept(self, x: Tensor, source: Tensor | None, visible: Visible) -> Tensor:
+        """As the density counts them: at least half of the element is let through."""
+        return self._round(self._mask(x, source, visible), None, visible.positions) >= 0.5
+
+    def _mask(self, x: Tensor, source: Tensor | None, visible: Visible) -> Tensor:
+        return cosine_mask(at_least_fp32(self._angle(x, source, visible)) + at_least_fp32(self.shift))
 
     def _angle(self, x: Tensor, source: Tensor | None, visible: Visible) -> Tensor:
         if self.config.source == "elementwise":

@@ -14,8 +14,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from data_pipeline.errors import ConfigError
 from model.sampling import Sampling
+from pretrain.continuation import Continuation, Settings
 from pretrain.trained import Trained
-from pretrain.use import continue_texts, open_trained
+from pretrain.use import open_trained
 
 MAX_TOKENS = 256
 """To generate, where a task does not say."""
@@ -116,8 +117,8 @@ class DuetLM(TemplateLM):
             sampling, stops, tokens = _asked(json.loads(asked))
             for part in _parts(numbers, self._batch):
                 prompts = [requests[number].args[0] for number in part]
-                pieces = continue_texts(self._trained, prompts, sampling, tokens=tokens, stops=stops, seed=part[0])
-                for place, piece in pieces:
+                settings = Settings(sampling, tokens, tuple(stops), seed=part[0])
+                for place, piece in Continuation(self._trained, prompts, settings).pieces():
                     texts[part[place]] += piece
         return texts
 

@@ -114,7 +114,7 @@ def load_export(folder: Path) -> Trained:
     file = model_file(folder)
     if not file.is_file():
         raise CheckpointError(f"{folder}: no tokenizer ({MODEL} or {JSON}); export it again")
-    return Trained(model.eval(), Tokenizer.load(file), facts.objective)
+    return Trained(model.eval(), Tokenizer.load(file), facts.objective, facts.run, facts.step)
 
 
 def read_facts(folder: Path) -> Facts:

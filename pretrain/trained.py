@@ -27,6 +27,9 @@ class Trained(NamedTuple):
     tokenizer: Tokenizer
     objective: Objective
     """What it learned from."""
+    run: str
+    """Name of the run that trained it."""
+    step: int
 
     def check_continues(self) -> None:
         """Raises ConfigError for a model that was not trained to continue a text."""

@@ -19,7 +19,15 @@ from pretrain.config import Config
 from tests.runs import ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-CONTINUE_THE_README = {"training.md", "tracking.md", "commands.md", "checkpoints.md", "engine.md", "use.md"}
+CONTINUE_THE_README = {
+    "training.md",
+    "tracking.md",
+    "commands.md",
+    "checkpoints.md",
+    "engine.md",
+    "generate.md",
+    "use.md",
+}
 """They say that their examples continue with the data and the run of the README."""
 RUN_ELSEWHERE = {
     "make quickstart": ".ci/run",

@@ -10,10 +10,11 @@ import torch
 from data_pipeline.errors import ConfigError
 from model.sampling import Sampling
 from pretrain.buffers import persistent_buffers
+from pretrain.continuation import Continuation, Settings
 from pretrain.journal import read
 from pretrain.portable import load_export, write_export
 from pretrain.trained import find_checkpoint
-from pretrain.use import generate_texts
+from pretrain.use import open_trained
 from tests.runs import SMALL, attempts, duet
 
 STEPS = ["train.steps=4", "train.eval_every=2", "train.checkpoint_every=2", "train.sample_tokens=5"]
@@ -47,7 +48,7 @@ def test_a_model_of_another_objective_is_trained_and_validated(
     assert all("loss/val_bits_per_byte" not in metrics for metrics in found)
     assert not [r for r in read(folder / "metrics.jsonl") if r.kind == "sample"]
     with pytest.raises(ConfigError, match=reason):
-        next(generate_texts(folder, None, [""], Sampling(), tokens=1, stops=[], seed=0))
+        Continuation(open_trained(folder), [""], Settings(Sampling()))
     if architecture == "encoder_decoder":
         again = duet("eval", str(folder))
         assert f"{'loss/val':<28} {found[-1]['loss/val']:.6f}" in again.stdout, again.stderr

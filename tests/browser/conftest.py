@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,24 @@ class Browser:
         return self.driver.execute_script(f"return {script}")
 
 
+@contextmanager
+def opened(profile: Path) -> Iterator[Browser]:
+    """A browser that keeps what it writes in the folder `profile`."""
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
+    options = ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = Chrome(options=options, service=Service(str(shutil.which("chromedriver"))))
+    try:
+        yield Browser(driver)
+    finally:
+        driver.quit()
+
+
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
@@ -59,17 +78,5 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     if absent := [name for name, what in found.items() if not what]:
         give_up = pytest.fail if os.environ.get("DUET_REQUIRE_BROWSER") else pytest.skip
         give_up(f"no {', '.join(absent)} here; `make system-deps` installs Chromium and its driver")
-    from selenium.webdriver import Chrome, ChromeOptions
-    from selenium.webdriver.chrome.service import Service
-
-    profile: Path = tmp_path_factory.mktemp("profile")
-    options = ChromeOptions()
-    options.binary_location = str(chromium)
-    for flag in (*FLAGS, f"--user-data-dir={profile}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    driver = Chrome(options=options, service=Service(str(chromedriver)))
-    try:
-        yield Browser(driver)
-    finally:
-        driver.quit()
+    with opened(tmp_path_factory.mktemp("profile")) as window:
+        yield window

@@ -11,11 +11,21 @@ import urllib.request
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+from torch import Tensor
 
+from model.inspection import inspect
+from model.sampling import Sampling
+from pretrain.continuation import Continuation, Settings
 from pretrain.report_data import load, verdict
+from pretrain.text_page import records, write_page
+from pretrain.trained import Trained
+from pretrain.use import open_trained
 from tests.browser.conftest import Browser
+from tests.model.helpers import build, open_masks, small
 from tests.runs import ROOT, SMALL, duet
 
 DESK, PHONE = 1280, 390
@@ -126,6 +136,128 @@ def test_a_page_that_is_not_whole_is_noticed(browser: Browser, run_dir: Path, tm
     assert browser.open(page.as_uri()) == [absent]
     with pytest.raises(AssertionError, match="rendered"):
         assert_pictures_render(browser)
+
+
+class TextPage(NamedTuple):
+    """A page, and what it was made of."""
+
+    url: str
+    trained: Trained
+    texts: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def text_page(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TextPage:
+    """Of a text that fits the context of 16 and of one that does not."""
+    trained = open_trained(run_dir)
+    for name, parameter in open_masks(trained.model).named_parameters():
+        if "qkv" in name or "query" in name:
+            parameter.data *= 4  # so that tokens and heads differ, as after a long training
+    settings = Settings(Sampling(temperature=0.7, top_k=50), tokens=9)
+    continuation = Continuation(trained, ["The", "</script><i> Contributor\n"], settings, recorded=True)
+    list(continuation.pieces())
+    found = records(trained, continuation, attention=True)
+    page = tmp_path_factory.mktemp("text") / "page.html"
+    write_page(page, found)
+    return TextPage(page.as_uri(), trained, found)
+
+
+SPANS = "[...document.querySelectorAll('{} .tokens span')]"
+
+
+def shades(browser: Browser, place: str) -> list[float]:
+    """How dark the tokens of a part of the page are, 0 to 1."""
+    found: list[float] = browser.run(f"{SPANS.format(place)}.map(s => Number(s.style.getPropertyValue('--v')))")
+    return found
+
+
+def between(values: list[float]) -> list[float]:
+    """From the smallest, 0, to the largest, 1."""
+    return [(value - min(values)) / (max(values) - min(values)) for value in values]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [DESK, PHONE])
+def test_a_generated_text_is_readable_at_every_width_and_in_every_light(
+    browser: Browser, text_page: TextPage, width: int, dark: bool
+) -> None:
+    url, _, found = text_page
+    browser.look(width, dark=dark)
+    assert browser.open(url) == [], "nothing comes from the network"
+    assert browser.run("document.title") == f"{found[0]['model']['run']}, step 40"
+    for number, text in enumerate(found):
+        browser.run(f"(document.getElementById('pick').value = {number}, showText({number}))")
+        shown = browser.run(f"{SPANS.format('#reading')}.map(s => s.textContent.replaceAll('↵\\n', '\\n'))")
+        assert shown == [token["text"] or token["piece"] for token in text["tokens"]]
+        assert browser.run("document.documentElement.scrollWidth <= window.innerWidth"), "no sideways scrolling"
+        boxes = browser.run(f"{SPANS.format('')}.map(s => s.getBoundingClientRect().right)")
+        assert max(boxes) <= width, "long tokens and rows of spaces break"
+        assert browser.run("document.getElementById('limits').hidden") == (number == 0)
+        density = shades(browser, "#reading")
+        assert min(density) == 0
+        assert max(density) == 1
+    assert "gates and attention are shown of the last 16" in browser.run("document.getElementById('limits').innerText")
+    assert browser.run("document.querySelector('#pick').options[1].text").startswith("2: </script><i> Contributor")
+    ink, paper = (brightness(browser, name) for name in ("color", "backgroundColor"))
+    assert (ink > 180 and paper < 60) if dark else (ink < 60 and paper > 180)
+
+
+def test_a_token_shows_what_it_attends_to_and_how_likely_it_was(browser: Browser, text_page: TextPage) -> None:
+    """In every stream, layer and head what the model does, computed beside the page."""
+    url, trained, [text, _] = text_page
+    exact: dict[str, Tensor] = {}
+    inspect(trained.model, torch.tensor([t["id"] for t in text["tokens"]]), exact.__setitem__)
+    browser.look(DESK, dark=False)
+    browser.open(url)
+    for at in (7, 4):
+        browser.driver.find_elements("css selector", "#text span")[at].click()
+        for kind in ("enc_sa", "dec_sa", "cross"):
+            weights = torch.stack([exact[f"{kind}/00"].mean(0)[at], exact[f"{kind}/00"][1, at]])
+            mean, head = (weights / weights.amax(1, keepdim=True)).tolist()
+            assert max(abs(a - b) for a, b in zip(mean, head, strict=True)) > 0.1, "else nothing is told apart"
+            place = f'[data-kind="{kind}"]'
+            assert shades(browser, place) == pytest.approx(mean, abs=0.03)
+            browser.run(
+                f"(select => (select.value = 1, select.dispatchEvent(new Event('change'))))"
+                f"(document.querySelector('{place} select'))"
+            )
+            assert shades(browser, place) == pytest.approx(head, abs=0.03)
+            browser.run(f"(document.querySelector('{place} select').value = -1)")
+    token = text["tokens"][4]
+    card = browser.run("document.getElementById('token').innerText")
+    assert f"({token['log_probability']:.3f} nats)" in card
+    assert [other["piece"] in card for other in token["likeliest"]] == [True] * 5
+    assert f"{text['density']['dec_ff/00'][4]:.2f}" in card
+    browser.driver.switch_to.active_element.send_keys("\ue014")  # the right arrow
+    assert "6 of 12" in browser.run("document.getElementById('token').innerText")
+    assert browser.run("document.querySelector('#text .chosen').dataset.at") == "5"
+    choices = browser.run("[...document.getElementById('shade').options].map(o => o.value)")
+    assert choices == ["density:", "density:enc_ff", "density:dec_ff", "surprise:", "none:"]
+    for choice, expected in (
+        ("density:dec_ff", text["density"]["dec_ff/00"]),
+        ("surprise:", [-token["log_probability"] for token in text["tokens"][1:]]),
+    ):
+        browser.run(f"(document.getElementById('shade').value = '{choice}', showShade())")
+        found = shades(browser, "#reading")[-len(expected) :]
+        assert found == pytest.approx(between(expected), abs=1e-4)
+
+
+def test_a_model_of_one_stream_without_gates_says_so(browser: Browser, run_dir: Path, tmp_path: Path) -> None:
+    tokenizer = open_trained(run_dir).tokenizer
+    shape = small("decoder_only", vocab_size=tokenizer.vocab_size, learned_dropout={"enabled": False})
+    trained = Trained(build(shape).eval(), tokenizer, "causal", "plain", 0)
+    continuation = Continuation(trained, ["The"], Settings(Sampling(), tokens=4), recorded=True)
+    list(continuation.pieces())
+    write_page(tmp_path / "page.html", records(trained, continuation, attention=True))
+    browser.look(PHONE, dark=True)
+    assert browser.open((tmp_path / "page.html").as_uri()) == []
+    assert "This model has no gates" in browser.run("document.getElementById('reading').innerText")
+    assert browser.run("[...document.querySelectorAll('.panel h3')].map(h => h.innerText)") == [
+        "What the model attends to"
+    ]
+    assert max(shades(browser, '[data-kind="dec_sa"]')) == 1
+    assert browser.run("document.getElementById('shade').value") == "surprise:"
+    assert browser.run("document.getElementById('layer').options.length") == 2
 
 
 def assert_pictures_render(browser: Browser) -> None:

@@ -268,6 +268,7 @@ def validate_text(ranks: Ranks, path: str, texts: list[str]) -> float:
         def __init__(self, text: str) -> None:
             [ids] = trained.tokenizer.encode([text])
             self.context = trained.model.config.context
+            self.width = self.context + 1
             self._stream = np.concatenate([[trained.tokenizer.eos_id], ids])
 
         def __len__(self) -> int:

@@ -23,9 +23,10 @@ from data_pipeline.tokenizer import Tokenizer
 from launch.cli import app
 from model.language_model import LanguageModel
 from model.sampling import Sampling
+from pretrain.continuation import Continuation, Settings
 from pretrain.portable import num_attentions, write_export
 from pretrain.trained import find_checkpoint
-from pretrain.use import generate_texts, open_trained
+from pretrain.use import open_trained
 from tests.model.helpers import VARIANTS, batch_of, build, open_masks, variant
 from tests.runs import ROOT
 
@@ -50,10 +51,9 @@ def wrapped(model: LanguageModel) -> Any:
 
 
 def greedy(path: Path, tokens: int) -> list[str]:
-    texts = [""] * len(PROMPTS)
-    for number, piece in generate_texts(
-        path, None, PROMPTS, Sampling(temperature=0.0), tokens=tokens, stops=[], seed=0
-    ):
+    continuation = Continuation(open_trained(path), PROMPTS, Settings(Sampling(temperature=0.0), tokens))
+    texts = list(PROMPTS)
+    for number, piece in continuation.pieces():
         texts[number] += piece
     return texts
 

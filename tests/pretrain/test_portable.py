@@ -21,8 +21,9 @@ from launch.cli import app
 from model.sampling import Sampling
 from pretrain import shard
 from pretrain.checkpoint import Checkpoint, step_path
+from pretrain.continuation import Continuation, Settings
 from pretrain.trained import find_checkpoint, read_model
-from pretrain.use import generate_texts, open_trained
+from pretrain.use import open_trained
 from tests.runs import ROOT
 
 Ranks = Callable[..., list[Any]]
@@ -44,7 +45,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def texts(path: Path) -> list[tuple[int, str]]:
-    return list(generate_texts(path, None, ["the ", ""], Sampling(), tokens=20, stops=[], seed=5))
+    return list(Continuation(open_trained(path), ["the ", ""], Settings(Sampling(), tokens=20, seed=5)).pieces())
 
 
 def test_the_stage_and_the_number_of_ranks_leave_no_trace(
