@@ -80,14 +80,16 @@ def train(
 
 @app.command("eval")
 def evaluate(run: RunArg, step: StepOption = None) -> None:
-    """Validate a checkpoint over all held-out text.
+    """Validate a checkpoint over all held-out text: of all sources, and of each.
 
     Example: `duet eval runs/quickstart`
     """
     from pretrain.use import evaluate_run
 
-    for name, value in evaluate_run(run, step).items():
-        typer.echo(f"{name:<28} {value:.6f}")
+    metrics = evaluate_run(run, step)
+    width = max(28, *map(len, metrics))
+    for name, value in metrics.items():
+        typer.echo(f"{name:<{width}} {value:.6f}")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from pretrain.buffers import persistent_buffers
 from pretrain.checkpoint import Checkpoint, complete, step_path
 from pretrain.config import Config
 from pretrain.distributed import join
-from pretrain.evaluate import evaluate, held_out
+from pretrain.evaluate import evaluate, held_out, held_out_bytes
 from pretrain.run import RunFolder
 from pretrain.text import GrowingText
 
@@ -47,15 +47,14 @@ def load_model(run: Path, step: int | None) -> tuple[LanguageModel, Config, Chec
 
 
 def evaluate_run(run: Path, step: int | None) -> dict[str, float]:
-    """Validation metrics of a checkpoint over all held-out text."""
+    """Validation metrics of a checkpoint over all held-out text, as `evaluate` gives them."""
     model, config, _ = load_model(run, step)
     dataset = Dataset.of(config.data)
     windows = held_out(dataset, config)
     with join(config.engine.timeout_minutes) as ranks:
-        text_bytes = dataset.manifest.splits["validation"].bytes
         batch = max(1, 8192 // config.model.context)
         batches = Batches.of(config, dataset, ranks.device)
-        return evaluate(model.to(ranks.device), windows, text_bytes, batch, ranks, batches)
+        return evaluate(model.to(ranks.device), windows, held_out_bytes(dataset), batch, ranks, batches)
 
 
 def generate_texts(

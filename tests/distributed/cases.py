@@ -253,7 +253,7 @@ def validate_in_batches_of(ranks: Ranks, run: str, sizes: list[int]) -> list[dic
 
     model, config, _ = load_model(Path(run), None)
     windows = Dataset.open(config.data.path).windows("validation", config.model.context, partial=True)
-    return [evaluate(model, windows, 1000, size, ranks) for size in sizes]
+    return [evaluate(model, windows, {"text": 1000}, size, ranks) for size in sizes]
 
 
 def update_ratio(ranks: Ranks, stage: int, precision: str) -> dict[str, Any]:
