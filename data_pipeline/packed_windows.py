@@ -18,6 +18,7 @@ class PackedWindows:
         self.width = plan.context + 1
         self.num_tokens = stream.num_tokens
         self.padding = plan.padding
+        self.sources = stream.sources
         self._stream = stream
         self._plan = plan
 
@@ -63,6 +64,19 @@ class PackedWindows:
         width = self.context + 1
         places = np.repeat(np.fromiter(rows, np.int64, len(rows)), counts) * width + ends
         return places[ends < width]
+
+    def sources_of(self, indices: np.ndarray) -> np.ndarray:
+        """Number in `sources` of the source of each token, int64 [n, T + 1]; 0 where no token is."""
+        batches, offsets = self.places(indices)
+        starts, lengths, counts, ends = self._slices(batches.tolist(), offsets.tolist())
+        out = np.zeros((len(indices), self.width), np.int64)
+        rows = np.repeat(np.arange(len(out)), counts)
+        sources = self._stream.sources_of(self._stream.places(starts)[0])  # a slice is of one document
+        for row, end, length, source in zip(
+            rows.tolist(), ends.tolist(), lengths.tolist(), sources.tolist(), strict=True
+        ):
+            out[row, end - length : end] = source
+        return out
 
     def origin(self, index: int) -> Origin:
         """Where the tokens of a window come from."""

@@ -19,6 +19,7 @@ class PairWindows:
         self.context = context
         self.width = 2 * context
         self.num_tokens = stream.num_tokens
+        self.sources = stream.sources
         self._stream = stream
         self._eos_id = eos_id
         if not len(self):
@@ -50,6 +51,10 @@ class PairWindows:
     def document_starts(self, batches: Sequence[int], offsets: Sequence[int], rows: Sequence[int]) -> np.ndarray:
         """None: a row is one document."""
         return np.empty(0, np.int64)
+
+    def sources_of(self, indices: np.ndarray) -> np.ndarray:
+        """Number in `sources` of the source of each token, int64 [n, 2 T]: of the document's, in all of the row."""
+        return np.repeat(self._stream.sources_of(self.places(indices)[0])[:, None], self.width, axis=1)
 
     def origin(self, index: int) -> Origin:
         """Where a pair comes from: source and target, of the same document."""

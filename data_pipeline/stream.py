@@ -39,6 +39,10 @@ class TokenStream:
         self.num_batches = int(self._first_batch[-1])
         self._first_document = np.cumsum([0, *(shard.documents for shard in self._shards)])
         self.num_documents = int(self._first_document[-1])
+        self.sources = list(dict.fromkeys(shard.source for shard in self._shards))
+        """Names of the sources that have tokens in it, in the order of the stream."""
+        numbers = {name: number for number, name in enumerate(self.sources)}
+        self._source = np.array([numbers[shard.source] for shard in self._shards], np.int64)
         self._forget()
 
     def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -46,6 +50,10 @@ class TokenStream:
         shards = self._starts.searchsorted(positions, "right") - 1
         batches, offsets = np.divmod(positions - self._starts[shards], self._batch_tokens)
         return self._first_batch[shards] + batches, offsets
+
+    def sources_of(self, batches: np.ndarray) -> np.ndarray:
+        """Number in `sources` of what these record batches are of, int64 of any shape."""
+        return self._source[self._first_batch.searchsorted(batches, "right") - 1]
 
     def mapped(self) -> dict[int, np.ndarray]:
         """Tokens of the record batches that are open."""

@@ -34,6 +34,7 @@ class Windows:
         self.context = context
         self.width = context + 1
         self.num_tokens = stream.num_tokens
+        self.sources = stream.sources
         self._stream = stream
         self._num_windows = (self.num_tokens - 1 + (context - 1 if partial else 0)) // context
         if context < 1 or self._num_windows < 1:
@@ -90,6 +91,11 @@ class Windows:
             shifts.append(row * width - offset)
             counts.append(len(starts))
         return np.concatenate(found, dtype=np.int64) + np.repeat(shifts, counts)
+
+    def sources_of(self, indices: np.ndarray) -> np.ndarray:
+        """Number in `sources` of the source of each token, int64 [n, T + 1]; behind the stream's end the last one's."""
+        positions = np.asarray(indices, np.int64)[:, None] * self.context + np.arange(self.width)
+        return self._stream.sources_of(self._stream.places(np.minimum(positions, self.num_tokens - 1))[0])
 
     def shards_of(self, first: int, end: int) -> list[ShardFacts]:
         """The shards that hold the windows from `first` to `end` - 1."""

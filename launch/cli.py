@@ -98,15 +98,17 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Validate a checkpoint over all held-out text, or evaluate a model on tasks.
+    """Validate a checkpoint over all held-out text, of all sources and of each, or evaluate a model on tasks.
 
     Examples: `duet eval runs/quickstart`, `duet eval exported --tasks mine.yaml,lambada_openai`
     """
     if tasks is None:
         from pretrain.use import evaluate_run
 
-        for name, value in evaluate_run(run, step).items():
-            typer.echo(f"{name:<28} {value:.6f}")
+        found = evaluate_run(run, step)
+        width = max(28, *map(len, found))
+        for name, value in found.items():
+            typer.echo(f"{name:<{width}} {value:.6f}")
         return
     with wanted("lm_eval", "lm-eval", "--tasks"):
         from pretrain.harness import evaluate_tasks

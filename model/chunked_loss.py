@@ -22,6 +22,8 @@ class TokenLoss(NamedTuple):
     """In nats, with neither; without gradient."""
     z_loss: Tensor
     """Mean of log² Z without its weight; without gradient."""
+    by_token: Tensor | None = None
+    """[B, T]: cross entropy of each label, 0 where it is IGNORE; None while gradients are recorded."""
 
 
 def token_loss(x: Tensor, table: Tensor, labels: Tensor, smoothing: float, z_weight: float) -> TokenLoss:
@@ -42,11 +44,12 @@ def token_loss(x: Tensor, table: Tensor, labels: Tensor, smoothing: float, z_wei
         z_weight: at least 0.
     """
     chunk = chunk_tokens(labels.numel(), *table.shape)
-    sums = _ChunkedLoss.apply(
+    loss, cross_entropy, z_loss, by_token = _ChunkedLoss.apply(
         x.flatten(0, -2), table, labels.flatten(), smoothing, z_weight, chunk, torch.is_grad_enabled()
     )
     count = (labels != IGNORE).sum().clamp(min=1)
-    return TokenLoss(*(total / count for total in sums))
+    by_token = None if by_token is None else by_token.view_as(labels)
+    return TokenLoss(loss / count, cross_entropy / count, z_loss / count, by_token)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -59,11 +62,12 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, table: Tensor, labels: Tensor, smoothing: float, z_weight: float, chunk: int, grad: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N, C], table [V, C], labels [N] -> three 0-d sums, as in `TokenLoss`."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x [N, C], table [V, C], labels [N] -> three 0-d sums and the last [N], as in `TokenLoss`."""
         exact = torch.promote_types(x.dtype, torch.float32)
         grad_x = torch.empty_like(x) if grad else None
         grad_table = None
+        by_token = None if grad else torch.empty(len(x), dtype=exact, device=x.device)
         sums = torch.zeros(3, dtype=exact, device=x.device)
         for start in range(0, len(x), chunk):
             part, label = x[start : start + chunk], labels[start : start + chunk]
@@ -79,7 +83,10 @@ class _ChunkedLoss(torch.autograd.Function):
             log_z = total.log() + largest[:, 0]
             squared = log_z.square()
             loss = log_z - (1.0 - smoothing) * picked - smoothing * spread + z_weight * squared
-            sums += (torch.stack([loss, log_z - picked, squared]) * counts).sum(1)
+            counted = torch.stack([loss, log_z - picked, squared]) * counts
+            sums += counted.sum(1)
+            if by_token is not None:
+                by_token[start : start + chunk] = counted[1]
             if grad_x is None:
                 continue
             scores *= ((1.0 + 2.0 * z_weight * log_z) * counts / total)[:, None]
@@ -98,7 +105,7 @@ class _ChunkedLoss(torch.autograd.Function):
         loss_sum, nll, z = sums.unbind()
         nll, z = nll.clone(), z.clone()
         ctx.mark_non_differentiable(nll, z)
-        return loss_sum.clone(), nll, z
+        return loss_sum.clone(), nll, z, by_token
 
     @staticmethod
     @once_differentiable

@@ -42,3 +42,5 @@ class ModelOutput(NamedTuple):
     """0-d: the objective, penalties included."""
     metrics: dict[str, Tensor]
     """Detached 0-d tensors by name; `cross_entropy` (nats, mean over labels that count) is always there."""
+    by_token: Tensor | None = None
+    """[B, T]: cross entropy of each label in nats, 0 where it is IGNORE; None while gradients are recorded."""

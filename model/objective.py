@@ -41,7 +41,7 @@ def objective(
         loss = loss + config.encoder_loss.weight * encoder_loss["encoder_loss"]
         metrics |= encoder_loss
     metrics["loss"] = loss
-    return ModelOutput(loss, {name: value.detach() for name, value in metrics.items()})
+    return ModelOutput(loss, {name: value.detach() for name, value in metrics.items()}, tokens.by_token)
 
 
 def _penalties(config: ModelConfig) -> dict[str, PenaltyConfig]:

@@ -116,6 +116,16 @@ class Batches:
         positions = torch.from_numpy(indices if len(indices) else np.zeros(1, np.int64))
         return self._batch(torch.from_numpy(tokens), positions, starts, 0, _VALIDATION_SEED)
 
+    def sources_of_labels(self, windows: AnyWindows, indices: np.ndarray) -> np.ndarray:
+        """Number in `windows.sources` of the source that each label of `of_validation` is of, int64 [B, labels].
+
+        Where spans are cut out the labels of a window are all of the source that it begins in, int64 [B, 1].
+        """
+        sources = windows.sources_of(indices)
+        if self._objective in ("pairs", "span_corruption"):
+            return sources[:, :1]
+        return sources[:, :-1] if self._objective == "masked" else sources[:, 1:]
+
     def _batch(self, tokens: Tensor, positions: Tensor, starts: np.ndarray | None, step: int, seed: int) -> Batch:
         """Windows int64 [B, T + 1] or pairs [B, 2 T], -1 where there is no token; `starts` of documents as a reader
         gives them."""

@@ -1,7 +1,11 @@
-"""Validation over the whole held-out text: the same batches, whatever the number of ranks."""
+"""Validation over the whole held-out text: the same batches, whatever the number of ranks.
+
+The text is one stream, and a window may begin in one source and end in the next; what a source comes to is told by
+its labels, so it costs no pass of its own.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -9,7 +13,7 @@ from torch import nn
 
 from data_pipeline.dataset import AnyWindows, Dataset
 from data_pipeline.errors import DataError
-from model.interface import IGNORE
+from model.interface import IGNORE, ModelOutput
 from pretrain.batches import Batches
 from pretrain.config import Config
 from pretrain.distributed import Ranks
@@ -26,11 +30,16 @@ def held_out(dataset: Dataset, config: Config) -> AnyWindows:
     return dataset.windows("validation", config.model.context, partial=partial)
 
 
+def held_out_bytes(dataset: Dataset) -> dict[str, int]:
+    """UTF-8 bytes of the held-out text of each source, for bits per byte."""
+    return {source.name: source.split_bytes["validation"] for source in dataset.manifest.sources}
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     windows: AnyWindows,
-    text_bytes: int,
+    text_bytes: Mapping[str, int],
     batch: int,
     ranks: Ranks,
     batches: Batches | None = None,
@@ -41,14 +50,16 @@ def evaluate(
     The gates are averaged over windows; in the last one what lies behind the end of the text counts, too.
 
     Args:
-        text_bytes: UTF-8 bytes of that text, for bits per byte.
+        text_bytes: UTF-8 bytes of that text by source, for bits per byte.
         batch: windows of a forward pass on each rank.
         batches: makes them; for causal models, unless given.
         edge: called before each batch, as often on every rank; may raise to break off.
 
     Returns:
         `loss/val` (nats a label), `loss/val_bits_per_byte` if every token is predicted, and the gates' means under
-        evaluation rounding as `gate/val_…`.
+        evaluation rounding as `gate/val_…`. Where the text is of several sources, of each that has labels, too:
+        `loss/val/NAME` and `loss/val_bits_per_byte/NAME`, of which the first two are the means, weighted by labels
+        and by bytes.
 
     Raises:
         DataError: there is nothing to predict.
@@ -59,24 +70,42 @@ def evaluate(
     rounds = math.ceil(len(windows) / (batch * ranks.world_size))
     totals: dict[str, float] = {}
     count = 0
+    sources = windows.sources if len(windows.sources) > 1 else []
+    by_source = np.zeros((2, len(sources)))
     for index in range(rounds):
         edge()
         first = (index * ranks.world_size + ranks.rank) * batch
         indices = np.arange(first, min(first + batch, len(windows)))
         inputs = batches.of_validation(windows, indices)
-        metrics = model(inputs).metrics
-        predicted = int((inputs.labels != IGNORE).sum())
+        output: ModelOutput = model(inputs)
+        counts = inputs.labels != IGNORE
+        predicted = int(counts.sum())
         count += predicted
-        for name, value in metrics.items():
+        for name, value in output.metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value) * predicted
+        if sources and predicted:
+            assert output.by_token is not None
+            nats, kept = output.by_token.double().cpu().numpy(), counts.cpu().numpy()
+            which = np.broadcast_to(batches.sources_of_labels(windows, indices), kept.shape)[kept]
+            by_source += [np.bincount(which, of_label, len(sources)) for of_label in (nats[kept], None)]
     names = sorted(totals)
-    sums = ranks.sum(torch.tensor([totals[name] for name in names] + [count], dtype=torch.float64)).tolist()
-    if not sums[-1]:
+    over_labels = np.array([[totals[name] for name in names], [count] * len(names)], np.float64)
+    sums, labels = ranks.sum(torch.from_numpy(np.hstack([over_labels, by_source]))).tolist()
+    if not labels[0]:
         raise DataError("the held-out text is too short: nothing in it is to be predicted; hold out more")
-    means = {name: total / sums[-1] for name, total in zip(names, sums, strict=False)}
-    nats = means["cross_entropy"]
-    result = {"loss/val": nats}
+    means = {name: total / labels[0] for name, total in zip(names, sums, strict=False)}
+    nats_per_label = means["cross_entropy"]
+    result = {"loss/val": nats_per_label}
     if batches.predicts_every_token:
-        result["loss/val_bits_per_byte"] = nats * sums[-1] / math.log(2) / text_bytes
-    gates = {f"gate/val_{name}": means[name] for name in ("density", "mask_mean") if name in means}
-    return result | gates
+        result["loss/val_bits_per_byte"] = _bits(nats_per_label * labels[0]) / sum(text_bytes.values())
+    result |= {f"gate/val_{name}": means[name] for name in ("density", "mask_mean") if name in means}
+    for name, total, number in zip(sources, sums[len(names) :], labels[len(names) :], strict=True):
+        if number:
+            result[f"loss/val/{name}"] = total / number
+            if batches.predicts_every_token and text_bytes[name]:
+                result[f"loss/val_bits_per_byte/{name}"] = _bits(total) / text_bytes[name]
+    return result
+
+
+def _bits(nats: float) -> float:
+    return nats / math.log(2)

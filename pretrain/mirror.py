@@ -34,6 +34,7 @@ TEXT_LENGTH = 6000
 SHIPPED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. :-]*(/[A-Za-z0-9_][A-Za-z0-9_. :-]*)?")
 """Names that MLflow accepts, of one section at most: per-layer values would bury the loss on its page."""
 A_LAYER = re.compile(r"(gate)/(\w+)/(\w+)/\d+")
+A_SOURCE = re.compile(r"(loss/val|loss/val_bits_per_byte)/(.+)", re.DOTALL)
 SECTIONS = {"data": "progress", "gate": "mask", "health": "progress", "penalty": "mask"}
 """The run's page sorts its sections by name: so few of them, and none before the loss."""
 ATTEMPT = "progress/attempt"
@@ -223,6 +224,7 @@ def shipped(record: Record) -> dict[str, float]:
     """What MLflow gets of a record: values that are not finite would ruin its axes, so they are counted instead."""
     named = {mirrored(name): value for name, value in record.metrics.items() if SHIPPED.fullmatch(name)}
     named |= {mirrored(name): value for name, value in _over_layers(record.metrics)}
+    named |= {f"{part[1]}.{ILLEGAL.sub('_', part[2])}": value for part, value in _of_sources(record.metrics)}
     finite = {name: value for name, value in named.items() if math.isfinite(value)}
     if len(finite) < len(named):
         finite[NONFINITE] = float(len(named) - len(finite))
@@ -240,6 +242,12 @@ def _over_layers(metrics: dict[str, float]) -> Iterator[tuple[str, float]]:
         finite = all(map(math.isfinite, values))
         for word, summary in (("min", min), ("mean", fmean), ("max", max)):
             yield f"{site}_{word}", summary(values) if finite else math.nan
+
+
+def _of_sources(metrics: dict[str, float]) -> Iterator[tuple[re.Match[str], float]]:
+    for name, value in metrics.items():
+        if part := A_SOURCE.fullmatch(name):
+            yield part, value
 
 
 def mirrored(name: str) -> str:

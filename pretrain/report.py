@@ -6,7 +6,7 @@ from pathlib import Path
 from data_pipeline.atomic import write_atomic
 from data_pipeline.errors import RunError
 from pretrain import report_html as html
-from pretrain.report_data import BITS_PER_BYTE, LOSS, VALIDATION, RunData, load, verdict
+from pretrain.report_data import BITS_PER_BYTE, LOSS, OF_SOURCES, VALIDATION, RunData, load, verdict
 from pretrain.report_plots import overview_png, panel_png, panels
 
 SAMPLES_OPEN = 1
@@ -134,7 +134,7 @@ def _tiles(run: RunData) -> list[tuple[str, str]]:
 def _numbers(run: RunData) -> list[list[str]]:
     """One row a metric; the gates' single sites are in the picture."""
     rows = []
-    for name in sorted(name for name in run.points if name.count("/") <= 1):
+    for name in sorted(name for name in run.points if name.count("/") <= 1 or name.startswith(OF_SOURCES)):
         points = run.points[name]
         finite = [point for point in points if math.isfinite(point.value)]
         lowest = min(finite, key=lambda point: point.value, default=None)

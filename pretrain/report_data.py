@@ -12,6 +12,8 @@ from pretrain.runs import LOSS, run_state
 
 VALIDATION = "loss/val"
 BITS_PER_BYTE = "loss/val_bits_per_byte"
+OF_SOURCES = (f"{BITS_PER_BYTE}/", f"{VALIDATION}/")
+"""What the names of a validation's numbers of one source begin with; the one that is drawn if it is there first."""
 
 
 @dataclass(frozen=True)

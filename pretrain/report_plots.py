@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pretrain.journal import Point
-from pretrain.report_data import BITS_PER_BYTE, LOSS, VALIDATION, RunData, verdict
+from pretrain.report_data import BITS_PER_BYTE, LOSS, OF_SOURCES, VALIDATION, RunData, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,8 @@ TIME_PARTS = {
     "checkpoint": "time/checkpoint_ms",
 }
 HEAT_COLUMNS = 300
+SOURCES_INSIDE = 6
+"""Of more than these the legend is beside the plot."""
 SMOOTH_FROM = 60
 """Points from which a running mean is drawn over the raw line."""
 
@@ -143,6 +145,24 @@ def _draw_bits(axes: "Axes", runs: Coloured) -> None:
     axes.set_ylabel("bits per byte")
 
 
+def _draw_sources(axes: "Axes", runs: Coloured) -> None:
+    points = runs[0][0].points
+    prefix = next(prefix for prefix in OF_SOURCES if _family(prefix, runs[0][0]))
+    names = sorted(name for name in points if name.startswith(prefix))
+    for index, name in enumerate(names):
+        lap, colour = divmod(index, len(COLOURS))
+        steps, values = [p.step for p in points[name]], [p.value for p in points[name]]
+        style, label = ("o-", "s--", "^:")[lap % 3], _plain(name.removeprefix(prefix))
+        axes.plot(steps, values, style, color=COLOURS[colour], markersize=4, linewidth=1.2, label=label)
+    _from_zero(axes)
+    axes.set_ylabel("bits per byte" if prefix.startswith(BITS_PER_BYTE) else "nats per label")
+    if len(names) > SOURCES_INSIDE:
+        columns = math.ceil(len(names) / 16)
+        axes.legend(
+            loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, labelcolor=INK, frameon=False, ncols=columns
+        )
+
+
 def _metric(
     name: str, unit: str, *, smooth: bool = False, from_zero: bool = False
 ) -> Callable[["Axes", Coloured], None]:
@@ -235,6 +255,7 @@ PANELS = (
     Panel("Loss", (LOSS, VALIDATION), _loss(by_tokens=False)),
     Panel("Loss by tokens", (LOSS, VALIDATION), _loss(by_tokens=True), by_tokens=True),
     Panel("Validation, bits per byte", (BITS_PER_BYTE,), _draw_bits),
+    Panel("Validation by source", OF_SOURCES, _draw_sources, single=True),
     Panel("Learning rate", ("optim/lr",), _metric("optim/lr", "learning rate")),
     Panel("Gradient norm", ("optim/grad_norm",), _metric("optim/grad_norm", "norm before clipping", smooth=True)),
     Panel("Update ratio", ("optim/update_ratio",), _metric("optim/update_ratio", "update to weight norm", smooth=True)),

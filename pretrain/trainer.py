@@ -30,7 +30,7 @@ from pretrain.console import slow_progress
 from pretrain.dataset_identity import complete, identity
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
-from pretrain.evaluate import evaluate, held_out
+from pretrain.evaluate import evaluate, held_out, held_out_bytes
 from pretrain.goodput import Goodput, earlier_goodput
 from pretrain.health import Health
 from pretrain.job import FailureFile
@@ -252,10 +252,9 @@ def validation(session: Session, step: int) -> float | None:
     config, dataset = session.config, session.dataset
     windows = held_out(dataset, config)
     batch = max(1, 8192 // config.model.context)
-    text_bytes = dataset.manifest.splits["validation"].bytes
-    edge = session.life.check_in_validation
+    size, edge = held_out_bytes(dataset), session.life.check_in_validation
     try:
-        metrics = evaluate(session.engine.module, windows, text_bytes, batch, session.ranks, session.batches, edge)
+        metrics = evaluate(session.engine.module, windows, size, batch, session.ranks, session.batches, edge)
     except Stopped:
         return None
     session.recorder.validation(step, metrics | session.probe.flips(session.engine.module))

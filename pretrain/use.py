@@ -6,7 +6,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.errors import ConfigError
 from pretrain.batches import Batches
 from pretrain.distributed import join
-from pretrain.evaluate import evaluate, held_out
+from pretrain.evaluate import evaluate, held_out, held_out_bytes
 from pretrain.portable import is_export, load_export
 from pretrain.trained import Trained, find_checkpoint, read_model, tokenizer_of
 
@@ -31,7 +31,7 @@ def open_trained(path: Path, step: int | None = None) -> Trained:
 
 
 def evaluate_run(run: Path, step: int | None) -> dict[str, float]:
-    """Validation metrics of a checkpoint over all held-out text."""
+    """Validation metrics of a checkpoint over all held-out text, as `evaluate` gives them."""
     if is_export(run):
         raise ConfigError(f"{run} is an export, and does not say where its held-out text lies; name the run folder")
     checkpoint, config = find_checkpoint(run, step)
@@ -39,7 +39,6 @@ def evaluate_run(run: Path, step: int | None) -> dict[str, float]:
     dataset = Dataset.of(config.data)
     windows = held_out(dataset, config)
     with join(config.engine.timeout_minutes) as ranks:
-        text_bytes = dataset.manifest.splits["validation"].bytes
         batch = max(1, 8192 // config.model.context)
         batches = Batches.of(config, dataset, ranks.device)
-        return evaluate(model.to(ranks.device), windows, text_bytes, batch, ranks, batches)
+        return evaluate(model.to(ranks.device), windows, held_out_bytes(dataset), batch, ranks, batches)

@@ -255,7 +255,7 @@ def validate_in_batches_of(ranks: Ranks, run: str, sizes: list[int]) -> list[dic
     checkpoint, config = find_checkpoint(Path(run))
     model = read_model(checkpoint, config)
     windows = Dataset.open(config.data.path).windows("validation", config.model.context, partial=True)
-    return [evaluate(model, windows, 1000, size, ranks) for size in sizes]
+    return [evaluate(model, windows, {"text": 1000}, size, ranks) for size in sizes]
 
 
 def validate_text(ranks: Ranks, path: str, texts: list[str]) -> float:
@@ -269,6 +269,7 @@ def validate_text(ranks: Ranks, path: str, texts: list[str]) -> float:
             [ids] = trained.tokenizer.encode([text])
             self.context = trained.model.config.context
             self.width = self.context + 1
+            self.sources = ["text"]
             self._stream = np.concatenate([[trained.tokenizer.eos_id], ids])
 
         def __len__(self) -> int:
@@ -282,7 +283,7 @@ def validate_text(ranks: Ranks, path: str, texts: list[str]) -> float:
     bits = 0.0
     for text in texts:
         windows: Any = Windows(text)
-        found = evaluate(trained.model, windows, len(text.encode()), 3, ranks)
+        found = evaluate(trained.model, windows, {"text": len(text.encode())}, 3, ranks)
         bits += found["loss/val_bits_per_byte"] * len(text.encode())
     return bits / sum(len(text.encode()) for text in texts)
 

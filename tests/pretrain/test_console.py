@@ -56,7 +56,9 @@ def test_validation_note_warning_summary() -> None:
     file = io.StringIO()
     console = Console(100, file)
     flips = {"gate/flips": 0.25, "gate/flips/enc_ff/00": 0.25}
-    console.validation(50, {"loss/val": 2.5, "loss/val_bits_per_byte": 1.25, "gate/val_density": 0.5} | flips)
+    sources = {"loss/val/web": 2.4, "loss/val_bits_per_byte/web": 1.2}
+    losses = {"loss/val": 2.5, "loss/val_bits_per_byte": 1.25, "gate/val_density": 0.5}
+    console.validation(50, losses | sources | flips)
     console.note("resumed from step 40")
     console.warning("MLflow is away")
     console.warning("MLflow is away")

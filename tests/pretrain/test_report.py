@@ -52,7 +52,10 @@ def journal_steps(run_dir: Path, attempt: int, first: int, last: int, *, resumed
                 metrics[f"gate/entropy/{site}/{layer:02d}"] = step / 200 + layer / 10
         journal.metrics(step, metrics)
         if step % 20 == 0:
-            journal.metrics(step, {"loss/val": 2.25 - attempt / 8, "loss/val_bits_per_byte": 1.75 - attempt / 8})
+            losses = {"loss/val": 2.25 - attempt / 8, "loss/val_bits_per_byte": 1.75 - attempt / 8}
+            for number in range(9):
+                losses |= {f"loss/val/s{number}": 2.0 + number, f"loss/val_bits_per_byte/s{number}": 1.0 + number}
+            journal.metrics(step, losses)
             journal.event("sample", step=step, text=f"attempt {attempt}: <b>bold</b> & $x_1$ ⟶ text")
     return journal
 
@@ -91,6 +94,8 @@ def test_a_report_tells_the_numbers_and_escapes_all_text(run_dir: Path) -> None:
     for escaped in ("tiny &lt;&amp;&gt; run", "a&lt;i&gt;b", "odd &lt;thing&gt;", "&lt;script&gt;alert(1)"):
         assert escaped in text
     assert "<script" not in text
+    for name in ("loss/val/s8", "loss/val_bits_per_byte/s8"):
+        assert f">{name}<" in text
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
     assert titles == [panel.title for panel in PANELS], "the journal has all that can be drawn"
     assert text.count("data:image/png;base64,") == len(PANELS)

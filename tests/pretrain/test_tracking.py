@@ -246,6 +246,16 @@ def test_of_the_layers_the_mirror_gets_least_mean_and_greatest() -> None:
     }
 
 
+def test_of_a_validation_the_mirror_gets_every_source() -> None:
+    values = {"loss/val": 2.0, "loss/val/web": 2.5, "loss/val_bits_per_byte/a/b (c)": 1.5}
+    assert mirror.shipped(Record("metrics", 0, 3, 1, values, {})) == {
+        "loss/val": 2.0,
+        "loss/val.web": 2.5,
+        "loss/val_bits_per_byte.a_b _c_": 1.5,
+        mirror.ATTEMPT: 3.0,
+    }
+
+
 def test_names_that_are_shipped() -> None:
     shipped = ["loss/train", "loss", "time/step_ms", "gate/val_density", "system/node-1.cpu_percent"]
     kept = ["gate/density/enc_ff/00", "a//b", "/a", "a/", "a%", "../a", "a/.b", ""]

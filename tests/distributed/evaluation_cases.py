@@ -1,0 +1,44 @@
+"""Validations of text from several sources; started through the fixture `ranks`."""
+
+import torch
+
+from data_pipeline import packing_plan
+from data_pipeline.dataset import AnyWindows, Dataset
+from model import registry
+from model.language_model import LanguageModel
+from pretrain.batches import Batches
+from pretrain.config import Config, load
+from pretrain.dataset_identity import complete
+from pretrain.distributed import Ranks
+from pretrain.engine import Engine
+from pretrain.evaluate import evaluate, held_out, held_out_bytes
+
+BATCH = 4
+
+
+def opened(args: list[str]) -> tuple[Config, Dataset, AnyWindows, LanguageModel]:
+    """What is validated, and a model that is no good, but surer of some tokens than of others."""
+    config = load(args)
+    dataset = Dataset.of(config.data)
+    config = complete(config, dataset)
+    torch.manual_seed(0)
+    model = registry.build(config.model)
+    with torch.no_grad():
+        model.token_embed.weight.mul_(20)
+    if config.data.packing == "best_fit":
+        packing_plan.prepare(dataset, config.model.context)
+    return config, dataset, held_out(dataset, config), model.eval()
+
+
+def validate(ranks: Ranks, runs: list[list[str]], unweighted: bool = False) -> list[dict[str, float]]:
+    """Of each run's arguments. `unweighted`: a wrong mean, in which all ranks count alike."""
+    if unweighted:
+        add = Ranks.sum
+        Ranks.sum = lambda self, values: add(self, (values / values[1]).nan_to_num())  # type: ignore[method-assign]
+    found = []
+    for args in runs:
+        config, dataset, windows, model = ranks.together(lambda args=args: opened(args))  # type: ignore[misc]
+        module = Engine(model, config, ranks).module if config.engine.zero_stage == 3 else model
+        batches = Batches.of(config, dataset, ranks.device)
+        found.append(evaluate(module, windows, held_out_bytes(dataset), BATCH, ranks, batches))
+    return found
