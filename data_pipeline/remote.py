@@ -64,14 +64,8 @@ class RemoteShards:
         return {**self.__dict__, "_thread": None}
 
     def check_sizes(self, shards: Sequence[ShardFacts]) -> None:
-        """One listing of the store against the manifest. Raises DataError that names what is missing or cut off."""
-        sizes = _sizes(self._uri)
-        for shard in shards:
-            if sizes.get(shard.path) != shard.bytes:
-                state = f"has {sizes[shard.path]} bytes" if shard.path in sizes else "is missing"
-                raise DataError(
-                    f"shard {shard.path} of {self._uri} {state}, the manifest says {shard.bytes} bytes; upload it again"
-                )
+        """As the function."""
+        check_sizes(self._uri, shards)
 
     def get(self, shard: ShardFacts, wait: bool = True) -> Cached | None:
         """The shard's file, fetched if it is not in the cache; None if another process does that and not `wait`.
@@ -148,6 +142,17 @@ def _add(data: bytes, out: BinaryIO, digest: "xxhash.xxh3_128 | None" = None) ->
     out.write(data)
     if digest is not None:
         digest.update(data)
+
+
+def check_sizes(uri: str, shards: Sequence[ShardFacts]) -> None:
+    """One listing of the store against the manifest. Raises DataError that names what is missing or cut off."""
+    sizes = _sizes(uri)
+    for shard in shards:
+        if sizes.get(shard.path) != shard.bytes:
+            state = f"has {sizes[shard.path]} bytes" if shard.path in sizes else "is missing"
+            raise DataError(
+                f"shard {shard.path} of {uri} {state}, the manifest says {shard.bytes} bytes; upload it again"
+            )
 
 
 def upload(folder: Path, uri: str) -> int:

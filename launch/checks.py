@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError, DataError, RunError
+from data_pipeline.files import is_uri
 from data_pipeline.manifest import MANIFEST, Manifest
 from launch.cluster import Cluster, node_range, seconds
 from model.size import num_parameters
@@ -54,11 +55,29 @@ def check_data(config: Config, *, later: bool) -> tuple[Config, list[Finding]]:
     Raises:
         UserError: they are not, or they are others than the run's own.
     """
-    path = Path(config.data.path).absolute()
-    config = _absolute(config)
-    if later and not (path / MANIFEST).is_file():
-        return config, [Finding("data", f"{path}: no dataset yet; the job looks again", warning=True)]
-    manifest = Manifest.load(path)
+    config = origin.resolve(_absolute(config))
+    place = config.data.path
+    remote, path = is_uri(place), Path(place)
+    if later and (remote or not (path / MANIFEST).is_file()):
+        return config, [Finding("data", f"{place}: no dataset yet; the job looks again", warning=True)]
+    manifest = Manifest.load(place)
+    if remote:
+        from data_pipeline.remote import check_sizes  # a store is asked through pyarrow
+
+        check_sizes(place, manifest.shards)
+    else:
+        _check_files(path, manifest)
+    config = complete(config, _Built(path, manifest))
+    identity = {"fingerprint": manifest.fingerprint, "path": place}
+    origin.check(config, identity)
+    folder = RunFolder(config.run_dir)
+    if folder.run_file.exists() and folder.has_trained():
+        folder.check(config, identity)
+    tokens = manifest.splits["train"].tokens
+    return config, [Finding("data", f"{place}: {tokens:,} tokens, fingerprint {manifest.fingerprint[:12]}")]
+
+
+def _check_files(path: Path, manifest: Manifest) -> None:
     for shard in manifest.shards:
         file = path / shard.path
         size = file.stat().st_size if file.is_file() else None
@@ -67,15 +86,6 @@ def check_data(config: Config, *, later: bool) -> tuple[Config, list[Finding]]:
             raise DataError(f"shard {file} {state}; restore it from a copy, or run `duet data build --overwrite`")
     if not any((path / "tokenizer").glob("*")):
         raise DataError(f"{path / 'tokenizer'}: the tokenizer is missing; restore it from a copy, or build again")
-    dataset = _Built(path, manifest)
-    config = origin.resolve(complete(config, dataset))
-    identity = {"fingerprint": manifest.fingerprint, "path": str(path)}
-    origin.check(config, identity)
-    folder = RunFolder(config.run_dir)
-    if folder.run_file.exists() and folder.has_trained():
-        folder.check(config, identity)
-    tokens = manifest.splits["train"].tokens
-    return config, [Finding("data", f"{path}: {tokens:,} tokens, fingerprint {manifest.fingerprint[:12]}")]
 
 
 def check_folder(config: Config, clock: float | None) -> list[Finding]:
@@ -113,7 +123,8 @@ def check_nodes(config: Config, cluster: Cluster) -> list[Finding]:
     """
     least, most = node_range(cluster.nodes)
     ranks = cluster.ranks_per_node
-    fitting = [n for n in range(1, LARGEST_FACTOR * most + 1) if _shares(config, n * ranks)]
+    largest = min(LARGEST_FACTOR * most, config.global_batch // ranks)
+    fitting = [n for n in range(1, largest + 1) if _shares(config, n * ranks)]
     usable = [n for n in fitting if least <= n <= most]
     if not usable:
         near = [n for n in fitting if n < least][-1:] + [n for n in fitting if n > most][:1]
@@ -221,7 +232,7 @@ def check_mounts(config: Config, cluster: Cluster) -> list[Finding]:
     hidden = [
         path
         for path in (str(config.run_dir), config.data.path)
-        if not any(Path(path).is_relative_to(mount) for mount in seen)
+        if not is_uri(path) and not any(Path(path).is_relative_to(mount) for mount in seen)
     ]
     text = "in none of the mounts, so the container sees it only if the site mounts it by itself"
     return [Finding("mounts", f"{path}: {text}", warning=True) for path in hidden]
@@ -230,7 +241,12 @@ def check_mounts(config: Config, cluster: Cluster) -> list[Finding]:
 def _absolute(config: Config) -> Config:
     """Nothing in it depends on where one stands: the job runs in its run folder."""
     run = config.run.model_copy(update={"dir": str(config.run_dir.absolute())})
-    data = config.data.model_copy(update={"path": str(Path(config.data.path).absolute())})
+    data = config.data.model_copy(
+        update={
+            "path": config.data.path if is_uri(config.data.path) else str(Path(config.data.path).absolute()),
+            "cache": str(Path(config.data.cache).absolute()) if config.data.cache else None,
+        }
+    )
     tracking = config.tracking
     file = (tracking.uri or "").removeprefix("sqlite:///")
     if tracking.uri and file != tracking.uri and not file.startswith("/"):

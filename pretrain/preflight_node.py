@@ -10,6 +10,7 @@ import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.atomic import disk_errors
+from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import RunError, UserError
+from data_pipeline.files import is_uri, join, open_raw
 from data_pipeline.manifest import MANIFEST
 from model.parameters import parameters_by_part
 from pretrain import preflight_gpu
@@ -131,20 +134,21 @@ def _note_versions(report: Report) -> Iterator[Finding]:
 
 
 def _look_at_data(config: Config, report: Report) -> Iterator[Finding]:
-    path = _data_path(config)
+    path = _data(config).path
     try:
-        dataset = Dataset.open(path, check=False)
+        dataset = Dataset.of(_data(config), check=False)
         dataset.tokenizer()
         # The same one on every node: a shard that is damaged for all is no node's fault.
         dataset.shard(dataset.shards_of("train")[0]).check_batch(0)
-        report.same["manifest of the data"] = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:16]
+        with open_raw(join(path, MANIFEST) if is_uri(path) else f"{path}/{MANIFEST}") as file:
+            report.same["manifest of the data"] = hashlib.sha256(file.read()).hexdigest()[:16]
     except OSError as error:
         yield Finding("data", "place", f"the dataset {path} cannot be read: {error}")
 
 
-def _data_path(config: Config) -> Path:
+def _data(config: Config) -> DataConfig:
     """What training reads here: the node's own copy where the batch script made one."""
-    return Path(os.environ.get("DUET_DATA") or config.data.path)
+    return config.data.model_copy(update={"path": os.environ.get("DUET_DATA") or config.data.path})
 
 
 def _look_at_disks(config: Config, report: Report, share: float) -> Iterator[Finding]:
@@ -198,7 +202,7 @@ def _probe_writing(place: Path, report: Report) -> Iterator[Finding]:
 def _checkpoint_bytes(config: Config) -> int:
     """About; 0 when the data, which know the vocabulary, cannot be read: that is told elsewhere."""
     try:
-        model = complete(config, Dataset.open(_data_path(config), check=False)).model
+        model = complete(config, Dataset.of(_data(config), check=False)).model
     except (OSError, UserError):
         return 0
     return sum(parameters_by_part(model).values()) * STATE_BYTES[config.optimizer.kind]
@@ -213,7 +217,7 @@ def _look_at_tracking(config: Config) -> Iterator[Finding]:
     except urllib.error.HTTPError as error:
         if error.code >= 500:
             yield Finding("tracking", "warning", f"MLflow at {uri} answers {error.code}; training does not wait for it")
-    except OSError as error:
+    except (OSError, HTTPException, ValueError) as error:  # also what answers is no web server, or the port no number
         yield Finding(
             "tracking", "warning", f"MLflow at {uri} cannot be reached ({error}); training does not wait for it"
         )
