@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import xxhash
 
+from data_pipeline.atomic import disk_errors
 from data_pipeline.cache import Cache, Cached
 from data_pipeline.errors import DataError
 from data_pipeline.files import is_uri, join, open_raw, resolve, stamp
@@ -35,8 +36,16 @@ class _DamagedError(Exception):
 
 
 def default_folder() -> Path:
-    """A user's cache in TMPDIR, which on a cluster names the node's own scratch."""
-    return Path(tempfile.gettempdir()) / f"duet-cache-{os.getuid()}"
+    """A user's cache in TMPDIR, which on a cluster names the node's own scratch.
+
+    Raises DataError if somebody else made it, since whoever can write there chooses what is trained on.
+    """
+    folder = Path(tempfile.gettempdir()) / f"duet-cache-{os.getuid()}"
+    with disk_errors(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise DataError(f"{folder} is a link, or another user's: set data.cache to a folder of your own")
+    return folder
 
 
 @contextmanager
