@@ -1,8 +1,22 @@
 """What the data pipeline can be told. Free of heavy imports: login nodes read this."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
+
+
+def _without_a_password(place: str) -> str:
+    if "://" in place and "@" in urlsplit(place).netloc:
+        raise ValueError(
+            "keys do not belong into a URI, which is written into run folder and manifest; give them by the "
+            "environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    return place
+
+
+Place = Annotated[str, AfterValidator(_without_a_password)]
+"""A path or a URI."""
 
 
 class FilterConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
@@ -44,7 +58,7 @@ class DuplicateConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
 class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """One named body of text."""
 
-    paths: list[str] = Field(min_length=1)
+    paths: list[Place] = Field(min_length=1)
     """Files, directories (all files below, hidden ones left out) or globs; local paths or URIs (s3://, gs://, …). A
     name ending in .jsonl holds one JSON object a line, in .parquet or .arrow one document a row; any other is plain
     text, one document a file. All but .parquet may also end in .gz, .zst, .bz2 or .xz."""
@@ -96,7 +110,7 @@ class SplitConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     source's text; `given`: the documents of `files`."""
     fraction: float = Field(default=0.01, gt=0.0, lt=1.0)
     """Share held out by `hash` (of documents) and `tail` (of UTF-8 bytes)."""
-    files: list[str] = []
+    files: list[Place] = []
     """Validation files for `given`: as `paths` of a source."""
     text_key: str = "text"
     """Key of the text in the JSONL objects of `files`."""
@@ -113,10 +127,11 @@ class SplitConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
 class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """A dataset: where it is, what it is built from, and what is made of it to learn from."""
 
-    path: str = "data/dataset"
+    path: Place = "data/dataset"
     """The dataset's folder (manifest, tokenizer, shards); `duet train` also reads from a URI (s3://, gs://, …)."""
     cache: str | None = None
-    """Folder on the node's own disk for the shards of a dataset at a URI; in TMPDIR unless given."""
+    """A folder on the node's own disk, in TMPDIR unless given: shards of a dataset at a URI are kept in `duet-cache`
+    there."""
     cache_bytes: int = Field(default=64 * 2**30, ge=1)
     """At most this many bytes are kept there; those least recently used go."""
     sources: dict[str, SourceConfig] = {}

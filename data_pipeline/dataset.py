@@ -78,7 +78,8 @@ class Dataset:
         """The dataset that a configuration names, with its cache if it is at a URI; see `open`."""
         cache = None
         if is_uri(config.path):
-            cache = Cache(Path(config.cache) if config.cache else default_folder(), config.cache_bytes)
+            # In a folder of its own, since what is there is removed when there is no room.
+            cache = Cache(Path(config.cache, "duet-cache") if config.cache else default_folder(), config.cache_bytes)
         return cls.open(config.path, check, cache, manifest)
 
     @property

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import xxhash
 
+from data_pipeline.atomic import disk_errors
 from data_pipeline.cache import Cache, Cached
 from data_pipeline.errors import DataError
 from data_pipeline.files import is_uri, join, open_raw, resolve, stamp
@@ -35,8 +36,16 @@ class _DamagedError(Exception):
 
 
 def default_folder() -> Path:
-    """A user's cache in TMPDIR, which on a cluster names the node's own scratch."""
-    return Path(tempfile.gettempdir()) / f"duet-cache-{os.getuid()}"
+    """A user's cache in TMPDIR, which on a cluster names the node's own scratch.
+
+    Raises DataError if somebody else made it, since whoever can write there chooses what is trained on.
+    """
+    folder = Path(tempfile.gettempdir()) / f"duet-cache-{os.getuid()}"
+    with disk_errors(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise DataError(f"{folder} is a link, or another user's: set data.cache to a folder of your own")
+    return folder
 
 
 @contextmanager
@@ -64,14 +73,8 @@ class RemoteShards:
         return {**self.__dict__, "_thread": None}
 
     def check_sizes(self, shards: Sequence[ShardFacts]) -> None:
-        """One listing of the store against the manifest. Raises DataError that names what is missing or cut off."""
-        sizes = _sizes(self._uri)
-        for shard in shards:
-            if sizes.get(shard.path) != shard.bytes:
-                state = f"has {sizes[shard.path]} bytes" if shard.path in sizes else "is missing"
-                raise DataError(
-                    f"shard {shard.path} of {self._uri} {state}, the manifest says {shard.bytes} bytes; upload it again"
-                )
+        """As the function."""
+        check_sizes(self._uri, shards)
 
     def get(self, shard: ShardFacts, wait: bool = True) -> Cached | None:
         """The shard's file, fetched if it is not in the cache; None if another process does that and not `wait`.
@@ -148,6 +151,17 @@ def _add(data: bytes, out: BinaryIO, digest: "xxhash.xxh3_128 | None" = None) ->
     out.write(data)
     if digest is not None:
         digest.update(data)
+
+
+def check_sizes(uri: str, shards: Sequence[ShardFacts]) -> None:
+    """One listing of the store against the manifest. Raises DataError that names what is missing or cut off."""
+    sizes = _sizes(uri)
+    for shard in shards:
+        if sizes.get(shard.path) != shard.bytes:
+            state = f"has {sizes[shard.path]} bytes" if shard.path in sizes else "is missing"
+            raise DataError(
+                f"shard {shard.path} of {uri} {state}, the manifest says {shard.bytes} bytes; upload it again"
+            )
 
 
 def upload(folder: Path, uri: str) -> int:

@@ -54,23 +54,26 @@ def check_data(config: Config, *, later: bool) -> tuple[Config, list[Finding]]:
     Raises:
         UserError: they are not, or they are others than the run's own.
     """
-    config = _absolute(config)
-    path = config.data.path
-    if is_uri(path):  # the run compares its shards with one listing
-        manifest = Manifest.load(path)
+    config = origin.resolve(_absolute(config))
+    place = config.data.path
+    remote, path = is_uri(place), Path(place)
+    if later and (remote or not (path / MANIFEST).is_file()):
+        return config, [Finding("data", f"{place}: no dataset yet; the job looks again", warning=True)]
+    manifest = Manifest.load(place)
+    if remote:
+        from data_pipeline.remote import check_sizes  # a store is asked through pyarrow
+
+        check_sizes(place, manifest.shards)
     else:
-        if later and not Path(path, MANIFEST).is_file():
-            return config, [Finding("data", f"{path}: no dataset yet; the job looks again", warning=True)]
-        manifest = Manifest.load(path)
-        _check_files(Path(path), manifest)
-    config = origin.resolve(complete(config, _Built(manifest)))
-    identity = {"fingerprint": manifest.fingerprint, "path": path}
+        _check_files(path, manifest)
+    config = complete(config, _Built(manifest))
+    identity = {"fingerprint": manifest.fingerprint, "path": place}
     origin.check(config, identity)
     folder = RunFolder(config.run_dir)
     if folder.run_file.exists() and folder.has_trained():
         folder.check(config, identity)
     tokens = manifest.splits["train"].tokens
-    return config, [Finding("data", f"{path}: {tokens:,} tokens, fingerprint {manifest.fingerprint[:12]}")]
+    return config, [Finding("data", f"{place}: {tokens:,} tokens, fingerprint {manifest.fingerprint[:12]}")]
 
 
 def _check_files(path: Path, manifest: Manifest) -> None:
@@ -119,7 +122,8 @@ def check_nodes(config: Config, cluster: Cluster) -> list[Finding]:
     """
     least, most = node_range(cluster.nodes)
     ranks = cluster.ranks_per_node
-    fitting = [n for n in range(1, LARGEST_FACTOR * most + 1) if _shares(config, n * ranks)]
+    largest = min(LARGEST_FACTOR * most, config.global_batch // ranks)
+    fitting = [n for n in range(1, largest + 1) if _shares(config, n * ranks)]
     usable = [n for n in fitting if least <= n <= most]
     if not usable:
         near = [n for n in fitting if n < least][-1:] + [n for n in fitting if n > most][:1]
@@ -227,7 +231,7 @@ def check_mounts(config: Config, cluster: Cluster) -> list[Finding]:
     hidden = [
         path
         for path in (str(config.run_dir), config.data.path)
-        if not any(Path(path).is_relative_to(mount) for mount in seen)
+        if not is_uri(path) and not any(Path(path).is_relative_to(mount) for mount in seen)
     ]
     text = "in none of the mounts, so the container sees it only if the site mounts it by itself"
     return [Finding("mounts", f"{path}: {text}", warning=True) for path in hidden]
@@ -236,7 +240,12 @@ def check_mounts(config: Config, cluster: Cluster) -> list[Finding]:
 def _absolute(config: Config) -> Config:
     """Nothing in it depends on where one stands: the job runs in its run folder."""
     run = config.run.model_copy(update={"dir": str(config.run_dir.absolute())})
-    data = config.data.model_copy(update={"path": absolute(config.data.path)})
+    data = config.data.model_copy(
+        update={
+            "path": absolute(config.data.path),
+            "cache": str(Path(config.data.cache).absolute()) if config.data.cache else None,
+        }
+    )
     tracking = config.tracking
     file = (tracking.uri or "").removeprefix("sqlite:///")
     if tracking.uri and file != tracking.uri and not file.startswith("/"):

@@ -48,7 +48,7 @@ def refuse(
     bad: Collection[str], num_nodes: int, records: list[dict[str, Any]], job: str | None, now: float
 ) -> str | None:
     """Which of the caps forbids to exclude these nodes; None when none does. `records`: of a run, one a node."""
-    ignored = [record["node"] for record in records if record["node"] in bad and job and record["job"] == job]
+    ignored = [record["node"] for record in records if record["node"] in bad and job and record.get("job") == job]
     if ignored:
         return f"{', '.join(ignored)} was excluded by this job before, and given to it again"
     allowed = max(1, int(SHARE * num_nodes))
@@ -64,7 +64,8 @@ def refuse(
 
 
 def _in_force(records: list[dict[str, Any]], now: float) -> list[str]:
-    return [record["node"] for record in records if now - record["time"] < AVOIDED_SECONDS]
+    """One that somebody has written without a time stays."""
+    return [record["node"] for record in records if now - record.get("time", now) < AVOIDED_SECONDS]
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
     python -m launch.fit CONFIG… KEY=VALUE… --nodes N --tasks T
 
-Prints three lines: the nodes to use, the run folder, the dataset. Free of torch. A mistake in the configuration ends
-here, with exit code 2, before a node has done anything.
+Prints three lines: the nodes to use, the run folder, the dataset's folder (empty for one at a URI). Free of torch. A
+mistake in the configuration ends here, with exit code 2, before a node has done anything.
 """
 
 import argparse
 import sys
 
 from data_pipeline.errors import ConfigError, UserError
-from data_pipeline.files import absolute
+from data_pipeline.files import absolute, is_uri
 from pretrain.config import Config, load
 
 
@@ -43,7 +43,8 @@ def main(args: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(nodes, config.run_dir.absolute(), absolute(config.data.path), sep="\n")
+    data = "" if is_uri(config.data.path) else absolute(config.data.path)
+    print(nodes, config.run_dir.absolute(), data, sep="\n")
     return 0
 
 

@@ -127,11 +127,13 @@ def _from_script(run: Path, job: str) -> Path | None:
         script = JobFolder(run).script.read_text(errors="replace")
     except OSError:
         return None
-    options = dict(re.findall(r"^#SBATCH\s+--(output|job-name)=((?:\\.|\S)+)", script, re.MULTILINE))
+    options = dict(re.findall(r'^#SBATCH\s+--(output|job-name)=("(?:\\.|[^"\\])*"|\S+)', script, re.MULTILINE))
     if "output" not in options:
         return None
     array, _, element = job.partition("_")
-    plain = {name: re.sub(r"\\(.)", r"\1", value) for name, value in options.items()}
+    plain = {
+        name: re.sub(r"\\(.)", r"\1", value[1:-1] if value[0] == '"' else value) for name, value in options.items()
+    }
     values = {"%": "%", "j": job, "A": array, "a": element, "x": plain.get("job-name", "")}
     path = re.sub(r"%([%jAax])", lambda match: values[match[1]], plain["output"])
     return run / path

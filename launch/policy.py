@@ -213,6 +213,8 @@ def main(args: list[str]) -> int:
     folder = JobFolder(given.run_dir)
     words = _words(given.log, job, restart)
     wish = folder.requeue_wish()
+    if wish and (wish.job, wish.restart) != (job, restart):
+        wish = None
     outcome = Outcome(
         rc=given.rc,
         signal=given.signal,

@@ -83,7 +83,7 @@ def _copy(root: Path, names: list[str], target: Path) -> Iterator[tuple[str, byt
             yield name, content
             continue
         copy.write_bytes(content)
-        copy.chmod(0o555 if os.access(root / name, os.X_OK) else 0o444)
+        copy.chmod((root / name).stat().st_mode & 0o555)  # what others may not read, they may not read here either
         yield name, content
 
 

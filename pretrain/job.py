@@ -96,6 +96,9 @@ class Wish:
     """Where the run stands, and is saved."""
     trained: int
     """Steps that this start has taken: without any, there is no progress to go on with."""
+    job: str | None
+    restart: int
+    """Of the start that asks; to the next ones, and to other jobs, it means nothing."""
     time: float = field(default_factory=time.time)
 
 
@@ -119,10 +122,10 @@ class JobFolder:
     def request_requeue(self, step: int, trained: int) -> None:
         """The run stands at `step`, saved because of the planned signal, after `trained` steps of this start."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self._wants_requeue, asdict(Wish(step, trained)))
+        write_json(self._wants_requeue, asdict(Wish(step, trained, *this_job())))
 
     def requeue_wish(self) -> "Wish | None":
-        """None when nobody asked to be requeued."""
+        """The last one, of whatever start; None when nobody ever asked to be requeued."""
         return next(iter(_records(Wish, [_json(self._wants_requeue)])), None)
 
     def submitted(self, job: str, cluster: str, nodes: str, command: list[str], array: str | None = None) -> None:
@@ -222,7 +225,8 @@ class FailureFile:
         self._rank = rank
         self._step: int | None = None
         self._samples: list[int] = []
-        self._written = False
+        self._written: bool | None = None
+        """Whether what was written down is a mistake."""
 
     def at(self, step: int, first_sample: int, num_samples: int) -> None:
         """This step is being taken."""
@@ -235,10 +239,12 @@ class FailureFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         (job, restart), run_dir = this_job(), os.environ.get("RUN_DIR")
-        if not isinstance(error, Exception) or self._written or not job or not run_dir:
-            return
-        self._written = True
         mistake = isinstance(error, UserError)
+        # Further out an error may be known for a mistake, such as a disk that is full.
+        known = self._written is not None and (self._written or not mistake)
+        if not isinstance(error, Exception) or known or not job or not run_dir:
+            return
+        self._written = mistake
         what = str(error) if mistake else f"{type(error).__name__}: {error}"
         host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         failure = RankFailure(job, restart, self._rank, host, what, mistake, self._step, self._samples)

@@ -20,6 +20,7 @@ from pretrain.job import this_job
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
+POLL_SECONDS = 0.2
 
 
 class LeaseLost(RunError):
@@ -46,13 +47,25 @@ class Lease:
     def acquire(cls, run_dir: Path) -> "Lease":
         """Own a run folder, or take over from an owner that is gone.
 
+        In a job, one on another machine is waited for until its heart beats, or has not for STALE_SECONDS: it may just
+        have been killed, such as the link of a chain before this one, and nobody is there to try again.
+
         Raises:
             RunError: another attempt owns it; names job, host and process.
         """
         folder = run_dir / "attempts"
         folder.mkdir(parents=True, exist_ok=True)
-        attempt = latest_attempt(run_dir)
-        check_unowned(run_dir)
+        beat = None
+        while True:
+            attempt = latest_attempt(run_dir)
+            try:
+                check_unowned(run_dir)
+                break
+            except RunError:
+                before, beat = beat, _last_beat_elsewhere(attempt_path(folder, attempt))
+                if beat is None or before not in (None, beat):
+                    raise
+            time.sleep(POLL_SECONDS)
         record = _identity() | {"attempt": attempt + 1, "started": time.time(), "nonce": uuid.uuid4().hex}
         path = attempt_path(folder, attempt + 1)
         temporary = folder / f".{uuid.uuid4().hex}.tmp"
@@ -161,6 +174,13 @@ def alive(owner: dict[str, Any], path: Path, clock: float | None = None) -> bool
         clock = probe.stat().st_mtime
         probe.unlink()
     return clock - path.stat().st_mtime < STALE_SECONDS
+
+
+def _last_beat_elsewhere(path: Path) -> float | None:
+    """Of an owner on another machine, as a job sees it."""
+    if this_job()[0] is None or json.loads(path.read_text())["pid_space"] == _pid_space():
+        return None
+    return path.stat().st_mtime
 
 
 def _pid_space() -> str:

@@ -50,7 +50,8 @@ class Life:
         self._switched_off = False
         self._pulse = Pulse(self._folder)
         self._heartbeat = Heartbeat(0, recorder.attempt)
-        self._first_step = 0
+        self._num_steps = 0
+        """Taken by this start; after a rollback the run may stand before its first one."""
         self._lead = float(os.environ.get("DUET_STOP_LEAD") or 0)
         self._edge: float | None = None
         self._longest = 0.0
@@ -94,13 +95,13 @@ class Life:
 
     def begin(self, step: int) -> None:
         """Training goes on after `step`."""
-        self._first_step = step
         self._heartbeat = replace(self._heartbeat, step=step, checkpoint=step or None)
         self._beat()
 
     def after_step(self, step: int, logged: list[StepMetrics]) -> None:
         """A step is done; `logged` is what was logged after it, if anything was."""
-        if step == self._first_step + 1:
+        self._num_steps += 1
+        if self._num_steps == 1:
             self._edge = None
         self._mark_edge()
         self._heartbeat = replace(self._heartbeat, step=step, time=time.time())
@@ -134,7 +135,7 @@ class Life:
         self._pulse = Pulse(self._folder)  # the last heartbeat is not left out for speed
         self._beat()
         if self._ranks.is_first and request == signal.SIGUSR1 and this_job()[0]:
-            self._folder.request_requeue(step, trained=max(0, step - self._first_step))
+            self._folder.request_requeue(step, trained=self._num_steps)
 
     def _beat(self) -> None:
         if self._ranks.is_first:

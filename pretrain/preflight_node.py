@@ -10,6 +10,7 @@ import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.atomic import disk_errors
+from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import RunError, UserError
 from model.parameters import parameters_by_part
@@ -130,9 +132,9 @@ def _note_versions(report: Report) -> Iterator[Finding]:
 
 
 def _look_at_data(config: Config, report: Report) -> Iterator[Finding]:
-    path = _data_path(config)
+    path = _data(config).path
     try:
-        dataset = Dataset.of(config.data.model_copy(update={"path": path}), check=False)
+        dataset = Dataset.of(_data(config), check=False)
         dataset.tokenizer()
         # The same one on every node: a shard that is damaged for all is no node's fault.
         dataset.shard(dataset.shards_of("train")[0]).check_batch(0)
@@ -141,9 +143,9 @@ def _look_at_data(config: Config, report: Report) -> Iterator[Finding]:
         yield Finding("data", "place", f"the dataset {path} cannot be read: {error}")
 
 
-def _data_path(config: Config) -> str:
+def _data(config: Config) -> DataConfig:
     """What training reads here: the node's own copy where the batch script made one."""
-    return os.environ.get("DUET_DATA") or config.data.path
+    return config.data.model_copy(update={"path": os.environ.get("DUET_DATA") or config.data.path})
 
 
 def _look_at_disks(config: Config, report: Report, share: float) -> Iterator[Finding]:
@@ -197,7 +199,7 @@ def _probe_writing(place: Path, report: Report) -> Iterator[Finding]:
 def _checkpoint_bytes(config: Config) -> int:
     """About; 0 when the data, which know the vocabulary, cannot be read: that is told elsewhere."""
     try:
-        model = complete(config, Dataset.open(_data_path(config), check=False)).model
+        model = complete(config, Dataset.of(_data(config), check=False)).model
     except (OSError, UserError):
         return 0
     return sum(parameters_by_part(model).values()) * STATE_BYTES[config.optimizer.kind]
@@ -212,7 +214,7 @@ def _look_at_tracking(config: Config) -> Iterator[Finding]:
     except urllib.error.HTTPError as error:
         if error.code >= 500:
             yield Finding("tracking", "warning", f"MLflow at {uri} answers {error.code}; training does not wait for it")
-    except OSError as error:
+    except (OSError, HTTPException, ValueError) as error:  # also what answers is no web server, or the port no number
         yield Finding(
             "tracking", "warning", f"MLflow at {uri} cannot be reached ({error}); training does not wait for it"
         )

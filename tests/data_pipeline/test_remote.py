@@ -177,8 +177,30 @@ def test_two_processes_share_a_cache(local: Dataset, uri: str, tmp_path: Path, r
     assert len(set(once)) >= BLOCK_SHARDS
     if not small:
         assert len(once) == len(set(once))
-    assert not list(tmp_path.glob("*.part"))
-    assert held(tmp_path) <= limit
+    assert not list(tmp_path.rglob("*.part"))
+    assert held(tmp_path / "duet-cache") <= limit
+
+
+def test_a_cache_removes_no_file_of_its_users(local: Dataset, uri: str, tmp_path: Path) -> None:
+    """In the folder that `data.cache` names, older than all that is fetched."""
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_bytes(b"x" * needed(local))
+    os.utime(thesis, (1, 1))
+    data = DataConfig(path=uri, cache=str(tmp_path), cache_bytes=needed(local), order="block")
+    read(plan_of(found := Dataset.of(data)), len(local.windows("train", CONTEXT)) // BATCH)
+    settle(found)
+    assert thesis.exists()
+
+
+def test_nobody_elses_folder_is_the_cache(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can write there would choose what is trained on."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert remote.default_folder().stat().st_mode & 0o777 == 0o700
+    me = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    (tmp_path / f"duet-cache-{me + 1}").mkdir()  # by me
+    with pytest.raises(DataError, match="another user's"):
+        Dataset.of(DataConfig(path=uri))
 
 
 def test_a_kill_in_the_middle_leaves_nothing_torn(local: Dataset, uri: str, tmp_path: Path, fetched: list[str]) -> None:
@@ -343,4 +365,4 @@ def test_a_run_reads_from_a_store_as_from_a_disk(local: Dataset, uri: str, tmp_p
         losses.append([metrics["loss/total"] for _, metrics in sorted(steps.items())])
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
-    assert held(tmp_path / "cache") <= needed(local)
+    assert held(tmp_path / "cache" / "duet-cache") <= needed(local)

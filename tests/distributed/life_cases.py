@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from data_pipeline import loader
@@ -12,7 +14,7 @@ from pretrain import life, recorder, trainer
 from pretrain.config import load
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
-from pretrain.job import FailureFile
+from pretrain.job import FailureFile, JobFolder
 from pretrain.signals import StopRequest
 
 
@@ -64,6 +66,21 @@ def signalled_while_data_stall(ranks: Ranks, args: list[str], step: int) -> int:
     loader.Reader._read = stall  # type: ignore[assignment,method-assign]
     loader.Loader.wait = remember  # type: ignore[method-assign]
     return run(ranks, args, job="7")
+
+
+def stopped_behind_its_start(ranks: Ranks, run_dir: str) -> int:
+    """From step 10 to 11, back to 6, on to 7, and the planned signal. Returns the steps that the wish tells of."""
+    os.environ["SLURM_JOB_ID"] = "7"
+    recorder: Any = SimpleNamespace(attempt=1)
+    saver: Any = None
+    ours = life.Life(Path(run_dir), ranks, StopRequest(), None, saver, recorder)
+    ours.begin(10)
+    for step in (11, 7):
+        ours.after_step(step, [])
+    ours.ended(7, signal.SIGUSR1)
+    wish = JobFolder(Path(run_dir)).requeue_wish()
+    assert wish
+    return wish.trained
 
 
 def failing(ranks: Ranks, args: list[str], step: int, mistake: bool) -> None:

@@ -136,3 +136,8 @@ def test_the_children_of_a_rank_survive_the_planned_signal() -> None:
     )
     done = subprocess.run([sys.executable, "-uc", program], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.stdout == "None 10 10\n", done.stderr
+
+
+def test_steps_before_a_rollback_count_as_training(ranks: Ranks, tmp_path: Path) -> None:
+    """A wish of a start without any would be taken for a failure."""
+    assert ranks(f"{CASES}stopped_behind_its_start", 1, run_dir=str(tmp_path)) == [2]

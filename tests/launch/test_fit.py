@@ -30,6 +30,8 @@ def test_what_the_batch_script_reads(tmp_path: Path, capsys: pytest.CaptureFixtu
     given = ["model.context=16", "batch.tokens=64", f"run.dir={tmp_path}/a run", "data.path=data", "--nodes=3"]
     assert fit.main([*given, "--tasks=1"]) == 0
     assert capsys.readouterr().out == f"2\n{tmp_path}/a run\n{Path.cwd()}/data\n"
+    assert fit.main([*given[:3], "data.path=s3://bucket/data", "--nodes=1", "--tasks=1"]) == 0
+    assert capsys.readouterr().out == f"1\n{tmp_path}/a run\n\n", "nothing to copy to a node's disk"
     assert fit.main([*given, "--tasks=5"]) == 2
     assert "error: no number of nodes" in capsys.readouterr().err
 

@@ -160,6 +160,15 @@ def test_an_excluded_node_is_avoided_for_a_day(tmp_path: Path, monkeypatch: pyte
     assert exclude(folder, {"n1": "ECC", "n2": "ECC"}, 4) == "2 of 4 nodes are bad, and one start may exclude 1"
 
 
+def test_a_node_that_somebody_has_written_by_hand_stays_avoided(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path)
+    folder.path.mkdir()
+    (folder.path / "exclude.jsonl").write_text('{"node": "n7"}\n')
+    assert exclude(folder, {"n8": "no memory"}, 8) is None
+    assert avoided(folder) == ["n7", "n8"]
+    assert avoided(folder, now=1e12) == ["n7"]
+
+
 def test_the_exit_code_and_the_policys_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     cases = {

@@ -153,3 +153,12 @@ def test_the_snapshot_of_this_code_is_what_a_job_imports(tmp_path: Path) -> None
     if (ROOT / ".git").exists():
         assert tags["git/commit"] == git(ROOT, "rev-parse", "HEAD")
         assert json.loads((tmp_path / "attempt-000001.json").read_text())["git/commit"] == tags["git/commit"]
+
+
+def test_what_others_may_not_read_they_may_not_read_in_the_copy(checkout: Path, tmp_path: Path) -> None:
+    secret = checkout / ".env"
+    secret.write_text("PASSWORD=x\n")
+    secret.chmod(0o600)
+    taken = take(tmp_path / "run" / "code", 1.0, checkout)
+    assert (taken / ".env").stat().st_mode & 0o777 == 0o400
+    assert (taken / "run.sh").stat().st_mode & 0o777 == 0o555

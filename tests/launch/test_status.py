@@ -16,7 +16,8 @@ import pytest
 
 from launch import slurm
 from launch.completion import complete_configs, complete_runs
-from launch.logs import _Tail
+from launch.logs import _from_script, _Tail
+from launch.render import directive
 from launch.run_files import read_files
 from launch.run_status import join, statuses
 from pretrain.job import Failure, Heartbeat, JobFolder
@@ -313,3 +314,12 @@ def test_what_sacct_and_squeue_print() -> None:
     assert {text: slurm._seconds(text) for text in times} == times
     codes = {"768": 3, "9": 137, "3:0": 3, "0:9": 137, "0": 0, "": None}
     assert {text: slurm._exit_code(text) for text in codes} == codes
+
+
+@pytest.mark.parametrize("folder", ["plain", "a b", 'it\'s "so"'])
+def test_the_log_that_the_script_names_whatever_the_folder(tmp_path: Path, folder: str) -> None:
+    run = tmp_path / folder
+    script = JobFolder(run).script
+    script.parent.mkdir(parents=True)
+    script.write_text(directive("--job-name=duet-x") + "\n" + directive(f"--output={run}/logs/slurm-%j.out") + "\n")
+    assert _from_script(run, "7") == run / "logs" / "slurm-7.out"

@@ -161,6 +161,11 @@ def test_nodes_that_cannot_share_the_batch(small: list[str], nodes: str, told: s
         submit(*small, "batch.tokens=256", "--cluster", "local", "--dry-run", "--nodes", nodes)
 
 
+def test_so_many_nodes_are_refused_at_once(small: list[str]) -> None:
+    with pytest.raises(ConfigError, match="not a number of nodes"):
+        submit(*small, "--cluster", "local", "--dry-run", "--nodes", "1-9999999999")
+
+
 def test_a_range_says_what_would_be_idle(small: list[str]) -> None:
     told = submit(*small, "batch.tokens=256", "--cluster", "local", "--dry-run", "--nodes", "2-4")
     assert "at most 4 node(s) x 2 rank(s) x 1 x 2 sequences; of 3 nodes some would be idle" in told
@@ -180,6 +185,27 @@ def test_data_that_are_not_there(small: list[str], dataset: Path, tmp_path: Path
     shard.unlink()
     with pytest.raises(DataError, match="is missing"):
         submit(*small, "data.path=copy", "--cluster", "local", "--dry-run")
+
+
+def test_data_at_a_uri(small: list[str], dataset: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "a copy"
+    subprocess.run(["cp", "-r", dataset, copy], check=True)
+    given = [*small, f"data.path={copy.as_uri()}", "data.cache=cache"]
+    config = checked(given)
+    assert (config.data.path, config.data.cache) == (copy.as_uri(), f"{tmp_path}/cache")
+    assert config.model.vocab_size
+    next(copy.rglob("*.arrow")).unlink()
+    with pytest.raises(DataError, match="is missing"):
+        checked(given)
+    later, _ = checks.check_data(load([*small, "data.path=s3://bucket/later"]), later=True)
+    assert later.data.path == "s3://bucket/later"
+
+
+def test_an_origin_has_its_absolute_path_though_the_data_are_not_there_yet(small: list[str], tmp_path: Path) -> None:
+    folder = begun(small)
+    given = [*small, "run.name=next", "run.start_from=runs/first@100", "data.path=later"]
+    later, _ = checks.check_data(load(given), later=True)
+    assert later.run.start_from == f"{folder.path}@100"
 
 
 def begun(arguments: list[str], saved: int = 100, fingerprint: str = "") -> RunFolder:

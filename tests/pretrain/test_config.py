@@ -109,3 +109,7 @@ def test_a_password_is_refused_and_not_repeated() -> None:
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as caught:
         load(["tracking.uri=http://me:geheim@host"])
     assert "geheim" not in str(caught.value)
+    for key in ("data.path=%s", "data.sources.mine.paths=[%s]", "data.split={rule: given, files: [%s]}"):
+        with pytest.raises(ConfigError, match="AWS_SECRET_ACCESS_KEY") as caught:
+            load([key % "s3://KEY:geheim@bucket/data"])
+        assert "geheim" not in str(caught.value)

@@ -1,5 +1,6 @@
 """The records that ranks, batch script, policy and command line share."""
 
+import errno
 import json
 import os
 import signal
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.job import Failure, Heartbeat, JobFolder, Pulse, RankFailure, this_job
+from data_pipeline.atomic import disk_errors
+from data_pipeline.errors import RunError
+from pretrain.job import Failure, FailureFile, Heartbeat, JobFolder, Pulse, RankFailure, this_job
 from tests.runs import ROOT
 
 
@@ -46,7 +49,7 @@ def test_what_is_recorded_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder.request_requeue(12, trained=3)
     wish = folder.requeue_wish()
     assert wish
-    assert (wish.step, wish.trained) == (12, 3)
+    assert (wish.step, wish.trained, wish.job, wish.restart) == (12, 3, "7", 2)
     heartbeat = Heartbeat(12, 3, loss=2.5)
     assert (heartbeat.job, heartbeat.restart) == this_job() == ("7", 2)
     Pulse(folder).beat(heartbeat)
@@ -147,3 +150,16 @@ def test_a_kill_while_appending_leaves_whole_lines(tmp_path: Path) -> None:
 def test_it_needs_no_torch() -> None:
     program = "import sys; sys.modules['torch'] = None; import pretrain.job"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_a_full_disk_is_a_mistake_wherever_it_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal's own error is seen first, what it means only further out."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("RUN_DIR", str(tmp_path))
+    failure_file = FailureFile(0)
+    with pytest.raises(RunError), failure_file, disk_errors(tmp_path, RunError), failure_file:
+        failure_file.at(3, 16, 8)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    [failure] = JobFolder(tmp_path).rank_failures("7", 0)
+    assert (failure.mistake, failure.step, failure.samples) == (True, 3, [16, 23])
+    assert "the disk is full" in failure.what

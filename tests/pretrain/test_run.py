@@ -102,6 +102,38 @@ def test_an_owner_on_another_machine_is_judged_by_its_heartbeat(tmp_path: Path) 
         assert lease.attempt == 2
 
 
+@pytest.mark.parametrize("beats", [True, False])
+def test_a_job_waits_for_an_owner_elsewhere_that_may_be_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beats: bool
+) -> None:
+    """The link of a chain before this one, whose node was lost a moment ago: to refuse would end the chain."""
+    with Lease.acquire(tmp_path):
+        pass
+    record_file = tmp_path / "attempts" / "000001.json"
+    record = json.loads(record_file.read_text()) | {"pid_space": "elsewhere", "host": "n7", "job": "6"}
+    del record["ended"]
+    record_file.write_text(json.dumps(record))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(lease_module, "STALE_SECONDS", 600.0)
+    looks = [0]
+
+    def pass_time(_: float) -> None:
+        looks[0] += 1
+        if beats:
+            os.utime(record_file, (time.time() + 1, time.time() + 1))
+        elif looks[0] == 3:  # as if the time had passed
+            lease_module.STALE_SECONDS = -1.0
+
+    monkeypatch.setattr(lease_module.time, "sleep", pass_time)
+    if beats:
+        with pytest.raises(RunError, match="job 6, process .* on n7"):
+            Lease.acquire(tmp_path)
+        assert looks == [1]
+    else:
+        with Lease.acquire(tmp_path) as lease:
+            assert lease.attempt == 2
+
+
 def test_an_earlier_start_of_the_same_job_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the loss of a node: its heart seems to beat for STALE_SECONDS, but Slurm has requeued the job."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")

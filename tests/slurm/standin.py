@@ -31,7 +31,8 @@ def main() -> int:
     job, restart = this_job()
     start = step = max(saved_steps(run_dir), default=0)
     if rank == 0:
-        print(f"resumed from {start}; data {os.environ.get('DUET_DATA')}", flush=True)
+        shell = f"rank of the shell that submitted: {os.environ.get('RANK')}"
+        print(f"resumed from {start}; {shell}; data {os.environ.get('DUET_DATA')}", flush=True)
 
     def fail(what: str, code: int, mistake: bool = False) -> int:
         node, samples = os.environ["SLURMD_NODENAME"], [8 * step, 8 * step + 7]

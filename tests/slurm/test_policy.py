@@ -1,5 +1,6 @@
 """The batch script and the policy on a real Slurm; the trainer is a stand-in of a few lines (standin.py)."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -16,9 +17,23 @@ from tests.slurm.processes import wait_until
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 PYTHON = """#!/bin/bash
 [ "$3" != launch.preflight ] || [ -z "$PREFLIGHT" ] || exec {python} -c "$PREFLIGHT" "$4"
+[ "$3" != launch.exclude ] || [ -z "$CANCEL" ] || scancel "$SLURM_JOB_ID"
+[ "$3" != launch.exclude ] || until [ -z "$CANCEL" ] || [ -e "$CANCEL" ]; do sleep 0.05; done
 [ "$3" != pretrain ] || exec {python} -m tests.slurm.standin
 exec {python} "$@"
 """
+RESTARTED = """
+scontrol() {
+    if [ "$1" = requeue ] && [ ! -e "$RUN_DIR/once" ]; then
+        touch "$RUN_DIR/once"
+        echo "Unable to contact slurm controller" >&2
+        return 1
+    fi
+    command scontrol "$@"
+}
+sleep() { command sleep 0.05; }
+"""
+"""The controller does not answer to the first requeue; nothing takes long."""
 PREFLIGHT = """
 import os, sys
 from pathlib import Path
@@ -86,7 +101,7 @@ class Job:
 
 
 def test_the_planned_signal_saves_requeues_and_goes_on_in_one_log(cluster: Cluster, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, {"saves": True}, nodes=3)
+    job = Job(cluster, tmp_path, {"saves": True}, nodes=3, DUET_DATA="/elsewhere", RANK="1")
     job.wait_for_step(3)
     job.planned_signal()
     job.restarts(1)
@@ -100,10 +115,11 @@ def test_the_planned_signal_saves_requeues_and_goes_on_in_one_log(cluster: Clust
         "resumed from 0",
         f"resumed from {wish.step}",
     ]
+    assert "rank of the shell that submitted: None; data None" in said
     assert said.count("policy: requeue: saved at the planned signal") == 1
     assert said.count("3 nodes cannot share the batch: idle are n3") == 2
     assert said.count("policy: done: all ranks ended well") == 1
-    assert job.folder.requeue_wish() is None, "an old wish must not count for the next start"
+    assert job.folder.requeue_wish() == wish, "the old one is there, and did not count for the next start"
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
@@ -116,6 +132,19 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> No
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
     wait_until(lambda: "policy: stop: Slurm ended the job" in job.said(), 30, "the policy's word")
     assert job.folder.failures() == []
+
+
+def test_a_job_that_is_cancelled_between_decision_and_requeue(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "preflight.py").write_text(PREFLIGHT)
+    run, go = f"exec(open('{tmp_path}/preflight.py').read())", tmp_path / "go"
+    job = Job(cluster, tmp_path, {}, DUET_PREFLIGHT=1, PREFLIGHT=run, CANCEL=go)
+    job.ends()
+    wait_until(lambda: "CANCELLED AT" in job.said(), 30, "SIGTERM")
+    go.touch()
+    wait_until(lambda: not cluster.run("squeue", "-h", "-t", "CG", "-j", job.id), 30, "the end of its script")
+    ended = job.ends()
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), job.said()
+    assert "policy: requeue avoiding: the preflight excluded n1" in job.said()
 
 
 def test_a_crash_loop_is_bounded(cluster: Cluster, tmp_path: Path) -> None:
@@ -164,7 +193,9 @@ def test_a_signal_before_the_ranks_and_a_node_that_fails_its_test(cluster: Clust
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.json").write_text("{}")
     setup = tmp_path / "setup"
-    setup.write_text(f"touch {tmp_path}/waiting; until [ -e {tmp_path}/go ]; do sleep 0.05; done\n")
+    setup.write_text(
+        f"{RESTARTED}touch {tmp_path}/waiting; until [ -e {tmp_path}/go ]; do sleep 0.05; done; : $NOT_SET\n"
+    )
     (tmp_path / "preflight.py").write_text(PREFLIGHT)
     run = f"exec(open('{tmp_path}/preflight.py').read())"
     stage = tmp_path / "local disk"
@@ -181,6 +212,7 @@ def test_a_signal_before_the_ranks_and_a_node_that_fails_its_test(cluster: Clust
     job.planned_signal()
     (tmp_path / "go").touch()
     job.restarts(1)
+    assert "no requeue: Unable to contact slurm controller" in job.said()
     assert "resumed" not in job.said(), "nothing was started"
     job.restarts(2)
     ended = job.ends()
@@ -189,4 +221,5 @@ def test_a_signal_before_the_ranks_and_a_node_that_fails_its_test(cluster: Clust
     assert "failure 1 of at most 3 since the beginning: the planned signal came before anything was trained" in said
     assert "policy: requeue avoiding: the preflight excluded n1; failure 2" in said
     assert "restart 2: start on n2 n3" in said
-    assert f"resumed from 0; data {stage}/data" in said
+    content = hashlib.sha256(b"{}").hexdigest()[:16]
+    assert f"data {stage}/data-{content}\n" in said, "another dataset of this name would have another place"
