@@ -22,7 +22,7 @@ def test_data_at_a_uri_are_read_through_the_cache(dataset: Path, tmp_path: Path)
     more = [f"run.dir={tmp_path / 'run'}", f"data.cache={tmp_path / 'cache'}"]
     local, remote = looked_at(f"data.path={dataset}", *more), looked_at(f"data.path={dataset.as_uri()}", *more)
     assert remote.findings == []
-    assert remote.same["manifest of the data"] == local.same["manifest of the data"]
+    assert remote.same["fingerprint of the data"] == local.same["fingerprint of the data"]
 
 
 @pytest.mark.parametrize("port", ["", "99999"])
