@@ -79,7 +79,7 @@ def test_killed_at_a_random_step_and_started_again(dataset: Path, reference: Pat
     assert f"step {STEPS} of {STEPS}" in done.stdout
 
 
-@pytest.mark.parametrize("step", [1, 6, 23, *(pytest.param(step, marks=pytest.mark.drill) for step in (4, 8, 11))])
+@pytest.mark.parametrize("step", [6, 23, *(pytest.param(step, marks=pytest.mark.drill) for step in (1, 4, 8, 11))])
 def test_killed_at_each_kind_of_step(ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path, step: int) -> None:
     """Rank 1 is killed in the middle of a step; twice, so that a resumed run is killed, too."""
     run_dir = tmp_path / "run"
@@ -134,7 +134,9 @@ def test_resumed_on_another_number_of_ranks_and_stage(
         assert metrics["loss/total"] == pytest.approx(expected[step]["loss/total"], abs=1e-3)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.drill), signal.SIGINT]
+)
 def test_a_signal_saves_and_the_next_start_goes_on(
     ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path, number: int
 ) -> None:
@@ -231,7 +233,8 @@ def test_validation_does_not_depend_on_the_number_of_ranks(ranks: Ranks, dataset
     assert results == pytest.approx([results[0]] * 3, abs=1e-6)
 
 
-@pytest.mark.parametrize("delay", [pytest.param(0.5, marks=pytest.mark.drill), 2.5])
+@pytest.mark.drill
+@pytest.mark.parametrize("delay", [0.5, 2.5])
 def test_ctrl_c_while_starting_up_is_clean(dataset: Path, tmp_path: Path, delay: float) -> None:
     """The delay only spreads the interrupts over interpreter start, imports and opening; each must end alike."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
@@ -308,6 +311,7 @@ def test_checkpoints_of_another_run_are_refused(ranks: Ranks, dataset: Path, ref
         ranks("tests.distributed.cases:train_run", 2, args=arguments(dataset, tmp_path / "run", "run.seed=99"))
 
 
+@pytest.mark.drill
 def test_a_closed_pipe_does_not_stop_training(dataset: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = [sys.executable, "-P", "-m", "launch.cli", "train", *arguments(dataset, run_dir)]

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.runs import SMALL, duet
 
 
@@ -23,6 +25,7 @@ def test_the_log_of_rank_0_is_a_plain_copy_of_the_screen(dataset: Path, tmp_path
     assert refused.stderr.strip() in (logs / "rank-0.log").read_text()
 
 
+@pytest.mark.drill
 def test_ranks_that_srun_starts_have_their_logs_and_only_rank_0_the_screen(dataset: Path, tmp_path: Path) -> None:
     """Two processes with srun's variables; nobody redirects them."""
     run_dir = tmp_path / "run"

@@ -3,6 +3,8 @@
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from tests.slurm.cluster import Cluster
 from tests.slurm.processes import alive, daemons, tasks
 
@@ -21,6 +23,7 @@ def test_a_job_runs_on_the_nodes_it_asked_for(cluster: Cluster, tmp_path: Path) 
     assert sorted((tmp_path / "out").read_text().split()) == ["0,1", "0,1", "n1", "n2"]
 
 
+@pytest.mark.drill
 def test_a_killed_node_requeues_its_job_and_comes_back(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(
         cluster, tmp_path, "echo started >> log; while [ ! -e go ]; do sleep 0.1; done", "-N2", f"--chdir={tmp_path}"
