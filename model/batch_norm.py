@@ -42,16 +42,16 @@ class BatchNorm(nn.Module):
         return (normed if self.bias is None else normed + self.bias).to(x.dtype)
 
     def _of_batch(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        number: Tensor | int
         if padding is None:
-            number = x.shape[0] * x.shape[1]
+            number = torch.tensor(x.shape[0] * x.shape[1], device=x.device, dtype=x.dtype)
             variance, mean = torch.var_mean(x, dim=(0, 1), correction=0)
         else:
             counted = (~padding).to(x.dtype)[..., None]
-            number = counted.sum()
+            number = counted.sum().clamp(min=1)
             mean = (x * counted).sum(dim=(0, 1)) / number
             variance = ((x - mean).square() * counted).sum(dim=(0, 1)) / number
-        self._remember(mean, variance * (number / (number - 1)))  # as torch: unbiased in the running mean only
+        unbiased = number / (number - 1).clamp(min=1)  # as torch, in the running mean only; one token has none
+        self._remember(mean, variance * unbiased)
         return mean, variance
 
     @torch.no_grad()

@@ -149,3 +149,12 @@ class LanguageModel(Cached):
     def num_parameters(self) -> int:
         """All of them; the table that is also the head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def one_stream(layers: nn.ModuleList, embedded: Embedded, keys: Tensor | None) -> Transformed:
+    """Encoder layers, one after the other; see `LanguageModel.transform`."""
+    x, statistics = embedded.tokens, Statistics()
+    for layer in layers:
+        x, masks = layer(x, keys, embedded.mask_source, embedded.visible)
+        statistics |= masks
+    return Transformed(x, statistics, {})

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from model.blocks import EncoderLayer
 from model.config import ModelConfig
-from model.dropout import Statistics
-from model.language_model import Embedded, LanguageModel, Transformed
+from model.language_model import Embedded, LanguageModel, Transformed, one_stream
 
 
 class EncoderOnly(LanguageModel):
@@ -21,8 +20,4 @@ class EncoderOnly(LanguageModel):
 
     def transform(self, embedded: Embedded, keys: Tensor | None) -> Transformed:
         """Run the layers; see `LanguageModel.transform`."""
-        x, statistics = embedded.tokens, Statistics()
-        for layer in self.layers:
-            x, masks = layer(x, keys, embedded.mask_source, embedded.visible)
-            statistics |= masks
-        return Transformed(x, statistics, {})
+        return one_stream(self.layers, embedded, keys)

@@ -93,6 +93,14 @@ def test_evaluation_is_of_each_row_alone_and_leaves_the_statistics(name: str) ->
     assert all(torch.equal(value, before[key]) for key, value in buffers(model).items())
 
 
+@pytest.mark.parametrize("counted", [0, 1])
+def test_a_micro_batch_of_one_token_or_none_leaves_finite_statistics(counted: int) -> None:
+    norm = BatchNorm(6, bias=False)
+    padding = torch.arange(5)[None] >= counted
+    assert norm(torch.randn(1, 5, 6), True, padding).isfinite().all()
+    assert all(value.isfinite().all() for value in buffers(norm).values())
+
+
 def test_what_was_learned_in_training_is_there_in_evaluation() -> None:
     config = small("encoder_only", norm="batchnorm", width=32, heads=4, learned_dropout={"enabled": False})
     model, batch = build(config), batch_of(config, sequences=8)
