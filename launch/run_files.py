@@ -76,8 +76,7 @@ def read_files(path: Path) -> RunFiles:
     hang_minutes = _number(config, "health", "hang_minutes") or (_number(config, "engine", "timeout_minutes") or 10) / 2
     checkpoint, checkpoint_time = _newest_checkpoint(path)
     started_in = [job for job in (run.job, heartbeat.job if heartbeat else None) if job]
-    submitted = [f"{s['job']}_{s['array']}" if str(s.get("array", "")).isdigit() else str(s["job"])
-                 for s in folder.submissions() if "job" in s]  # fmt: skip
+    submitted = [str(record["job"]) for record in folder.submissions() if "job" in record]
     return RunFiles(
         path=path,
         run=run,

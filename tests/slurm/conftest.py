@@ -49,3 +49,13 @@ def reference(
         return run_dir / "metrics.jsonl"
 
     return journal
+
+
+@pytest.fixture
+def commands(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Slurm's commands mean the test cluster, and one stands in a folder of one's own."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    monkeypatch.setenv("PATH", cluster.environment["PATH"])
+    monkeypatch.chdir(tmp_path)

@@ -18,13 +18,8 @@ SLEEP = "#!/bin/bash\nwhile [ ! -e go ]; do sleep 0.1; done\nexit ${1:-0}\n"
 
 
 @pytest.fixture(autouse=True)
-def commands(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Slurm's commands mean the test cluster."""
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    monkeypatch.setenv("PATH", cluster.environment["PATH"])
-    monkeypatch.chdir(tmp_path)
+def script(commands: None) -> None:
+    """`job.sh` waits for the file `go`."""
     Path("job.sh").write_text(SLEEP)
 
 

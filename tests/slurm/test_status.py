@@ -1,7 +1,6 @@
 """What a user sees and does from a login node: status, logs, cancel, requeue, resume, on a real Slurm."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -29,14 +28,7 @@ exec {python} "$@"
 SETTINGS = ["model.context=16", "batch.tokens=1000000", "train.steps=100000"]
 
 
-@pytest.fixture(autouse=True)
-def commands(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Slurm's commands mean the test cluster."""
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    monkeypatch.setenv("PATH", cluster.environment["PATH"])
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("commands")
 
 
 def duet(*words: str) -> str:
@@ -192,7 +184,7 @@ def test_runs_of_an_array_and_ones_that_failed(cluster: Cluster, tmp_path: Path)
     Path("array.sh").write_text("#!/bin/bash\n[ $SLURM_ARRAY_TASK_ID = 1 ] && exit 3\nsleep 600\n")
     job = cluster.run("sbatch", "--parsable", "--array=1-3%2", "-o", "%A-%a.log", "--time=30", "array.sh").strip()
     for element in "123":
-        JobFolder(tmp_path / "runs" / element).submitted(job, "test", "1", [], array=element)
+        JobFolder(tmp_path / "runs" / element).submitted(f"{job}_{element}", "test", "1", [], f"{element} of 1-3")
     assert "exit code 3" in wait_for("runs/1", "failed")["why"]
     wait_for("runs/2", "starting")
     lines = {line.split()[0]: line.split() for line in duet("status", "runs").splitlines()[1:]}
