@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from data_pipeline.dataset import Dataset
@@ -256,36 +255,6 @@ def validate_in_batches_of(ranks: Ranks, run: str, sizes: list[int]) -> list[dic
     model = read_model(checkpoint, config)
     windows = Dataset.open(config.data.path).windows("validation", config.model.context, partial=True)
     return [evaluate(model, windows, {"text": 1000}, size, ranks) for size in sizes]
-
-
-def validate_text(ranks: Ranks, path: str, texts: list[str]) -> float:
-    """Bits per byte, as validation has it, of texts of whole windows that each follow the end of a document."""
-    from pretrain.use import open_trained
-
-    trained = open_trained(Path(path))
-
-    class Windows:
-        def __init__(self, text: str) -> None:
-            [ids] = trained.tokenizer.encode([text])
-            self.context = trained.model.config.context
-            self.width = self.context + 1
-            self.sources = ["text"]
-            self._stream = np.concatenate([[trained.tokenizer.eos_id], ids])
-
-        def __len__(self) -> int:
-            count, left = divmod(len(self._stream) - 1, self.context)
-            assert not left
-            return count
-
-        def read(self, indices: np.ndarray) -> np.ndarray:
-            return np.lib.stride_tricks.sliding_window_view(self._stream, self.context + 1)[indices * self.context]
-
-    bits = 0.0
-    for text in texts:
-        windows: Any = Windows(text)
-        found = evaluate(trained.model, windows, {"text": len(text.encode())}, 3, ranks)
-        bits += found["loss/val_bits_per_byte"] * len(text.encode())
-    return bits / sum(len(text.encode()) for text in texts)
 
 
 def update_ratio(ranks: Ranks, stage: int, precision: str) -> dict[str, Any]:

@@ -1,5 +1,9 @@
 """Validations of text from several sources; started through the fixture `ranks`."""
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 
 from data_pipeline import packing_plan
@@ -12,6 +16,7 @@ from pretrain.dataset_identity import complete
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.evaluate import evaluate, held_out, held_out_bytes
+from pretrain.use import open_trained
 
 BATCH = 4
 
@@ -42,3 +47,31 @@ def validate(ranks: Ranks, runs: list[list[str]], unweighted: bool = False) -> l
         batches = Batches.of(config, dataset, ranks.device)
         found.append(evaluate(module, windows, held_out_bytes(dataset), BATCH, ranks, batches))
     return found
+
+
+def validate_text(ranks: Ranks, path: str, texts: list[str]) -> float:
+    """Bits per byte, as validation has it, of texts of whole windows that each follow the end of a document."""
+    trained = open_trained(Path(path))
+
+    class Windows:
+        def __init__(self, text: str) -> None:
+            [ids] = trained.tokenizer.encode([text])
+            self.context = trained.model.config.context
+            self.width = self.context + 1
+            self.sources = ["text"]
+            self._stream = np.concatenate([[trained.tokenizer.eos_id], ids])
+
+        def __len__(self) -> int:
+            count, left = divmod(len(self._stream) - 1, self.context)
+            assert not left
+            return count
+
+        def read(self, indices: np.ndarray) -> np.ndarray:
+            return np.lib.stride_tricks.sliding_window_view(self._stream, self.context + 1)[indices * self.context]
+
+    bits = 0.0
+    for text in texts:
+        windows: Any = Windows(text)
+        found = evaluate(trained.model, windows, {"text": len(text.encode())}, 3, ranks)
+        bits += found["loss/val_bits_per_byte"] * len(text.encode())
+    return bits / sum(len(text.encode()) for text in texts)

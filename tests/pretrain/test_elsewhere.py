@@ -226,7 +226,7 @@ def test_bits_per_byte_are_those_of_validation(
 ) -> None:
     """Texts of whole windows behind the end of a document: there both cut alike, and each token counts once."""
     texts = [LICENSE[: 16 * 20], LICENSE[1000 : 1000 + 16 * 7], LICENSE[500:516]]
-    [expected] = ranks("tests.distributed.cases:validate_text", 1, path=str(run), texts=texts)
+    [expected] = ranks("tests.distributed.evaluation_cases:validate_text", 1, path=str(run), texts=texts)
     rolling = task(
         tmp_path,
         "held_out",
