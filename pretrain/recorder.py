@@ -14,6 +14,7 @@ from pretrain.checkpoint import complete
 from pretrain.config import Config
 from pretrain.console import Console
 from pretrain.distributed import Ranks
+from pretrain.job import JobFolder
 from pretrain.journal import Journal
 from pretrain.lease import LeaseLost
 from pretrain.metrics import StepMetrics
@@ -199,7 +200,9 @@ class Recorder:
             rows.append(("mlflow", self._mlflow + late))
             if self._mlflow.startswith("sqlite"):
                 rows.append(("open it", f"{_program('mlflow')} ui --backend-store-uri {self._mlflow}"))
-        rows.append(("resume", f"{_program('duet')} train {path}/config.yaml --ranks {facts['world_size']}"))
+        submitted = JobFolder(path).submissions()
+        again = f"resume {path}" if submitted else f"train {path}/config.yaml --ranks {facts['world_size']}"
+        rows.append(("resume", f"{_program('duet')} {again}"))
         return rows
 
 
