@@ -18,7 +18,7 @@ from model.size import num_parameters
 from pretrain import origin
 from pretrain.config import Config
 from pretrain.console import duration
-from pretrain.dataset_identity import complete
+from pretrain.dataset_identity import Built, complete
 from pretrain.journal import Record
 from pretrain.lease import check_unowned
 from pretrain.memory import activation_bytes, state_bytes
@@ -37,13 +37,6 @@ class Finding:
     about: str
     text: str
     warning: bool = False
-
-
-@dataclass(frozen=True)
-class _Built:
-    """As much of a dataset as a login node reads."""
-
-    manifest: Manifest
 
 
 def check_data(config: Config, *, later: bool) -> tuple[Config, list[Finding]]:
@@ -66,7 +59,7 @@ def check_data(config: Config, *, later: bool) -> tuple[Config, list[Finding]]:
         check_sizes(place, manifest.shards)
     else:
         _check_files(path, manifest)
-    config = complete(config, _Built(manifest))
+    config = complete(config, Built(manifest))
     identity = {"fingerprint": manifest.fingerprint, "path": place}
     origin.check(config, identity)
     folder = RunFolder(config.run_dir)

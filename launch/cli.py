@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import ConfigError, UserError
-from launch import checkpoint, data, jobs, logs, model, plan_command, preflight, runs, status, submit_command, tracking
+from launch import (
+    checkpoint,
+    data,
+    jobs,
+    logs,
+    model,
+    plan_command,
+    preflight,
+    runs,
+    status,
+    study,
+    submit_command,
+    tracking,
+)
 from launch.completion import complete_configs, complete_runs
 from launch.generate import generate
 
@@ -37,6 +50,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(model.app, name="model")
 app.add_typer(runs.app, name="runs")
+app.add_typer(study.app, name="study")
 app.add_typer(tracking.app, name="track")
 app.command("plan")(plan_command.plan)
 app.command("submit")(submit_command.submit)
@@ -97,6 +111,10 @@ def evaluate(
             metavar="FILE_OR_NAME,…", help="Tasks of the lm-evaluation-harness instead: YAML files, or names it knows."
         ),
     ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(help="Round the masks of learned dropout otherwise than trained with: none, threshold, sample."),
+    ] = None,
 ) -> None:
     """Validate a checkpoint over all held-out text, of all sources and of each, or evaluate a model on tasks.
 
@@ -105,7 +123,7 @@ def evaluate(
     if tasks is None:
         from pretrain.use import evaluate_run
 
-        found = evaluate_run(run, step)
+        found = evaluate_run(run, step, rounding)
         width = max(28, *map(len, found))
         for name, value in found.items():
             typer.echo(f"{name:<{width}} {value:.6f}")

@@ -1,11 +1,14 @@
 """What learned masks can be told: where they stand, how they are made, what they cost. Free of torch."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, Field
 
 Site = Literal["enc_ff", "dec_ff", "enc_sa", "dec_sa", "cross", "embed"]
 """What is masked: the update of a feed forward, of a self attention, of cross attention, or the embedded tokens."""
+
+EvalRounding = Literal["none", "threshold", "sample"]
+EVAL_ROUNDINGS: tuple[EvalRounding, ...] = get_args(EvalRounding)
 
 
 class PenaltyConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
@@ -58,7 +61,7 @@ class LearnedDropoutConfig(BaseModel, extra="forbid", frozen=True, use_attribute
     rounding: Literal["none", "sigmoid", "sigmoid_ste", "noise_ste", "threshold_ste"] = "noise_ste"
     """Training: `noise_ste` keeps an element with probability m, `threshold_ste` when m >= 0.5, `sigmoid` scales by
     sigmoid(60 (m - 0.5)), `none` by m. `_ste`: the gradient with respect to m is 1."""
-    eval_rounding: Literal["none", "threshold", "sample"] = "threshold"
+    eval_rounding: EvalRounding = "threshold"
     """Evaluation: `threshold` keeps an element when m >= 0.5, `sample` with probability m, `none` scales by m."""
     eval_seed: int = 0
     """Keys the draws of `sample`, which depend on it, the site and the position only."""

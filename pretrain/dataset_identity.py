@@ -3,6 +3,7 @@
 Free of torch and pyarrow.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,13 @@ class Dataset(Protocol):
     @property
     def manifest(self) -> Manifest:
         """What is in it."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """As much of a dataset as a login node reads."""
+
+    manifest: Manifest
 
 
 def complete(config: Config, dataset: Dataset) -> Config:

@@ -66,7 +66,7 @@ def panel_png(panel: Panel, runs: list[RunData]) -> bytes:
     axes = figure.add_subplot()
     axes.patch.set_alpha(0.0)
     _draw(axes, panel, runs, title=False)
-    return _png(figure, dpi=180)
+    return png(figure, dpi=180)
 
 
 def overview_png(runs: list[RunData]) -> bytes:
@@ -87,7 +87,7 @@ def overview_png(runs: list[RunData]) -> bytes:
     places += [grid[rows + index, :] for index in range(len(wide))]
     for panel, place in zip(narrow + wide, places, strict=True):
         _draw(figure.add_subplot(place), panel, runs, title=True)
-    return _png(figure, dpi=100)
+    return png(figure, dpi=100)
 
 
 def _draw(axes: "Axes", panel: Panel, runs: list[RunData], *, title: bool) -> None:
@@ -220,35 +220,37 @@ def _draw_time(axes: "Axes", runs: Coloured) -> None:
 
 
 def _sites(prefix: str, highest: float | None) -> Callable[["Axes", Coloured], None]:
-    """One row a site and layer, one column a step; `highest` is the end of the scale."""
-
     def draw(axes: "Axes", runs: Coloured) -> None:
-        import numpy as np
-
-        points = runs[0][0].points
-        names = sorted(name for name in points if name.startswith(prefix))
-        steps = sorted({p.step for name in names for p in points[name]})
-        steps = steps[:: max(1, math.ceil(len(steps) / HEAT_COLUMNS))]
-        column = {step: index for index, step in enumerate(steps)}
-        table = np.full((len(names), len(steps)), np.nan)
-        for row, name in enumerate(names):
-            for point in points[name]:
-                if point.step in column:
-                    table[row, column[point.step]] = point.value
-        axes.grid(False)
-        mesh = axes.pcolormesh(
-            steps, range(len(names)), table, shading="nearest", cmap="viridis", vmin=0.0, vmax=highest, rasterized=True
-        )
-        stride = math.ceil(len(names) / 24)
-        labels = [name.removeprefix(prefix).replace("/", " ") for name in names[::stride]]
-        axes.set_yticks(range(0, len(names), stride), labels)
-        axes.invert_yaxis()
-        axes.tick_params(axis="y", labelsize=max(4.0, min(8.0, 150 / len(names))))
-        bar = axes.figure.colorbar(mesh, ax=axes, pad=0.01)
-        bar.ax.tick_params(colors=INK, labelsize=7)
-        bar.outline.set_visible(False)
+        sites(axes, runs[0][0].points, prefix, highest)
 
     return draw
+
+
+def sites(axes: "Axes", points: dict[str, list[Point]], prefix: str, highest: float | None) -> None:
+    """A heat map: one row a site and layer, one column a step; `highest` is the end of the scale."""
+    import numpy as np
+
+    names = sorted(name for name in points if name.startswith(prefix))
+    steps = sorted({p.step for name in names for p in points[name]})
+    steps = steps[:: max(1, math.ceil(len(steps) / HEAT_COLUMNS))]
+    column = {step: index for index, step in enumerate(steps)}
+    table = np.full((len(names), len(steps)), np.nan)
+    for row, name in enumerate(names):
+        for point in points[name]:
+            if point.step in column:
+                table[row, column[point.step]] = point.value
+    axes.grid(False)
+    mesh = axes.pcolormesh(
+        steps, range(len(names)), table, shading="nearest", cmap="viridis", vmin=0.0, vmax=highest, rasterized=True
+    )
+    stride = math.ceil(len(names) / 24)
+    labels = [name.removeprefix(prefix).replace("/", " ") for name in names[::stride]]
+    axes.set_yticks(range(0, len(names), stride), labels)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=max(4.0, min(8.0, 150 / len(names))))
+    bar = axes.figure.colorbar(mesh, ax=axes, pad=0.01)
+    bar.ax.tick_params(colors=INK, labelsize=7)
+    bar.outline.set_visible(False)
 
 
 PANELS = (
@@ -342,7 +344,8 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$").lstrip("_") or "run"
 
 
-def _png(figure: "Figure", dpi: int) -> bytes:
+def png(figure: "Figure", dpi: int) -> bytes:
+    """The figure as it is written to a file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)

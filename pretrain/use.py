@@ -4,7 +4,9 @@ from pathlib import Path
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import ConfigError
+from model.mask_config import EVAL_ROUNDINGS
 from pretrain.batches import Batches
+from pretrain.config import Config
 from pretrain.distributed import join
 from pretrain.evaluate import evaluate, held_out, held_out_bytes
 from pretrain.portable import is_export, load_export
@@ -30,11 +32,17 @@ def open_trained(path: Path, step: int | None = None) -> Trained:
     return Trained(read_model(checkpoint, config), tokenizer, config.data.objective, config.run.name, step)
 
 
-def evaluate_run(run: Path, step: int | None) -> dict[str, float]:
-    """Validation metrics of a checkpoint over all held-out text, as `evaluate` gives them."""
+def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> dict[str, float]:
+    """Validation metrics of a checkpoint over all held-out text, as `evaluate` gives them.
+
+    Args:
+        rounding: of learned dropout's masks, one of EVAL_ROUNDINGS; the run's own unless given.
+    """
     if is_export(run):
         raise ConfigError(f"{run} is an export, and does not say where its held-out text lies; name the run folder")
     checkpoint, config = find_checkpoint(run, step)
+    if rounding:
+        config = _rounded(run, config, rounding)
     model = read_model(checkpoint, config)
     dataset = Dataset.of(config.data)
     windows = held_out(dataset, config)
@@ -42,3 +50,13 @@ def evaluate_run(run: Path, step: int | None) -> dict[str, float]:
         batch = max(1, 8192 // config.model.context)
         batches = Batches.of(config, dataset, ranks.device)
         return evaluate(model.to(ranks.device), windows, held_out_bytes(dataset), batch, ranks, batches)
+
+
+def _rounded(run: Path, config: Config, rounding: str) -> Config:
+    masks = config.model.learned_dropout
+    if not masks.enabled:
+        raise ConfigError(f"{run} was trained without learned dropout: it has no masks to round")
+    if rounding not in EVAL_ROUNDINGS:
+        raise ConfigError(f"no rounding {rounding}; there are {', '.join(EVAL_ROUNDINGS)}")
+    masks = masks.model_copy(update={"eval_rounding": rounding})
+    return config.model_copy(update={"model": config.model.model_copy(update={"learned_dropout": masks})})

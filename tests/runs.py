@@ -51,12 +51,13 @@ def build_dataset(preset: str, path: Path) -> Path:
     return path
 
 
-def start_duet(*args: str, log: Path) -> subprocess.Popen[bytes]:
+def start_duet(*args: str, log: Path, cwd: Path | None = None) -> subprocess.Popen[bytes]:
     """Start the command line in a session of its own."""
     with open(log, "ab") as file:
         return subprocess.Popen(
             # As from a terminal: a shell's background job is born with SIGINT ignored.
             ["env", "--default-signal=INT", sys.executable, "-P", "-m", "launch.cli", *args],
+            cwd=cwd,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=file,
             stderr=file,

@@ -18,7 +18,7 @@ from launch.cli import app
 from pretrain.config import Config
 from tests.runs import ROOT
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONTINUE_THE_README = {
     "training.md",
     "tracking.md",

@@ -135,7 +135,8 @@ def test_resumed_on_another_number_of_ranks_and_stage(
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.drill), signal.SIGINT]
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.drill) for number in (signal.SIGUSR1, signal.SIGINT))],
 )
 def test_a_signal_saves_and_the_next_start_goes_on(
     ranks: Ranks, dataset: Path, reference: Path, tmp_path: Path, number: int

@@ -24,7 +24,7 @@ Ranks = Callable[..., list[Any]]
 CASES = "tests.distributed.health_cases:"
 GLOBAL_BATCH = 8
 STEPS, LOG_EVERY, SAVE_EVERY = 24, 4, 6
-ALL_STAGES = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
+ALL_STAGES = [(0, "fp32"), (1, "bf16"), pytest.param(2, "fp32", marks=pytest.mark.drill), (3, "bf16")]
 QUICK_AND_DRILL = [
     pytest.param(0, "fp32", marks=pytest.mark.drill),
     pytest.param(1, "fp32", marks=pytest.mark.drill),

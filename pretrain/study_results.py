@@ -1,0 +1,147 @@
+"""What the runs of a study came to: kept beside the study as journals, and read from there. Free of torch."""
+
+import gzip
+import json
+import statistics
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.atomic import write_atomic
+from data_pipeline.errors import RunError
+from model.flops import training_flops_per_token
+from pretrain.config import Config
+from pretrain.journal import Point, read, series
+from pretrain.report_data import BITS_PER_BYTE, VALIDATION
+from pretrain.study import Study, StudyRun
+
+JOURNAL = "metrics.jsonl.gz"
+CONFIG = "config.yaml"
+ROUNDINGS = "roundings.json"
+"""What the last checkpoint's validation gives with masks that are rounded otherwise."""
+KEPT = ("loss/", "gate/", "penalty/", "data/", "optim/", "time/tokens_per_second")
+"""What the names of the metrics that are kept begin with: what was learned, not how the machine fared."""
+SPEED = "time/tokens_per_second"
+
+
+def keep(run: StudyRun, folder: Path) -> bool:
+    """Copy what a finished run says into `folder`, where it may be published: no host, no path. False if there is none.
+
+    Of the steps, the first, every `train.log_every`-th and those with a validation.
+
+    Raises:
+        RunError: the journal is broken.
+    """
+    journal, target = run.path / "metrics.jsonl", folder / run.place
+    if not journal.is_file():
+        return False
+    records = list(read(journal))
+    if not any(record.kind == "end" and record.fields.get("status") == "FINISHED" for record in records):
+        return False
+    here = f"{Path.cwd()}/"
+    every = run.config().train.log_every
+    lines = []
+    for line in journal.read_text(encoding="utf-8").splitlines():
+        record: dict[str, Any] = json.loads(line)
+        if record["kind"] == "metrics":
+            record["metrics"] = {name: value for name, value in record["metrics"].items() if name.startswith(KEPT)}
+            if record["step"] != 1 and record["step"] % every and VALIDATION not in record["metrics"]:
+                continue
+        elif record["kind"] not in ("start", "end"):
+            continue
+        record.pop("host", None)
+        record.get("tags", {}).pop("host", None)
+        lines.append(json.dumps(record, ensure_ascii=False).replace(here, "") + "\n")
+    target.mkdir(parents=True, exist_ok=True)
+    write_atomic(target / JOURNAL, gzip.compress("".join(lines).encode(), mtime=0))  # the same bytes each time
+    write_atomic(target / CONFIG, (run.path / CONFIG).read_text(encoding="utf-8").replace(here, ""))
+    if (run.path / ROUNDINGS).is_file():
+        write_atomic(target / ROUNDINGS, (run.path / ROUNDINGS).read_text(encoding="utf-8"))
+    return True
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run."""
+
+    run: StudyRun
+    points: dict[str, list[Point]]
+    config: Config
+    parameters: int
+    roundings: dict[str, dict[str, float]]
+    """By rounding, the metrics of a validation; empty without masks."""
+
+    @property
+    def metric(self) -> str:
+        """Of the validation loss, in the study's unit."""
+        return VALIDATION if self.run.study.sections[self.run.section].unit == "nats per token" else BITS_PER_BYTE
+
+    @property
+    def loss(self) -> float:
+        """Validation loss after the last step."""
+        return self.points[self.metric][-1].value
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the whole training: matrix products, as `duet model flops` counts them."""
+        pairs = self.config.data.objective == "pairs"
+        tokens = self.config.batch.tokens * self.config.train.steps
+        return training_flops_per_token(self.config.model, pairs) * tokens
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second, median over the run."""
+        return statistics.median(point.value for point in self.points[SPEED])
+
+    def at(self, name: str, step: int | None = None) -> float | None:
+        """A metric's value at a step or the first one recorded after it; the last value unless given."""
+        points = self.points.get(name)
+        if not points:
+            return None
+        return points[-1].value if step is None else next((p.value for p in points if p.step >= step), None)
+
+
+@dataclass(frozen=True)
+class Results:
+    """All finished runs of a study that were kept in `folder`."""
+
+    study: Study
+    folder: Path
+
+    @cached_property
+    def _all(self) -> dict[str, Result]:
+        runs = self.study.runs(list(self.study.sections))
+        return {run.place: _read(run, self.folder) for run in runs if (self.folder / run.place / JOURNAL).is_file()}
+
+    def of(self, section: str, arm: str, setting: str | None = None) -> list[Result]:
+        """Those of one arm, by seed."""
+        found = (r for r in self._all.values() if (r.run.section, r.run.arm, r.run.setting) == (section, arm, setting))
+        return sorted(found, key=lambda result: result.run.seed)
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic."""
+    return statistics.fmean(values)
+
+
+def _read(run: StudyRun, folder: Path) -> Result:
+    place = folder / run.place
+    with tempfile.TemporaryDirectory() as temporary:
+        journal = Path(temporary) / "metrics.jsonl"
+        try:
+            journal.write_bytes(gzip.decompress((place / JOURNAL).read_bytes()))
+        except (OSError, EOFError) as error:
+            raise RunError(f"{place / JOURNAL}: cannot be unpacked: {error}; collect it again from its run") from error
+        records = list(read(journal))
+    start = next(record.fields for record in records if record.kind == "start")
+    roundings = place / ROUNDINGS
+    return Result(
+        run=run,
+        points=series(records),
+        config=Config.model_validate(start["config"]),
+        parameters=start["parameters"],
+        roundings=json.loads(roundings.read_text()) if roundings.is_file() else {},
+    )
