@@ -1,7 +1,7 @@
-"""What a checkpoint costs: how long a step waits for it, and how fast it is written and read.
+"""What a checkpoint costs: how long training waits for it and what else it loses, how fast it is written and read.
 
-The sizes are those of a model's parameters; AdamW makes 12 bytes of each. Everything is on one rank, in
-a folder of its own in --dir. Exits with 1 when a target is missed.
+The sizes are those of a model's parameters; AdamW makes 12 bytes of each. Training goes on during a save, with few
+tokens a step. Everything is on one rank, in a folder of its own in --dir. Exits with 1 when a target is missed.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ import torch
 
 from data_pipeline.atomic import sync_folder
 from model import registry
-from pretrain.checkpoint import Checkpoint, step_path
+from model.interface import Batch
+from pretrain.checkpoint import Checkpoint, complete, step_path
 from pretrain.config import load
 from pretrain.distributed import Ranks, join
 from pretrain.engine import Engine
@@ -34,7 +36,10 @@ MODELS = {  # parameters in millions: layers, width, vocabulary
     100: (7, 640, 4096),
     300: (8, 1024, 16384),
 }
-ROUNDS = 5
+TOKENS = 128
+"""Of a step. The fewer there are, the less time a save has for its copy before the update."""
+ROUNDS, STEPS = 5, 2
+"""So many steps before each save in training and after it are those it is compared with."""
 
 
 def main() -> int:
@@ -63,18 +68,21 @@ def measure(folder: Path, ranks: Ranks, shape: tuple[int, int, int]) -> list[dic
     """The ways in turn, ROUNDS times, after one of each that is not counted; the rows of one size."""
     layers, width, vocabulary = shape
     sizes = [f"model.layers={layers}", f"model.width={width}", f"model.heads={width // 64}", "model.context=64"]
-    config = load([*sizes, f"model.vocab_size={vocabulary}", "batch.tokens=64", "engine.precision=fp32"])
+    config = load([*sizes, f"model.vocab_size={vocabulary}", f"batch.tokens={TOKENS}", "engine.precision=fp32"])
     engine = Engine(registry.build(config.model), config, ranks)
     fragments = engine.owned_fragments()
     total = sum(values.numel() * values.element_size() for f in fragments for values in f.states.values())
-    blocked: list[float] = []
+    tokens = torch.randint(vocabulary, (TOKENS // 64, 65), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(len(tokens)), torch.tensor(1), seed=0)
+    told: list[float] = []
+    taken: dict[str, list[float]] = defaultdict(list)
     saver = Saver(
         engine,
         folder / "duet",
         ranks,
         still_ours=lambda: None,
         prune=lambda: None,
-        published=lambda step, path, seconds: blocked.append(seconds),
+        published=lambda step, path, seconds: told.append(seconds),
     )
     step = 0
 
@@ -83,11 +91,36 @@ def measure(folder: Path, ranks: Ranks, shape: tuple[int, int, int]) -> list[dic
         step += 1
         saver.start(step, {})
         while saver.writing:
-            time.sleep(0.001)  # where training would go on
+            time.sleep(0.001)
         saver.poll(False)
         while saver.writing:
             time.sleep(0.001)
         saver.poll(False)
+
+    def save_in_training() -> None:
+        """As the trainer does: steps go on, and at the edge of each the save does."""
+        nonlocal step
+        step += 1
+        train_step()  # what the other ways left in the caches is gone
+        alone = [train_step() for _ in range(STEPS)]
+        told.clear()
+        since = time.perf_counter()
+        saver.start(step, {})
+        beside = []
+        while not told:
+            beside.append(train_step())
+            saver.poll(bool(ranks.largest(saver.writing)[0]))
+        whole = time.perf_counter() - since
+        alone += [train_step() for _ in range(STEPS)]
+        taken["blocked"] += told
+        taken["a step"].append(statistics.median(alone))
+        taken["the step after a save's start"].append(beside[0])
+        taken["lost to a save in all"].append(whole - len(beside) * taken["a step"][-1])
+
+    def train_step() -> float:
+        since = time.perf_counter()
+        engine.train_step([batch], lr=1e-4)
+        return time.perf_counter() - since
 
     def torch_save(durable: bool) -> None:
         tensors = {f"{f.name}/{state}": values for f in fragments for state, values in f.states.items()}
@@ -118,6 +151,7 @@ def measure(folder: Path, ranks: Ranks, shape: tuple[int, int, int]) -> list[dic
     plain_read()
     ways: dict[str, Callable[[], object]] = {
         "save": save,
+        "save in training": save_in_training,
         "torch.save, flush, fsync": lambda: torch_save(durable=True),
         "torch.save": lambda: torch_save(durable=False),
         "DeepSpeed's save": lambda: engine.export_deepspeed(folder / "deepspeed"),
@@ -126,9 +160,7 @@ def measure(folder: Path, ranks: Ranks, shape: tuple[int, int, int]) -> list[dic
         "read of the same file": plain_read,
         "load and verify": lambda: verified_load(Checkpoint(step_path(folder / "duet", step)), engine),
     }
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    blocked.clear()
-    for number in range(ROUNDS + 1):
+    for _ in range(ROUNDS + 1):
         for name, way in ways.items():
             since = time.perf_counter()
             way()
@@ -137,17 +169,17 @@ def measure(folder: Path, ranks: Ranks, shape: tuple[int, int, int]) -> list[dic
                 if file.is_file():
                     with open(file, "rb") as written:
                         os.fsync(written.fileno())
-        shutil.rmtree(step_path(folder / "duet", step - 1))
-        if number == 0:
-            blocked.clear()
+        for older in complete(folder / "duet")[1:]:
+            shutil.rmtree(older)
     saver.__exit__(None, None, None)
     medians = {name: statistics.median(times[1:]) for name, times in taken.items()}
-    medians["blocked"] = statistics.median(blocked)
     parameters = sum(f.numel for f in fragments) / 1e6
     compared = [
         ("blocked", "torch.save, flush, fsync", 0.1),
         ("blocked", "torch.save", None),
         ("blocked", "DeepSpeed's save", 0.5),
+        ("lost to a save in all", "torch.save, flush, fsync", None),
+        ("the step after a save's start", "a step", None),
         ("save", "write and fsync of the same bytes", None),
         ("load", "read of the same file", None),
         ("load and verify", "read of the same file", None),

@@ -87,6 +87,9 @@ class Engine:
         self.guard: Callable[[list[dict[str, Tensor]]], Tensor] | None = None
         """Given the metrics of a step's micro-batches it returns a factor [] of the last one's loss, before that one's
         backward pass: NaN on any rank makes all of them skip the step."""
+        self.before_change: Callable[[], None] = lambda: None
+        """Called before parameters or optimizer states change: before an update, and when `fragments` gives them out.
+        Nothing else changes them, neither pass of a step does; `tests/distributed/test_saver.py` holds that."""
         self.stopwatch = Stopwatch(ranks.device)
         # The table of tokens is first in the forward pass, so its gradient is the last; hooks run in order of
         # registration, and DeepSpeed's, which may wait for other ranks, come later.
@@ -164,6 +167,9 @@ class Engine:
                     self._applied = False
                     self.buffers.after_step(applied=False)
                     return [*metrics, output.metrics], norm, False
+            if self._deepspeed.is_gradient_accumulation_boundary():  # else step() only counts
+                self.before_change()
+                self.stopwatch.start()  # no part of the update
             self._deepspeed.step()
             self.stopwatch.lap("optimizer")
             metrics.append(output.metrics)
@@ -226,10 +232,11 @@ class Engine:
         return int(next(kept["step"] for kept in self._inner.state.values() if "step" in kept))
 
     def fragments(self) -> list[Fragment]:
-        """All that this rank holds, in a fixed order. At stage 0 every rank holds everything.
+        """All that this rank holds, to be written to, in a fixed order. At stage 0 every rank holds everything.
 
         Under Muon at stages 1 and 2, ranks that share a parameter each hold all of its momentum: that comes last.
         """
+        self.before_change()
         optimizer = self._deepspeed.optimizer
         self._kept = fragments.kept_states(optimizer)
         pieces = self._pieces(self.states, self._kept)

@@ -1,17 +1,20 @@
-"""Saving behind the training: a step waits for the copy to host memory, one thread of each rank writes.
+"""Saving behind the training: one thread of each rank copies and writes; an update waits until the copy is made.
 
-A save has two parts. First each rank's thread writes its shard; then rank 0's thread publishes: it writes the manifest,
-which makes the directory a checkpoint, and lets old ones go. The threads never touch the process group. That every rank
+A save has two parts. First each rank's thread copies what the rank holds and writes it, its shard; then rank 0's thread
+publishes: it writes the manifest, which makes the directory a checkpoint, and lets old ones go. No pass forward or
+backward changes parameters or optimizer states, so the copy has time until the engine is about to: then the main thread
+takes part in what is left of it (`Engine.before_change`). The threads never touch the process group. That every rank
 is done with its part is agreed on by the main threads, at the edge of a step, with a flag that travels with the request
 to stop. So collectives keep their order, a rank whose disk is full still can say so, and nothing depends on how soon
 one node sees the other's files.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, Queue
 from threading import Event
 from types import TracebackType
 from typing import Any
@@ -27,8 +30,10 @@ from pretrain.engine import Engine, Fragment
 from pretrain.rng import rng_states
 from pretrain.shard import Shard, write_error, write_tensors
 
-COPY_BLOCK = 1 << 20
-"""Elements that one of the two copying threads takes at once."""
+COPY_BLOCK = 4 * 2**20
+"""Bytes that a thread copies at once."""
+Blocks = Queue[tuple[np.ndarray, np.ndarray]]
+"""What is still to be copied: to, from; each uint8 [n], n at most COPY_BLOCK."""
 
 
 @dataclass
@@ -38,6 +43,7 @@ class _Save:
     path: Path
     content: dict[str, Any]
     """Of the manifest, but for the shards."""
+    blocks: Blocks
     work: Future[Any]
     """Of this rank's thread: its shard, later the publication."""
     publishing: bool = False
@@ -82,10 +88,11 @@ class Saver:
         return self._save is not None and not self._save.work.done()
 
     def start(self, step: int, state: dict[str, Any], validation_loss: float | None = None) -> None:
-        """Copy parameters and optimizer states to the host and begin to write them; a collective.
+        """Begin to save the engine's state as it is now; a collective.
 
-        Waits for the save before, if it is still in flight. `state` is rank 0's: all that the manifest is to hold
-        beside the tensors.
+        On a CPU the thread copies it while training goes on, and the engine calls back before it changes; what is on a
+        GPU is copied here. Waits for the save before, if it is still in flight. `state` is rank 0's: all that the
+        manifest is to hold beside the tensors.
 
         Raises:
             CheckpointError: on every rank, when one could not write.
@@ -104,7 +111,9 @@ class Saver:
 
         self._ranks.together(prepare, only_first=True)
         fragments = self._engine.owned_fragments()
-        tensors = self._copy_to_host(fragments) | {RNG + name: values for name, values in rng_states().items()}
+        blocks = self._begin_copy(fragments)
+        self._engine.before_change = self._finish_copy
+        tensors = self._buffers | {RNG + name: values for name, values in rng_states().items()}
         buffers = self._engine.buffers.tensors
         if self._ranks.is_first:
             tensors |= {BUFFER + name: values.to("cpu", copy=True) for name, values in buffers.items()}
@@ -124,10 +133,11 @@ class Saver:
         spans = [(f.name, f.start, f.numel) for f in fragments]
 
         def write() -> Shard:
+            _copy(blocks)
             size, digest = write_tensors(file, tensors, self._abandoned)
             return Shard(file=file.name, bytes=size, xxh3_128=digest, fragments=spans)
 
-        self._save = _Save(path, content, self._thread.submit(write), blocked=time.perf_counter() - since)
+        self._save = _Save(path, content, blocks, self._thread.submit(write), blocked=time.perf_counter() - since)
 
     def poll(self, writing: bool) -> None:
         """Go on with the save in flight, unless a rank is still `writing`; a collective, and `writing` is agreed on.
@@ -183,8 +193,12 @@ class Saver:
             raise write_error(file, error) from error
         self._prune()
 
-    def _copy_to_host(self, fragments: list[Fragment]) -> dict[str, Tensor]:
-        """A flat tensor for each kind of state, in memory that is allocated once: the save before has ended."""
+    def _begin_copy(self, fragments: list[Fragment]) -> Blocks:
+        """Into a flat tensor for each kind of state, in memory that is allocated once: the save before has ended.
+
+        Returns:
+            what is left to be copied.
+        """
         cuda = self._ranks.device.type == "cuda"
         if not self._buffers:
             sizes: dict[str, tuple[int, torch.dtype]] = {}
@@ -194,28 +208,45 @@ class Saver:
             for state, (numel, dtype) in sizes.items():
                 self._buffers[state] = torch.empty(numel, dtype=dtype, pin_memory=cuda)
         ends = dict.fromkeys(self._buffers, 0)
-        copies: list[tuple[Tensor, Tensor]] = []
+        blocks = Blocks()
         for fragment in fragments:
             for state, values in fragment.states.items():
                 start, ends[state] = ends[state], ends[state] + fragment.numel
-                copies.append((self._buffers[state][start : ends[state]], values))
+                buffer = self._buffers[state][start : ends[state]]
+                if cuda:
+                    buffer.copy_(values, non_blocking=True)
+                else:
+                    _put(blocks, buffer, values)
         if cuda:
-            for buffer, values in copies:
-                buffer.copy_(values, non_blocking=True)
             torch.cuda.synchronize(self._ranks.device)
-        else:
-            blocks = [pair for buffer, values in copies for pair in _blocks(buffer, values)]
-            half = self._thread.submit(_copy, blocks[::2])  # it has nothing else to do now
-            _copy(blocks[1::2])
-            half.result()
-        return self._buffers
+        return blocks
+
+    def _finish_copy(self) -> None:
+        """The engine is about to change what is being copied."""
+        if self._save:
+            since = time.perf_counter()
+            _copy(self._save.blocks)
+            self._save.blocked += time.perf_counter() - since
 
 
-def _blocks(buffer: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(buffer.split(COPY_BLOCK), values.split(COPY_BLOCK), strict=True)
+def _put(blocks: Blocks, buffer: Tensor, values: Tensor) -> None:
+    to, source = (tensor.view(torch.uint8).numpy() for tensor in (buffer, values))
+    for start in range(0, len(to), COPY_BLOCK):
+        blocks.put((to[start : start + COPY_BLOCK], source[start : start + COPY_BLOCK]))
 
 
-def _copy(blocks: list[tuple[Tensor, Tensor]]) -> None:
-    """By memcpy: torch's own copy waits at a barrier of its threads, long when other work has the cores."""
-    for buffer, values in blocks:
-        np.copyto(buffer.view(torch.uint8).numpy(), values.view(torch.uint8).numpy())
+def _copy(blocks: Blocks) -> None:
+    """Take part in the copy until it is made. A thread that fails leaves the rest to the other, and its save fails.
+
+    By memcpy: torch's own copy waits at a barrier of its threads, long when other work has the cores.
+    """
+    while True:
+        try:
+            to, source = blocks.get_nowait()
+        except Empty:
+            break
+        try:
+            np.copyto(to, source)
+        finally:
+            blocks.task_done()
+    blocks.join()
