@@ -82,6 +82,7 @@ class Engine:
         self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         self._ranks = ranks
         self._optimizer = config.optimizer
+        self._offloads = config.engine.offload != "none"
         self._lr = 0.0
         self._applied = False
         self.guard: Callable[[list[dict[str, Tensor]]], Tensor] | None = None
@@ -176,6 +177,10 @@ class Engine:
         if self.stage:
             norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32)
         self._applied = self._deepspeed.was_step_applied()
+        if not self._applied and self._offloads and self.stage < 3:
+            # DeepSpeed 0.19.8 forgets to: every later step would add to what is not finite, and be skipped, too.
+            gradients = self._deepspeed.optimizer.averaged_gradients
+            gradients.update(dict.fromkeys(gradients))
         self.buffers.after_step(self._applied)
         return metrics, norm, self._applied
 

@@ -60,6 +60,28 @@ def train_and_save(ranks: Ranks, root: str, args: list[str], save_at: int, until
     return {"losses": before + after, "saved": saved, "final": digest(engine, ranks)}
 
 
+def with_and_without_a_skipped_step(ranks: Ranks, args: list[str]) -> list[tuple[list[bool], dict[str, str]]]:
+    """Which of the steps 1 to 4 were applied, and the state after them: the second not finite, or left out."""
+    found = []
+    config = small(*args)
+    for steps in ([1, 2, 3, 4], [1, 3, 4]):
+        engine = make_engine(ranks, config)
+        applied: list[bool] = []
+        train_step = engine.train_step
+
+        def noted(batches: Any, lr: float, train_step: Any = train_step, applied: list[bool] = applied) -> Any:
+            result = train_step(batches, lr)
+            applied.append(result[2])
+            return result
+
+        engine.train_step = noted  # type: ignore[assignment, method-assign]
+        for step in steps:
+            engine.guard = (lambda metrics: torch.tensor(torch.nan)) if step == 2 else None
+            train_steps(engine, ranks, config, step, step)
+        found.append((applied, digest(engine, ranks)))
+    return found
+
+
 def resume(ranks: Ranks, root: str, args: list[str], until: int) -> dict[str, Any]:
     """Load the newest checkpoint into an engine with other first weights, and train on."""
     torch._dynamo.config.disable = True
