@@ -4,8 +4,9 @@ Both read the same JSON Lines and write token files. datatrove runs in an enviro
 DATATROVE_PYTHON names (`pip install datatrove==0.10.1 tokenizers==0.23.3 orjson`); without it the peer is a plain loop:
 the same tokenizer, numpy's tofile, nothing hashed, split or synced. Each way is a process that is started once and
 builds a little first, so that no start is timed; then all ways build in turn, each time from nothing. Ratios are of CPU
-seconds, which a busy machine disturbs less than the clock. No text occurs twice,
-but in the last row. Exits with 1 when a target is missed.
+seconds, which a busy machine disturbs less than the clock, of one thread on one CPU. Only the row by the clock has all
+CPUs, and text that occurs more than once. With DUET_CORPORA, a folder of corpora, English novels are built as well,
+whose documents are long. Exits with 1 when a target is missed.
 """
 
 import argparse
@@ -18,10 +19,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import zstandard
 
@@ -30,19 +31,23 @@ from data_pipeline.tokenizer import train_tokenizer
 from launch.python_docs import collect
 
 ROUNDS = 3
+CLOCK_ROUNDS = 5
 MEGABYTES = 16
 VOCABULARY = 8192
 COPIES = 4  # For the processes, which need some work; a unigram tokenizer remembers nothing.
+NOVELS = "eltec/eng.train.jsonl.zst"
 UNIT_BYTES = 2**23
 
 SERVE = """
-import json, resource, sys, time
+import json, os, resource, sys, time
 
 def used():
     both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in both)
 
 def serve(build):
+    if sys.argv[1] == "one":
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
     for line in sys.stdin:
         request = json.loads(line)
         cpu, wall = used(), time.perf_counter()
@@ -114,7 +119,16 @@ serve(alone)
 class Way:
     """A process that builds as often as it is told to."""
 
-    def __init__(self, folder: Path, python: str, program: str, request: dict[str, Any], small: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        python: str,
+        program: str,
+        request: dict[str, Any],
+        small: dict[str, Any],
+        *,
+        cpus: Literal["one", "all"] = "one",
+    ) -> None:
         """`request`: what it is to build, `small`: a little of the same kind; `folder`: its own, emptied each time."""
         folder.mkdir(exist_ok=True)
         file, self._log = folder.with_suffix(".py"), folder.with_suffix(".log")
@@ -124,7 +138,7 @@ class Way:
         self._folder, self._request = folder, request
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
-                [python, str(file)],
+                [python, str(file), cpus],
                 env=os.environ | one | {"PYTHONPATH": path},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -173,36 +187,57 @@ def main() -> int:
 
 
 def measure(folder: Path, text: Path | None, stack: ExitStack) -> list[dict[str, Any]]:
-    texts = list(take(texts_of(text) if text else python_texts(folder), MEGABYTES * 10**6))
-    size = sum(len(text.encode()) for text in texts)
-    write(folder / "text", texts)
-    write(folder / "small", texts[:20])
-    write(folder / "large", texts, COPIES)
-    ways = {name: stack.enter_context(way) for name, way in start(folder, texts).items()}
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    texts = {"": list(take(texts_of(text) if text else python_texts(folder), MEGABYTES * 10**6))}
+    if corpora := os.environ.get("DUET_CORPORA"):
+        texts["novels: "] = list(take(texts_of(Path(corpora) / NOVELS), MEGABYTES * 10**6))
+    ways: dict[str, Way] = {}
+    for prefix, found in texts.items():
+        for name, way in start(
+            folder / (prefix[:-2] or "text"), found, ("unigram",) if prefix else ("same", "unigram", "bpe")
+        ):
+            ways[prefix + name] = stack.enter_context(way)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():
-            seconds[name].append(way.time())
-    cpu = {name: statistics.median(c for c, _ in found) for name, found in seconds.items()}
-    wall = {name: statistics.median(w for _, w in found) for name, found in seconds.items()}
+            seconds[name].append(way.time()[0])
+    cpu = {name: statistics.median(found) for name, found in seconds.items()}
+    sizes = {prefix: sum(len(text.encode()) for text in found) / 1e6 for prefix, found in texts.items()}
 
-    def row(what: str, way: str, target: float | None) -> dict[str, Any]:
-        speed = f"{size / 1e6 / cpu[way]:.1f}"
-        return {"name": f"{what} ({speed} MB per CPU-s) / {peer}", "ratio": cpu["peer"] / cpu[way], "target": target}
+    def row(what: str, way: str, target: float | None, prefix: str = "") -> dict[str, Any]:
+        size, seconds, other = sizes[prefix], cpu[prefix + way], cpu[prefix + "peer"]
+        peer = f"{'datatrove' if datatrove() else 'plain loop'} ({size / other:.1f})"
+        return {
+            "name": f"{prefix}{what} ({size / seconds:.1f} MB per CPU-s) / {peer}",
+            "ratio": other / seconds,
+            "target": target,
+        }
 
-    peer = f"{'datatrove' if datatrove() else 'plain loop'} ({size / 1e6 / cpu['peer']:.1f})"
-    return [
+    rows = [
         row("same tokenizer", "same", 1.15),
         row("SentencePiece bpe", "bpe", 3.5),
         row("SentencePiece unigram", "unigram", 10),
         row("sentencepiece alone, bpe, nothing written", "bpe alone", None),
         row("sentencepiece alone, unigram, nothing written", "unigram alone", None),
-        {
-            "name": "2 processes / 1 with 2 threads, by the clock",
-            "ratio": wall["1 processes"] / wall["2 processes"],
-            "target": 1.0,
-        },
     ]
+    if corpora:
+        rows.append(row("SentencePiece unigram", "unigram", None, "novels: "))
+        rows.append(row("sentencepiece alone, unigram, nothing written", "unigram alone", None, "novels: "))
+    return [*rows, clock(folder / "text", texts[""], stack)]
+
+
+def clock(folder: Path, texts: list[str], stack: ExitStack) -> dict[str, Any]:
+    """The row by the clock."""
+    write(folder / "large", texts, COPIES)
+    ways = {
+        count: stack.enter_context(ours(folder, f"{count}-processes", folder / "unigram.model", count, "large"))
+        for count in (1, 2)
+    }
+    seconds: dict[int, list[float]] = {count: [] for count in ways}
+    for _ in range(CLOCK_ROUNDS):
+        for count, way in ways.items():
+            seconds[count].append(way.time()[1])
+    one, two = (statistics.median(found) for found in seconds.values())
+    return {"name": "2 processes / 1 with 2 threads, by the clock", "ratio": one / two, "target": 1.0}
 
 
 def datatrove() -> str | None:
@@ -210,28 +245,29 @@ def datatrove() -> str | None:
     return os.environ.get("DATATROVE_PYTHON")
 
 
-def start(folder: Path, texts: list[str]) -> dict[str, Way]:
-    """All ways, each warm."""
+def start(folder: Path, texts: list[str], kinds: Sequence[str]) -> Iterator[tuple[str, Way]]:
+    """The peer, the same tokenizer, and each kind of our own with and without us; each warm."""
+    folder.mkdir()
+    write(folder / "text", texts)
+    write(folder / "small", [text[: 2**12] for text in texts[:40]])
     same = make_tokenizer(folder, texts)
     out = {"tokenizer": str(same), "out": str(folder / "peer" / "out"), "logs": str(folder / "peer" / "logs")}
     peer = [{"text": str(folder / name), **out} for name in ("text", "small")]
     python = datatrove()
-    ways = {"peer": Way(folder / "peer", python or sys.executable, DATATROVE if python else LOOP, *peer)}
-    ways["same"] = ours(folder, "same", same)
-    models = {name: folder / f"{name}.model" for name in ("unigram", "bpe")}
-    for name, model in models.items():
-        settings = TokenizerConfig.model_validate({"type": name, "vocab_size": VOCABULARY})
+    yield "peer", Way(folder / "peer", python or sys.executable, DATATROVE if python else LOOP, *peer)
+    if "same" in kinds:
+        yield "same", ours(folder, "same", same)
+    for kind in (kind for kind in kinds if kind != "same"):
+        model = folder / f"{kind}.model"
+        settings = TokenizerConfig.model_validate({"type": kind, "vocab_size": VOCABULARY})
         model.write_bytes(train_tokenizer(texts[::4], settings, seed=0))
-        ways[name] = ours(folder, name, model)
+        yield kind, ours(folder, kind, model)
         alone = [{"text": str(folder / text), "model": str(model)} for text in ("text", "small")]
-        ways[f"{name} alone"] = Way(folder / f"{name}-alone", sys.executable, ALONE, *alone)
-    for processes in (1, 2):
-        ways[f"{processes} processes"] = ours(folder, f"{processes}-processes", models["unigram"], processes, "large")
-    return ways
+        yield f"{kind} alone", Way(folder / f"{kind}-alone", sys.executable, ALONE, *alone)
 
 
-def ours(folder: Path, name: str, model: Path, processes: int = 1, text: str = "text") -> Way:
-    """Builds with `model`, since training is not what is compared."""
+def ours(folder: Path, name: str, model: Path, processes: int | None = None, text: str = "text") -> Way:
+    """Builds with `model`, since training is not what is compared; with so many processes on all CPUs, or on one."""
     requests = []
     for what in (text, "small"):
         config = DataConfig.model_validate(
@@ -242,8 +278,8 @@ def ours(folder: Path, name: str, model: Path, processes: int = 1, text: str = "
                 "split": {"rule": "hash", "fraction": 0.1},
             }
         )
-        requests.append({"config": config.model_dump(), "processes": processes})
-    return Way(folder / name, sys.executable, OURS, *requests)
+        requests.append({"config": config.model_dump(), "processes": processes or 1})
+    return Way(folder / name, sys.executable, OURS, *requests, cpus="all" if processes else "one")
 
 
 def texts_of(file: Path) -> Iterator[str]:

@@ -14,6 +14,7 @@ from data_pipeline.files import is_uri
 from data_pipeline.job import Job
 from data_pipeline.manifest import MANIFEST, Manifest, differences
 from data_pipeline.publish import remove_stale
+from data_pipeline.sources import Unit
 from data_pipeline.stages import Context, UnitFacts
 from data_pipeline.tokenizer import TOKENIZER, Tokenizer
 from data_pipeline.work import remove_work, working_folder
@@ -38,8 +39,7 @@ def build(
     Raises DataError for unusable text or settings, a full disk, and, unless `overwrite`, for another dataset there.
     """
     root = _root(config)
-    job = Job.of(config, progress, processes)
-    with working_folder(root) as work:
+    with Job.of(config, progress, processes) as job, working_folder(root) as work:
         if (root / MANIFEST).exists() and not overwrite:
             _check_same(root, job.plan.identity)
             if dropped is not None:
@@ -68,8 +68,7 @@ def tokenizer_job(
     a dataset depends on it.
     """
     root = _root(config)
-    job = Job.of(config, progress, processes)
-    with working_folder(root) as work:
+    with Job.of(config, progress, processes) as job, working_folder(root) as work:
         if overwrite and (root / TOKENIZER).exists():
             if (root / MANIFEST).exists():
                 raise DataError(f"the dataset at {root} depends on its tokenizer: `duet data build --overwrite` it")
@@ -92,8 +91,7 @@ def prepare(config: DataConfig, progress: Progress | None = None, processes: int
 
     Raises DataError as `build` does without `overwrite`."""
     root = _root(config)
-    job = Job.of(config, progress, processes)
-    with working_folder(root) as work:
+    with Job.of(config, progress, processes) as job, working_folder(root) as work:
         _refuse_dataset(root)
         job.plan.begin(work)
         job.prepare(work, root)
@@ -107,8 +105,7 @@ def build_task(config: DataConfig, task: int, tasks: int, progress: Progress | N
 
     Raises DataError if nothing is prepared or the settings are others, and as `build` does."""
     root = _root(config)
-    with working_folder(root, shared=True) as work:
-        job = Job.prepared(config, work, progress, processes)
+    with working_folder(root, shared=True) as work, Job.prepared(config, work, progress, processes) as job:
         context, _ = job.prepare(work, root)
         units = job.plan.units[task::tasks]
         job.tokenize(context, units)
@@ -122,15 +119,10 @@ def merge(
     root = _root(config)
     with working_folder(root) as work:
         _refuse_dataset(root)
-        job = Job.prepared(config, work, progress, processes)
-        context, tokenizer = job.prepare(work, root)
-        if missing := [unit.number for unit in job.plan.units if UnitFacts.load(work, unit, tokenizer.sha256) is None]:
-            shown = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
-            raise DataError(
-                f"{len(missing)} of {len(job.plan.units)} units are not tokenized yet: {shown}. Unit U is the work of "
-                "task U modulo the number of tasks: run `duet data build --task` for those again, then --merge"
-            )
-        return job.publish(context, root, dropped)
+        with Job.prepared(config, work, progress, processes) as job:
+            context, tokenizer = job.prepare(work, root)
+            _check_complete(work, job.plan.units, tokenizer)
+            return job.publish(context, root, dropped)
 
 
 def _root(config: DataConfig) -> Path:
@@ -146,6 +138,15 @@ def _check_same(root: Path, identity: dict[str, Any]) -> None:
     if changed := differences(Manifest.load(root).identity, identity):
         raise DataError(
             f"another dataset is at {root}: {'; '.join(changed)}. Choose another data.path, or --overwrite it"
+        )
+
+
+def _check_complete(work: Path, units: list[Unit], tokenizer: Tokenizer) -> None:
+    if missing := [unit.number for unit in units if UnitFacts.load(work, unit, tokenizer.sha256) is None]:
+        shown = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
+        raise DataError(
+            f"{len(missing)} of {len(units)} units are not tokenized yet: {shown}. Unit U is the work of "
+            "task U modulo the number of tasks: run `duet data build --task` for those again, then --merge"
         )
 
 

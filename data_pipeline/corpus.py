@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
+from math import ceil
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -30,6 +31,8 @@ class SplitPiece(NamedTuple):
 
     split: Split
     text: str
+    data: bytes
+    """The text in UTF-8."""
     starts: bool
     """Whether this is the document's first piece on this side."""
     ends: bool
@@ -133,7 +136,7 @@ class UnitReader:
         """The text that is kept. Raises DataError as the readers do."""
         config, pieces = self._config, self._pieces()
         if config.split.rule == "hash":
-            threshold = Fraction(str(config.split.fraction)) * 2**64
+            threshold = ceil(Fraction(str(config.split.fraction)) * 2**64)
             return _split_hash(pieces, config.seed, threshold)
         if config.split.rule == "given":
             return _label(pieces, "validation" if self._unit.source == GIVEN else "train")
@@ -148,7 +151,7 @@ class UnitReader:
                 empty = True
                 for piece in pieces(document, self.counts):
                     empty = False
-                    self.counts.bytes += len(piece.text.encode())
+                    self.counts.bytes += len(piece.data)
                     yield piece, key
                 verdict = REASONS.index(EMPTY) if empty else 0
             if verdict:
@@ -161,17 +164,17 @@ class UnitReader:
 def _label(pieces: Iterable[tuple[Piece, int]], split: Split) -> Iterator[SplitPiece]:
     starts = True
     for piece, key in pieces:
-        yield SplitPiece(split, piece.text, starts, not piece.continues or piece.ends_source, key)
+        yield SplitPiece(split, piece.text, piece.data, starts, not piece.continues or piece.ends_source, key)
         starts = not piece.continues
 
 
-def _split_hash(pieces: Iterable[tuple[Piece, int]], seed: int, threshold: Fraction) -> Iterator[SplitPiece]:
+def _split_hash(pieces: Iterable[tuple[Piece, int]], seed: int, threshold: int) -> Iterator[SplitPiece]:
     """Held out if xxh3_64 of the document's first piece is below `threshold`: exact duplicates stay on one side."""
     starts, split = True, SPLITS[0]
     for piece, key in pieces:
         if starts:
-            split = SPLITS[xxhash.xxh3_64_intdigest(piece.text.encode(), seed=seed) < threshold]
-        yield SplitPiece(split, piece.text, starts, not piece.continues or piece.ends_source, key)
+            split = SPLITS[xxhash.xxh3_64_intdigest(piece.data, seed=seed) < threshold]
+        yield SplitPiece(split, piece.text, piece.data, starts, not piece.continues or piece.ends_source, key)
         starts = not piece.continues
 
 
@@ -180,15 +183,15 @@ def _split_tail(pieces: Iterable[tuple[Piece, int]], train_bytes: int) -> Iterat
     position = 0
     starts = dict.fromkeys(SPLITS, True)
     for piece, key in pieces:
-        encoded = piece.text.encode()
-        room = min(max(train_bytes - position, 0), len(encoded))
-        while room < len(encoded) and encoded[room] & 0xC0 == 0x80:
+        data = piece.data
+        room = min(max(train_bytes - position, 0), len(data))
+        while room < len(data) and data[room] & 0xC0 == 0x80:
             room -= 1
-        position += len(encoded)
-        for split, part in zip(SPLITS, (encoded[:room], encoded[room:]), strict=True):
+        position += len(data)
+        for split, part in zip(SPLITS, (data[:room], data[room:]), strict=True):
             if part:
-                ends = not piece.continues and (split == "validation" or room == len(encoded))
-                yield SplitPiece(split, part.decode(), starts[split], ends, key)
+                ends = not piece.continues and (split == "validation" or room == len(data))
+                yield SplitPiece(split, part.decode(), part, starts[split], ends, key)
                 starts[split] = False
         if not piece.continues:
             starts = dict.fromkeys(SPLITS, True)

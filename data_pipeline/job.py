@@ -3,11 +3,11 @@
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -34,11 +34,9 @@ from data_pipeline.stages import (
 from data_pipeline.tokenizer import TOKENIZER, Reservoir, Segment, Tokenizer
 from data_pipeline.vocabulary import prepare_tokenizer, tokenizer_identity
 from data_pipeline.work import Inputs, Plan, remove_work
-from data_pipeline.workers import Advance, available_cpus, run
+from data_pipeline.workers import Advance, Crew, available_cpus
 
 _MAX_THREADS = 16
-
-Result = TypeVar("Result")
 
 
 def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
@@ -68,13 +66,19 @@ def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
 
 
 class Job:
-    """A build: its plan, and the processes that carry it out."""
+    """A build: its plan, and the crew that carries it out, which is dismissed at the end of a `with`."""
 
     def __init__(self, config: DataConfig, plan: Plan, progress: Progress | None, processes: int) -> None:
         self.plan = plan
         self._config = config
         self._progress = progress
-        self._processes = processes
+        self._crew = Crew(processes)
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._crew.dismiss()
 
     @classmethod
     def of(cls, config: DataConfig, progress: Progress | None, processes: int) -> "Job":
@@ -82,9 +86,10 @@ class Job:
         corpus = Corpus(config)
         units = corpus.units()
         job = cls(config, Plan({}, [], units), progress, processes)
+        job._crew.expect(len(units))
         parts = [part for source in corpus.sources for part in source.parts()]
         advance = job.report("hash", corpus.input_bytes)
-        hashed = iter(list(itertools.chain.from_iterable(job.run(hash_files, parts, advance))))
+        hashed = iter(list(itertools.chain.from_iterable(job._crew.run(hash_files, parts, advance))))
         inputs = [list(itertools.islice(hashed, len(source.files))) for source in corpus.sources]
         job.plan = Plan(make_identity(config, inputs), inputs, units)
         return job
@@ -108,10 +113,6 @@ class Job:
 
         return advance
 
-    def run(self, function: Callable[[Any, Advance], Result], items: list[Any], advance: Advance) -> Iterator[Result]:
-        """`function` of each item, on as many processes as there are and as it is worth."""
-        return run(function, items, max(1, min(self._processes, len(items))), advance)
-
     def prepare(self, work: Path, home: Path) -> tuple[Context, Tokenizer]:
         """All that must be known before a unit can be tokenized; what is there already is not done again."""
         config = self._config
@@ -122,7 +123,7 @@ class Job:
         identity = {key: value for key, value in self.plan.identity.items() if key not in ("shard_tokens", "shuffle")}
         texts = functools.partial(self._sample, context)
         tokenizer = prepare_tokenizer(home, work, config.tokenizer, config.seed, identity, texts)
-        processes = max(1, min(self._processes, len(self.plan.units)))
+        processes = max(1, min(self._crew.size, len(self.plan.units)))
         threads = max(1, min(available_cpus() // processes, _MAX_THREADS))
         return replace(context, tokenizer=home / TOKENIZER, threads=threads), tokenizer
 
@@ -131,7 +132,7 @@ class Job:
         if all(verdicts_file(work, unit).exists() for unit in units):
             return
         todo = [unit for unit in units if not looked_file(work, unit).exists()]
-        for _ in self.run(functools.partial(look_at, context), todo, self._report_units("measure", todo)):
+        for _ in self._crew.run(functools.partial(look_at, context), todo, self._report_units("measure", todo)):
             pass
         files = [looked_file(work, unit) for unit in units]
         parts = [load_array(file, "verdicts") for file in files]
@@ -185,7 +186,7 @@ class Job:
     def _sample_units(self, context: Context, stage: str, limit: int) -> Iterator[tuple[Unit, list[Segment]]]:
         units = self.plan.units
         advance = self._report_units(stage, units)
-        return zip(units, self.run(functools.partial(sample_text, context, limit), units, advance), strict=True)
+        return zip(units, self._crew.run(functools.partial(sample_text, context, limit), units, advance), strict=True)
 
     def _report_units(self, stage: str, todo: list[Unit]) -> Advance:
         """Progress over all units, of which those not in `todo` are done."""
@@ -199,7 +200,8 @@ class Job:
         assert context.tokenizer is not None
         sha256 = Tokenizer.of(context.tokenizer).sha256
         todo = [unit for unit in units if UnitFacts.load(context.work, unit, sha256) is None]
-        for _ in self.run(functools.partial(tokenize, context), todo, self._report_units("tokenize", todo)):
+        todo.sort(key=lambda unit: -unit.bytes)  # Small ones last, so that all processes end at about the same time.
+        for _ in self._crew.run(functools.partial(tokenize, context), todo, self._report_units("tokenize", todo)):
             pass
 
     def publish(self, context: Context, root: Path, dropped: Path | None) -> Manifest:
@@ -223,7 +225,9 @@ class Job:
         tasks = assembly.tasks()
         total = sum(task.tokens for task in tasks) * np.dtype(assembly.dtype).itemsize
         advance = self.report("write", total)
-        shards = list(self.run(functools.partial(write_shard, assembly), tasks, advance))
+        shards = list(self._crew.run(functools.partial(write_shard, assembly), tasks, advance))
+        # No process may hold files of the work, which is to be removed.
+        self._crew.dismiss()
         forget_files()
         return describe(self._config, self.plan, facts, tokenizer, assembly, list(zip(tasks, shards, strict=True)))
 

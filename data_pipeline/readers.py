@@ -119,7 +119,7 @@ def read_jsonl(
             text, _ = decode(line, True, errors, where, offset, counts)
             if offset == 0:
                 text = text.removeprefix("\ufeff")
-            if text.strip():
+            if text and not text.isspace():
                 record = _object(text, where)
                 keys = (text_key,) if target_key is None else (text_key, target_key)
                 texts = [_text_of(record, key, errors, where, counts) for key in keys]
@@ -179,7 +179,7 @@ def _text_of(record: Mapping[str, Any], text_key: str, errors: Errors, where: ob
         strings = ", ".join(repr(key) for key, value in record.items() if isinstance(value, str)) or "none"
         raise DataError(f"{where}: {text_key!r} is a {type(text).__name__}, not a string; keys with strings: {strings}")
     try:
-        text.encode()
+        text.isascii() or text.encode()
     except UnicodeEncodeError as error:
         if errors == "strict":
             raise DataError(

@@ -25,6 +25,8 @@ class Piece(NamedTuple):
     """A stretch of a document, never empty."""
 
     text: str
+    data: bytes
+    """The text in UTF-8."""
     continues: bool
     """Whether the next piece belongs to the same document."""
     ends_source: bool = False
@@ -34,16 +36,16 @@ class Piece(NamedTuple):
 def cut(chunks: Iterable[str], after: int = CUT_AFTER, limit: int = CUT_LIMIT) -> Iterator[Piece]:
     """Cuts one document, given in chunks, after the first newline at or past byte `after` of a piece; if there is none
     before byte `limit`, at the last character boundary not past `limit`. How it is chunked makes no difference."""
-    buffer = bytearray()
+    buffer = b""
     for chunk in chunks:
         buffer += chunk.encode()
         start = 0
         while (end := _cut_point(buffer, start, after, limit)) is not None:
-            yield Piece(buffer[start:end].decode(), True)
+            yield Piece(buffer[start:end].decode(), buffer[start:end], True)
             start = end
-        del buffer[:start]
+        buffer = buffer[start:]
     if buffer:
-        yield Piece(buffer.decode(), False)
+        yield Piece(buffer.decode(), buffer, False)
 
 
 def pieces(document: Document, counts: ReadCounts) -> Iterator[Piece]:
@@ -52,11 +54,13 @@ def pieces(document: Document, counts: ReadCounts) -> Iterator[Piece]:
         yield from cut(document.chunks(counts))
     elif all(document.pair):
         source, target = document.pair
-        yield from (piece if piece.continues else Piece(piece.text, True, True) for piece in cut([source]))
+        yield from (
+            piece if piece.continues else piece._replace(continues=True, ends_source=True) for piece in cut([source])
+        )
         yield from cut([target])
 
 
-def _cut_point(buffer: bytearray, start: int, after: int, limit: int) -> int | None:
+def _cut_point(buffer: bytes, start: int, after: int, limit: int) -> int | None:
     newline = buffer.find(b"\n", start + after, start + limit)
     end = newline + 1 if newline >= 0 else start + limit
     if end >= len(buffer):  # Nothing is known to follow, and a last piece must not continue.

@@ -184,12 +184,11 @@ class _Stream:
         self.byte_counts = np.zeros(256, np.int64)
 
     def add(self, piece: SplitPiece, ids: np.ndarray, unk_id: int, eos: np.ndarray) -> None:
-        encoded = np.frombuffer(piece.text.encode(), np.uint8)
         self.documents += piece.starts
-        self.bytes += len(encoded)
+        self.bytes += len(piece.data)
         self.unknown += int(np.count_nonzero(ids == unk_id))
         if piece.split == "validation":
-            self.byte_counts += np.bincount(encoded, minlength=256)
+            self.byte_counts += np.bincount(np.frombuffer(piece.data, np.uint8), minlength=256)
         self.writer.append(ids, piece.starts, piece.key)
         if piece.ends:
             self.writer.append(eos, False, piece.key)

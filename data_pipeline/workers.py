@@ -3,11 +3,12 @@
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from data_pipeline.errors import DataError
 
@@ -17,70 +18,72 @@ Advance = Callable[[int], None]
 """Told of bytes that are done."""
 
 _TELL_BYTES = 2**20
+_PRELOAD = ["data_pipeline.build", "sentencepiece.sentencepiece_model_pb2"]
+"""What every process needs is imported once, before they are forked."""
 
 
-def run(
-    function: Callable[[Item, Advance], Result], items: Iterable[Item], processes: int, advance: Advance
-) -> Iterator[Result]:
-    """`function(item, advance)` of each item, in the order of `items`; here if `processes` is 1.
+class Crew:
+    """Processes that wait for work, each at the other end of a pipe: hired when there is work for two, kept from stage
+    to stage with what they have loaded, until they are dismissed. They end by themselves if this process is killed."""
 
-    `function` and the items must be picklable. Raises what it raises, in the first process that fails; the others are
-    ended then, as they are when the caller stops listening. They end by themselves if this process is killed.
-    """
-    if processes == 1:
-        for item in items:
-            yield function(item, advance)
-        return
-    with _Crew(function, processes) as crew:
-        yield from crew.run(iter(items), advance)
-
-
-class _Crew(Generic[Item, Result]):
-    """Processes that wait for items, each at the other end of a pipe."""
-
-    def __init__(self, function: Callable[[Item, Advance], Result], processes: int) -> None:
-        self._function = function
+    def __init__(self, size: int) -> None:
+        """`size`: processes at most; 1: all is done in this one."""
+        self.size = size
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["data_pipeline.stages"])
-        self._size = processes
         self._members: dict[Connection, ForkServerProcess] = {}
 
-    def __enter__(self) -> "_Crew[Item, Result]":
-        return self
+    def expect(self, items: int) -> None:
+        """Says that there will be work of so many items: what takes time to start is started."""
+        if min(self.size, items) > 1:
+            self._context.set_forkserver_preload(_PRELOAD)
+            forkserver.ensure_running()
 
-    def __exit__(self, *exception: object) -> None:
+    def dismiss(self) -> None:
+        """Ends the processes; more work would be for others."""
         for connection, process in self._members.items():
             connection.close()
             process.terminate()
         for process in self._members.values():
             process.join()
+        self._members.clear()
 
-    def run(self, items: Iterator[Item], advance: Advance) -> Iterator[Result]:
+    def run(
+        self, function: Callable[[Item, Advance], Result], items: Sequence[Item], advance: Advance
+    ) -> Iterator[Result]:
+        """`function(item, advance)` of each item, in the order of `items`; here if that is no work for two.
+
+        `function` and the items must be picklable. Raises what it raises, in the first process that fails; the crew is
+        dismissed then, as it is when the caller stops listening.
+        """
+        if min(self.size, len(items)) <= 1:
+            for item in items:
+                yield function(item, advance)
+            return
+        self.expect(len(items))
+        try:
+            yield from self._run(function, items, advance)
+        except BaseException:
+            self.dismiss()
+            raise
+
+    def _run(
+        self, function: Callable[[Item, Advance], Result], items: Sequence[Item], advance: Advance
+    ) -> Iterator[Result]:
         ready: dict[int, Result] = {}
         begun = given = 0
         busy: dict[Connection, int] = {}
-        idle: list[Connection] = []
-        exhausted = False
-        while True:
-            while given in ready:
-                yield ready.pop(given)
-                given += 1
+        idle, told = list(self._members), set[Connection]()
+        while given < len(items):
             # Not so far ahead that results gather behind a slow item.
-            while not exhausted and len(busy) < self._size and begun - given < 4 * self._size:
-                try:
-                    item = next(items)
-                except StopIteration:
-                    exhausted = True
-                    break
+            while begun < min(len(items), given + 4 * self.size) and len(busy) < self.size:
                 connection = idle.pop() if idle else self._hire()
                 try:
-                    connection.send(item)
-                except BrokenPipeError:
+                    connection.send((None if connection in told else function, items[begun]))
+                except (BrokenPipeError, ConnectionResetError):
                     raise self._death(connection) from None
+                told.add(connection)
                 busy[connection] = begun
                 begun += 1
-            if not busy:
-                return
             spoke = wait(list(busy))
             for connection in [member for member in busy if member in spoke]:
                 match self._receive(connection):
@@ -91,10 +94,13 @@ class _Crew(Generic[Item, Result]):
                         idle.append(connection)
                     case "error", error:
                         raise error
+            while given in ready:
+                yield ready.pop(given)
+                given += 1
 
     def _hire(self) -> Connection:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(self._function, theirs), daemon=True)
+        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
         self._members[ours] = process
@@ -115,8 +121,9 @@ class _Crew(Generic[Item, Result]):
         )
 
 
-def _serve(function: Callable[[Any, Advance], Any], connection: Connection) -> None:
+def _serve(connection: Connection) -> None:
     untold = 0
+    function: Callable[[Any, Advance], Any] | None = None
 
     def advance(size: int) -> None:
         nonlocal untold
@@ -128,7 +135,9 @@ def _serve(function: Callable[[Any, Advance], Any], connection: Connection) -> N
     # A closed pipe: the parent is gone, or wants no more.
     with suppress(EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         while True:
-            item = connection.recv()
+            told, item = connection.recv()
+            function = told or function
+            assert function is not None
             try:
                 result = function(item, advance)
             except Exception as error:

@@ -74,8 +74,11 @@ def test_units_and_processes_make_no_difference(
     seen: list[tuple[str, int, int]] = []
     build(settings_of(corpus, tmp_path / "parts", **extra), lambda *told: seen.append(told))
     assert published(tmp_path / "parts") == published(tmp_path / "whole")
-    build(settings_of(corpus, tmp_path / "two", **extra), processes=2)
+    crew: set[int] = set()
+    build(settings_of(corpus, tmp_path / "two", **extra), lambda *_: crew.update(workers()), processes=2)
     assert published(tmp_path / "two") == published(tmp_path / "whole")
+    assert len(crew) == 2, "they stay for all stages"
+    assert not workers()
     for stage in ("hash", "tokenizer", "tokenize", "write"):
         done = [now for name, now, _ in seen if name == stage]
         assert done == sorted(done)
@@ -301,14 +304,18 @@ def test_a_worker_that_is_killed_is_reported_and_an_error_is_raised_as_it_was(tm
         killed: list[int] = []
 
         def kill(stage: str, done: int, total: int) -> None:
-            family = [child for child in children(os.getpid()) if is_worker(child)]
-            if stage == "tokenize" and family and not killed:
+            if stage == "tokenize" and (family := workers()) and not killed:
                 killed.append(family[0])
                 os.kill(family[0], signal.SIGKILL)
 
         with pytest.raises(DataError, match=r"a worker process ended with exit code -9.*fewer --processes"):
             build(settings_of(corpus, tmp_path / "e"), kill, processes=2)
         assert killed
+
+
+def workers() -> list[int]:
+    """Processes that work for this one."""
+    return [child for child in children(os.getpid()) if is_worker(child) and alive(child)]
 
 
 def is_worker(process: int) -> bool:
