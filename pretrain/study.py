@@ -3,15 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from data_pipeline.errors import ConfigError
 from pretrain.config import Config, load
 
-NAME = r"^[a-z0-9][a-z0-9.-]*$"
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+"""It is that of a folder, too."""
 Counted = Literal["parameters", "training FLOPs"]
 
 
@@ -44,10 +45,10 @@ class Section(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=T
     """Of every run of the section, behind what the study has."""
     seeds: list[int] = Field(min_length=1)
     """Values of `run.seed`; each arm is run with each."""
-    arms: dict[str, Arm] = {}
+    arms: dict[Name, Arm] = {}
     arms_of: str | None = None
     """Take the arms of this section, each with each of `settings`; their table has a column for each setting."""
-    settings: dict[str, list[str]] = {}
+    settings: dict[Name, list[str]] = {}
     """With `arms_of`: name and overrides."""
     unchanged: str = "unchanged"
     """With `arms_of`: what the column of that section's own runs is called."""
@@ -65,31 +66,22 @@ class Section(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=T
             raise ValueError("give either arms or arms_of")
         if bool(self.settings) != bool(self.arms_of):
             raise ValueError("arms_of and settings need each other")
-        for name in (*self.arms, *self.settings):
-            Named(name=name)
         return self
-
-
-class Named(BaseModel, frozen=True):
-    """A name that can be that of a folder."""
-
-    name: str = Field(pattern=NAME)
 
 
 class Study(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """All of a study."""
 
-    name: str = Field(pattern=NAME)
+    name: Name
     """Of the folder below `runs` that holds its runs, and of the experiment in MLflow."""
     config: list[str]
     """Of every run."""
-    sections: dict[str, Section]
+    sections: dict[Name, Section]
 
     @model_validator(mode="after")
     def _references_are_there(self) -> "Study":
         arms = {f"{name}/{arm}" for name, section in self.sections.items() for arm in section.arms}
         for name, section in self.sections.items():
-            Named(name=name)
             if section.arms_of and not self.sections.get(section.arms_of, section).arms:
                 raise ValueError(f"sections.{name}.arms_of: {section.arms_of} has no arms")
             for other in (*section.beside, *([section.baseline] if section.baseline else [])):

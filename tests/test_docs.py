@@ -27,6 +27,7 @@ CONTINUE_THE_README = {
     "engine.md",
     "generate.md",
     "use.md",
+    "study.md",
 }
 """They say that their examples continue with the data and the run of the README."""
 RUN_ELSEWHERE = {
