@@ -88,7 +88,7 @@ class Page:
                 yield f"| {label} " + f"| {NOT_RUN} " + "| – " * (5 + bool(against)) + "|"
                 continue
             losses = [result.loss for result in found]
-            difference = f" {_difference(found, baseline)} |" if against else ""
+            difference = f" {'–' if found == baseline else _difference(found, baseline)} |" if against else ""
             seeds = ", ".join(self._linked(result) for result in found)
             missing = set(self.study.sections[name].seeds) - {result.run.seed for result in found}
             seeds += "".join(f", seed {seed} {NOT_RUN}" for seed in sorted(missing))
