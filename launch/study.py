@@ -66,7 +66,7 @@ def report(study: StudyArg) -> None:
     from pretrain.study_results import Results, keep
 
     loaded = load_study(study)
-    kept = study.with_suffix("") / "runs"
+    kept = study.with_suffix("") / "journals"
     new = sum(keep(run, kept) for run in loaded.runs(list(loaded.sections)))
     results = Results(loaded, kept)
     page = study.with_suffix(".md")

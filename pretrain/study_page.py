@@ -56,11 +56,18 @@ class Page:
 
     def table(self, section: str) -> Iterator[str]:
         """The lines of a section's tables."""
-        if self.study.sections[section].settings:
+        wanted = self.study.sections[section]
+        if wanted.settings:
             yield from self._settings(section)
-            return
-        yield from self._losses(section)
-        masked = [(name, arm) for name, arm in self._rows(section) if self._has_masks(name, arm)]
+            arms = {
+                f"{arm}, {name}": self.results.of(section, arm, name)
+                for name in wanted.settings
+                for arm in self.study.arms(section)
+            }
+        else:
+            yield from self._losses(section)
+            arms = {arm: self.results.of(name, arm) for name, arm in self._rows(section)}
+        masked = {name: found for name, found in arms.items() if any(MASK in result.points for result in found)}
         if masked:
             yield ""
             yield from self._masks(masked)
@@ -99,14 +106,13 @@ class Page:
                 f"{mean(losses):.4f} | {spread} |{difference} {mean(r.speed for r in found):,.0f} |"
             )
 
-    def _masks(self, arms: list[tuple[str, str]]) -> Iterator[str]:
+    def _masks(self, arms: dict[str, list[Result]]) -> Iterator[str]:
         yield (
             "| masks of | mean m at the start | after a quarter | half | at the end | of them below 0.1 | above 0.9 | "
             "open in evaluation | loss, masks at the threshold | sampled as in training | not rounded |"
         )
         yield "|---" * 11 + "|"
-        for name, arm in arms:
-            found = self.results.of(name, arm)
+        for name, found in arms.items():
             steps = found[0].config.train.steps
             course = [
                 _mean_at(found, MASK, 1),
@@ -119,7 +125,7 @@ class Page:
             for kind in ("threshold", "sample", "none"):
                 losses = [r.roundings[kind][r.metric] for r in found if kind in r.roundings]
                 cells.append(f"{mean(losses):.4f}" if losses else "–")
-            yield f"| {arm} | " + " | ".join(cells) + " |"
+            yield f"| {name} | " + " | ".join(cells) + " |"
 
     def _settings(self, section: str) -> Iterator[str]:
         """A row an arm, a column a setting; the lowest loss of each row in bold."""
@@ -141,9 +147,6 @@ class Page:
                 seeds += f"; mean {loss:.4f}" if len(column) > 1 else ""
                 cells.append(f"**{seeds}**" if loss == best else seeds)
             yield f"| {arm} | " + " | ".join(cells) + " |"
-
-    def _has_masks(self, section: str, arm: str) -> bool:
-        return any(MASK in result.points for result in self.results.of(section, arm))
 
     def _linked(self, result: Result) -> str:
         return f"[{result.loss:.4f}]({self._link(self.results.folder / result.run.place / JOURNAL)})"

@@ -187,6 +187,7 @@ def test_adamw_in_8_bits_trains_as_adamw_in_a_quarter_of_its_memory(ranks: Ranks
     assert 0.25 < less / size < 0.26
 
 
+@pytest.mark.drill
 def test_a_run_in_8_bits_says_when_a_resume_quantises_anew(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
     args = [*SMALL, *IN_8_BITS, f"data.path={dataset}", f"run.dir={tmp_path / 'run'}", "schedule.kind=wsd"]
     for stage, steps in [(1, 3), (2, 5)]:

@@ -97,6 +97,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_traced(
     assert f"last finite: loss {steps[4]['loss/train']:.4f} and gradient norm" in first.fields["text"]
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(("stage", "precision"), QUICK_AND_DRILL)
 def test_looking_closer_changes_nothing(
     ranks: Ranks, dataset: Path, tmp_path: Path, stage: int, precision: str
@@ -255,6 +256,7 @@ def test_a_run_that_spikes_again_after_its_rollbacks_ends(ranks: Ranks, dataset:
         ranks(f"{CASES}run", 2, args=args, spike=[HARMFUL, 16 * GLOBAL_BATCH + 9])
 
 
+@pytest.mark.drill
 def test_an_ordinary_run_has_no_spikes_and_no_other_complaints(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
     """From scratch until it has learned, with the default threshold and window."""
     args = arguments(dataset, tmp_path / "run", "train.steps=200", "train.log_every=20", "train.checkpoint_every=200")

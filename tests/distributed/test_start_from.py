@@ -82,6 +82,7 @@ def test_a_cooldown_from_a_checkpoint_is_bitwise_the_run_that_cooled_down_itself
     assert steps[STEPS]["data/tokens_seen"] == STEPS * 128
 
 
+@pytest.mark.drill
 def test_it_goes_on_from_its_own_checkpoints_even_when_its_origin_is_gone(
     ranks: Ranks, stable: Path, tmp_path: Path
 ) -> None:

@@ -84,7 +84,7 @@ def test_a_study_is_stopped_and_goes_on_and_its_page_follows_from_what_it_kept(f
     assert re.search(r"\| masks \| \*\*\[[0-9.]+\]\([^)]+\)\*\* \| not run \|", text)
     for name in ("core-validation", "core-masks", "core-sites"):
         assert (kept / f"{name}.png").read_bytes().startswith(b"\x89PNG") and f"small/{name}.png" in text
-    roundings = json.loads((kept / "runs/core/masks/seed-1/roundings.json").read_text())
+    roundings = json.loads((kept / "journals/core/masks/seed-1/roundings.json").read_text())
     assert roundings["threshold"]["loss/val"] == pytest.approx(loss(folder, "core/masks/seed-1"), abs=1e-5)
     assert len({roundings[kind]["loss/val"] for kind in ("threshold", "sample", "none")}) == 3
     for file in kept.rglob("*.yaml"):
