@@ -224,6 +224,7 @@ def test_muons_step_is_its_formula(ranks: Ranks) -> None:
     assert max(errors.values()) < 0.05
 
 
+@pytest.mark.drill
 def test_a_run_with_muon_tells_what_it_knows_and_what_a_resume_converts(
     ranks: Ranks, dataset: Path, tmp_path: Path
 ) -> None:

@@ -118,6 +118,7 @@ def test_prune_touches_neither_a_run_that_trains_nor_the_last_good_one(run: Path
     assert len(checkpoint("ls", copy).splitlines()) == 3
 
 
+@pytest.mark.drill
 def test_export_is_read_by_deepspeeds_own_tool(ranks: Ranks, run: Path, tmp_path: Path) -> None:
     exported = tmp_path / "exported"
     done = duet("checkpoint", "export", str(run), "--deepspeed", str(exported))
