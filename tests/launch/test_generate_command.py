@@ -102,7 +102,18 @@ class Terminal:
 
 
 def test_prompts_are_typed_at_a_terminal(run_dir: Path) -> None:
-    command = [sys.executable, "-P", "-m", "launch.cli", "generate", str(run_dir), "--greedy"]
+    # With SIGINT as a terminal gives it: a background job is born with it ignored.
+    command = [
+        "env",
+        "--default-signal=INT",
+        sys.executable,
+        "-P",
+        "-m",
+        "launch.cli",
+        "generate",
+        str(run_dir),
+        "--greedy",
+    ]
     terminal = Terminal(*command, "--tokens", "1000000")
     try:
         assert "Ctrl-D ends" in terminal.read_until(lambda seen: seen.endswith("> "))
