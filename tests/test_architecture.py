@@ -93,6 +93,14 @@ def test_login_node_commands_need_no_heavy_library(arguments: list[str]) -> None
     assert done.stdout
 
 
+def test_commands_that_read_a_checkpoint_load_neither_compiler_nor_engine() -> None:
+    """Each takes longer to import than all else that they need."""
+    program = "import sys, pretrain.continuation, pretrain.portable, launch.checkpoint\n"
+    program += "assert 'torch' in sys.modules\nassert not {'torch._dynamo', 'deepspeed'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_files_stay_readable() -> None:
     long = {str(f.relative_to(ROOT)): n for f in FILES if (n := len(f.read_text().splitlines())) > 420}
     assert not long, f"one idea a file, about 400 lines: {long}"
