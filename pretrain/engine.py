@@ -32,6 +32,7 @@ from pretrain.optim import (
     adamw_update_norms,
     muon_settings,
     parameter_groups,
+    peak_rates,
     set_learning_rate,
 )
 from pretrain.profiling import Stopwatch
@@ -82,6 +83,7 @@ class Engine:
         self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         self._ranks = ranks
         self._optimizer = config.optimizer
+        self._peaks = peak_rates(model, config.optimizer)
         self._offloads = config.engine.offload != "none"
         self._lr = 0.0
         self._applied = False
@@ -104,7 +106,7 @@ class Engine:
         muon = config.optimizer.kind == "muon"
         self._deepspeed, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=parameter_groups(model, config.optimizer.weight_decay) if muon else None,
+            model_parameters=parameter_groups(model, config.optimizer) if muon else None,
             optimizer=None if muon else adamw(model, config.optimizer, ranks.device),
             config=deepspeed_config(config, ranks),
             dist_init_required=False,
@@ -226,9 +228,8 @@ class Engine:
             norms += [torch.linalg.vector_norm(part) for part in fragment.states["fp32"].split(CHUNK)]
             if self._applied and knows_update:
                 decay = self._optimizer.weight_decay if len(self.shapes[fragment.name]) >= 2 else 0.0
-                update_norms += adamw_update_norms(
-                    fragment.states, self._lr, decay, self.optimizer_steps, self._optimizer
-                )
+                lr = self._lr * (self._peaks[fragment.name] / self._optimizer.lr)
+                update_norms += adamw_update_norms(fragment.states, lr, decay, self.optimizer_steps, self._optimizer)
         return _sum_of_squares(norms), _sum_of_squares(update_norms) if knows_update else None
 
     @property

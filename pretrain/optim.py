@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.learned_dropout import LearnedDropout, MaskSource
 from pretrain.adam8 import AdamW8bit
 from pretrain.sections import OptimizerConfig
 
@@ -17,17 +18,34 @@ CHUNK = 2**24
 """Elements whose update is recomputed at once: 64 MiB for each temporary tensor."""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Tensors of two and more dimensions, with weight decay, and the others, without."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def peak_rates(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
+    """Peak learning rate under AdamW of each parameter, by its name."""
+    masks = [module for module in model.modules() if isinstance(module, LearnedDropout | MaskSource)]
+    own = {id(parameter) for module in masks for parameter in module.parameters()} if config.mask_lr else set()
+    return {
+        name: config.mask_lr if config.mask_lr and id(parameter) in own else config.lr
+        for name, parameter in model.named_parameters()
+    }
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Tensors of two and more dimensions, with weight decay, and the others, without; by peak learning rate."""
+    peaks = peak_rates(model, config)
+    groups = [
+        {
+            "params": [p for name, p in model.named_parameters() if peaks[name] == peak and (p.ndim >= 2) == decayed],
+            "weight_decay": config.weight_decay if decayed else 0.0,
+            **({} if peak == config.lr else {"peak": peak}),
+        }
+        for peak in dict.fromkeys(peaks.values())
+        for decayed in (True, False)
+    ]
     return [group for group in groups if group["params"]]
 
 
 def adamw(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """torch's AdamW, on CUDA in one fused kernel; or ours with moments in 8 bits."""
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config)
     if config.kind == "adamw8bit":
         return AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
     fused = True if device.type == "cuda" else None
@@ -50,9 +68,10 @@ def muon_settings(config: OptimizerConfig) -> dict[str, Any]:
 
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float, config: OptimizerConfig) -> None:
-    """AdamW's groups get `lr`; Muon's the same share of their own peak."""
+    """`lr` for most groups; for those with a peak of their own, Muon's and the masks', the same share of it."""
     for group in groups:
-        group["lr"] = lr * (config.muon_lr / config.lr) if group.get("use_muon") else lr
+        peak = config.muon_lr if group.get("use_muon") else group.get("peak", config.lr)
+        group["lr"] = lr * (peak / config.lr)
 
 
 def adamw_update_norms(

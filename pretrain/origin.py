@@ -8,7 +8,10 @@ from pretrain.config import Config, differences
 from pretrain.run import MAY_CHANGE, RunFolder, told
 from pretrain.schedule import decay_start
 
-MAY_DIFFER = (*MAY_CHANGE, "optimizer.lr", "optimizer.muon_lr", "run.name", "run.start_from", "schedule.", "train.")
+MAY_DIFFER = (
+    *MAY_CHANGE,
+    *("optimizer.lr", "optimizer.mask_lr", "optimizer.muon_lr", "run.name", "run.start_from", "schedule.", "train."),
+)
 """Keys in which a run may differ from the one it begins with: what a resume may change, and the course from here."""
 
 

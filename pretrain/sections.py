@@ -45,6 +45,9 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     by Muon; tables, norms and vectors stay with AdamW."""
     lr: float = Field(default=9e-4, gt=0.0, le=1e30)
     """Peak learning rate of AdamW."""
+    mask_lr: float | None = Field(default=None, gt=0.0, le=1e30)
+    """Peak learning rate of what learned dropout computes its masks from; follows the same schedule. `lr` where none is
+    given. Not with Muon."""
     muon_lr: float = Field(default=0.02, gt=0.0, le=1e30)
     """Peak learning rate of Muon; follows the same schedule."""
     muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0)

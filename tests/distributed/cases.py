@@ -257,9 +257,10 @@ def validate_in_batches_of(ranks: Ranks, run: str, sizes: list[int]) -> list[dic
     return [evaluate(model, windows, {"text": 1000}, size, ranks) for size in sizes]
 
 
-def update_ratio(ranks: Ranks, stage: int, precision: str) -> dict[str, Any]:
+def update_ratio(ranks: Ranks, stage: int, precision: str, mask_lr: float | None) -> dict[str, Any]:
     """Of a few steps, the last one skipped: ‖Δθ‖ and ‖θ‖ as the engine tells them and as the parameters changed."""
     config = small_config(stage, precision)
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"mask_lr": mask_lr})})
     engine = make_engine(ranks, config)
 
     def over_ranks(squares: list[float]) -> list[float]:

@@ -114,6 +114,19 @@ def norms(ranks: Ranks, args: list[str], steps: int) -> dict[str, Any]:
     return {"losses": losses, "norms": told, "names": names}
 
 
+def first_update(ranks: Ranks, args: list[str]) -> dict[str, float]:
+    """The largest change of an element in the first step, of each parameter."""
+    config = small(*args)
+    engine = make_engine(ranks, config)
+    before = [fragment.states["fp32"].clone() for fragment in engine.owned_fragments()]
+    train_steps(engine, ranks, config, 1, 1)
+    largest: dict[str, float] = {}
+    for old, new in zip(before, engine.owned_fragments(), strict=True):
+        change = float((new.states["fp32"] - old).abs().max())
+        largest[new.name] = max(largest.get(new.name, 0.0), change)
+    return {name: max(of.get(name, 0.0) for of in ranks.gather(largest)) for name in engine.shapes}
+
+
 def tagged(ranks: Ranks, args: list[str]) -> dict[str, list[str]]:
     """Which parameters are Muon's, and which are AdamW's."""
     torch._dynamo.config.disable = True

@@ -249,6 +249,25 @@ def test_muons_compiled_kernel_trains_as_the_written_one(ranks: Ranks) -> None:
     assert compiled == pytest.approx(written, abs=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("stage", "precision", "kind", "elsewhere"),
+    [(0, "fp32", "adamw", 3), (1, "fp32", "adamw8bit", None), (2, "bf16", "adamw", 1), (3, "bf16", "adamw", 2)],
+)
+def test_masks_move_at_their_own_learning_rate(
+    ranks: Ranks, tmp_path: Path, stage: int, precision: str, kind: str, elsewhere: int | None
+) -> None:
+    more = (f"optimizer.kind={kind}", "optimizer.lr=1e-2", "optimizer.mask_lr=1e-3", "optimizer.weight_decay=0")
+    [first, _] = ranks(f"{CASES}first_update", 2, args=engine(stage, precision, *more))
+    assert len(first) > 10
+    for name, largest in first.items():  # AdamW moves an element by the learning rate first
+        assert largest == pytest.approx(1e-3 if "dropout." in name else 1e-2, rel=0.1), name
+    if elsewhere is not None:
+        run = saved(ranks, tmp_path, 2, engine(stage, precision, *more))
+        found = resumed(ranks, tmp_path, 1, engine(elsewhere, precision, *more))
+        assert found["loaded"] == run["saved"]
+        assert found["losses"] == pytest.approx(run["losses"][2:], abs=1e-4)
+
+
 def test_the_engine_is_quiet_and_its_collectives_end_in_time(ranks: Ranks) -> None:
     [found, _] = ranks(f"{CASES}surroundings", 2, args=engine(3, "fp32", "engine.timeout_minutes=2"))
     assert found["groups"] >= 2, "DeepSpeed's own, too"
@@ -281,6 +300,8 @@ def test_what_this_hardware_cannot_do_is_refused(ranks: Ranks, args: list[str], 
         (engine(2, "bf16", "optimizer.kind=muon"), "use optimizer.clip=0"),
         (engine(2, "bf16", *MUON, *OFFLOAD), "without engine.offload"),
         (engine(2, "fp16", *MUON), "muon is for bf16 and fp32"),
+        (engine(2, "bf16", *MUON, "optimizer.mask_lr=1e-3"), "optimizer.mask_lr is for AdamW"),
+        (["optimizer.mask_lr=1e-3", "model.learned_dropout.enabled=false"], "but there are no masks"),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused_with_the_reason(args: list[str], message: str) -> None:

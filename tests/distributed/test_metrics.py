@@ -117,9 +117,12 @@ def test_goodput_counts_the_time_between_the_attempts_and_no_step_twice(run: Pat
 @pytest.mark.parametrize(
     ("stage", "precision"), [(0, "fp32"), *((stage, p) for stage in (1, 2, 3) for p in ("fp32", "bf16"))]
 )
-@pytest.mark.parametrize("world", [1, 2])
-def test_the_update_norm_is_that_of_the_change(ranks: Ranks, stage: int, precision: str, world: int) -> None:
-    for answer in ranks("tests.distributed.cases:update_ratio", world, stage=stage, precision=precision):
+@pytest.mark.parametrize(("world", "mask_lr"), [(1, None), (2, 1e-2)])
+def test_the_update_norm_is_that_of_the_change(
+    ranks: Ranks, stage: int, precision: str, world: int, mask_lr: float | None
+) -> None:
+    case = "tests.distributed.cases:update_ratio"
+    for answer in ranks(case, world, stage=stage, precision=precision, mask_lr=mask_lr):
         # The measured change is a difference of fp32 numbers, good to about 1e-7 of the parameter.
         assert answer["told"] == pytest.approx(answer["measured"], rel=1e-4)
         assert all(value > 0.01 for value in answer["told"][:-1])
