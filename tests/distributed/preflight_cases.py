@@ -8,6 +8,7 @@ import resource
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -84,9 +85,14 @@ def wait_for_the_good(world_size: int, faults: list[str]) -> None:
     put(Meeting, "collect", collect_later)
 
 
-def strike() -> None:
-    """This rank's fault begins."""
-    stores[0].add("struck", 1)
+def striking(fault: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but tells first that it begins."""
+
+    def strike(*given: Any) -> Any:
+        stores[0].add("struck", 1)
+        return fault(*given)
+
+    return strike
 
 
 def slow() -> None:
@@ -130,25 +136,25 @@ def ahead() -> None:
 
 
 def hanging() -> None:
-    put(preflight_node, "multiply", lambda device: (strike(), threading.Event().wait()))
+    put(preflight_node, "multiply", striking(lambda device: threading.Event().wait()))
 
 
 def late() -> None:
     """Before it enters the barrier in which the others wait."""
-    put(Exchange, "all_reduce", lambda self: (strike(), threading.Event().wait()))
+    put(Exchange, "all_reduce", striking(lambda self: threading.Event().wait()))
 
 
 def mute() -> None:
     once = dist.batch_isend_irecv
-    put(dist, "batch_isend_irecv", lambda operations: (strike(), once(operations[1:]))[1])
+    put(dist, "batch_isend_irecv", striking(lambda operations: once(operations[1:])))
 
 
 def stopped() -> None:
-    put(Exchange, "all_reduce", lambda self: (strike(), os.kill(os.getpid(), signal.SIGSTOP)))
+    put(Exchange, "all_reduce", striking(lambda self: os.kill(os.getpid(), signal.SIGSTOP)))
 
 
 def killed() -> None:
-    put(Exchange, "all_reduce", lambda self: (strike(), os.kill(os.getpid(), signal.SIGKILL)))
+    put(Exchange, "all_reduce", striking(lambda self: os.kill(os.getpid(), signal.SIGKILL)))
 
 
 def put(owner: Any, name: str, value: Any) -> None:
