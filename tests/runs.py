@@ -68,8 +68,11 @@ def start_duet(*args: str, log: Path, cwd: Path | None = None) -> subprocess.Pop
 def wait_for_step(journal: Path, step: int, process: subprocess.Popen[bytes], timeout: float = 120) -> None:
     """Until the journal holds a step."""
     end = time.monotonic() + timeout
-    while not (journal.exists() and any((r.step or 0) >= step for r in read(journal) if r.kind == "metrics")):
-        assert process.poll() is None, f"the run ended early with code {process.returncode}"
+    while True:
+        code = process.poll()  # before the look: it may reach the step and end meanwhile
+        if journal.exists() and any((r.step or 0) >= step for r in read(journal) if r.kind == "metrics"):
+            return
+        assert code is None, f"the run ended early with code {code}"
         assert time.monotonic() < end, f"step {step} not reached"
         time.sleep(0.02)
 
@@ -89,7 +92,7 @@ def ranks_of(run_dir: Path) -> list[int]:
     return found
 
 
-def wait_until_gone(run_dir: Path, timeout: float = 20) -> None:
+def wait_until_gone(run_dir: Path, timeout: float = 60) -> None:
     """Until no rank of a run is alive."""
     end = time.monotonic() + timeout
     while alive := ranks_of(run_dir):

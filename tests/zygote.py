@@ -17,6 +17,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+GRACE = 30.0
+"""Seconds for the other ranks to notice that one has failed; then they are ended."""
+
 
 def serve() -> None:
     """Answer requests until the input ends."""
@@ -41,7 +44,7 @@ def serve() -> None:
 def _run(request: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         pids = [_fork(rank, request, Path(folder)) for rank in range(request["world"])]
-        codes = _wait(pids, request.get("timeout", 90))
+        codes = _wait(pids, request["timeout"])
         outputs = [(Path(folder) / f"{rank}.log").read_text(errors="replace") for rank in range(len(pids))]
         results = [Path(folder) / f"{rank}.json" for rank in range(len(pids))]
         if any(codes):
@@ -90,7 +93,7 @@ def _wait(pids: list[int], timeout: float) -> list[int]:
                 if done:
                     codes[pid] = os.waitstatus_to_exitcode(status)
                     if codes[pid]:
-                        end = min(end, time.monotonic() + 5)
+                        end = min(end, time.monotonic() + GRACE)
         if time.monotonic() > end:
             for pid in pids:
                 if pid not in codes:

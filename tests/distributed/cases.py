@@ -18,7 +18,7 @@ from data_pipeline.dataset import Dataset
 from model import registry
 from model.interface import Batch
 from model.language_model import LanguageModel
-from pretrain import checkpoint
+from pretrain import checkpoint, report
 from pretrain.config import Config, load
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
@@ -186,6 +186,11 @@ def poisoned(ranks: Ranks, stage: int) -> dict[str, Any]:
     return {"applied": applied, "losses": losses, "unchanged": unchanged}
 
 
+def without_report() -> None:
+    """From now on a run writes no report at its end: the pictures take longer than all the steps of a small one."""
+    report.write = lambda runs, out: None
+
+
 def train_run(
     ranks: Ranks,
     args: list[str],
@@ -194,10 +199,13 @@ def train_run(
     sabotage: str | None = None,
     taken_over_at: int | None = None,
     wait_for_saves: bool = False,
+    reported: bool = False,
 ) -> int:
-    """A whole training run; rank 1 can be killed or get a signal in the middle of a step."""
+    """A whole training run, but for its report; rank 1 can be killed or get a signal in the middle of a step."""
     from pretrain import lease, trainer
 
+    if not reported:
+        without_report()
     original_step = Engine.train_step
     original_lr = trainer.learning_rate
     now = 0
@@ -257,6 +265,11 @@ def validate_in_batches_of(ranks: Ranks, run: str, sizes: list[int]) -> list[dic
     return [evaluate(model, windows, {"text": 1000}, size, ranks) for size in sizes]
 
 
+def update_ratios(ranks: Ranks, engines: list[tuple[int, str]], mask_lr: float | None) -> list[dict[str, Any]]:
+    """Of an engine of each stage and precision."""
+    return [update_ratio(ranks, stage, precision, mask_lr) for stage, precision in engines]
+
+
 def update_ratio(ranks: Ranks, stage: int, precision: str, mask_lr: float | None) -> dict[str, Any]:
     """Of a few steps, the last one skipped: ‖Δθ‖ and ‖θ‖ as the engine tells them and as the parameters changed."""
     config = small_config(stage, precision)
@@ -294,6 +307,7 @@ def slow_rank(ranks: Ranks, args: list[str], slow: int, seconds: float) -> int:
     """A run in which one rank's forward pass takes longer."""
     from pretrain import trainer
 
+    without_report()
     original = LanguageModel.hidden
 
     def hidden(model: LanguageModel, *rest: Any) -> Any:
@@ -315,6 +329,7 @@ def host_waits(ranks: Ranks, args: list[str], sabotage: bool = False) -> list[st
     """
     from pretrain import trainer
 
+    without_report()
     root = Path(trainer.__file__).parent.parent
     found: set[str] = set()
     between_flushes = False

@@ -60,6 +60,11 @@ def train_and_save(ranks: Ranks, root: str, args: list[str], save_at: int, until
     return {"losses": before + after, "saved": saved, "final": digest(engine, ranks)}
 
 
+def skipped_steps(ranks: Ranks, setups: list[list[str]]) -> list[list[tuple[list[bool], dict[str, str]]]]:
+    """Of each set-up."""
+    return [with_and_without_a_skipped_step(ranks, args) for args in setups]
+
+
 def with_and_without_a_skipped_step(ranks: Ranks, args: list[str]) -> list[tuple[list[bool], dict[str, str]]]:
     """Which of the steps 1 to 4 were applied, and the state after them: the second not finite, or left out."""
     found = []

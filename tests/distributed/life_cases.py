@@ -10,12 +10,13 @@ from typing import Any
 
 from data_pipeline import loader
 from data_pipeline.errors import DataError
-from pretrain import life, recorder, trainer
+from pretrain import life, trainer
 from pretrain.config import load
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.job import FailureFile, JobFolder
 from pretrain.signals import StopRequest
+from tests.distributed.cases import without_report
 
 
 def run(ranks: Ranks, args: list[str], job: str | None = None, restart: int = 0, lead: float = 0) -> int:
@@ -25,7 +26,7 @@ def run(ranks: Ranks, args: list[str], job: str | None = None, restart: int = 0,
         os.environ |= {"RUN_DIR": str(load(args).run_dir), "DUET_STOP_LEAD": str(lead)}
     evaluate = trainer.evaluate
     trainer.evaluate = lambda module, windows, size, batch, *more: evaluate(module, windows, size, 4, *more)
-    recorder.report.write = lambda *_: None
+    without_report()
     return trainer.train(load(args), ranks, StopRequest(), time.time(), FailureFile(ranks.rank))
 
 

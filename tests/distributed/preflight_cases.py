@@ -1,10 +1,14 @@
-"""Preflights in which one rank has a fault; started through the fixture `ranks`. Each rank is a node of its own."""
+"""Preflights in which one rank has a fault; started through the fixture `ranks`. Each rank is a node of its own.
+
+A limit is for the rank that has the fault, and for its stage: good ranks, and the stages before, may take their time.
+"""
 
 import os
 import resource
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +21,13 @@ from pretrain import preflight_exchange, preflight_node
 from pretrain.config import load
 from pretrain.distributed import Ranks
 from pretrain.preflight_exchange import Exchange, Place
-from pretrain.preflight_group import Limits, NoLeader, preflight
+from pretrain.preflight_group import STAGES, Limits, Meeting, NoLeader, preflight
+
+HANGS_IN = {"hanging": "compute", "late": "network", "mute": "network", "stopped": "network", "killed": "network"}
+"""The stage that does not end."""
+DEAD = ("absent", "stopped", "killed")
+stores: list[dist.TCPStore] = []
+"""Where this rank tells that its fault has begun."""
 
 
 def run(
@@ -35,9 +45,12 @@ def run(
     if fault == "killed" and (child := os.fork()):
         os.waitpid(child, 0)
         return None
+    store = store or dist.TCPStore("127.0.0.1", port, wait_for_workers=False)
+    stores.append(store.clone())  # type: ignore[attr-defined]
     if fault:
         FAULTS[fault]()
-    store = store or dist.TCPStore("127.0.0.1", port, wait_for_workers=False)
+    if ranks.is_first:
+        wait_for_the_good(ranks.world_size, list((faults or {}).values()))
     place = Place(ranks.rank, ranks.world_size, 0, 1, f"n{ranks.rank}")
     planned = [f"n{rank}" for rank in range(ranks.world_size)]
     try:
@@ -50,9 +63,49 @@ def run(
     return asdict(verdict) if verdict else None
 
 
+def wait_for_the_good(world_size: int, faults: list[str]) -> None:
+    """Rank 0's limits begin when all that is good has come as far as it can."""
+    collect = Meeting.collect
+    hanging = {HANGS_IN[fault] for fault in faults if fault in HANGS_IN}
+    answering = world_size - sum(fault in DEAD for fault in faults)
+
+    def wait_for(count: str, wanted: int) -> None:
+        while stores[0].add(count, 0) < wanted:
+            time.sleep(0.01)
+
+    def collect_later(self: Meeting, topic: str, seconds: float) -> dict[int, Any]:
+        if topic in ("answer", "left"):
+            wait_for(f"{topic}/count", answering)
+        elif topic in hanging:
+            wait_for("struck", len(faults))
+        elif topic in STAGES:
+            seconds = 60
+        return collect(self, topic, seconds)
+
+    put(Meeting, "collect", collect_later)
+
+
+def striking(fault: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but tells first that it begins."""
+
+    def strike(*given: Any) -> Any:
+        stores[0].add("struck", 1)
+        return fault(*given)
+
+    return strike
+
+
 def slow() -> None:
+    """Five times slower than the others is bad, and these may be slow themselves."""
     once = torch.mm
-    put(torch, "mm", lambda a, b: [once(a, b) for _ in range(12)][-1])
+
+    def slowly(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        since = time.perf_counter()
+        product = once(a, b)
+        time.sleep(24 * (time.perf_counter() - since))
+        return product
+
+    put(torch, "mm", slowly)
 
 
 def miscalculating() -> None:
@@ -83,25 +136,25 @@ def ahead() -> None:
 
 
 def hanging() -> None:
-    put(preflight_node, "multiply", lambda device: threading.Event().wait())
+    put(preflight_node, "multiply", striking(lambda device: threading.Event().wait()))
 
 
 def late() -> None:
     """Before it enters the barrier in which the others wait."""
-    put(Exchange, "all_reduce", lambda self: threading.Event().wait())
+    put(Exchange, "all_reduce", striking(lambda self: threading.Event().wait()))
 
 
 def mute() -> None:
     once = dist.batch_isend_irecv
-    put(dist, "batch_isend_irecv", lambda operations: once(operations[1:]))
+    put(dist, "batch_isend_irecv", striking(lambda operations: once(operations[1:])))
 
 
 def stopped() -> None:
-    put(Exchange, "all_reduce", lambda self: os.kill(os.getpid(), signal.SIGSTOP))
+    put(Exchange, "all_reduce", striking(lambda self: os.kill(os.getpid(), signal.SIGSTOP)))
 
 
 def killed() -> None:
-    put(Exchange, "all_reduce", lambda self: os.kill(os.getpid(), signal.SIGKILL))
+    put(Exchange, "all_reduce", striking(lambda self: os.kill(os.getpid(), signal.SIGKILL)))
 
 
 def put(owner: Any, name: str, value: Any) -> None:

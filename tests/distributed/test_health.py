@@ -274,21 +274,19 @@ def test_all_ranks_collect_garbage_at_the_same_steps(ranks: Ranks, dataset: Path
 
 def test_a_frozen_rank_shows_in_the_stacks_of_the_others(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
     args = arguments(dataset, tmp_path / "run", "train.steps=8", f"health.hang_minutes={0.7 / 60}")
-    ranks(f"{CASES}frozen", 2, args=args, at=5, thaw=True)
-    [event] = [e for e in events(tmp_path / "run", "hang") if "rank 0" in e.fields["text"]]
-    assert event.step == 5
-    [stacks] = (tmp_path / "run" / "logs").glob("stacks-rank-0-*.txt")
-    text = stacks.read_text()
-    assert "rank 0 on" in text
-    assert "agreed_request" in text, "the main thread, in a collective of gloo's"
-    assert "all_reduce" in text
+    text = ranks(f"{CASES}frozen", 2, args=args, at=5, thaw=True)[0]
+    assert [e for e in events(tmp_path / "run", "hang") if "rank 0" in e.fields["text"] and e.step == 5]
+    why, _, where = text.partition("after step 5\n")
+    assert "rank 0 on" in why
+    assert "agreed_request" in where, "the main thread, in a collective of gloo's"
+    assert "all_reduce" in where
     assert sorted(learned(tmp_path / "run")) == list(range(1, 9)), "it went on"
 
 
 def test_a_rank_that_stays_frozen_ends_the_run_with_stacks(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
     args = arguments(dataset, tmp_path / "run", f"health.hang_minutes={1 / 60}")
     with pytest.raises(RanksFailed, match="(?s)exit codes \\[1, -9\\].*stacks of rank 0"):
-        ranks(f"{CASES}frozen", 2, args=args, at=2, thaw=False, timeout=6)
+        ranks(f"{CASES}frozen", 2, args=args, at=2, thaw=False)
     text = "".join(file.read_text() for file in (tmp_path / "run" / "logs").glob("stacks-rank-0-*.txt"))
     assert "rank 0 on" in text
     assert "the run ended with:" in text

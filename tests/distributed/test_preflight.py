@@ -1,5 +1,6 @@
 """A preflight names the node that is at fault, and only that one."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from tests.runs import SMALL
 
 CASE = "tests.distributed.preflight_cases:run"
 Ranks = Callable[..., list[Any]]
-LIMITS = {"arrival": 20, "stage": 1.5, "answer": 0.5}
+LIMITS = {"arrival": 60, "stage": 1.5, "answer": 0.5}
 
 
 def arguments(data: Path, run_dir: Path, ranks: int) -> list[list[str]]:
@@ -76,7 +77,8 @@ def test_what_all_nodes_share_is_no_nodes_fault(ranks: Ranks, dataset: Path, tmp
 def test_a_clock_that_is_ahead(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
     verdict = ranks(CASE, 3, args=arguments(dataset, tmp_path, 3), faults={"1": "ahead"})[0]
     [warning] = [text for text in verdict["warnings"] if "clock" in text]
-    assert warning.startswith("n1: its clock is 7.0 s ahead")
+    [seconds] = re.findall(r"^n1: its clock is (.*) s ahead", warning)
+    assert 3 < float(seconds) <= 7, "what is certain, however long the messages took"
 
 
 @pytest.mark.parametrize(

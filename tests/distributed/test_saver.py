@@ -76,7 +76,7 @@ def test_what_an_update_has_waited_is_told(ranks: Ranks, tmp_path: Path) -> None
 
 def test_a_copy_that_fails_ends_all_ranks_after_the_step(ranks: Ranks, tmp_path: Path) -> None:
     with pytest.raises(RanksFailed, match="a bug in the copy") as failure:
-        ranks(f"{CASES}fail_to_copy", 2, root=str(tmp_path), timeout=30)
+        ranks(f"{CASES}fail_to_copy", 2, root=str(tmp_path))
     assert str(failure.value).startswith("exit codes [1, 1]"), "none of them hangs"
     assert str(failure.value).count("the step is over") == 2
 

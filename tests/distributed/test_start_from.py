@@ -89,9 +89,9 @@ def test_it_goes_on_from_its_own_checkpoints_even_when_its_origin_is_gone(
     reference, killed, moved = tmp_path / "reference", tmp_path / "killed", tmp_path / "moved"
     ranks(TRAIN, 2, args=begin(stable, reference, "train.checkpoint_every=1"))
     with pytest.raises(RanksFailed, match="-9"):
-        ranks(TRAIN, 2, args=begin(stable, killed, "train.checkpoint_every=2"), die_at=9, timeout=60)
+        ranks(TRAIN, 2, args=begin(stable, killed, "train.checkpoint_every=2"), die_at=9)
     with pytest.raises(RanksFailed, match="-9"):  # none of its own yet: again from the origin
-        ranks(TRAIN, 2, args=[str(killed / "config.yaml")], die_at=12, timeout=60)
+        ranks(TRAIN, 2, args=[str(killed / "config.yaml")], die_at=12)
     stable.rename(moved)
     try:
         ranks(TRAIN, 2, args=[str(killed / "config.yaml")])
@@ -105,7 +105,7 @@ def test_without_a_step_it_is_the_newest_and_stays_it(ranks: Ranks, stable: Path
     """From another stage and number of ranks, too."""
     args = begin(stable, tmp_path / "new", "engine.zero_stage=3", "schedule.cooldown=2", "train.steps=18", at=None)
     with pytest.raises(RanksFailed, match="-9"):
-        ranks(TRAIN, 2, args=args, die_at=18, timeout=60)
+        ranks(TRAIN, 2, args=args, die_at=18)
     (stable / "checkpoints" / "step-000000016").rename(tmp_path / "hidden")
     try:
         with pytest.raises(RanksFailed, match=f"{stable}: no complete checkpoint of step 16; there are: 1, 4, 8, 12"):

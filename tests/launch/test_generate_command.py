@@ -75,7 +75,8 @@ class Terminal:
     def __init__(self, *command: str) -> None:
         self._screen, keyboard = pty.openpty()
         self.process = subprocess.Popen(
-            ["setsid", "--ctty", *command],
+            # A shell's background job is born with SIGINT ignored.
+            ["env", "--default-signal=INT", "setsid", "--ctty", *command],
             stdin=keyboard,
             stdout=keyboard,
             stderr=keyboard,

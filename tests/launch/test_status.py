@@ -205,7 +205,7 @@ def test_a_folder_of_hundreds_takes_little_more_than_reading_their_journals(tmp_
             if number:
                 os.link(tmp_path / "run-000" / name, run / name)
         (run / "config.yaml").write_text(config)
-    clock = time.perf_counter
+    clock = time.process_time  # what else the machine does is no part of it
     since = clock()
     list_runs(tmp_path)
     listed = clock()

@@ -60,12 +60,16 @@ def folder(tmp_path: Path) -> Path:
 def test_a_study_is_stopped_and_goes_on_and_its_page_follows_from_what_it_kept(folder: Path) -> None:
     """Ctrl-C in the first run; later the whole page is written again without any run."""
     first = folder / "runs" / "small" / "core" / "off" / "seed-1"
-    process = start_duet("study", "run", "small.yaml", log=folder / "log", cwd=folder)
-    wait_for_step(first / "metrics.jsonl", 3, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130, (folder / "log").read_text()
-    assert "core/off/seed-1: stopped" in (folder / "log").read_text()
-    stopped = max(r.step or 0 for r in read(first / "metrics.jsonl") if r.kind == "checkpoint")
+    stopped, tries = 60, 0
+    while stopped == 60 and (tries := tries + 1) <= 5:  # a test that is held up comes when the first run is over
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        process = start_duet("study", "run", "small.yaml", log=folder / f"log-{tries}", cwd=folder)
+        wait_for_step(first / "metrics.jsonl", 3, process)
+        process.send_signal(signal.SIGINT)
+        code, said = process.wait(120), (folder / f"log-{tries}").read_text()
+        stopped = max(r.step or 0 for r in read(first / "metrics.jsonl") if r.kind == "checkpoint")
+    assert code == 130, said
+    assert "core/off/seed-1: stopped" in said
     assert 3 <= stopped < 60
 
     done = duet("study", "run", "small.yaml", "--jobs", "2", "--only", "core", "--only", "rates/off", cwd=folder)

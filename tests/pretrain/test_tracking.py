@@ -120,7 +120,7 @@ def test_a_training_run_is_in_mlflow_with_all_that_it_is_made_of(ranks: Ranks, d
     args = [*SMALL, f"data.path={dataset}", f"run.dir={run_dir}", "train.steps=12", "train.checkpoint_every=5"]
     ranks("tests.distributed.cases:train_run", 2, args=[*args, "tracking.mode=offline"], signal_at=[7, 15])
     second = [*args, "tracking.mode=online", "train.log_every=2", "profile.steps=[9,10]"]
-    ranks("tests.distributed.cases:train_run", 2, args=second)
+    ranks("tests.distributed.cases:train_run", 2, args=second, reported=True)
     sync(run_dir)  # what 10 s were not enough for on a busy machine
     assert_mirrors(run_dir)
     run = run_of(run_dir)

@@ -8,9 +8,11 @@ loopback; its processes are ended by pid. By hand:
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import socket
@@ -44,8 +46,8 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# What a requeued job waits; 120 s unless given, and less than 5 means 120.
-AuthInfo=socket={folder}/munge/sock,cred_expire=5
+# What a requeued job waits unless a test ends its wait, and how late a node may begin what it is told.
+AuthInfo=socket={folder}/munge/sock,cred_expire=30
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -97,6 +99,18 @@ PartitionName=high Nodes=ALL MaxTime=1-0 DefaultTime=30 PriorityTier=10 PreemptM
 """
 
 
+def free_ports(count: int) -> list[int]:
+    """Of loopback, none of those that the kernel gives away: nobody gets one by chance before it is used."""
+    lowest, highest = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    kept = [*range(10_000, lowest), *range(highest + 1, 65_536)] or range(10_000, 65_536)
+    found: set[int] = set()
+    while len(found) < count:
+        port = secrets.choice(kept)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.add(port)
+    return sorted(found)
+
+
 def missing() -> list[str]:
     """Programs of Slurm that this machine lacks."""
     return [program for program in PROGRAMS if not shutil.which(program, path=SEARCH)]
@@ -106,7 +120,7 @@ class Cluster:
     """Nodes n1, n2, …; partitions `main` and, with preemption over it, `high`."""
 
     def __init__(
-        self, folder: Path, *, nodes: int = 4, cpus: int = 4, gpus: int = 0, grace: int = 0, kill_wait: int = 5
+        self, folder: Path, *, nodes: int = 4, cpus: int = 4, gpus: int = 0, grace: int = 0, kill_wait: int = 30
     ):
         """Starts nothing yet. `cpus` and fake `gpus` are of each node; `grace` and `kill_wait` in seconds."""
         self.folder = folder
@@ -138,12 +152,12 @@ class Cluster:
             "munged", "munged", "-F", f"--socket={munge}/sock", f"--key-file={key}", f"--pid-file={munge}/pid",
             f"--seed-file={munge}/seed", f"--log-file={munge}/log",
         )  # fmt: skip
-        wait_until((munge / "sock").exists, 10, "munged")
+        wait_until((munge / "sock").exists, 60, "munged")
         self._start("slurmctld", "slurmctld", "-D", "-i")
         for node in self.nodes:
             self._start_slurmd(node)
         wait_until(
-            lambda: self.node_states() == ["idle"] * len(self.nodes), 60, f"all nodes idle; see {self.folder}/log"
+            lambda: self.node_states() == ["idle"] * len(self.nodes), 120, f"all nodes idle; see {self.folder}/log"
         )
 
     def down(self) -> None:
@@ -206,32 +220,33 @@ class Cluster:
         if tell:
             self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=drill")
 
-    def start_node(self, node: str) -> None:
-        """The opposite of `kill_node`."""
-        if not self._slurmd(node):
-            self._start_slurmd(node)
+    def start_nodes(self, *nodes: str) -> None:
+        """The opposite of `kill_node`, for those that need it; all of them unless named."""
+        wanted = nodes or tuple(self.nodes)
+        there = {log for pid in daemons(self.folder) for log in open_logs(pid, self.folder)}
+        for node in wanted:
+            if f"slurmd-{node}.log" not in there:
+                self._start_slurmd(node)
 
         def ready() -> bool:
-            state = self.node_states()[self.nodes.index(node)]
-            if state.startswith(("down", "drain")):
-                self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
-            return state in ("idle", "mixed", "allocated")
+            states = dict(zip(self.nodes, self.node_states(), strict=True))
+            for node in wanted:
+                if states[node].startswith(("down", "drain")):
+                    self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+            return all(states[node] in ("idle", "mixed", "allocated") for node in wanted)
 
-        wait_until(ready, 60, f"{node} back")
+        wait_until(ready, 120, f"{wanted} back")
 
     def restart_controller(self) -> None:
         """By SIGTERM, so that it saves its state: SIGKILL right after a submission loses the job."""
         pid = int((self.folder / "run" / "slurmctld.started").read_text())
         signal_all([pid], signal.SIGTERM)
-        wait_until(lambda: not alive(pid), 20, "slurmctld's end")
+        wait_until(lambda: not alive(pid), 60, "slurmctld's end")
         self._start("slurmctld", "slurmctld", "-D")
-        wait_until(lambda: "UP" in self.run("scontrol", "ping", check=False), 30, "slurmctld")
+        wait_until(lambda: "UP" in self.run("scontrol", "ping", check=False), 60, "slurmctld")
 
     def _configure(self) -> None:
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(len(self.nodes) + 1)]
-        ports = [made.getsockname()[1] for made in sockets]
-        for made in sockets:
-            made.close()
+        ports = free_ports(len(self.nodes) + 1)
         user = pwd.getpwuid(os.getuid()).pw_name
         text = CONFIG.format(name=self.name, folder=self.folder, user=user, ports=ports, kill_wait=self._kill_wait)
         gpus = f"Gres=gpu:{self._gpus}" if self._gpus else ""

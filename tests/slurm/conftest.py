@@ -32,8 +32,7 @@ def cluster(slurm: Cluster) -> Iterator[Cluster]:
     """The same, without jobs before and after the test, and with all nodes in service."""
     yield slurm
     slurm.cancel_all()
-    for node in slurm.nodes:
-        slurm.start_node(node)
+    slurm.start_nodes()
 
 
 @pytest.fixture(scope="session")

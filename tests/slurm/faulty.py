@@ -1,4 +1,4 @@
-"""The real trainer with faults at chosen places: what `python -m pretrain` is in a drill.
+"""The real trainer, but for its report, with faults at chosen places: what `python -m pretrain` is in a drill.
 
 DRILL_FAULTS holds a JSON list. A fault is of one start of the job (`restart`, 0 first) and one `rank`, and either
 
@@ -25,7 +25,7 @@ stops: list[Any] = []
 
 def main() -> None:
     """Arms the faults when the trainer reads its configuration: signals are handled by then, torch is not there yet."""
-    from pretrain import config, signals
+    from pretrain import config, report, signals
 
     load, remember = config.load, signals.StopRequest.__init__
 
@@ -40,6 +40,7 @@ def main() -> None:
                 (die if "phase" in fault else stand)(fault)
         return load(args)
 
+    report.write = lambda runs, out: None  # its pictures take longer than all the steps
     signals.StopRequest.__init__ = remember_stop  # type: ignore[method-assign]
     config.load = load_and_arm
     runpy.run_module("pretrain", run_name="__main__", alter_sys=True)

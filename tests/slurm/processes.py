@@ -30,7 +30,7 @@ def signal_all(pids: Iterable[int], number: int) -> None:
             os.kill(pid, number)
 
 
-def kill_and_wait(pids: Iterable[int], seconds: float = 10) -> None:
+def kill_and_wait(pids: Iterable[int], seconds: float = 60) -> None:
     """SIGKILL, and wait until they are gone or zombies."""
     pids = list(pids)
     signal_all(pids, signal.SIGKILL)

@@ -18,7 +18,7 @@ USR1, TERM = signal.SIGUSR1, signal.SIGTERM
 
 
 def main() -> int:
-    """Train. The ranks know nothing of each other: each gets the signals itself."""
+    """Train. The ranks wait for each other at the start only: each gets the signals itself."""
     seen: list[int] = []
     for number in (USR1, TERM):
         signal.signal(number, lambda got, _: seen.append(got))
@@ -30,6 +30,9 @@ def main() -> int:
     )
     job, restart = this_job()
     start = step = max(saved_steps(run_dir), default=0)
+    (run_dir / f"ready-{restart}-{rank}").touch()
+    while not seen and len(list(run_dir.glob(f"ready-{restart}-*"))) < int(os.environ["SLURM_NTASKS"]):
+        time.sleep(0.01)  # as the first collective waits: a rank without its handlers would die of a signal
     if rank == 0:
         shell = f"rank of the shell that submitted: {os.environ.get('RANK')}"
         print(f"resumed from {start}; {shell}; data {os.environ.get('DUET_DATA')}", flush=True)

@@ -11,7 +11,7 @@ import pytest
 
 from launch import slurm
 from tests.runs import ROOT
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, free_ports
 from tests.slurm.processes import wait_until
 
 SLEEP = "#!/bin/bash\nwhile [ ! -e go ]; do sleep 0.1; done\nexit ${1:-0}\n"
@@ -175,8 +175,8 @@ def test_a_controller_that_is_not_there(cluster: Cluster, monkeypatch: pytest.Mo
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     with pytest.raises(slurm.SlurmError, match="SLURM_CONF=.*no such file"):
         slurm.jobs(["1"])
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    [port] = free_ports(1)
+    with socket.create_server(("127.0.0.1", port)):
         lines = (cluster.folder / "slurm.conf").read_text().splitlines()
         replaced = {"SlurmctldPort": f"{port}", "MessageTimeout": "2"}
         kept = [line for line in lines if line.split("=")[0] not in replaced]

@@ -34,7 +34,7 @@ def test_a_killed_node_requeues_its_job_and_comes_back(cluster: Cluster, tmp_pat
     cluster.wait_for_job(job, "PENDING")
     assert not any(map(alive, before))
     (tmp_path / "go").touch()
-    cluster.start_node("n1")
+    cluster.start_nodes("n1")
     cluster.start_now(job)
     assert cluster.wait_for_job(job, "COMPLETED")["Restarts"] == "1"
 

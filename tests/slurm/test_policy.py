@@ -81,16 +81,19 @@ class Job:
         """As `--signal=B:USR1@N` sends it."""
         self.cluster.run("scancel", "--batch", "--signal=USR1", self.id)
 
-    def restarts(self, number: int) -> None:
-        """Wait until it is requeued for the so many'th time, and end the wait that Slurm then imposes."""
+    def wait_requeued(self, number: int) -> None:
+        """Wait until it is requeued for the so many'th time, and out of its nodes."""
 
         def requeued() -> bool:
             job = self.cluster.job(self.id)
             assert job["JobState"] not in ENDED, self.said()
-            return job["Restarts"] == str(number)
+            return job["Restarts"] == str(number) and job["JobState"] != "COMPLETING"
 
         wait_until(requeued, 60, f"requeue {number}")
-        wait_until(lambda: self.cluster.job(self.id)["JobState"] != "COMPLETING", 60, "the end of the start before")
+
+    def restarts(self, number: int) -> None:
+        """The same, and end the wait that Slurm then imposes."""
+        self.wait_requeued(number)
         self.cluster.start_now(self.id)
 
     def ends(self) -> dict[str, str]:
@@ -104,10 +107,11 @@ def test_the_planned_signal_saves_requeues_and_goes_on_in_one_log(cluster: Clust
     job = Job(cluster, tmp_path, {"saves": True}, nodes=3, DUET_DATA="/elsewhere", RANK="1")
     job.wait_for_step(3)
     job.planned_signal()
-    job.restarts(1)
+    job.wait_requeued(1)
     wish = job.folder.requeue_wish()
     assert wish
     job.order(saves=True, steps=wish.step + 2)
+    cluster.start_now(job.id)
     ended = job.ends()
     said = job.said()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), said

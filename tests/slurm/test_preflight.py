@@ -1,7 +1,6 @@
 """`launch.preflight` on a real Slurm, as the batch script starts it."""
 
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +10,14 @@ from launch.exclude import avoided
 from launch.preflight import AVOID, GOOD
 from pretrain.job import JobFolder
 from tests.runs import ROOT, SMALL
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, free_ports
 
 # The data of one node are another copy than the others'.
 ON_EACH_NODE = '[ "$SLURMD_NODENAME" != n2 ] || export DUET_DATA="$0"; exec "$@"'
 
 
 def preflight(cluster: Cluster, run_dir: Path, data: Path, of_n2: Path, *options: str) -> tuple[int, str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     rank = [sys.executable, "-P", "-m", "launch.preflight", str(run_dir), *SMALL]
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=150", *options]
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -101,7 +101,7 @@ def submit(checkout: Path, run: list[str]) -> Submit:
             env=os.environ | {"PYTHONPATH": str(checkout)},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.split()[1].removesuffix(":")

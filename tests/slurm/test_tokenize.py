@@ -1,6 +1,5 @@
 """slurm/tokenize.sbatch: three jobs, the failure of one task, and its repair."""
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +9,15 @@ from data_pipeline.manifest import Manifest
 from tests.data_pipeline.conftest import config, contents, prose
 from tests.runs import ROOT
 from tests.slurm.cluster import Cluster
-from tests.slurm.processes import programs, signal_all, wait_until
 
 SCRIPT = str(ROOT / "slurm" / "tokenize.sbatch")
 
 
 def run(cluster: Cluster, folder: Path, *command: str) -> str:
-    """On the login node; what it printed."""
-    setup = folder / "setup.sh"
-    setup.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
+    """On the login node; what it printed. Task 1 is killed when it begins for the first time."""
+    setup, killed = folder / "setup.sh", folder / "killed"
+    once = f'[ "${{SLURM_ARRAY_TASK_ID:-}}" != 1 ] || [ -e {killed} ] || {{ touch {killed}; kill -KILL $$; }}\n'
+    setup.write_text(f"{once}export PATH={Path(sys.executable).parent}:$PATH\n")
     site = {"DUET_SETUP": str(setup), "DUET_CODE": str(ROOT), "DUET_SBATCH": "--cpus-per-task=1"}
     done = subprocess.run(
         command, env=cluster.environment | site, cwd=folder, capture_output=True, text=True, timeout=60
@@ -42,8 +41,6 @@ def test_a_task_that_was_killed_is_named_and_done_again(cluster: Cluster, tmp_pa
     said = run(cluster, tmp_path, "bash", SCRIPT, "2", *settings)
     prepare, array, merge = (words.split()[1] for words in said.split(", "))
     assert said == f"prepare {prepare}, tasks {array}, merge {merge}"
-    wait_until(lambda: programs(cluster.name, "launch.cli", SLURM_ARRAY_TASK_ID=1), 60, "task 1")
-    signal_all(programs(cluster.name, "launch.cli", SLURM_ARRAY_TASK_ID=1), signal.SIGKILL)
     assert cluster.wait_for_job(merge, "COMPLETED", "FAILED")["ExitCode"] == "2:0"
     log = (tmp_path / f"duet-data-{merge}.out").read_text()
     assert "1 of 3 units are not tokenized yet: 1. Unit U is the work of task U modulo the number of tasks" in log
