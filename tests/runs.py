@@ -89,7 +89,7 @@ def ranks_of(run_dir: Path) -> list[int]:
     return found
 
 
-def wait_until_gone(run_dir: Path, timeout: float = 20) -> None:
+def wait_until_gone(run_dir: Path, timeout: float = 60) -> None:
     """Until no rank of a run is alive."""
     end = time.monotonic() + timeout
     while alive := ranks_of(run_dir):
