@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch._dynamo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +25,8 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 def compile_layers(model: nn.Module) -> None:
     """Compile each layer in place (`torch.compile(model)` would rename all parameters)."""
+    import torch._dynamo  # takes a second, which every command would pay
+
     found = list(layers(model))
     # Each layer is a variant of the same code; beyond the limit, torch would fall back to eager without a word.
     limit = torch._dynamo.config.recompile_limit
