@@ -49,7 +49,7 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
     requests, answers = zygote.stdin, zygote.stdout
     assert answers.readline() == "ready\n"
 
-    def run(target: str, world: int, timeout: float = 90, **args: Any) -> list[Any]:
+    def run(target: str, world: int, timeout: float = 180, **args: Any) -> list[Any]:
         requests.write(json.dumps({"target": target, "world": world, "timeout": timeout, "args": args}) + "\n")
         requests.flush()
         answer = json.loads(answers.readline())
@@ -59,7 +59,7 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
 
     yield run
     requests.close()
-    zygote.wait(timeout=30)
+    zygote.wait(timeout=120)
 
 
 @pytest.fixture(scope="session")

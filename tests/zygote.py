@@ -24,10 +24,19 @@ def serve() -> None:
     from pretrain.engine import bootstrap
 
     bootstrap()
-    for name in ("deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"):  # else each rank imports them
+    for name in (  # else each rank imports them
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+        "torch._dynamo",
+    ):
         importlib.import_module(name)
     import torch
 
+    from pretrain import report_plots
+
+    # Each run ends with its report: one picture of it, since all take seconds and have tests of their own.
+    report_plots.PANELS = report_plots.PANELS[:1]
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # else DeepSpeed's many collections walk through all that was imported: 0.3 s each
@@ -41,7 +50,7 @@ def serve() -> None:
 def _run(request: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         pids = [_fork(rank, request, Path(folder)) for rank in range(request["world"])]
-        codes = _wait(pids, request.get("timeout", 90))
+        codes = _wait(pids, request["timeout"])
         outputs = [(Path(folder) / f"{rank}.log").read_text(errors="replace") for rank in range(len(pids))]
         results = [Path(folder) / f"{rank}.json" for rank in range(len(pids))]
         if any(codes):
