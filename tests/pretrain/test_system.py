@@ -26,9 +26,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system, "JOIN_SECONDS", 120.0)
 
 
-def sample(
-    logs: Path, until: Callable[[list[str]], object] = bool, attempt: int = 1, active: bool = True
-) -> list[str]:
+def sample(logs: Path, until: Callable[[list[str]], object] = bool, attempt: int = 1, active: bool = True) -> list[str]:
     """Sample until something is so, by default that there is a warning; it is asked with all warnings."""
     warnings: list[str] = []
     with SystemSampler(logs, attempt, step=5, active=active, warn=warnings.append) as sampler:
