@@ -28,6 +28,8 @@ def serve() -> None:
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "matplotlib.backends.backend_agg",
         "matplotlib.figure",
+        "pretrain.trainer",
+        "rich.live",
         "torch._dynamo",
     ):
         importlib.import_module(name)
