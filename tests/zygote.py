@@ -38,7 +38,7 @@ def serve() -> None:
     from pretrain import report_plots
 
     # Each run ends with its report: one picture of it, since all take seconds and have tests of their own.
-    report_plots.PANELS = report_plots.PANELS[:1]
+    report_plots.PANELS = report_plots.PANELS[:1]  # type: ignore[assignment]
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # else DeepSpeed's many collections walk through all that was imported: 0.3 s each
