@@ -25,7 +25,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 def compile_layers(model: nn.Module) -> None:
     """Compile each layer in place (`torch.compile(model)` would rename all parameters)."""
-    import torch._dynamo  # as long as all of torch again, for commands that never compile
+    import torch._dynamo  # takes a second, which every command would pay
 
     found = list(layers(model))
     # Each layer is a variant of the same code; beyond the limit, torch would fall back to eager without a word.

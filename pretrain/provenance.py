@@ -84,4 +84,5 @@ def git(root: Path, *arguments: str) -> bytes:
 
 
 def _packages() -> dict[str, str]:
-    return dict(sorted({str(d.metadata["Name"]): d.version for d in distributions()}.items()))
+    found = (distribution.metadata for distribution in distributions())  # parsed at each look
+    return dict(sorted({str(metadata["Name"]): str(metadata["Version"]) for metadata in found}.items()))

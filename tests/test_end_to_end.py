@@ -1,8 +1,10 @@
 """The promise of the whole: killed at any step and started again, a run ends as if nothing had happened."""
 
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -62,15 +64,20 @@ def reference(ranks: Ranks, dataset: Path, tmp_path_factory: pytest.TempPathFact
 
 def test_killed_at_a_random_step_and_started_again(dataset: Path, reference: Path, tmp_path: Path) -> None:
     """With the real command line: SIGKILL to the launcher ends every rank, and the same command goes on."""
-    run_dir = tmp_path / "run"
-    command = ["train", *arguments(dataset, run_dir), "--ranks", "2"]
-    step = random.Random().randrange(INTERVAL + 1, STEPS - 2)
-    print(f"killed at step {step}")
-    process = start_duet(*command, log=tmp_path / "log")
-    wait_for_step(run_dir / "metrics.jsonl", step, process)
-    assert len(ranks_of(run_dir)) == 2
-    kill(process)
-    wait_until_gone(run_dir)
+    for number in itertools.count():
+        run_dir = tmp_path / f"run-{number}"
+        command = ["train", *arguments(dataset, run_dir), "--ranks", "2"]
+        step = random.Random().randrange(INTERVAL + 1, STEPS - 2)
+        print(f"killed at step {step}")
+        process = start_duet(*command, log=tmp_path / "log")
+        wait_for_step(run_dir / "metrics.jsonl", step, process)
+        alive = ranks_of(run_dir)
+        kill(process)
+        wait_until_gone(run_dir)
+        if max(attempts(run_dir / "metrics.jsonl")[0][1]) < STEPS:
+            break
+        assert number < 9, "each time the run was over before it was killed"
+    assert len(alive) == 2
     newest = newest_on_disk(run_dir)
     assert newest, "there was a checkpoint"
     done = duet(*command)
@@ -168,7 +175,7 @@ def test_two_starts_on_one_run_folder_cannot_both_train(dataset: Path, tmp_path:
         assert process.poll() is None
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143
+        assert process.wait(120) == 143
     assert ranks_of(run_dir) == []
 
 
@@ -204,7 +211,8 @@ def test_using_a_finished_run(dataset: Path, reference: Path, tmp_path: Path) ->
     validated = duet("eval", run_dir)
     assert validated.returncode == 0, validated.stderr
     recorded = [r.metrics["loss/val"] for r in read(reference) if "loss/val" in r.metrics][-1]
-    assert f"{recorded:.5f}"[:-1] in validated.stdout, "another number of ranks, the same validation"
+    found = re.search(r"^loss/val +(\S+)", validated.stdout, re.MULTILINE)
+    assert found and float(found[1]) == pytest.approx(recorded, abs=1e-5), "the same on another number of ranks"
     listed = here("checkpoint", "ls", run_dir)
     assert [line.split("step ")[1].split()[0] for line in listed.splitlines()] == ["24", "20", "15"]
     assert "token_embed.weight" in here("checkpoint", "inspect", run_dir)
@@ -224,14 +232,15 @@ def here(*words: str) -> str:
 
 
 def test_validation_does_not_depend_on_the_number_of_ranks(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
+    """Of two: test_using_a_finished_run."""
     results = []
-    for world in (1, 2, 4):
+    for world in (1, 4):
         run_dir = tmp_path / str(world)
         args = arguments(dataset, run_dir, "train.steps=1", "optimizer.lr=1e-9")
         ranks("tests.distributed.cases:train_run", world, args=args)
         records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         results.append([r["metrics"]["loss/val"] for r in records if "loss/val" in r.get("metrics", {})][-1])
-    assert results == pytest.approx([results[0]] * 3, abs=1e-6)
+    assert results == pytest.approx([results[0]] * 2, abs=1e-6)
 
 
 @pytest.mark.drill
@@ -245,7 +254,7 @@ def test_ctrl_c_while_starting_up_is_clean(dataset: Path, tmp_path: Path, delay:
         process.wait(0.3 + delay)
     process.send_signal(signal.SIGINT)
     try:
-        assert process.wait(60) == 130
+        assert process.wait(120) == 130
     finally:
         process.kill()
     wait_until_gone(run_dir)
@@ -260,7 +269,7 @@ def test_a_rank_that_dies_ends_the_run_with_a_word_about_it(dataset: Path, tmp_p
         wait_for_step(run_dir / "metrics.jsonl", 1, process)
     victim = wait_for_rank_1(run_dir)
     os.kill(victim, signal.SIGKILL)
-    assert process.wait(60) != 0
+    assert process.wait(120) != 0
     assert ranks_of(run_dir) == []
     assert "rank 1 ended with code -9" in log.read_text()
 

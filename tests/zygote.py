@@ -27,7 +27,14 @@ def serve() -> None:
     from pretrain.engine import bootstrap
 
     bootstrap()
-    for name in ("deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"):  # else each rank imports them
+    for name in (  # else each rank imports them
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+        "pretrain.trainer",
+        "rich.live",
+        "torch._dynamo",
+    ):
         importlib.import_module(name)
     import torch
 

@@ -3,10 +3,8 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from itertools import pairwise
@@ -26,6 +24,7 @@ from pretrain.trained import Trained
 from pretrain.use import open_trained
 from tests.browser.conftest import Browser
 from tests.model.helpers import build, open_masks, small
+from tests.ports import free_port
 from tests.runs import ROOT, SMALL, duet
 
 DESK, PHONE = 1280, 390
@@ -52,9 +51,7 @@ def run_dir(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`mlflow server` over the store that the run was tracked in."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     store = f"sqlite:///{run_dir.parent / 'mlflow.db'}"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
     log = tmp_path_factory.mktemp("server") / "log"
@@ -64,11 +61,11 @@ def server(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        for _ in range(60):
+        for _ in range(240):
             try:
                 urllib.request.urlopen(f"{url}/health", timeout=1).read()
                 break
-            except (urllib.error.URLError, TimeoutError):
+            except OSError:
                 with pytest.raises(subprocess.TimeoutExpired):
                     process.wait(0.5)
         else:

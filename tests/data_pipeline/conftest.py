@@ -1,6 +1,5 @@
 """What the tests of the data pipeline share: real text, and datasets built from it."""
 
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset
 from data_pipeline.files import resolve
 from data_pipeline.windows import Windows
+from tests.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -92,9 +92,7 @@ def jsonl(tmp_path: Path) -> Callable[[str, list[str]], Path]:
 def store() -> Iterator[Callable[[str], str]]:
     """A real S3 server on this machine; gives the URI of a key."""
     pytest.importorskip("moto", reason="moto's server is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,
@@ -107,7 +105,7 @@ def store() -> Iterator[Callable[[str], str]]:
             "AWS_EC2_METADATA_DISABLED": "true",
         }.items():
             patch.setenv(name, value)
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while True:
             try:
                 urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/corpus", method="PUT")).close()

@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,20 @@ def texts(dataset: Dataset) -> dict[str, list[str]]:
 
 def files_of(root: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(root).items() if name != ".lock" and not name.startswith("_work")}
+
+
+PEAK = """
+import atexit, re, threading, time
+seen = []
+def watch():
+    while True:
+        seen.append(int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]))
+        time.sleep(0.01)
+threading.Thread(target=watch, daemon=True).start()
+atexit.register(lambda: print(max(seen)))
+"""
+"""Prints the most memory that is not a mapped file, in KiB: the maps of files are the kernel's to drop,
+and its getrusage begins with the peak of the process that forked this one."""
 
 
 def subprocess_build(settings: DataConfig, prelude: str = "") -> subprocess.Popen[str]:
@@ -216,23 +231,24 @@ def test_kill_at_any_point_leaves_no_half_dataset(tmp_path: Path, big_file: Path
     reference = config(tmp_path / "reference", big_file, shard_tokens=20_000)
     began = time.monotonic()
     wanted = build(reference).fingerprint
-    duration = time.monotonic() - began
+    longest = time.monotonic() - began
     rng = np.random.default_rng(1)
     settings = config(tmp_path / "d", big_file, shard_tokens=20_000)
     killed = 0
-    for _ in range(4):
+    while killed < 4:
         process = subprocess_build(settings)
         assert process.stdout is not None
         process.stdout.readline()
         try:
-            process.wait(float(rng.uniform(0, duration)))
+            process.wait(float(rng.uniform(0, longest)))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             killed += 1
         process.communicate()
         if (tmp_path / "d" / "manifest.json").exists():
             Dataset.open(tmp_path / "d").verify()
-    assert killed
+            shutil.rmtree(tmp_path / "d")
+            longest /= 2
     assert build(settings).fingerprint == wanted
     assert files_of(tmp_path / "d") == files_of(tmp_path / "reference")
 
@@ -350,10 +366,10 @@ def test_large_vocabularies_are_stored_as_int32(tmp_path: Path) -> None:
 
 
 def test_a_long_document_takes_bounded_memory(tmp_path: Path) -> None:
-    """30 MB with and without newlines cost hardly more than 6 MB do."""
+    """48 MB with and without newlines cost hardly more than 12 MB do, which fill the buffers."""
     paragraph = prose(20_000, 3).encode()
     peaks = []
-    for copies in (1, 5):
+    for copies in (2, 8):
         for number, text in enumerate((paragraph, paragraph.replace(b"\n", b" "))):
             file = tmp_path / f"{copies}-{number}.txt"
             file.write_bytes(text * (copies * 3_000_000 // len(text)))
@@ -363,12 +379,10 @@ def test_a_long_document_takes_bounded_memory(tmp_path: Path) -> None:
             tmp_path / f"{copies}-1.txt",
             tokenizer={"vocab_size": 400, "character_coverage": 0.999, "sample_bytes": 100_000},
         )
-        prelude = "import atexit, resource\n"
-        prelude += "atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))"
-        output, errors = subprocess_build(settings, prelude).communicate(timeout=120)
+        output, errors = subprocess_build(settings, PEAK).communicate(timeout=240)
         assert not errors
         peaks.append(int(output.split()[-1]) / 1024)
-    assert peaks[1] - peaks[0] < 60, peaks
+    assert peaks[1] - peaks[0] < 90, peaks
 
 
 def test_manifests_of_unknown_format_or_damaged_are_errors(dataset: Dataset) -> None:

@@ -37,7 +37,7 @@ def restored(inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.array([x for token in inputs[:-1].tolist() for x in spans.get(token, [token])])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 300), st.floats(0.05, 0.9), st.floats(1, 10), st.integers(0, 2**31))
 def test_span_corruption_is_invertible(context: int, density: float, mean_span: float, seed: int) -> None:
     tokens, positions = windows(3, context, seed)

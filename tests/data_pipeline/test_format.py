@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from data_pipeline.build import build
 from data_pipeline.config import DataConfig
@@ -77,11 +78,17 @@ def test_order_of_sources_and_their_names_are_in_the_fingerprint_but_weights_are
     assert build(settings.model_validate({**settings.model_dump(), "sources": weighted})).fingerprint == fingerprint
 
 
+def pieces(dataset: Dataset) -> dict[str, float]:
+    """Of its tokenizer, with their scores."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(Path(dataset.path) / "tokenizer" / "spm.model"))
+    return {model.id_to_piece(token): model.get_score(token) for token in range(model.get_piece_size())}
+
+
 def test_one_source_gives_the_stream_it_always_gave(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(prose(1500))
     build(config(tmp_path / "d", tmp_path / "a.txt", shard_tokens=1024))
     old, new = Dataset.open(FORMAT_1 / "one"), Dataset.open(tmp_path / "d")
-    assert new.manifest.tokenizer == old.manifest.tokenizer
+    assert pieces(new) == pytest.approx(pieces(old), abs=1e-3)  # of sums that another C library may round otherwise
     for split in SPLITS:
         assert np.array_equal(
             stream(new.windows(split, 50, partial=True)), stream(old.windows(split, 50, partial=True))

@@ -13,19 +13,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.inspection import documents
 from tests.corpora import corpora
 from tests.data_pipeline.conftest import config, prose
-from tests.data_pipeline.test_build import subprocess_build, texts
-
-PEAK = """
-import atexit, re, threading, time
-seen = []
-def watch():
-    while True:
-        seen.append(int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]))
-        time.sleep(0.01)
-threading.Thread(target=watch, daemon=True).start()
-atexit.register(lambda: print(max(seen)))
-"""
-"""Prints the most memory that is not a mapped file, in KiB: the maps of files are the kernel's to drop."""
+from tests.data_pipeline.test_build import PEAK, subprocess_build, texts
 
 
 @pytest.mark.drill

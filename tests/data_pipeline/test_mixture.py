@@ -19,7 +19,7 @@ def deviation(weights: list[int], slots: int) -> float:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=64))
 def test_no_prefix_is_off_by_a_whole_sample(weights: list[int]) -> None:
     sources, period = len(weights), sum(weights)
@@ -32,7 +32,7 @@ def test_extreme_weights_hold_the_bound_too(weights: list[int]) -> None:
     assert deviation(weights, sum(weights) + 1000) < 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 10**12))
 def test_slots_ranks_and_counts_agree_at_any_place(weights: list[int], start: int) -> None:
     mixture = Mixture(weights)

@@ -82,7 +82,7 @@ def one_by_one(lengths: list[int], width: int) -> list[int]:
     return rooms
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(context=st.integers(1, 20), lengths=st.lists(st.integers(1, 70), max_size=60), gap=st.integers(0, 5))
 def test_every_token_is_predicted_once_in_windows_as_best_fit_fills_them(
     context: int, lengths: list[int], gap: int
@@ -208,7 +208,7 @@ def test_damaged_plans_are_told_from_sound_ones(packed: Dataset, tmp_path: Path)
         PackingPlan.of_stream(tmp_path, fingerprint, CONTEXT)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_ranks_read_the_reference_order(packed: Dataset, data: st.DataObject) -> None:
     """Starts with other ranks, batches and orders go on where the last ended."""

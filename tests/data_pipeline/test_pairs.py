@@ -170,7 +170,7 @@ def test_any_ranks_read_the_same_pairs_and_go_on(paired: Dataset) -> None:
         assert len(dict(passage.origin.documents)) == 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(context=st.integers(2, 12), sizes=st.lists(st.tuples(st.integers(1, 15), st.integers(1, 15)), min_size=1))
 def test_a_decoder_alone_reads_source_and_target_on_end(context: int, sizes: list[tuple[int, int]]) -> None:
     rows = np.full((len(sizes), 2 * context), -1, np.int64)

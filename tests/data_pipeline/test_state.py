@@ -53,7 +53,7 @@ def in_turn(phase: Phase, weights: dict[str, int], counts: dict[str, int], sampl
     return turns
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_run_of_kills_and_changes_reads_the_reference_order(
     mixed: Dataset, data: st.DataObject, monkeypatch: pytest.MonkeyPatch

@@ -230,13 +230,16 @@ def test_a_text_that_changes_under_a_task_is_named(tmp_path: Path, small_units: 
 
 
 PROGRAM = """
-import sys
+import signal, sys
 from data_pipeline import sources
 from data_pipeline.build import build
 from data_pipeline.config import DataConfig
 sources.UNIT_BYTES = 20_000
+def wait_before_the_end(stage, done, total):
+    if stage == "write":
+        signal.pause()
 if __name__ == "__main__":
-    print(build(DataConfig.model_validate_json(sys.argv[1]), processes=2).fingerprint, flush=True)
+    build(DataConfig.model_validate_json(sys.argv[1]), wait_before_the_end, processes=2)
 """
 
 
@@ -277,12 +280,14 @@ def test_killed_builds_leave_no_process_and_go_on(
         )
         # At a random unit in the middle.
         wanted = chance.randint(1, 5) + 8 * round_
-        while len(list(work.glob("*.rows"))) < wanted and process.poll() is None:
+        deadline = time.monotonic() + 120
+        while len(list(work.glob("*.rows"))) < wanted:
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
         family = children(process.pid)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while any(map(alive, family)) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not [member for member in family if alive(member)]

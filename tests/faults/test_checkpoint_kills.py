@@ -32,7 +32,7 @@ def kill(ranks: Ranks, root: Path, victim: int, **how: Any) -> Death:
     """Kill rank `victim` of two while it saves, and compare what a new start loads with what was to be saved."""
     (root / "digests").mkdir(parents=True)
     with pytest.raises(RanksFailed, match="-9"):
-        ranks(f"{CASES}die_while_saving", 2, root=str(root), victim=victim, timeout=60, **how)
+        ranks(f"{CASES}die_while_saving", 2, root=str(root), victim=victim, **how)
     content = (root / "phases").read_bytes()
     phases, steps = [PHASES[byte] for byte in content[:2]], content[2:]
     wanted = {int(file.name): file for file in (root / "digests").iterdir() if file.suffix != ".tmp"}

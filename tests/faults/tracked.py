@@ -21,6 +21,7 @@ from typing import Any
 from pretrain import mirror
 from pretrain.mirror import SHIPPED, State, default_uri
 from tests.conftest import ROOT
+from tests.ports import free_port
 
 ANSWERS = {
     "500": b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 4\r\nConnection: close\r\n\r\nOops",
@@ -30,7 +31,7 @@ ANSWERS = {
 RENAMED = {"data": "progress", "gate": "mask", "health": "progress", "penalty": "mask"}
 
 
-def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+def until(condition: Callable[[], Any], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
@@ -74,12 +75,12 @@ class Writer:
         self.send("die")
         assert self.process.wait(30) == -signal.SIGKILL
 
-    def end(self, status: str = "FINISHED", timeout: float = 10.0) -> bool:
+    def end(self, status: str = "FINISHED", timeout: float = 60.0) -> bool:
         """The end of the run: in time, and only the mirror used the network. Returns whether MLflow has all."""
         since = time.monotonic()
         result = self.tell(f"end {status} {timeout}")
         assert self.process.wait(30) == 0
-        assert time.monotonic() - since < 15.0, "the exit waited for the server"
+        assert time.monotonic() - since < timeout + 60.0, "the exit waited for the server"
         assert result["callers"], "the proof sees calls at all"
         for event, threads in result["callers"].items():
             assert threads == ["mlflow-mirror"], event
@@ -209,12 +210,6 @@ def _pipe(source: socket.socket, target: socket.socket) -> None:
         target.shutdown(socket.SHUT_WR)
     except OSError:
         return  # the other side has gone, which is its right
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def run_of(run_dir: Path) -> Any:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from model.losses import entropy, l1, weight_at
@@ -39,7 +39,6 @@ def test_entropy_and_its_gradient_are_finite_at_the_ends(kind: Any) -> None:
     assert entropy(ends, kind) < 1e-4
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 1.0, width=32), min_size=1, max_size=20))
 def test_penalties_are_means_over_elements(values: list[float]) -> None:
     mask = torch.tensor(values)

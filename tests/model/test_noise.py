@@ -18,7 +18,7 @@ def noise(seed: int = 0, step: int = 1, samples: Tensor | None = None, site: int
     return uniform(sample_keys(seed, torch.tensor(step), samples), site, SHAPE)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**64 - 1),
     step=st.integers(0, 2**40),

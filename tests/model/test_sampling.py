@@ -66,7 +66,7 @@ def test_each_step_works_on_what_the_one_before_leaves() -> None:
     assert [bool(p) for p in chances(temperature=2.0, min_p=0.5)] == [True, True, False, False, False]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     temperature=st.floats(0.05, 5),

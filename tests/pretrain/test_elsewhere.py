@@ -66,9 +66,8 @@ def test_transformers_loads_it_and_saves_it_again(exported: Path, tmp_path: Path
     assert not model.training
     assert model.dtype == torch.float32
     assert torch.equal(model(ids).logits, ours.model(ids))
-    assert torch.equal(
-        model(ids, attention_mask=torch.ones_like(ids), logits_to_keep=2).logits, ours.model(ids)[:, -2:]
-    )
+    last = model(ids, attention_mask=torch.ones_like(ids), logits_to_keep=2).logits
+    torch.testing.assert_close(last, ours.model(ids)[:, -2:])  # a product of other sizes may be summed in another order
     for part in from_folder(exported):
         part.save_pretrained(tmp_path / "again")
     with (

@@ -45,7 +45,7 @@ def test_a_falling_noisy_loss_has_no_spikes_and_a_jump_is_one(seed: int, log_eve
     assert judged(losses, log_every, threshold=1.0) != [1717, 3001], "the threshold counts"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(scale=st.floats(0.1, 10), z=st.floats(-20, 20), seed=st.integers(0, 99))
 def test_what_is_a_spike_does_not_depend_on_the_unit(scale: float, z: float, seed: int) -> None:
     noise = np.random.default_rng(seed).normal(0, 0.1, WINDOW)

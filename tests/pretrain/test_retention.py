@@ -73,7 +73,7 @@ def test_what_interrupted_saves_left_goes_but_not_a_save_in_flight(tmp_path: Pat
     assert steps(tmp_path) == [2, 3]
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     saves=st.lists(st.none() | st.floats(allow_infinity=False), min_size=1, max_size=12),
     keep=st.integers(1, 4),

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError
@@ -36,7 +36,6 @@ def first_formula(config: Config, step: int) -> float:
     return schedule.final_lr + 0.5 * (peak - schedule.final_lr) * (1 + math.cos(math.pi * progress))
 
 
-@settings(deadline=None)
 @given(steps=st.integers(1, 10**6), warmup=st.integers(0, 10**4), share=st.floats(0, 1), tokens=st.integers(1, 10**4))
 def test_cosine_and_constant_are_bit_for_bit_what_they_were(steps: int, warmup: int, share: float, tokens: int) -> None:
     for kind in ("cosine", "constant"):
@@ -46,7 +45,6 @@ def test_cosine_and_constant_are_bit_for_bit_what_they_were(steps: int, warmup: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
 @given(data=st.data())
 def test_each_kind_rises_to_the_peak_and_never_again(kind: str, data: st.DataObject) -> None:
     steps = data.draw(st.integers(2, 300))
@@ -78,7 +76,6 @@ def test_known_values(kind: str, more: dict[str, Any], expected: list[float]) ->
     assert [at(config, step) for step in range(1, 11)] == pytest.approx(expected, abs=1e-12)
 
 
-@settings(deadline=None)
 @given(cooldown=st.integers(1, 50), longer=st.integers(0, 50))
 def test_a_wsd_run_without_end_is_any_wsd_run_before_its_cooldown(cooldown: int, longer: int) -> None:
     endless, cooled = make("wsd", 200, 10), make("wsd", 100 + longer, 10, cooldown)

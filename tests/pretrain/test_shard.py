@@ -21,7 +21,7 @@ TENSORS = st.dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(shapes=TENSORS, seed=st.integers(0, 99))
 def test_the_library_reads_what_is_written(
     tmp_path: Path, shapes: dict[str, tuple[torch.dtype, int]], seed: int

@@ -7,30 +7,46 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from pretrain import system
-from pretrain.journal import read
+from pretrain.journal import Record, read
 from pretrain.system import SystemSampler, journal_path, node_name
 
 
-def sample_for(seconds: float, logs: Path, attempt: int = 1, active: bool = True) -> list[str]:
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may let the thread stand still for seconds."""
+    monkeypatch.setattr(system, "JOIN_SECONDS", 120.0)
+
+
+def sample(logs: Path, until: Callable[[list[str]], object] = bool, attempt: int = 1, active: bool = True) -> list[str]:
+    """Sample until something is so, by default that there is a warning; it is asked with all warnings."""
     warnings: list[str] = []
     with SystemSampler(logs, attempt, step=5, active=active, warn=warnings.append) as sampler:
-        time.sleep(seconds)
+        end = time.monotonic() + 120
+        while not until(warnings):
+            assert time.monotonic() < end, "did not happen in time"
+            time.sleep(0.005)
         sampler.step = 7
     return warnings
 
 
-def test_samples_at_the_start_and_at_the_end(tmp_path: Path) -> None:
-    began = time.monotonic()
-    assert sample_for(0.5, tmp_path / "logs") == []
-    assert time.monotonic() - began < 3, "it ends at once, not after its interval"
-    first, last = read(journal_path(tmp_path / "logs", node_name()))
+def samples(logs: Path) -> list[Record]:
+    path = journal_path(logs, node_name())
+    return list(read(path)) if path.exists() else []
+
+
+def test_samples_at_the_start_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "SECONDS", 1e6)  # it ends at once, not after its interval
+    assert sample(tmp_path / "logs", until=lambda _: samples(tmp_path / "logs")) == []
+    first, last = samples(tmp_path / "logs")
     assert (first.step, last.step) == (5, 7)
     for record in (first, last):
         assert (record.kind, record.attempt) == ("metrics", 1)
@@ -43,36 +59,38 @@ def test_samples_at_the_start_and_at_the_end(tmp_path: Path) -> None:
         assert ("gpu0_power_w" in values) == Path("/proc/driver/nvidia").exists()
 
 
+def running() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
+
+
 def test_samples_keep_coming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system, "SECONDS", 0.05)
-    sample_for(0.6, tmp_path)
-    assert len(list(read(journal_path(tmp_path, node_name())))) >= 4
+    assert sample(tmp_path, until=lambda _: len(samples(tmp_path)) >= 4) == []
 
 
 def test_traffic_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A counter that rises by 1 MiB a reading, since a test machine may have no network at all."""
-    monkeypatch.setattr(system, "SECONDS", 0.1)
-    readings = iter(range(1, 1000))
+    """A counter that rises by 1 MiB a reading, since a test machine may have no network at all; 0.1 s go by between."""
+    readings, seconds = iter(range(1, 1000)), iter(range(1, 1000))
     monkeypatch.setattr(system, "_network_bytes", lambda: next(readings) << 20)
-    sample_for(0.5, tmp_path)
-    rates = [r.metrics[f"system/{node_name()}.net_mib_s"] for r in read(journal_path(tmp_path, node_name()))]
-    assert rates[0] == pytest.approx(10, rel=0.3)
+    monkeypatch.setattr(system, "time", SimpleNamespace(monotonic=lambda: next(seconds) / 10))
+    sample(tmp_path, until=lambda _: samples(tmp_path))
+    assert [r.metrics[f"system/{node_name()}.net_mib_s"] for r in samples(tmp_path)] == pytest.approx([10, 10])
 
 
 def test_a_later_attempt_appends(tmp_path: Path) -> None:
     for attempt in (1, 2):
-        sample_for(0.2, tmp_path, attempt)
-    assert [r.attempt for r in read(journal_path(tmp_path, node_name()))] == [1, 1, 2, 2]
+        sample(tmp_path, until=lambda _: [r for r in samples(tmp_path) if r.attempt == attempt], attempt=attempt)  # noqa: B023
+    assert [r.attempt for r in samples(tmp_path)] == [1, 1, 2, 2]
 
 
 def test_other_ranks_of_a_node_write_nothing(tmp_path: Path) -> None:
-    sample_for(0.2, tmp_path / "logs", active=False)
+    sample(tmp_path / "logs", until=lambda _: "system-sampler" not in running(), active=False)
     assert not (tmp_path / "logs").exists()
 
 
 def test_a_disk_that_fails_is_told_once(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file where the folder should be")
-    [warning] = sample_for(0.2, tmp_path / "logs")
+    [warning] = sample(tmp_path / "logs")
     assert re.match(r"system metrics of \S+ are incomplete: FileExistsError: ", warning)
 
 
@@ -91,19 +109,26 @@ def test_a_sample_that_fails_is_told_once_and_the_next_ones_are_taken(
         return original(path)
 
     monkeypatch.setattr(psutil, "disk_usage", failing)
-    [warning] = sample_for(0.5, tmp_path)
+    [warning] = sample(tmp_path, until=lambda _: calls >= 5)
     assert "stale file handle" in warning
-    assert len(list(read(journal_path(tmp_path, node_name())))) == calls - 2
+    assert len(samples(tmp_path)) == calls - 2
 
 
 def test_nobody_waits_long_for_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system, "JOIN_SECONDS", 0.2)
-    release = threading.Event()
-    monkeypatch.setattr(system, "_open_gpus", lambda: release.wait(30) and [])
-    began = time.monotonic()
-    sample_for(0.0, tmp_path)
-    assert time.monotonic() - began < 2
-    release.set()
+    hangs, release = threading.Event(), threading.Event()
+
+    def hang() -> list[Any]:
+        hangs.set()
+        release.wait(600)
+        return []
+
+    monkeypatch.setattr(system, "_open_gpus", hang)
+    try:
+        sample(tmp_path, until=lambda _: hangs.is_set())
+        assert "system-sampler" in running(), "it was left behind"
+    finally:
+        release.set()
 
 
 @pytest.mark.parametrize(
@@ -115,18 +140,14 @@ def test_node_names_are_legal_in_metric_names(monkeypatch: pytest.MonkeyPatch, h
 
 
 def test_a_run_of_two_ranks_has_one_writer_on_the_node(
-    ranks: Callable[..., list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ranks: Callable[..., list[Any]], dataset: Path, tmp_path: Path
 ) -> None:
     """Both ranks have the host name in common; two writers would show as twice the samples."""
     from tests.distributed.test_metrics import arguments
-    from tests.runs import ROOT, duet
 
-    data = tmp_path / "data"
-    assert not duet(
-        "data", "build", "data/characters", f"data.sources.text.paths=[{ROOT / 'LICENSE'}]", f"data.path={data}"
-    ).returncode
-    ranks("tests.distributed.cases:train_run", 2, args=arguments(data, tmp_path / "run"))
+    ranks("tests.distributed.cases:train_run", 2, args=arguments(dataset, tmp_path / "run"))
     [file] = (tmp_path / "run" / "logs").glob("system-*.jsonl")
-    steps = [r.step for r in read(file)]
-    assert len(steps) in (1, 2), "at the start, if the run was long enough, and at the end"
-    assert steps[-1] == 12
+    found = list(read(file))
+    pauses = [(later.time - earlier.time) / 1e3 for earlier, later in pairwise(found)]
+    assert all(pause > 0.9 * system.SECONDS for pause in pauses[:-1]), "between all but the last, at the end"
+    assert found[-1].step == 12

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError
@@ -27,7 +27,6 @@ def grown(text: str, stops: Sequence[str] = ()) -> tuple[list[str], GrowingText]
     return [*pieces, growing.finish()], growing
 
 
-@settings(deadline=None)
 @given(
     st.text(alphabet="abé€😀\n", max_size=20), st.lists(st.text(alphabet="abé😀", min_size=1, max_size=4), max_size=3)
 )

@@ -8,10 +8,19 @@ import pytest
 
 from data_pipeline.errors import RunError
 from pretrain.tracking import sync
-from tests.faults.tracked import Gate, Server, Writer, assert_mirrors, free_port, run_of, until
+from tests.faults.tracked import Gate, Server, Writer, assert_mirrors, run_of, until
+from tests.ports import free_port
 
 FAULTS = ("500", "403", "wrong port", "hung")
 TOKEN = "a-token-nobody-may-read"
+PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "600"}
+"""A call waits for its answer for longer than any end may: who waits for the call is noticed."""
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this process's own calls: a busy server is none that failed."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +39,7 @@ def ended(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         gate = Gate(fault, server.port)
         environment = {"MLFLOW_TRACKING_TOKEN": TOKEN}
         if fault == "hung":
-            environment["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "600"
+            environment |= PATIENT
         writer = Writer(tmp_path_factory.mktemp("runs") / "a", gate.uri, environment=environment)
         runs[fault] = writer, gate
     for writer, gate in runs.values():
@@ -75,7 +84,7 @@ def test_a_server_killed_and_started_again_and_then_stopped(server: Server, tmp_
     run_dir = tmp_path / "a"
     (run_dir / "code").mkdir(parents=True)
     (run_dir / "config.yaml").write_text("a: 1\n")
-    writer = Writer(run_dir, server.uri)
+    writer = Writer(run_dir, server.uri, environment=PATIENT)
     writer.tell("system n1 1 10")
     writer.tell("steps 1 200")
     writer.tell("shipped")

@@ -8,19 +8,17 @@ loopback; its processes are ended by pid. By hand:
 """
 
 import argparse
-import contextlib
 import hashlib
 import os
 import pwd
-import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.ports import free_ports
 from tests.slurm.processes import (
     MARK,
     alive,
@@ -97,18 +95,6 @@ PARTITIONS = """\
 PartitionName=main Nodes=ALL Default=YES MaxTime=1-0 DefaultTime=30 PriorityTier=1 GraceTime={grace} State=UP
 PartitionName=high Nodes=ALL MaxTime=1-0 DefaultTime=30 PriorityTier=10 PreemptMode=OFF State=UP
 """
-
-
-def free_ports(count: int) -> list[int]:
-    """Of loopback, none of those that the kernel gives away: nobody gets one by chance before it is used."""
-    lowest, highest = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    kept = [*range(10_000, lowest), *range(highest + 1, 65_536)] or range(10_000, 65_536)
-    found: set[int] = set()
-    while len(found) < count:
-        port = secrets.choice(kept)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            found.add(port)
-    return sorted(found)
 
 
 def missing() -> list[str]:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from launch import slurm
+from tests.ports import free_port
 from tests.runs import ROOT
-from tests.slurm.cluster import Cluster, free_ports
+from tests.slurm.cluster import Cluster
 from tests.slurm.processes import wait_until
 
 SLEEP = "#!/bin/bash\nwhile [ ! -e go ]; do sleep 0.1; done\nexit ${1:-0}\n"
@@ -175,7 +176,7 @@ def test_a_controller_that_is_not_there(cluster: Cluster, monkeypatch: pytest.Mo
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     with pytest.raises(slurm.SlurmError, match="SLURM_CONF=.*no such file"):
         slurm.jobs(["1"])
-    [port] = free_ports(1)
+    port = free_port()
     with socket.create_server(("127.0.0.1", port)):
         lines = (cluster.folder / "slurm.conf").read_text().splitlines()
         replaced = {"SlurmctldPort": f"{port}", "MessageTimeout": "2"}

@@ -9,15 +9,16 @@ from data_pipeline.manifest import Manifest
 from launch.exclude import avoided
 from launch.preflight import AVOID, GOOD
 from pretrain.job import JobFolder
+from tests.ports import free_port
 from tests.runs import ROOT, SMALL
-from tests.slurm.cluster import Cluster, free_ports
+from tests.slurm.cluster import Cluster
 
 # The data of one node are another copy than the others'.
 ON_EACH_NODE = '[ "$SLURMD_NODENAME" != n2 ] || export DUET_DATA="$0"; exec "$@"'
 
 
 def preflight(cluster: Cluster, run_dir: Path, data: Path, of_n2: Path, *options: str) -> tuple[int, str]:
-    [port] = free_ports(1)
+    port = free_port()
     rank = [sys.executable, "-P", "-m", "launch.preflight", str(run_dir), *SMALL]
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=150", *options]
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
