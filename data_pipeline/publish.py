@@ -142,7 +142,9 @@ def publish(root: Path, work: Path, manifest: Manifest) -> None:
 
 
 def remove_stale(root: Path, manifest: Manifest) -> None:
-    """Removes shards, and plans of packed windows, that are not the manifest's."""
+    """Removes shards, and plans of packed windows, that are not the manifest's, and manifests that a kill left half."""
+    for file in root.glob(f".{MANIFEST}.*.tmp"):
+        file.unlink()
     wanted = {shard.path for shard in manifest.shards}
     for file in itertools.chain.from_iterable((root / split).glob("*.arrow") for split in SPLITS):
         if str(file.relative_to(root)) not in wanted:

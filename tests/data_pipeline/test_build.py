@@ -249,6 +249,8 @@ def test_kill_at_any_point_leaves_no_half_dataset(tmp_path: Path, big_file: Path
             Dataset.open(tmp_path / "d").verify()
             shutil.rmtree(tmp_path / "d")
             longest /= 2
+    (tmp_path / "d").mkdir(exist_ok=True)
+    (tmp_path / "d" / ".manifest.json.1.tmp").write_text("{")  # as of a kill while the manifest was written
     assert build(settings).fingerprint == wanted
     assert files_of(tmp_path / "d") == files_of(tmp_path / "reference")
 
