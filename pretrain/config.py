@@ -122,7 +122,10 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         if engine.precision == "fp16" or engine.offload != "none":
             raise ValueError("optimizer.kind=muon is for bf16 and fp32 without engine.offload")
         if self.optimizer.mask_lr is not None:
-            raise ValueError("optimizer.mask_lr is for AdamW; optimizer.kind=muon moves the masks' matrices itself")
+            raise ValueError(
+                f"optimizer.mask_lr={self.optimizer.mask_lr}: optimizer.kind=muon moves the masks' matrices itself; "
+                "use optimizer.mask_lr=null"
+            )
         if self.optimizer.clip:
             raise ValueError(
                 f"optimizer.clip={self.optimizer.clip}: at the stages 1 to 3 DeepSpeed would clip Muon's orthogonal "
@@ -134,8 +137,8 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
     def _masks_with_a_learning_rate_exist(self) -> "Config":
         if self.optimizer.mask_lr is not None and not self.model.learned_dropout.enabled:
             raise ValueError(
-                f"optimizer.mask_lr={self.optimizer.mask_lr}, but there are no masks; use "
-                "model.learned_dropout.enabled=true, or leave it out"
+                f"optimizer.mask_lr={self.optimizer.mask_lr}, but there are no masks; use optimizer.mask_lr=null, or "
+                "model.learned_dropout.enabled=true"
             )
         return self
 

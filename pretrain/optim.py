@@ -21,11 +21,9 @@ CHUNK = 2**24
 def peak_rates(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
     """Peak learning rate under AdamW of each parameter, by its name."""
     masks = [module for module in model.modules() if isinstance(module, LearnedDropout | MaskSource)]
-    own = {id(parameter) for module in masks for parameter in module.parameters()} if config.mask_lr else set()
-    return {
-        name: config.mask_lr if config.mask_lr and id(parameter) in own else config.lr
-        for name, parameter in model.named_parameters()
-    }
+    own = {id(parameter) for module in masks for parameter in module.parameters()}
+    of_masks = min(config.lr, config.mask_lr or config.lr)
+    return {name: of_masks if id(parameter) in own else config.lr for name, parameter in model.named_parameters()}
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -46,8 +46,8 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     lr: float = Field(default=9e-4, gt=0.0, le=1e30)
     """Peak learning rate of AdamW."""
     mask_lr: float | None = Field(default=None, gt=0.0, le=1e30)
-    """Peak learning rate of what learned dropout computes its masks from; follows the same schedule. `lr` where none is
-    given. Not with Muon."""
+    """The most that the peak learning rate of what learned dropout computes its masks from may be: theirs is the lower
+    of this and `lr`, and follows the same schedule. Not with Muon."""
     muon_lr: float = Field(default=0.02, gt=0.0, le=1e30)
     """Peak learning rate of Muon; follows the same schedule."""
     muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0)

@@ -82,6 +82,9 @@ def _sites(arms: dict[str, list[Result]]) -> bytes:
     table = figure.subplots(len(arms), len(HEAT), squeeze=False)
     for line, (arm, runs) in zip(table, arms.items(), strict=True):
         for axes, (prefix, (title, highest)) in zip(line, HEAT.items(), strict=True):
+            if not any(metric.startswith(prefix) for metric in runs[0].points):
+                axes.axis("off")  # hard-concrete gates have no entropy
+                continue
             sites(axes, runs[0].points, prefix, highest)
             axes.set_title(f"{arm}, seed {runs[0].run.seed}: {title}", loc="left", fontsize=9)
             axes.tick_params(labelsize=7)

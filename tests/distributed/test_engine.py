@@ -299,7 +299,7 @@ def test_what_this_hardware_cannot_do_is_refused(ranks: Ranks, args: list[str], 
         (engine(2, "bf16", "optimizer.kind=muon"), "use optimizer.clip=0"),
         (engine(2, "bf16", *MUON, *OFFLOAD), "without engine.offload"),
         (engine(2, "fp16", *MUON), "muon is for bf16 and fp32"),
-        (engine(2, "bf16", *MUON, "optimizer.mask_lr=1e-3"), "optimizer.mask_lr is for AdamW"),
+        (engine(2, "bf16", *MUON, "optimizer.mask_lr=1e-3"), "matrices itself; use optimizer.mask_lr=null"),
         (["optimizer.mask_lr=1e-3", "model.learned_dropout.enabled=false"], "but there are no masks"),
     ],
 )
