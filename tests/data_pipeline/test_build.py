@@ -368,10 +368,10 @@ def test_large_vocabularies_are_stored_as_int32(tmp_path: Path) -> None:
 
 
 def test_a_long_document_takes_bounded_memory(tmp_path: Path) -> None:
-    """48 MB with and without newlines cost hardly more than 12 MB do, which fill the buffers."""
+    """120 MB with and without newlines cost hardly more than 48 MB do, which fill the buffers: 12 MB do not always."""
     paragraph = prose(20_000, 3).encode()
     peaks = []
-    for copies in (2, 8):
+    for copies in (8, 20):
         for number, text in enumerate((paragraph, paragraph.replace(b"\n", b" "))):
             file = tmp_path / f"{copies}-{number}.txt"
             file.write_bytes(text * (copies * 3_000_000 // len(text)))
@@ -384,7 +384,7 @@ def test_a_long_document_takes_bounded_memory(tmp_path: Path) -> None:
         output, errors = subprocess_build(settings, PEAK).communicate(timeout=240)
         assert not errors
         peaks.append(int(output.split()[-1]) / 1024)
-    assert peaks[1] - peaks[0] < 90, peaks
+    assert peaks[1] - peaks[0] < 50, peaks
 
 
 def test_manifests_of_unknown_format_or_damaged_are_errors(dataset: Dataset) -> None:
