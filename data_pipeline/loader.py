@@ -3,7 +3,6 @@
 import contextlib
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Self
@@ -18,7 +17,7 @@ from data_pipeline.plan import Plan
 _PREFETCH_GROUPS = 4
 _POLL_SECONDS = 0.05
 _JOIN_SECONDS = 5.0
-_GROUP_TOKENS = 2**17  # Steps change hands in groups of so many, since waking a thread costs as much as a small step.
+_GROUP_TOKENS = 2**18  # Steps change hands in groups of so many, since waking a thread costs as much as a small step.
 _PLANNED_SAMPLES = 4096  # Permuting a few indices costs as much as permuting thousands.
 
 
@@ -130,9 +129,13 @@ class Loader:
 
     def __init__(self, reader: Reader) -> None:
         self._stop = threading.Event()
-        self._group: deque[StepSamples] = deque()
+        self._group: list[StepSamples] = []
+        self._unread: deque[StepSamples] = deque()
         self._error: BaseException | None = None
-        self._queue: queue.Queue[list[StepSamples] | BaseException] = queue.Queue(_PREFETCH_GROUPS)
+        self._ready: queue.SimpleQueue[list[StepSamples] | BaseException] = queue.SimpleQueue()
+        # What was read goes back to the thread to be freed there: torch gives up the interpreter's lock for each tensor
+        # that it frees, and the thread, which waits for that lock, would take it each time.
+        self._spent: queue.SimpleQueue[list[StepSamples]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._fill, args=(reader,), name="data-prefetch", daemon=True)
         self._thread.start()
 
@@ -144,19 +147,19 @@ class Loader:
         """The next step. Raises what the thread raised (DataError for a damaged shard); StopIteration once closed."""
         if self._stop.is_set():
             raise StopIteration
-        if not self._group and not self._error:
-            self._take(self._queue.get())
-        if self._group:
-            return self._group.popleft()
+        if not self._unread and not self._error:
+            self._take(self._ready.get())
+        if self._unread:
+            return self._unread.popleft()
         assert self._error
         self.close()
         raise self._error
 
     def wait(self, give_up: Callable[[], object]) -> None:
         """Until the next step can be had at once, or until `give_up()`, which is asked every 50 ms, is true."""
-        while not self._group and not self._error and not give_up():
+        while not self._unread and not self._error and not give_up():
             with contextlib.suppress(queue.Empty):
-                self._take(self._queue.get(timeout=_POLL_SECONDS))
+                self._take(self._ready.get(timeout=_POLL_SECONDS))
 
     def __enter__(self) -> Self:
         """For `with`."""
@@ -169,30 +172,33 @@ class Loader:
     def close(self) -> None:
         """Ends the thread; a file system that hangs holds it up, and the caller for a few seconds at most."""
         self._stop.set()
-        end = time.monotonic() + _JOIN_SECONDS
-        while self._thread.is_alive() and time.monotonic() < end:
-            # The thread may wait for room in the queue.
-            while not self._queue.empty():
-                self._queue.get_nowait()
-            self._thread.join(0.01)
+        self._spent.put([])
+        self._thread.join(_JOIN_SECONDS)
 
     def _take(self, item: list[StepSamples] | BaseException) -> None:
         if isinstance(item, BaseException):
             self._error = item
         else:
-            self._group.extend(item)
+            self._spent.put(self._group)
+            self._group = item
+            self._unread.extend(item)
 
     def _fill(self, reader: Reader) -> None:
         group: list[StepSamples] = []
+        room = _PREFETCH_GROUPS
         try:
             for step in reader:
                 group.append(step)
                 if len(group) * step.tokens.numel() >= _GROUP_TOKENS:
-                    self._queue.put(group)
+                    while not room or not self._spent.empty():
+                        self._spent.get()
+                        room += 1
+                    self._ready.put(group)
                     group = []
+                    room -= 1
                 if self._stop.is_set():
                     return
         except BaseException as error:  # Re-raised in the consumer.
             if group:
-                self._queue.put(group)
-            self._queue.put(error)
+                self._ready.put(group)
+            self._ready.put(error)

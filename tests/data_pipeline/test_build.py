@@ -21,7 +21,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.inspection import documents
 from data_pipeline.manifest import Manifest
 from tests.corpora import corpora
-from tests.data_pipeline.conftest import REPOSITORY, config, contents, prose, stream
+from tests.data_pipeline.conftest import PEAK, REPOSITORY, config, contents, prose, stream
 
 WriteJsonl = Callable[[str, list[str]], Path]
 
@@ -41,20 +41,6 @@ def texts(dataset: Dataset) -> dict[str, list[str]]:
 
 def files_of(root: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(root).items() if name != ".lock" and not name.startswith("_work")}
-
-
-PEAK = """
-import atexit, re, threading, time
-seen = []
-def watch():
-    while True:
-        seen.append(int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]))
-        time.sleep(0.01)
-threading.Thread(target=watch, daemon=True).start()
-atexit.register(lambda: print(max(seen)))
-"""
-"""Prints the most memory that is not a mapped file, in KiB: the maps of files are the kernel's to drop,
-and its getrusage begins with the peak of the process that forked this one."""
 
 
 def subprocess_build(settings: DataConfig, prelude: str = "") -> subprocess.Popen[str]:
@@ -201,9 +187,10 @@ def test_a_tokenizer_is_kept_but_never_used_for_other_text(tmp_path: Path) -> No
     file.write_text(prose(3000))
     settings = config(tmp_path / "d", file)
     tokenizer = build_tokenizer(settings)
-    model = (tmp_path / "d" / "tokenizer" / "spm.model").stat().st_mtime_ns
+    model = tmp_path / "d" / "tokenizer" / "spm.model"
+    written = model.stat().st_mtime_ns
     assert build(settings).tokenizer.sha256 == tokenizer.sha256 == build_tokenizer(settings).sha256
-    assert (tmp_path / "d" / "tokenizer" / "spm.model").stat().st_mtime_ns == model
+    assert model.stat().st_mtime_ns == written
     with pytest.raises(DataError, match="depends on its tokenizer"):
         build_tokenizer(settings, overwrite=True)
     build_tokenizer(config(tmp_path / "e", file))
@@ -212,7 +199,7 @@ def test_a_tokenizer_is_kept_but_never_used_for_other_text(tmp_path: Path) -> No
         with pytest.raises(DataError, match=r"trained for other data: tokenizer.vocab_size: 400 there, 350 here"):
             attempt(other)
     assert build_tokenizer(other, overwrite=True).vocab_size == 350
-    (tmp_path / "e" / "tokenizer" / "spm.model").write_bytes((tmp_path / "d" / "tokenizer" / "spm.model").read_bytes())
+    (tmp_path / "e" / "tokenizer" / "spm.model").write_bytes(model.read_bytes())
     with pytest.raises(DataError, match=r"is not the model that meta.json"):
         build(other)
     (tmp_path / "e" / "tokenizer" / "meta.json").unlink()

@@ -12,8 +12,8 @@ from data_pipeline.build import build
 from data_pipeline.dataset import Dataset
 from data_pipeline.inspection import documents
 from tests.corpora import corpora
-from tests.data_pipeline.conftest import config, prose
-from tests.data_pipeline.test_build import PEAK, subprocess_build, texts
+from tests.data_pipeline.conftest import PEAK, config, prose
+from tests.data_pipeline.test_build import subprocess_build, texts
 
 
 @pytest.mark.drill

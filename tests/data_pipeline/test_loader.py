@@ -1,4 +1,7 @@
+import itertools
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.loader import _GROUP_TOKENS, Loader, Reader, StepSamples
+from data_pipeline.loader import _GROUP_TOKENS, _PREFETCH_GROUPS, Loader, Reader, StepSamples
 from data_pipeline.order import SampleOrder
 from data_pipeline.plan import Plan, wanted_phase
 
@@ -199,3 +202,28 @@ def test_waiting_ends_with_the_data_or_when_it_is_given_up() -> None:
         loader.wait(lambda: False)
         loader.wait(lambda: pytest.fail("there is a step"))
         assert next(loader).positions.tolist() == [1]
+
+
+def test_the_thread_reads_a_bounded_number_of_groups_ahead_and_frees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.loader._GROUP_TOKENS", 3)
+    ahead: list[int] = []
+    freed: list[str] = []
+    taken = 0
+
+    def reader() -> Iterator[StepSamples]:
+        for position in itertools.count():
+            ahead.append(position - taken)
+            step = StepSamples(torch.tensor([position]), torch.zeros(1, 1, dtype=torch.int64), None)
+            weakref.finalize(step.tokens, lambda: freed.append(threading.current_thread().name))
+            yield step
+
+    with Loader(cast(Reader, reader())) as loader:
+        while taken < 300:
+            assert next(loader).positions.tolist() == [taken]
+            taken += 1
+        at_most = (_PREFETCH_GROUPS + 1) * 3  # with the group in the making
+        while len(ahead) < taken + at_most:
+            time.sleep(0.001)
+        assert max(ahead) < at_most + 3, "at times it has a new group, and has counted none of it"
+        assert len(ahead) - len(freed) <= at_most + 3, "of those that were read, only the last group"
+        assert set(freed) == {"data-prefetch"}

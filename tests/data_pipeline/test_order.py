@@ -84,7 +84,7 @@ def test_a_late_start_costs_what_an_early_one_does() -> None:
         return time.process_time() - began
 
     early, late = zip(*((seconds(0), seconds(10**11)) for _ in range(9)), strict=True)
-    assert min(late) < 10 * min(early), "not the five million times as many that lie before"
+    assert min(late) < 2 * min(early) + 1e-3
 
 
 @pytest.mark.parametrize("arguments", [(0,), (5, 0)])

@@ -53,7 +53,7 @@ def signalled_while_data_stall(ranks: Ranks, args: list[str], step: int) -> int:
     def stall(*given: Any) -> Any:
         count[0] += 1
         if ranks.rank == 1 and count[0] == step:
-            while not waiting or waiting[0]._group or not waiting[0]._queue.empty():
+            while not waiting or waiting[0]._unread or not waiting[0]._ready.empty():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGUSR1)
             threading.Event().wait()

@@ -78,8 +78,11 @@ def test_traffic_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_later_attempt_appends(tmp_path: Path) -> None:
+    def sampled(attempt: int) -> Callable[[list[str]], object]:
+        return lambda _: [record for record in samples(tmp_path) if record.attempt == attempt]
+
     for attempt in (1, 2):
-        sample(tmp_path, until=lambda _: [r for r in samples(tmp_path) if r.attempt == attempt], attempt=attempt)  # noqa: B023
+        sample(tmp_path, until=sampled(attempt), attempt=attempt)
     assert [r.attempt for r in samples(tmp_path)] == [1, 1, 2, 2]
 
 
