@@ -1,6 +1,7 @@
 """Samples of each step for one rank. The order depends on the position alone: any world size reads the same steps."""
 
 import contextlib
+import itertools
 import queue
 import threading
 from collections import deque
@@ -76,39 +77,54 @@ class Reader:
 
     def __iter__(self) -> Iterator[StepSamples]:
         """Steps from `start` on. Raises DataError for a damaged shard, and where the data end."""
+        return itertools.chain.from_iterable(self.groups())
+
+    def groups(self) -> Iterator[list[StepSamples]]:
+        """The same steps in groups that are read, or fail, as one: of a step, of two, and so on to 2^18 tokens."""
         share = self._global_batch // self._world_size
         ahead, first = max(1, _PLANNED_SAMPLES // share), self._start
+        size, largest = 1, max(1, _GROUP_TOKENS // (share * self._width))
         while True:
             self._plan.prefetch(first)
             # The last step before the end of the data is whole.
             steps = (self._plan.schedule.extend(first + ahead * self._global_batch) - first) // self._global_batch
             firsts = first + np.arange(max(1, min(steps, ahead))) * self._global_batch
             positions = self._plan.schedule.share(firsts, self._global_batch, self._rank, self._world_size)
-            sources, batches, offsets = (
-                found.reshape(positions.shape) for found in self._plan.places(positions.ravel())
-            )
-            for step in zip(positions, sources.tolist(), batches.tolist(), offsets.tolist(), strict=True):
-                yield self._read(*step)
+            places = [found.reshape(positions.shape) for found in self._plan.places(positions.ravel())]
+            begin = 0
+            while begin < len(firsts):
+                group = slice(begin, begin + size)
+                yield self._read(positions[group], *(found[group].ravel().tolist() for found in places))
+                begin, size = begin + size, min(2 * size, largest)
             first += len(firsts) * self._global_batch
 
-    def _read(self, positions: np.ndarray, sources: list[int], batches: list[int], offsets: list[int]) -> StepSamples:
-        shape, starts = (len(positions), self._width), []
+    def _read(
+        self, positions: np.ndarray, sources: list[int], batches: list[int], offsets: list[int]
+    ) -> list[StepSamples]:
+        """The steps of `positions`, int64 [steps, n]; where the samples lie, in the same order."""
+        steps, share = positions.shape
+        shape = (steps * share, self._width)
         tokens = torch.empty(shape, dtype=torch.int64, pin_memory=True) if self._pin_memory else None
         out = np.empty(shape, np.int64) if tokens is None else tokens.numpy()
+        starts: list[np.ndarray] = []
         for windows, its_batches, its_offsets, rows in self._by_source(sources, batches, offsets):
             windows.copy(its_batches, its_offsets, rows, out)
             if self._documents:
                 starts.append(windows.document_starts(its_batches, its_offsets, rows))
-        return StepSamples(
-            torch.from_numpy(positions),
-            torch.from_numpy(out) if tokens is None else tokens,
-            np.sort(np.concatenate(starts)) if starts else None,
-        )
+        return [
+            StepSamples(*step)
+            for step in zip(
+                torch.from_numpy(positions).unbind(),
+                (torch.from_numpy(out) if tokens is None else tokens).split(share),
+                _by_step(np.sort(np.concatenate(starts)), steps, share * self._width) if starts else [None] * steps,
+                strict=True,
+            )
+        ]
 
     def _by_source(
         self, sources: list[int], batches: list[int], offsets: list[int]
     ) -> Iterator[tuple[AnyWindows, Sequence[int], Sequence[int], Sequence[int]]]:
-        """Places and rows of each source in a step."""
+        """Places and rows of each source in a group."""
         if len(self._windows) == 1:
             yield self._windows[0], batches, offsets, range(len(batches))
             return
@@ -124,6 +140,12 @@ class Reader:
             )
 
 
+def _by_step(starts: np.ndarray, steps: int, tokens: int) -> list[np.ndarray]:
+    """Splits ascending places in a group into those of each step, of so many tokens, counted from its own first."""
+    cuts = starts.searchsorted(np.arange(steps + 1) * tokens).tolist()
+    return [starts[begin:end] - step * tokens for step, (begin, end) in enumerate(itertools.pairwise(cuts))]
+
+
 class Loader:
     """Endless iterator of a reader's steps; one thread reads ahead. Close it (or use `with`) to end the thread."""
 
@@ -131,6 +153,7 @@ class Loader:
         self._stop = threading.Event()
         self._group: list[StepSamples] = []
         self._unread: deque[StepSamples] = deque()
+        self._starved = False
         self._error: BaseException | None = None
         self._ready: queue.SimpleQueue[list[StepSamples] | BaseException] = queue.SimpleQueue()
         # What was read goes back to the thread to be freed there: torch gives up the interpreter's lock for each tensor
@@ -148,7 +171,7 @@ class Loader:
         if self._stop.is_set():
             raise StopIteration
         if not self._unread and not self._error:
-            self._take(self._ready.get())
+            self._take()
         if self._unread:
             return self._unread.popleft()
         assert self._error
@@ -159,7 +182,7 @@ class Loader:
         """Until the next step can be had at once, or until `give_up()`, which is asked every 50 ms, is true."""
         while not self._unread and not self._error and not give_up():
             with contextlib.suppress(queue.Empty):
-                self._take(self._ready.get(timeout=_POLL_SECONDS))
+                self._take(_POLL_SECONDS)
 
     def __enter__(self) -> Self:
         """For `with`."""
@@ -175,7 +198,11 @@ class Loader:
         self._spent.put([])
         self._thread.join(_JOIN_SECONDS)
 
-    def _take(self, item: list[StepSamples] | BaseException) -> None:
+    def _take(self, timeout: float | None = None) -> None:
+        """Takes a group, or an error. Raises queue.Empty if there is none in time."""
+        self._starved = True
+        item = self._ready.get(timeout=timeout)
+        self._starved = False
         if isinstance(item, BaseException):
             self._error = item
         else:
@@ -184,21 +211,18 @@ class Loader:
             self._unread.extend(item)
 
     def _fill(self, reader: Reader) -> None:
-        group: list[StepSamples] = []
         room = _PREFETCH_GROUPS
         try:
-            for step in reader:
-                group.append(step)
-                if len(group) * step.tokens.numel() >= _GROUP_TOKENS:
-                    while not room or not self._spent.empty():
-                        self._spent.get()
-                        room += 1
-                    self._ready.put(group)
-                    group = []
-                    room -= 1
+            for group in reader.groups():
+                starved = self._starved
+                self._ready.put(group)
+                room -= 1
+                # One that waits has the lock first: it would ask for it at each row of the next group.
+                while starved or not room or not self._spent.empty():
+                    self._spent.get()
+                    room += 1
+                    starved = False
                 if self._stop.is_set():
                     return
         except BaseException as error:  # Re-raised in the consumer.
-            if group:
-                self._ready.put(group)
             self._ready.put(error)

@@ -4,6 +4,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.loader import _GROUP_TOKENS, _PREFETCH_GROUPS, Loader, Reader, StepSamples
+from data_pipeline.loader import _PREFETCH_GROUPS, Loader, Reader, StepSamples
 from data_pipeline.order import SampleOrder
 from data_pipeline.plan import Plan, wanted_phase
 
@@ -180,10 +181,9 @@ def test_steps_tell_where_documents_begin(mixed: Dataset) -> None:
 def test_waiting_ends_with_the_data_or_when_it_is_given_up() -> None:
     stalled = threading.Event()
 
-    def reader() -> Iterator[StepSamples]:
+    def groups() -> Iterator[list[StepSamples]]:
         for position in range(2):
-            tokens = torch.zeros(1, _GROUP_TOKENS, dtype=torch.int64)  # a group of its own
-            yield StepSamples(torch.tensor([position]), tokens, None)
+            yield [StepSamples(torch.tensor([position]), torch.zeros(1, 33, dtype=torch.int64), None)]
             stalled.wait(60)
 
     asked = 0
@@ -193,7 +193,7 @@ def test_waiting_ends_with_the_data_or_when_it_is_given_up() -> None:
         asked += 1
         return asked > 3
 
-    with Loader(cast(Reader, reader())) as loader:
+    with Loader(cast(Reader, SimpleNamespace(groups=groups))) as loader:
         loader.wait(lambda: False)
         assert next(loader).positions.tolist() == [0]
         loader.wait(give_up)
@@ -204,26 +204,26 @@ def test_waiting_ends_with_the_data_or_when_it_is_given_up() -> None:
         assert next(loader).positions.tolist() == [1]
 
 
-def test_the_thread_reads_a_bounded_number_of_groups_ahead_and_frees_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.loader._GROUP_TOKENS", 3)
-    ahead: list[int] = []
+def test_the_thread_reads_a_bounded_number_of_groups_ahead_and_frees_them() -> None:
+    made: list[int] = []
     freed: list[str] = []
     taken = 0
 
-    def reader() -> Iterator[StepSamples]:
-        for position in itertools.count():
-            ahead.append(position - taken)
-            step = StepSamples(torch.tensor([position]), torch.zeros(1, 1, dtype=torch.int64), None)
-            weakref.finalize(step.tokens, lambda: freed.append(threading.current_thread().name))
-            yield step
+    def groups() -> Iterator[list[StepSamples]]:
+        for group in itertools.count():
+            made.append(group - taken // 3)
+            positions = torch.arange(3 * group, 3 * group + 3)
+            tokens = torch.zeros(3, 33, dtype=torch.int64)
+            weakref.finalize(tokens.untyped_storage(), lambda: freed.append(threading.current_thread().name))
+            yield [StepSamples(*step, None) for step in zip(positions.split(1), tokens.split(1), strict=True)]
 
-    with Loader(cast(Reader, reader())) as loader:
+    with Loader(cast(Reader, SimpleNamespace(groups=groups))) as loader:
         while taken < 300:
             assert next(loader).positions.tolist() == [taken]
             taken += 1
-        at_most = (_PREFETCH_GROUPS + 1) * 3  # with the group in the making
-        while len(ahead) < taken + at_most:
+        while len(made) < 100 + _PREFETCH_GROUPS:
             time.sleep(0.001)
-        assert max(ahead) < at_most + 3, "at times it has a new group, and has counted none of it"
-        assert len(ahead) - len(freed) <= at_most + 3, "of those that were read, only the last group"
-        assert set(freed) == {"data-prefetch"}
+        assert max(made) <= _PREFETCH_GROUPS
+        loader.close()
+        assert len(made) == 100 + _PREFETCH_GROUPS
+        assert freed == ["data-prefetch"] * (100 - 1), "all but the one that was read last"
