@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.golden import FOLDER, data_of, golden_file, small_presets
 from tests.runs import CHARACTERS, MARKED
 
 TOLERANCE = 1e-3
-ELSEWHERE = 2e-2
-"""Processors round differently, and a few steps can make more of that. The curves are of one with AVX-512; without it
-four steps of parallel-3 are up to 0.005 off, and two of learned-dropout-seed. A fifth of the steps may be, there."""
+"""Instructions other than those of the recording (AVX2 for AVX-512) leave curves at most 0.0006 apart."""
 
 
 def test_each_small_preset_follows_its_golden_curve(
@@ -23,7 +20,6 @@ def test_each_small_preset_follows_its_golden_curve(
     names = small_presets(dataset)
     assert {golden_file(name) for name in names} == set(FOLDER.glob("*.json")), "run `python -m tests.golden`"
     datasets = {CHARACTERS: dataset, MARKED: marked_dataset}
-    farthest = TOLERANCE if torch.backends.cpu.get_cpu_capability() == "AVX512" else ELSEWHERE
     for name in names:
         [losses] = ranks(
             "tests.golden:curve",
@@ -32,8 +28,7 @@ def test_each_small_preset_follows_its_golden_curve(
             dataset=str(datasets[data_of(name)]),
         )
         expected = json.loads(golden_file(name).read_text())
-        assert losses == pytest.approx(expected, abs=farthest), name
-        assert sum(abs(a - b) > TOLERANCE for a, b in zip(losses, expected, strict=True)) <= len(expected) // 5, name
+        assert losses == pytest.approx(expected, abs=TOLERANCE), name
         assert min(losses) < losses[0] - 0.5, f"{name} does not learn"
 
 
@@ -41,4 +36,4 @@ def test_another_seed_leaves_the_golden_curve(ranks: Callable[..., list[Any]], d
     """The comparison can fail: other first weights are far away."""
     [losses] = ranks("tests.golden:curve", 1, preset="model/tiny", dataset=str(dataset), seed=1)
     expected = json.loads(golden_file("model/tiny").read_text())
-    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) > 2 * ELSEWHERE
+    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) > 50 * TOLERANCE
