@@ -105,6 +105,8 @@ class UnitReader:
         self.dropped: list[Dropped] = []
         self.numbers: list[int] = []
         """Lines or rows of each slice."""
+        self.kept: list[int] = []
+        """Documents of each slice that are not dropped."""
         self._config = config
         self._unit = unit
         self._advance = advance
@@ -119,6 +121,7 @@ class UnitReader:
         source = source_config(self._config, self._unit.source)
         for part in self._unit.slices:
             self.numbers.append(0)
+            self.kept.append(0)
             for document in documents(part, source, self._config.errors, self.counts):
                 self.numbers[-1] = document.number
                 yield part, document
@@ -159,6 +162,7 @@ class UnitReader:
                 self.dropped.append(Dropped(len(self.numbers) - 1, document.number, REASONS[verdict]))
             else:
                 self.counts.documents += 1
+                self.kept[-1] += 1
 
 
 def _label(pieces: Iterable[tuple[Piece, int]], split: Split) -> Iterator[SplitPiece]:

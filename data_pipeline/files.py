@@ -2,28 +2,26 @@
 
 import bz2
 import functools
-import glob
 import gzip
 import io
 import lzma
-import os
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import quote, unquote, urlsplit
 
 import zstandard
 
 from data_pipeline.errors import DataError
+from data_pipeline.formats import check_packing, packing
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 CHUNK_BYTES = 2**18
-PACKINGS = (".gz", ".zst", ".bz2", ".xz")
 _URI = re.compile(r"[a-z][a-z0-9+.-]+://")
 
 
@@ -70,22 +68,6 @@ def absolute(path: str) -> str:
     return path if is_uri(path) else str(Path(path).absolute())
 
 
-def packing(name: str) -> str:
-    """The ending that says how a file is packed, such as `.gz`, or nothing."""
-    suffix = PurePosixPath(_path(name)).suffix
-    return suffix if suffix in PACKINGS else ""
-
-
-def unpacked_suffix(name: str) -> str:
-    """The ending that says what is in a file, such as `.jsonl` for a.jsonl.gz."""
-    path = PurePosixPath(_path(name))
-    return (path.with_suffix("") if path.suffix in PACKINGS else path).suffix
-
-
-def _path(name: str) -> str:
-    return urlsplit(name).path if is_uri(name) else name
-
-
 @contextmanager
 def open_raw(name: str) -> Iterator[BinaryIO]:
     """The bytes of a file as it is stored; seekable. Raises DataError for a file that cannot be opened or read."""
@@ -110,6 +92,9 @@ def open_binary(name: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     packed = packing(name)
     try:
         with open_raw(name) as raw:
+            if packed:
+                check_packing(name, raw.read(16))
+                raw.seek(0)
             try:
                 yield _unpack(raw, packed), raw
             except OSError as error:
@@ -143,72 +128,6 @@ def stamp(name: str) -> tuple[int, int]:
     return info.size or 0, info.mtime_ns or 0
 
 
-def expand(key: str, path: str) -> Iterator[str]:
-    """Names of the files that `path` stands for: a file, a folder (all files below but hidden ones) or a glob.
-
-    Raises DataError, naming the configuration's `key`, for one that stands for nothing."""
-    if is_uri(path):
-        yield from _expand_uri(key, path)
-        return
-    where = Path(path).expanduser()
-    if where.is_file():
-        yield str(where)
-    elif where.is_dir():
-        found = False
-        for folder, folders, files in os.walk(where):
-            folders[:] = [child for child in folders if not child.startswith(".")]
-            for file in files:
-                if not file.startswith("."):
-                    found = True
-                    yield str(Path(folder, file))
-        if not found:
-            raise DataError(f"{key}: {path} is a directory without files")
-    elif glob.has_magic(path):
-        matches = [file for file in glob.glob(str(where), recursive=True) if Path(file).is_file()]  # noqa: PTH207
-        if not matches:
-            raise DataError(f"{key}: no file matches {path!r} (from {Path.cwd()})")
-        yield from matches
-    else:
-        raise DataError(f"{key}: {path} does not exist (from {Path.cwd()})")
-
-
-def _expand_uri(key: str, uri: str) -> Iterator[str]:
-    from pyarrow.fs import FileSelector, FileType
-
-    try:
-        filesystem, path = resolve(uri)
-        pattern = _translate(path) if glob.has_magic(path) else None
-        folder = path if pattern is None else path[: re.search(r"[*[]", path).start()].rpartition("/")[0]  # type: ignore[union-attr]
-        info = filesystem.get_file_info(folder)
-        if pattern is None and info.type == FileType.File:
-            yield uri
-            return
-        if info.type != FileType.Directory:
-            raise DataError(f"{key}: {uri} does not exist")
-        below = filesystem.get_file_info(FileSelector(folder, recursive=True))
-    except OSError as error:
-        raise DataError(f"{key}: {uri} cannot be listed: {error}") from error
-    found = False
-    for info in below:
-        inner = info.path.removeprefix(folder).strip("/")
-        hidden = any(part.startswith(".") for part in inner.split("/"))
-        if info.type == FileType.File and (pattern.fullmatch(info.path) if pattern else not hidden):
-            found = True
-            parts, base = urlsplit(uri), _root(uri)[1]
-            yield parts._replace(path=quote(info.path.removeprefix(base))).geturl()
-    if not found:
-        raise DataError(f"{key}: no file matches {uri}" if pattern else f"{key}: {uri} is a directory without files")
-
-
-def _translate(pattern: str) -> re.Pattern[str]:
-    """A glob over the keys of a store: `*` stays within a folder, `**` does not."""
-    parts = re.split(r"(\*\*/|\*|\[[^]]+\])", pattern)
-    meaning = {"**/": "(?:.*/)?", "*": "[^/]*"}
-    return re.compile(
-        "".join(meaning.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts)
-    )
-
-
 def join(uri: str, name: str) -> str:
     """The URI of what is called `name` below `uri`."""
     parts = urlsplit(uri)
@@ -217,11 +136,12 @@ def join(uri: str, name: str) -> str:
 
 def resolve(uri: str) -> tuple["FileSystem", str]:
     """The file system of a URI, and the path in it. Raises DataError if there is no such file system."""
-    filesystem, base = _root(uri)
+    filesystem, base = root_of(uri)
     return filesystem, base + unquote(urlsplit(uri).path)
 
 
-def _root(uri: str) -> tuple["FileSystem", str]:
+def root_of(uri: str) -> tuple["FileSystem", str]:
+    """The file system of a URI, and what goes before its path there. Raises DataError as `resolve` does."""
     parts = urlsplit(uri)
     return _connect(parts._replace(path="/", fragment="").geturl())
 

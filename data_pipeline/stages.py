@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from data_pipeline.atomic import disk_errors, write_atomic
 from data_pipeline.config import DataConfig
@@ -148,6 +148,8 @@ class UnitFacts(BaseModel, frozen=True):
     replaced: int
     numbers: list[int]
     """Lines or rows of each slice."""
+    kept: list[int]
+    """Documents of each slice that were not dropped."""
     streams: dict[Split, StreamFacts]
 
     @classmethod
@@ -155,7 +157,7 @@ class UnitFacts(BaseModel, frozen=True):
         """The journal, if the unit was finished with this tokenizer."""
         try:
             facts = cls.model_validate_json(_journal(work, unit).read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValidationError):  # The latter: of another version, so it is done again.
             return None
         return facts if facts.tokenizer_sha256 == tokenizer_sha256 else None
 
@@ -232,6 +234,7 @@ def tokenize(context: Context, unit: Unit, advance: Advance) -> UnitFacts:
         dropped=dict(reader.counts.dropped),
         replaced=reader.counts.replaced,
         numbers=reader.numbers,
+        kept=reader.kept,
         streams={split: stream.facts() for split, stream in streams.items()},
     )
     with disk_errors(context.work):
