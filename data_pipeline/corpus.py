@@ -10,6 +10,7 @@ import xxhash
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError
+from data_pipeline.formats import is_utf8
 from data_pipeline.readers import Document, ReadCounts
 from data_pipeline.sources import Piece, Slice, Source, Unit, check_unchanged, documents, pieces
 
@@ -58,6 +59,11 @@ class Corpus:
         """Raises DataError if there are no sources or a path is missing."""
         if not config.sources:
             raise DataError("data.sources is empty: name at least one, such as data.sources.text.paths=[FILE]")
+        for name in config.sources:
+            if name == GIVEN or not is_utf8(name):
+                raise DataError(
+                    f"data.sources: {name!r} cannot be a source's name (not UTF-8, or taken): choose another"
+                )
         self.config = config
         self.sources = [Source(name, f"data.sources.{name}.paths", source) for name, source in config.sources.items()]
         if config.split.rule == "given":

@@ -62,6 +62,11 @@ _OTHERS = (
 )
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written to a file; Python reads bytes that are not UTF-8 as halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def _path(name: str) -> PurePosixPath:
     return PurePosixPath(urlsplit(name).path if "://" in name else name)
 

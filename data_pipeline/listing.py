@@ -10,6 +10,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from data_pipeline.errors import DataError
 from data_pipeline.files import is_uri, resolve, root_of
+from data_pipeline.formats import is_utf8
 
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
@@ -41,10 +42,8 @@ class Listing:
             where = os.path.expanduser(unquote(urlsplit(path).path) if is_uri(path) else path)  # noqa: PTH111
             found = list(self._local(where, path))
         for name in found:
-            try:
-                name.encode()
-            except UnicodeEncodeError:
-                raise self._error(f"{os.fsencode(name)!r}: the name is not UTF-8; rename it") from None
+            if not is_utf8(name):
+                raise self._error(f"{os.fsencode(name)!r}: the name is not UTF-8; rename it")
         self.files += found
 
     def _error(self, message: str) -> DataError:
@@ -54,7 +53,8 @@ class Listing:
 
     def _local(self, where: str, path: str) -> Iterator[str]:
         if glob.has_magic(where) and not os.path.lexists(where):
-            base, pattern = _cut_glob(where.rstrip("/"))
+            # A slash at the end asks for folders.
+            base, pattern = _cut_glob(where + "**" if where.endswith("/") else where)
             missing = f"no file matches {path!r} (from {Path.cwd()})"
         elif stat.S_ISDIR(self._status(where).st_mode):
             base, pattern, missing = str(Path(where)), ["**"], f"{path} is a directory without files"

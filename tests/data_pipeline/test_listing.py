@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_pipeline.config import SourceConfig
+from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.corpus import GIVEN, Corpus
 from data_pipeline.errors import DataError
 from data_pipeline.formats import kind, packing
 from data_pipeline.sources import Source
@@ -167,7 +168,8 @@ def test_what_is_no_file_is_named(tree: Path) -> None:
     with contextlib.chdir(tree), socket.socket(socket.AF_UNIX) as server:
         server.bind("sock")
         refused("sock", "a socket")
-    with pytest.raises(DataError, match=r"sub.*is a folder|no file matches"):
+    assert names(source(f"{tree}/*/"), tree) == ["sub/b.txt", "sub/deep/c.txt"]
+    with pytest.raises(DataError, match=r"no file matches .*; left out: .*sub \(a folder"):
         source(tree / "su*")
 
 
@@ -214,6 +216,9 @@ def test_a_name_that_is_not_utf8_is_refused(tree: Path) -> None:
     with pytest.raises(DataError, match=r"caf\\xe9\.txt.* not UTF-8; rename it") as raised:
         source(tree)
     str(raised.value).encode()
+    for name in (os.fsdecode(b"caf\xe9"), GIVEN):
+        with pytest.raises(DataError, match="cannot be a source's name"):
+            Corpus(DataConfig(sources={name: SourceConfig(paths=[str(tree / "a.txt")])}))
 
 
 def test_a_build_names_what_gave_nothing(tree: Path) -> None:
