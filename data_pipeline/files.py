@@ -7,10 +7,10 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote, unquote, urlsplit
 
 import zstandard
@@ -25,13 +25,34 @@ CHUNK_BYTES = 2**18
 _URI = re.compile(r"[a-z][a-z0-9+.-]+://")
 
 
-class _ZstdReader(io.RawIOBase):
-    """Frames of a .zst file. Unlike zstandard's stream_reader it notices that the last frame is cut off."""
+class _Zstd:
+    """A frame of a .zst file, with the face of bz2's and lzma's decompressors."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    needs_input = True
+
+    def __init__(self) -> None:
+        self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._frame.decompress(data)
+
+    @property
+    def eof(self) -> bool:
+        return self._frame.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._frame.unused_data
+
+
+class _FrameReader(io.RawIOBase):
+    """The frames of a packed file. Unlike the libraries' own readers it notices that the last one is cut off, and does
+    not take what is behind a frame, and is none, for the end. Padding with zeros is no frame."""
+
+    def __init__(self, raw: BinaryIO, frame: Callable[[], Any]) -> None:
         self._raw = raw
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._make = frame
+        self._frame: Any = None
         self._input = b""
         self._output = memoryview(b"")
 
@@ -40,15 +61,19 @@ class _ZstdReader(io.RawIOBase):
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
         while not self._output:
-            # Small bites, since a highly compressed bite may unpack to a thousand times its size.
-            self._input = self._input or self._raw.read(2**14)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("the last frame is cut off")
-                return 0
+            if self._frame is None or self._frame.needs_input:
+                # Small bites, since a highly compressed bite may unpack to a thousand times its size.
+                self._input = self._input or self._raw.read(2**14)
+                if not self._input:
+                    if self._frame is not None:
+                        raise EOFError("the last frame is cut off")
+                    return 0
             if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
-            self._output = memoryview(self._frame.decompress(self._input))
+                self._input = self._input.lstrip(b"\0")
+                if not self._input:
+                    continue
+                self._frame = self._make()
+            self._output = memoryview(self._frame.decompress(self._input, CHUNK_BYTES))
             self._input = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame = None
@@ -98,7 +123,8 @@ def open_binary(name: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             try:
                 yield _unpack(raw, packed), raw
             except OSError as error:
-                if packed == ".bz2" and error.errno is None:
+                # Else it would count as a file that cannot be opened.
+                if isinstance(error, gzip.BadGzipFile) or (packed == ".bz2" and error.errno is None):
                     raise EOFError(str(error)) from None
                 raise
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, zstandard.ZstdError) as error:
@@ -110,11 +136,11 @@ def _unpack(raw: BinaryIO, packed: str) -> BinaryIO:
         case ".gz":
             return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
         case ".zst":
-            return io.BufferedReader(_ZstdReader(raw), CHUNK_BYTES)
+            return io.BufferedReader(_FrameReader(raw, _Zstd), CHUNK_BYTES)
         case ".bz2":
-            return bz2.BZ2File(raw)  # type: ignore[return-value]
+            return io.BufferedReader(_FrameReader(raw, bz2.BZ2Decompressor), CHUNK_BYTES)
         case ".xz":
-            return lzma.LZMAFile(raw)  # type: ignore[return-value]
+            return io.BufferedReader(_FrameReader(raw, lzma.LZMADecompressor), CHUNK_BYTES)
     return raw
 
 

@@ -1,5 +1,6 @@
 """What an input file holds: what its name says, and what its first bytes say against that."""
 
+import codecs
 import json
 from pathlib import PurePosixPath
 from typing import Any
@@ -56,9 +57,6 @@ _OTHERS = (
     (0, b"%!PS", f"is PostScript: {_DOCUMENTS}"),
     (0, b"{\\rtf", f"is RTF: {_DOCUMENTS}"),
     (0, b"\xd0\xcf\x11\xe0", f"is a document of an old office: {_DOCUMENTS}"),
-    (0, b"\x7fELF", "is a program: take it out"),
-    (0, b"\x89PNG", "is a picture: take it out"),
-    (0, b"\xff\xd8\xff", "is a picture: take it out"),
 )
 
 
@@ -119,6 +117,18 @@ def check_head(name: str, head: bytes) -> None:
     for offset, magic, what in _OTHERS:
         if head.startswith(magic, offset):
             raise DataError(f"{name}: its content {what}")
+    if b"\0" in head and not _is_text(head):
+        raise DataError(
+            f"{name}: is no text, for it begins with bytes that are 0 and others that are not UTF-8: take it out"
+        )
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        codecs.utf_8_decode(head, "strict", False)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def check_plain(name: str, text: str, text_key: str) -> None:

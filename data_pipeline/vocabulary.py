@@ -79,8 +79,13 @@ def _load(folder: Path, identity: dict[str, Any]) -> Tokenizer:
 
 def read_model(path: str) -> bytes:
     """The model that is to be taken as it is. Raises DataError if there is none."""
+    place = Path(path).expanduser()
     try:
-        return Path(path).expanduser().read_bytes()
+        if place.exists() and not (place.is_file() or place.is_dir()):
+            raise DataError(
+                f"data.tokenizer.model={path} is no file, and a model is read several times: write it to one"
+            )
+        return place.read_bytes()
     except OSError as error:
         raise DataError(f"data.tokenizer.model={path} cannot be read: {error.strerror}") from None
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -182,11 +183,12 @@ def test_unusable_tables_are_explained(
         read(tmp_path / name, **source)
 
 
-@pytest.mark.parametrize("suffix", [".bz2", ".xz"])
-@pytest.mark.parametrize("fault", ["cut", "other"])
+@pytest.mark.parametrize("suffix", [".bz2", ".xz", ".gz", ".zst"])
+@pytest.mark.parametrize("fault", ["cut", "other", "behind"])
 def test_damaged_archives_are_named(tmp_path: Path, suffix: str, fault: str) -> None:
     file = tmp_path / f"a.txt{suffix}"
-    file.write_bytes(PACKERS[suffix](prose(3000).encode())[:-20] if fault == "cut" else b"plain text, not packed")
+    whole = PACKERS[suffix](prose(3000).encode())
+    file.write_bytes({"cut": whole[:-20], "other": b"plain text, not packed", "behind": whole + b"junk"}[fault])
     with pytest.raises(DataError, match=rf"a\.txt\{suffix}: damaged or truncated \{suffix} data"):
         read(file)
 
@@ -238,6 +240,11 @@ def test_a_store_is_read_like_a_disk(tmp_path: Path, store: Callable[[str], str]
     put(store("web/.hidden"), b"hidden")
     put(store("web/.git/f.jsonl"), b"hidden")
     assert read(store("web")) == WANTED
+    left_out = Source("s", "k", SourceConfig(paths=[store("web")])).left_out
+    assert [re.sub(r".*/web/|\?.*(?= )", "", place) for place in left_out] == [
+        ".git/f.jsonl (hidden)",
+        ".hidden (hidden)",
+    ]
     assert read(store("web/**/*.jsonl*")) == [text for text in DOCUMENTS[:20] if text]
     assert read(store("web/**")) == WANTED
     assert read(store("web/[!bde]*")) == [text for text in DOCUMENTS[:9] if text]

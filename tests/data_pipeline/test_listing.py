@@ -87,6 +87,8 @@ REFUSED = {
     "tar.jsonl": tar(),
     "pdf.txt": b"%PDF-1.4\n",
     "zip.txt": b"PK\x03\x04",
+    "picture.txt": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+    "program": b"\x7fELF\x02\x01\x01\0\xf0\0",
     **{f"{encoding}.txt": "\ufeffone two".encode(encoding) for encoding in WIDE},
     **{f"{encoding}.jsonl": ("\ufeff" + LINES.decode()).encode(encoding) for encoding in WIDE},
     "no-mark.txt": ("one two three " * 9).encode("utf-16-le"),

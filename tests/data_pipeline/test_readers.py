@@ -1,5 +1,7 @@
+import bz2
 import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +44,13 @@ def source_of(*paths: Path | str, text_key: str = "text") -> Source:
     return Source("s", "data.sources.s.paths", SourceConfig(paths=[str(path) for path in paths], text_key=text_key))
 
 
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
@@ -59,14 +67,14 @@ def test_text_arrives_as_it_is(tmp_path: Path, suffix: str) -> None:
     assert counts.input_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
 def test_files_of_several_members_are_read_to_the_end(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"a.txt{suffix}"
-    file.write_bytes(b"".join(PACKERS[suffix](part) for part in (b"one ", b"", b"two ", b"three" * 100_000)))
+    file.write_bytes(b"".join(PACKERS[suffix](part) for part in (b"one ", b"", b"two ", b"three" * 100_000)) + bytes(8))
     assert texts_of(source_of(file))[0] == ["one two " + "three" * 100_000]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
 @pytest.mark.parametrize("kept", [0.3, 0.9, 0.9999])
 def test_truncated_archives_are_errors(tmp_path: Path, suffix: str, kept: float) -> None:
     import random

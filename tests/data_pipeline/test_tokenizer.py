@@ -219,6 +219,7 @@ def test_a_model_from_elsewhere_is_taken_as_it_is(tmp_path: Path) -> None:
     for extra, message in (
         ({"model": str(tmp_path / "gone.model")}, r"data\.tokenizer\.model=.*gone\.model cannot be read"),
         ({"model": str(tmp_path / "a.txt")}, r"a\.txt is not a SentencePiece model"),
+        ({"model": "/dev/zero"}, r"data\.tokenizer\.model=/dev/zero is no file"),
         ({"model": str(tmp_path / "old.model"), "sentinels": 3}, r"old\.model has 0 pieces <extra_id_0>.*sentinels=3"),
     ):
         with pytest.raises(DataError, match=message):
