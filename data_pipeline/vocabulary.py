@@ -30,7 +30,7 @@ def prepare_tokenizer(
     folder = home / TOKENIZER
     if folder.exists():
         tokenizer = _load(folder, identity)
-        _check_symbols(tokenizer, config, str(folder))
+        _check_symbols(tokenizer, config, f"{folder}, which --overwrite makes anew")
         return tokenizer
     model = read_model(config.model) if config.model else train_tokenizer(texts(), config, seed)
     tokenizer = Tokenizer(model, config.model or "tokenizer")
