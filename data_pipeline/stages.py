@@ -2,6 +2,8 @@
 
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from data_pipeline.atomic import disk_errors, write_atomic
 from data_pipeline.config import DataConfig
 from data_pipeline.corpus import SPLITS, Split, SplitPiece, UnitReader, source_config
 from data_pipeline.duplicates import NearKeys
+from data_pipeline.errors import DataError
 from data_pipeline.filters import Filter
 from data_pipeline.rows import RowWriter
 from data_pipeline.shards import token_dtype
@@ -107,9 +110,12 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def load_array(path: Path, name: str) -> np.ndarray:
-    """One array of an .npz file."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return arrays[name]
+    """One array of an .npz file. Raises DataError if it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name]
+    except (ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({error}); remove the folder {path.parent}, and build again") from error
 
 
 def sample_text(context: Context, limit: int, unit: Unit, advance: Advance) -> list[Segment]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.build import build, build_task, build_tokenizer, merge, prepare
+from data_pipeline.build import build, build_tokenizer
 from data_pipeline.config import DataConfig
 from data_pipeline.corpus import SPLITS, Corpus, UnitReader
 from data_pipeline.dataset import Dataset
@@ -318,34 +318,6 @@ def test_unusable_settings_are_explained(tmp_path: Path, settings: dict[str, Any
     file.write_text(prose(3000))
     with pytest.raises(DataError, match=message):
         build(config(tmp_path / "d", file, **settings))
-
-
-@pytest.mark.parametrize("steps", ["at once", "in tasks"])
-def test_a_failed_build_does_not_block_what_its_error_advises(tmp_path: Path, steps: str) -> None:
-    """A second try of the same settings takes the tokenizer that was trained already."""
-    file = tmp_path / "a.txt"
-    file.write_text(prose(3000))
-
-    def attempt(stages: list[str], **split: object) -> None:
-        settings, told = config(tmp_path / "d", file, split=split), lambda stage, done, total: stages.append(stage)
-        if steps == "at once":
-            build(settings, told)
-            return
-        prepare(settings, told)
-        build_task(settings, 0, 1)
-        merge(settings)
-
-    stages: list[str] = []
-    with pytest.raises(DataError, match=r"data\.split\.rule=tail"):
-        attempt(stages, rule="hash")
-    assert "tokenizer" in stages
-    again: list[str] = []
-    with pytest.raises(DataError, match=r"data\.split\.rule=tail"):
-        attempt(again, rule="hash")
-    assert "tokenizer" not in again
-    attempt([], rule="tail")
-    build(config(tmp_path / "e", file, split={"rule": "tail"}))
-    assert files_of(tmp_path / "d") == files_of(tmp_path / "e")
 
 
 def test_an_empty_corpus_is_an_error(tmp_path: Path) -> None:
