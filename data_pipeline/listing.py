@@ -75,10 +75,10 @@ class Listing:
         first, rest = pattern[0], pattern[1:]
         if not glob.has_magic(first):
             path = os.path.join(folder, first)  # noqa: PTH118
-            if rest and os.path.isdir(path):  # noqa: PTH112
-                yield from self._matching(path, rest, ())
-            elif not rest and os.path.lexists(path):
+            if self._exists(path) and not rest:
                 yield self._file(path)
+            elif self._exists(path) and stat.S_ISDIR(self._status(path).st_mode):
+                yield from self._matching(path, rest, ())
             return
         status = self._status(folder)
         here = status.st_dev, status.st_ino
@@ -101,6 +101,8 @@ class Listing:
                 self.left_out.append(f"{entry.path} (a folder, which a glob that ends in /** enters)")
             elif not rest:
                 yield self._file(entry.path, entry)
+            elif entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110
+                self.left_out.append(f"{entry.path} (a link that leads nowhere)")
 
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
         try:
@@ -118,6 +120,15 @@ class Listing:
             what = next((name for test, name in _KINDS if test(mode)), "a folder")
             raise self._error(f"{path} is {what}, not a file. A file is read several times: write one, or take it out")
         return path
+
+    def _exists(self, path: str) -> bool:
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise self._error(f"{path} cannot be read: {error.strerror}") from error
+        return True
 
     def _status(self, path: str) -> os.stat_result:
         try:

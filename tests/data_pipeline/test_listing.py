@@ -160,6 +160,8 @@ def test_what_is_no_file_is_named(tree: Path) -> None:
         (tree / name).unlink()
 
     (tree / "gone").symlink_to("nowhere")
+    for pattern in ("*/*.txt", "**/*.txt"):
+        assert f"{tree}/gone (a link that leads nowhere)" in source(tree / pattern).left_out
     refused("gone", "a link to nowhere")
     (tree / "self").symlink_to("self")
     refused("self", "a link to self")
@@ -198,6 +200,8 @@ def test_what_may_not_be_read_is_an_error() -> None:
             (folder / name).mkdir()
             (folder / name / "b.txt").write_text("text")
         (folder / "closed").chmod(0)
+        with pytest.raises(DataError, match=r"closed/b\.txt cannot be read: Permission denied"):
+            source(folder / "*/b.txt")
         for path in (folder, folder / "**", folder / "*/*.txt"):
             with pytest.raises(DataError, match="closed cannot be listed: Permission denied"):
                 source(path)
