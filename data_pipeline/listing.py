@@ -44,7 +44,7 @@ class Listing:
         for name in found:
             if not is_utf8(name):
                 raise self._error(f"{os.fsencode(name)!r}: the name is not UTF-8; rename it")
-        self.files += found
+        self.files += [name.removeprefix("./") for name in found]
 
     def _error(self, message: str) -> DataError:
         return DataError(f"{self._key}: {message}")

@@ -138,6 +138,13 @@ def test_linked_folders_are_read_once(tree: Path) -> None:
                                                                        "sub/loop/linked/d.txt"]  # fmt: skip
 
 
+def test_names_are_as_they_were_given(tree: Path) -> None:
+    with contextlib.chdir(tree):
+        for path in (".", "./**", "**", "**/*.txt"):
+            assert source(path).files == ["a.txt", "sub/b.txt", "sub/deep/c.txt"]
+        assert source("sub/", "*.txt", "../other").files == ["../other/d.txt", "a.txt", "sub/b.txt", "sub/deep/c.txt"]
+
+
 def test_what_is_left_out_is_named(tree: Path) -> None:
     assert source(tree).left_out == [f"{tree}/.git (hidden)", f"{tree}/.hidden.txt (hidden)"]
     assert source(tree / "**/*.txt").left_out == source(tree).left_out
