@@ -177,7 +177,7 @@ def _object(line: str, where: _Line) -> dict[str, Any]:
         way_on = "jq -c '.[]'" if line.lstrip().startswith("[") else "jq -c ."
         raise DataError(
             f"{where} is not a JSON object {found}: {line[:80]!r}. JSON Lines have one object a line, which "
-            f"`{way_on} FILE > NEW.jsonl` makes of other JSON"
+            f"`{way_on} FILE > NEW.jsonl` makes of other JSON; give a glob of the other files if this is none of them"
         )
     return record
 
