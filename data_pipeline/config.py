@@ -16,6 +16,7 @@ def _without_a_password(place: str) -> str:
     return place
 
 
+_LONGEST_SYMBOL = 1000
 _HALF = re.compile("[\ud800-\udfff]")
 Place = Annotated[str, AfterValidator(_without_a_password)]
 """A path or a URI."""
@@ -108,6 +109,10 @@ class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
                 raise ValueError(
                     f"user_defined_symbols: {symbol!r} cannot be one (empty, NUL, half a surrogate pair, or a special "
                     "piece)"
+                )
+            if len(symbol) > _LONGEST_SYMBOL:
+                raise ValueError(
+                    f"user_defined_symbols: {symbol[:20]!r}… has {len(symbol)} characters; {_LONGEST_SYMBOL} at most"
                 )
             if symbol.replace("\u2581", " ") in seen:
                 raise ValueError(f"user_defined_symbols: {symbol!r} is there twice (U+2581 is a space); name it once")

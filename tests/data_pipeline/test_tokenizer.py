@@ -121,7 +121,9 @@ def test_no_text_is_an_error() -> None:
         train_tokenizer([], TokenizerConfig(), 0)
 
 
-@pytest.mark.parametrize("symbol", ["", "</s>", "<unk>", "a\0", "<0x41>", "<extra_id_1>", "\ud83d", "\n", "a\u2581b"])
+@pytest.mark.parametrize(
+    "symbol", ["", "</s>", "<unk>", "a\0", "<0x41>", "<extra_id_1>", "\ud83d", "\n", "a\u2581b", "漢 " * 501]
+)
 def test_special_pieces_cannot_be_symbols(symbol: str) -> None:
     with pytest.raises(ValueError, match="user_defined_symbols"):
         TokenizerConfig(user_defined_symbols=["\n", "a b", symbol], sentinels=2)
