@@ -16,6 +16,7 @@ _DISK_ERRORS = {
     errno.EFBIG: "the file size limit is reached (see `ulimit -f`)",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
+    errno.EISDIR: "a folder stands where a file is needed",
     errno.ENOTDIR: "a file stands where a folder is needed",
     errno.EEXIST: "a file stands where a folder is needed",
 }

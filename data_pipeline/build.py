@@ -11,7 +11,7 @@ from data_pipeline.corpus import Progress
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.files import is_uri
-from data_pipeline.job import Job
+from data_pipeline.job import Job, Notes, ignore
 from data_pipeline.manifest import MANIFEST, Manifest, differences
 from data_pipeline.publish import remove_stale
 from data_pipeline.sources import Unit
@@ -26,20 +26,22 @@ def build(
     overwrite: bool = False,
     processes: int = 1,
     dropped: Path | None = None,
+    notes: Notes = ignore,
 ) -> Manifest:
     """Builds the dataset of `config` at `config.path`, or returns what stands there if it is that very dataset.
 
     Stages told to `progress`: hash, measure (where something must be known of all text first), tokenizer, tokenize,
     write; `unchanged` if there was nothing to do. The number of processes makes no difference to the result. Documents
-    that were left out are listed in the file `dropped`.
+    that were left out are listed in the file `dropped`; `notes` is told of files that were, or that gave none.
 
     Interrupted anywhere, it leaves the former state; run again, it goes on behind the last unit that was finished and
-    gives the same bytes. (Only while `overwrite` exchanges a tokenizer, between two renames, is there no dataset.)
+    gives the same bytes. One that failed stands in the way of no other settings. (Only while `overwrite` exchanges a
+    tokenizer, between two renames, is there no dataset.)
 
     Raises DataError for unusable text or settings, a full disk, and, unless `overwrite`, for another dataset there.
     """
     root = _root(config)
-    with Job.of(config, progress, processes) as job, working_folder(root) as work:
+    with Job.of(config, progress, processes, notes) as job, working_folder(root) as work:
         if (root / MANIFEST).exists() and not overwrite:
             _check_same(root, job.plan.identity)
             if dropped is not None:
@@ -53,7 +55,7 @@ def build(
             return manifest
         job.plan.begin(work)
         # A dataset that stands there needs its tokenizer until the new one is complete.
-        context, _ = job.prepare(work, work if overwrite else root)
+        context, _ = job.prepare(work, work if overwrite else _home(root, work))
         job.tokenize(context, job.plan.units)
         return job.publish(context, root, dropped)
 
@@ -86,15 +88,15 @@ def build_tokenizer(
         return tokenizer
 
 
-def prepare(config: DataConfig, progress: Progress | None = None, processes: int = 1) -> int:
+def prepare(config: DataConfig, progress: Progress | None = None, processes: int = 1, notes: Notes = ignore) -> int:
     """The part of `build` that goes before the units: for tasks on many machines. Returns how many units there are.
 
     Raises DataError as `build` does without `overwrite`."""
     root = _root(config)
-    with Job.of(config, progress, processes) as job, working_folder(root) as work:
+    with Job.of(config, progress, processes, notes) as job, working_folder(root) as work:
         _refuse_dataset(root)
         job.plan.begin(work)
-        job.prepare(work, root)
+        job.prepare(work, _home(root, work))
         job.plan.set_prepared(work)
     return len(job.plan.units)
 
@@ -106,21 +108,25 @@ def build_task(config: DataConfig, task: int, tasks: int, progress: Progress | N
     Raises DataError if nothing is prepared or the settings are others, and as `build` does."""
     root = _root(config)
     with working_folder(root, shared=True) as work, Job.prepared(config, work, progress, processes) as job:
-        context, _ = job.prepare(work, root)
+        context, _ = job.prepare(work, _home(root, work))
         units = job.plan.units[task::tasks]
         job.tokenize(context, units)
         return len(units)
 
 
 def merge(
-    config: DataConfig, progress: Progress | None = None, processes: int = 1, dropped: Path | None = None
+    config: DataConfig,
+    progress: Progress | None = None,
+    processes: int = 1,
+    dropped: Path | None = None,
+    notes: Notes = ignore,
 ) -> Manifest:
     """Publishes the dataset once the tasks are done. Raises DataError that names the tasks that are not."""
     root = _root(config)
     with working_folder(root) as work:
         _refuse_dataset(root)
-        with Job.prepared(config, work, progress, processes) as job:
-            context, tokenizer = job.prepare(work, root)
+        with Job.prepared(config, work, progress, processes, notes) as job:
+            context, tokenizer = job.prepare(work, _home(root, work))
             _check_complete(work, job.plan.units, tokenizer)
             return job.publish(context, root, dropped)
 
@@ -132,6 +138,12 @@ def _root(config: DataConfig) -> Path:
             "`duet data upload` copies it"
         )
     return Path(config.path)
+
+
+def _home(root: Path, work: Path) -> Path:
+    """Where the tokenizer is. One that a build trains for itself is part of its work until it is published: were it
+    left behind by a build that fails, it would refuse the settings that mend it."""
+    return root if (root / TOKENIZER).exists() else work
 
 
 def _check_same(root: Path, identity: dict[str, Any]) -> None:

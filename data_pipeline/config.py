@@ -1,5 +1,6 @@
 """What the data pipeline can be told. Free of heavy imports: login nodes read this."""
 
+import re
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
@@ -15,6 +16,8 @@ def _without_a_password(place: str) -> str:
     return place
 
 
+_LONGEST_SYMBOL = 1000
+_HALF = re.compile("[\ud800-\udfff]")
 Place = Annotated[str, AfterValidator(_without_a_password)]
 """A path or a URI."""
 
@@ -60,8 +63,8 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
 
     paths: list[Place] = Field(min_length=1)
     """Files, directories (all files below, hidden ones left out) or globs; local paths or URIs (s3://, gs://, …). A
-    name ending in .jsonl holds one JSON object a line, in .parquet or .arrow one document a row; any other is plain
-    text, one document a file. All but .parquet may also end in .gz, .zst, .bz2 or .xz."""
+    name ending in .jsonl, .ndjson or .json holds one JSON object a line, in .parquet, .arrow or .feather one document a
+    row; any other is plain text, one document a file. All but .parquet may also end in .gz, .zst, .bz2 or .xz."""
     text_key: str = "text"
     """Key of the text in a JSONL object, or column of a table."""
     target_key: str | None = None
@@ -85,20 +88,35 @@ class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     character_coverage: float = Field(default=1.0, gt=0.9, le=1.0)
     """Share of the text's characters that get a piece; rarer ones become bytes (`char`: unknown)."""
     user_defined_symbols: list[str] = ["\n"]
-    """Strings that are always one piece. A newline, so that line structure survives and stays cheap."""
+    """Strings that are always one piece. A newline, so that line structure survives and stays cheap. Those of a `model`
+    must be among its pieces, if others than the default are given."""
     sentinels: int = Field(default=0, ge=0, le=1000)
     """Pieces <extra_id_0>, <extra_id_1>, … that no text gives: for span corruption. Counted in `vocab_size`."""
     model: str | None = None
     """A SentencePiece .model or a Hugging Face tokenizer.json (needs the extra `tokenizers`) to take as it is. The
-    settings of training have no effect then."""
+    other settings of training have no effect then."""
     sample_bytes: int = Field(default=64 * 2**20, ge=1024)
     """Train on at most this many bytes of text, sampled over all sources with `data.seed`."""
 
     @model_validator(mode="after")
     def _symbols_are_usable(self) -> Self:
+        taken = {"<unk>", "</s>", *(f"<extra_id_{number}>" for number in range(self.sentinels))}
+        if self.type != "char":
+            taken |= {f"<0x{byte:02X}>" for byte in range(256)}
+        seen: set[str] = set()
         for symbol in self.user_defined_symbols:
-            if not symbol or "\0" in symbol or symbol in ("<unk>", "</s>"):
-                raise ValueError(f"user_defined_symbols: {symbol!r} cannot be one (empty, NUL, or a special piece)")
+            if not symbol or "\0" in symbol or symbol in taken or _HALF.search(symbol):
+                raise ValueError(
+                    f"user_defined_symbols: {symbol!r} cannot be one (empty, NUL, half a surrogate pair, or a special "
+                    "piece)"
+                )
+            if len(symbol) > _LONGEST_SYMBOL:
+                raise ValueError(
+                    f"user_defined_symbols: {symbol[:20]!r}… has {len(symbol)} characters; {_LONGEST_SYMBOL} at most"
+                )
+            if symbol.replace("\u2581", " ") in seen:
+                raise ValueError(f"user_defined_symbols: {symbol!r} is there twice (U+2581 is a space); name it once")
+            seen.add(symbol.replace("\u2581", " "))
         return self
 
 

@@ -10,6 +10,7 @@ import xxhash
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError
+from data_pipeline.formats import is_utf8
 from data_pipeline.readers import Document, ReadCounts
 from data_pipeline.sources import Piece, Slice, Source, Unit, check_unchanged, documents, pieces
 
@@ -58,6 +59,11 @@ class Corpus:
         """Raises DataError if there are no sources or a path is missing."""
         if not config.sources:
             raise DataError("data.sources is empty: name at least one, such as data.sources.text.paths=[FILE]")
+        for name in config.sources:
+            if name == GIVEN or not is_utf8(name):
+                raise DataError(
+                    f"data.sources: {name!r} cannot be a source's name (not UTF-8, or taken): choose another"
+                )
         self.config = config
         self.sources = [Source(name, f"data.sources.{name}.paths", source) for name, source in config.sources.items()]
         if config.split.rule == "given":
@@ -105,6 +111,8 @@ class UnitReader:
         self.dropped: list[Dropped] = []
         self.numbers: list[int] = []
         """Lines or rows of each slice."""
+        self.kept: list[int] = []
+        """Documents of each slice that are not dropped."""
         self._config = config
         self._unit = unit
         self._advance = advance
@@ -119,6 +127,7 @@ class UnitReader:
         source = source_config(self._config, self._unit.source)
         for part in self._unit.slices:
             self.numbers.append(0)
+            self.kept.append(0)
             for document in documents(part, source, self._config.errors, self.counts):
                 self.numbers[-1] = document.number
                 yield part, document
@@ -159,6 +168,7 @@ class UnitReader:
                 self.dropped.append(Dropped(len(self.numbers) - 1, document.number, REASONS[verdict]))
             else:
                 self.counts.documents += 1
+                self.kept[-1] += 1
 
 
 def _label(pieces: Iterable[tuple[Piece, int]], split: Split) -> Iterator[SplitPiece]:

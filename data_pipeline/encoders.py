@@ -21,9 +21,15 @@ class SentencePieceEncoder:
     def __init__(self, model: bytes, name: str) -> None:
         """Raises DataError if it is unfit."""
         try:
+            if not model:  # The library takes it for no model at all, and says nothing.
+                raise ValueError("an empty file")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise DataError(f"{name} is not a SentencePiece model: {error}") from None
+            self._processor.id_to_piece(list(range(self._processor.vocab_size())))
+        except (RuntimeError, ValueError) as error:  # The latter also for pieces, or messages, that are not UTF-8.
+            raise DataError(
+                f"{name} is not a SentencePiece model (nor a tokenizer.json): it is damaged, cut off, or another file; "
+                "name the right one, or fetch it again"
+            ) from error
         self.vocab_size: int = self._processor.vocab_size()
         self.unk_id: int = self._processor.unk_id()
         self.eos_id: int = self._processor.eos_id()
@@ -84,7 +90,7 @@ class HuggingFaceEncoder:
         try:
             self._tokenizer: Any = Tokenizer.from_str(model.decode())
         except Exception as error:  # The library raises no narrower class.
-            raise DataError(f"{name} is not a tokenizer.json: {error}") from None
+            raise DataError(f"{name} is not a tokenizer.json of Hugging Face's library tokenizers: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # Text that spells a special token does not give it.

@@ -2,38 +2,57 @@
 
 import bz2
 import functools
-import glob
 import gzip
 import io
 import lzma
-import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, BinaryIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote, unquote, urlsplit
 
 import zstandard
 
 from data_pipeline.errors import DataError
+from data_pipeline.formats import check_packing, packing
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 CHUNK_BYTES = 2**18
-PACKINGS = (".gz", ".zst", ".bz2", ".xz")
 _URI = re.compile(r"[a-z][a-z0-9+.-]+://")
 
 
-class _ZstdReader(io.RawIOBase):
-    """Frames of a .zst file. Unlike zstandard's stream_reader it notices that the last frame is cut off."""
+class _Zstd:
+    """A frame of a .zst file, with the face of bz2's and lzma's decompressors."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    needs_input = True
+
+    def __init__(self) -> None:
+        self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._frame.decompress(data)
+
+    @property
+    def eof(self) -> bool:
+        return self._frame.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._frame.unused_data
+
+
+class _FrameReader(io.RawIOBase):
+    """The frames of a packed file. Unlike the libraries' own readers it notices that the last one is cut off, and does
+    not take what is behind a frame, and is none, for the end. Padding with zeros is no frame."""
+
+    def __init__(self, raw: BinaryIO, frame: Callable[[], Any]) -> None:
         self._raw = raw
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._make = frame
+        self._frame: Any = None
         self._input = b""
         self._output = memoryview(b"")
 
@@ -42,15 +61,19 @@ class _ZstdReader(io.RawIOBase):
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
         while not self._output:
-            # Small bites, since a highly compressed bite may unpack to a thousand times its size.
-            self._input = self._input or self._raw.read(2**14)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("the last frame is cut off")
-                return 0
+            if self._frame is None or self._frame.needs_input:
+                # Small bites, since a highly compressed bite may unpack to a thousand times its size.
+                self._input = self._input or self._raw.read(2**14)
+                if not self._input:
+                    if self._frame is not None:
+                        raise EOFError("the last frame is cut off")
+                    return 0
             if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
-            self._output = memoryview(self._frame.decompress(self._input))
+                self._input = self._input.lstrip(b"\0")
+                if not self._input:
+                    continue
+                self._frame = self._make()
+            self._output = memoryview(self._frame.decompress(self._input, CHUNK_BYTES))
             self._input = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame = None
@@ -68,22 +91,6 @@ def is_uri(name: str) -> bool:
 def absolute(path: str) -> str:
     """A path that means the same from everywhere; a URI does already."""
     return path if is_uri(path) else str(Path(path).absolute())
-
-
-def packing(name: str) -> str:
-    """The ending that says how a file is packed, such as `.gz`, or nothing."""
-    suffix = PurePosixPath(_path(name)).suffix
-    return suffix if suffix in PACKINGS else ""
-
-
-def unpacked_suffix(name: str) -> str:
-    """The ending that says what is in a file, such as `.jsonl` for a.jsonl.gz."""
-    path = PurePosixPath(_path(name))
-    return (path.with_suffix("") if path.suffix in PACKINGS else path).suffix
-
-
-def _path(name: str) -> str:
-    return urlsplit(name).path if is_uri(name) else name
 
 
 @contextmanager
@@ -110,10 +117,14 @@ def open_binary(name: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     packed = packing(name)
     try:
         with open_raw(name) as raw:
+            if packed:
+                check_packing(name, raw.read(16))
+                raw.seek(0)
             try:
                 yield _unpack(raw, packed), raw
             except OSError as error:
-                if packed == ".bz2" and error.errno is None:
+                # Else it would count as a file that cannot be opened.
+                if isinstance(error, gzip.BadGzipFile) or (packed == ".bz2" and error.errno is None):
                     raise EOFError(str(error)) from None
                 raise
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, zstandard.ZstdError) as error:
@@ -125,11 +136,11 @@ def _unpack(raw: BinaryIO, packed: str) -> BinaryIO:
         case ".gz":
             return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
         case ".zst":
-            return io.BufferedReader(_ZstdReader(raw), CHUNK_BYTES)
+            return io.BufferedReader(_FrameReader(raw, _Zstd), CHUNK_BYTES)
         case ".bz2":
-            return bz2.BZ2File(raw)  # type: ignore[return-value]
+            return io.BufferedReader(_FrameReader(raw, bz2.BZ2Decompressor), CHUNK_BYTES)
         case ".xz":
-            return lzma.LZMAFile(raw)  # type: ignore[return-value]
+            return io.BufferedReader(_FrameReader(raw, lzma.LZMADecompressor), CHUNK_BYTES)
     return raw
 
 
@@ -143,72 +154,6 @@ def stamp(name: str) -> tuple[int, int]:
     return info.size or 0, info.mtime_ns or 0
 
 
-def expand(key: str, path: str) -> Iterator[str]:
-    """Names of the files that `path` stands for: a file, a folder (all files below but hidden ones) or a glob.
-
-    Raises DataError, naming the configuration's `key`, for one that stands for nothing."""
-    if is_uri(path):
-        yield from _expand_uri(key, path)
-        return
-    where = Path(path).expanduser()
-    if where.is_file():
-        yield str(where)
-    elif where.is_dir():
-        found = False
-        for folder, folders, files in os.walk(where):
-            folders[:] = [child for child in folders if not child.startswith(".")]
-            for file in files:
-                if not file.startswith("."):
-                    found = True
-                    yield str(Path(folder, file))
-        if not found:
-            raise DataError(f"{key}: {path} is a directory without files")
-    elif glob.has_magic(path):
-        matches = [file for file in glob.glob(str(where), recursive=True) if Path(file).is_file()]  # noqa: PTH207
-        if not matches:
-            raise DataError(f"{key}: no file matches {path!r} (from {Path.cwd()})")
-        yield from matches
-    else:
-        raise DataError(f"{key}: {path} does not exist (from {Path.cwd()})")
-
-
-def _expand_uri(key: str, uri: str) -> Iterator[str]:
-    from pyarrow.fs import FileSelector, FileType
-
-    try:
-        filesystem, path = resolve(uri)
-        pattern = _translate(path) if glob.has_magic(path) else None
-        folder = path if pattern is None else path[: re.search(r"[*[]", path).start()].rpartition("/")[0]  # type: ignore[union-attr]
-        info = filesystem.get_file_info(folder)
-        if pattern is None and info.type == FileType.File:
-            yield uri
-            return
-        if info.type != FileType.Directory:
-            raise DataError(f"{key}: {uri} does not exist")
-        below = filesystem.get_file_info(FileSelector(folder, recursive=True))
-    except OSError as error:
-        raise DataError(f"{key}: {uri} cannot be listed: {error}") from error
-    found = False
-    for info in below:
-        inner = info.path.removeprefix(folder).strip("/")
-        hidden = any(part.startswith(".") for part in inner.split("/"))
-        if info.type == FileType.File and (pattern.fullmatch(info.path) if pattern else not hidden):
-            found = True
-            parts, base = urlsplit(uri), _root(uri)[1]
-            yield parts._replace(path=quote(info.path.removeprefix(base))).geturl()
-    if not found:
-        raise DataError(f"{key}: no file matches {uri}" if pattern else f"{key}: {uri} is a directory without files")
-
-
-def _translate(pattern: str) -> re.Pattern[str]:
-    """A glob over the keys of a store: `*` stays within a folder, `**` does not."""
-    parts = re.split(r"(\*\*/|\*|\[[^]]+\])", pattern)
-    meaning = {"**/": "(?:.*/)?", "*": "[^/]*"}
-    return re.compile(
-        "".join(meaning.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts)
-    )
-
-
 def join(uri: str, name: str) -> str:
     """The URI of what is called `name` below `uri`."""
     parts = urlsplit(uri)
@@ -217,11 +162,12 @@ def join(uri: str, name: str) -> str:
 
 def resolve(uri: str) -> tuple["FileSystem", str]:
     """The file system of a URI, and the path in it. Raises DataError if there is no such file system."""
-    filesystem, base = _root(uri)
+    filesystem, base = root_of(uri)
     return filesystem, base + unquote(urlsplit(uri).path)
 
 
-def _root(uri: str) -> tuple["FileSystem", str]:
+def root_of(uri: str) -> tuple["FileSystem", str]:
+    """The file system of a URI, and what goes before its path there. Raises DataError as `resolve` does."""
     parts = urlsplit(uri)
     return _connect(parts._replace(path="/", fragment="").geturl())
 

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -16,9 +16,10 @@ from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.corpus import REASONS, Corpus, Progress, source_config, source_names
 from data_pipeline.duplicates import best_bands, copies
 from data_pipeline.errors import DataError
+from data_pipeline.formats import kind
 from data_pipeline.manifest import Manifest, differences
-from data_pipeline.publish import describe, list_dropped, publish
-from data_pipeline.sources import CUT_RULE, Unit, kind
+from data_pipeline.publish import describe, files_without_documents, list_dropped, publish
+from data_pipeline.sources import CUT_RULE, Unit, named
 from data_pipeline.stages import (
     Context,
     UnitFacts,
@@ -37,6 +38,13 @@ from data_pipeline.work import Inputs, Plan, remove_work
 from data_pipeline.workers import Advance, Crew, available_cpus
 
 _MAX_THREADS = 16
+
+Notes = Callable[[str], None]
+"""Told, in a line each, what a person should know of the inputs."""
+
+
+def ignore(note: str) -> None:
+    """For callers whom no note concerns."""
 
 
 def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
@@ -68,8 +76,11 @@ def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
 class Job:
     """A build: its plan, and the crew that carries it out, which is dismissed at the end of a `with`."""
 
-    def __init__(self, config: DataConfig, plan: Plan, progress: Progress | None, processes: int) -> None:
+    def __init__(
+        self, config: DataConfig, plan: Plan, progress: Progress | None, processes: int, notes: Notes = ignore
+    ) -> None:
         self.plan = plan
+        self._notes = notes
         self._config = config
         self._progress = progress
         self._crew = Crew(processes)
@@ -81,11 +92,14 @@ class Job:
         self._crew.dismiss()
 
     @classmethod
-    def of(cls, config: DataConfig, progress: Progress | None, processes: int) -> "Job":
+    def of(cls, config: DataConfig, progress: Progress | None, processes: int, notes: Notes = ignore) -> "Job":
         """Finds the inputs and hashes them."""
         corpus = Corpus(config)
+        for source in corpus.sources:
+            if source.left_out:
+                notes(named("left out", source.name, source.left_out))
         units = corpus.units()
-        job = cls(config, Plan({}, [], units), progress, processes)
+        job = cls(config, Plan({}, [], units), progress, processes, notes)
         job._crew.expect(len(units))
         parts = [part for source in corpus.sources for part in source.parts()]
         advance = job.report("hash", corpus.input_bytes)
@@ -95,12 +109,14 @@ class Job:
         return job
 
     @classmethod
-    def prepared(cls, config: DataConfig, work: Path, progress: Progress | None, processes: int) -> "Job":
+    def prepared(
+        cls, config: DataConfig, work: Path, progress: Progress | None, processes: int, notes: Notes = ignore
+    ) -> "Job":
         """What `prepare` left. Raises DataError if there is nothing, or it was for other settings."""
         plan = Plan.load(work)
         if changed := differences(plan.identity, make_identity(config, plan.inputs)):
             raise DataError(f"{work} was prepared for other settings: {'; '.join(changed)}. Prepare it again")
-        return cls(config, plan, progress, processes)
+        return cls(config, plan, progress, processes, notes)
 
     def report(self, stage: str, total: int = 0, done: int = 0) -> Advance:
         """What tells the progress of a stage."""
@@ -214,6 +230,9 @@ class Job:
         assert len(complete) == len(units)
         if dropped is not None:
             list_dropped(context.work, units, complete, dropped)
+        for name, files in files_without_documents(units, complete).items():
+            if files:
+                self._notes(named("no document", name, files))
         manifest = self._assemble(context.work, complete, tokenizer)
         publish(root, context.work, manifest)
         remove_work(context.work)

@@ -17,6 +17,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.corpus import REASONS, SPLITS, Split, source_names
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
+from data_pipeline.formats import kind
 from data_pipeline.manifest import (
     FORMAT,
     MANIFEST,
@@ -29,7 +30,7 @@ from data_pipeline.manifest import (
     fingerprint,
 )
 from data_pipeline.shards import BATCH_TOKENS, WrittenShard
-from data_pipeline.sources import CUT_RULE, Unit, kind
+from data_pipeline.sources import CUT_RULE, Unit
 from data_pipeline.stages import StreamFacts, UnitFacts, dropped_file
 from data_pipeline.tokenizer import TOKENIZER, Tokenizer, model_file
 from data_pipeline.vocabulary import META, tokenizer_facts
@@ -163,6 +164,16 @@ def _replace_tokenizer(root: Path, work: Path) -> None:
         old.rename(work / f"old-{TOKENIZER}")
     new.rename(old)
     sync_folder(root)
+
+
+def files_without_documents(units: list[Unit], facts: list[UnitFacts]) -> dict[str, list[str]]:
+    """For each source its files of which nothing came into the dataset."""
+    kept: dict[str, Counter[str]] = {}
+    for unit, done in zip(units, facts, strict=True):
+        counts = kept.setdefault(unit.source, Counter())
+        for part, documents in zip(unit.slices, done.kept, strict=True):
+            counts[part.name] += documents
+    return {source: [name for name, count in counts.items() if not count] for source, counts in kept.items()}
 
 
 def list_dropped(work: Path, units: list[Unit], facts: list[UnitFacts], file: Path) -> None:

@@ -10,7 +10,10 @@ from typing import Any, BinaryIO, Literal
 
 from data_pipeline.errors import DataError
 from data_pipeline.files import CHUNK_BYTES, open_binary, open_raw
+from data_pipeline.formats import HEAD_BYTES, check_head, check_plain
 
+_BOM = "\ufeff"
+"""At the head of a file it says that the file is UTF-8. It is no text there; anywhere else it is."""
 MAX_LINE_BYTES = 64 * 2**20
 """Longest line of a JSONL file, and longest text in a table: these are held in memory whole."""
 
@@ -73,13 +76,15 @@ def decode(data: bytes, final: bool, errors: Errors, where: object, offset: int,
     return text, used
 
 
-def plain_document(name: str, errors: Errors) -> Document:
-    """A plain-text file: one document of any length."""
-    return Document(0, 1, lambda counts: read_plain(name, errors, counts), {})
+def plain_document(name: str, errors: Errors, text_key: str) -> Document:
+    """A plain-text file: one document of any length. One of JSON objects with a `text_key` is none."""
+    return Document(0, 1, lambda counts: read_plain(name, errors, counts, text_key), {})
 
 
-def read_plain(name: str, errors: Errors, counts: ReadCounts) -> Iterator[str]:
-    """The text of a plain-text file in chunks, newlines untouched. Raises DataError (file, byte offset) as `strict`."""
+def read_plain(name: str, errors: Errors, counts: ReadCounts, text_key: str = "text") -> Iterator[str]:
+    """The text of a plain-text file in chunks, newlines untouched, without a byte order mark at its head.
+
+    Raises DataError (file, byte offset) as `strict`, and for a file that begins as no plain text does."""
     with open_binary(name) as (file, raw):
         base, offset, pending, final = counts.input_bytes, 0, b"", False
         while not final:
@@ -87,7 +92,12 @@ def read_plain(name: str, errors: Errors, counts: ReadCounts) -> Iterator[str]:
             counts.input_bytes = base + raw.tell()
             final = not chunk
             pending += chunk
+            if offset == 0:
+                check_head(name, pending[:HEAD_BYTES])
             text, used = decode(pending, final, errors, name, offset, counts)
+            if offset == 0:
+                text = text.removeprefix(_BOM)
+                check_plain(name, text, text_key)
             pending, offset = pending[used:], offset + used
             if text:
                 yield text
@@ -116,9 +126,10 @@ def read_jsonl(
             number += 1
             where = _Line(name, begin, number)
             counts.input_bytes = base + raw.tell() - begin
-            text, _ = decode(line, True, errors, where, offset, counts)
             if offset == 0:
-                text = text.removeprefix("\ufeff")
+                check_head(name, line[:HEAD_BYTES])
+            # Files that were put one behind the other have a mark within, where JSON allows none.
+            text = decode(line, True, errors, where, offset, counts)[0].removeprefix(_BOM)
             if text and not text.isspace():
                 record = _object(text, where)
                 keys = (text_key,) if target_key is None else (text_key, target_key)
@@ -159,25 +170,38 @@ def _line(file: BinaryIO, offset: int, where: _Line) -> bytes:
 def _object(line: str, where: _Line) -> dict[str, Any]:
     try:
         record = json.loads(line)
+        found = f"but a {type(record).__name__}"
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not a JSON object: {error}; here: {line[:80]!r}") from None
+        record, found = None, f"({error})"
     if not isinstance(record, dict):
-        raise DataError(f"{where} is not a JSON object but a {type(record).__name__}: {line[:80]!r}")
+        way_on = "jq -c '.[]'" if line.lstrip().startswith("[") else "jq -c ."
+        raise DataError(
+            f"{where} is not a JSON object {found}: {line[:80]!r}. JSON Lines have one object a line, which "
+            f"`{way_on} FILE > NEW.jsonl` makes of other JSON; give a glob of the other files if this is none of them"
+        )
     return record
 
 
 def _text_of(record: Mapping[str, Any], text_key: str, errors: Errors, where: object, counts: ReadCounts) -> str:
-    """The text in a JSON object. Raises DataError if there is none, and for half a surrogate pair if `strict`."""
+    """The text in a JSON object; null is none, as in a table, so that the document is dropped and counted.
+
+    Raises DataError if there is no such key, or no string under it, and for half a surrogate pair if `strict`."""
     if text_key not in record:
         keys = ", ".join(map(repr, record)) or "none"
         raise DataError(
             f"{where} has no key {text_key!r}; its keys: {keys}. Set text_key (or target_key) of the source to one of "
-            "them"
+            f"them; where only some objects lack it, give those {text_key!r}: null, which leaves them out"
         )
     text = record[text_key]
+    if text is None:
+        return ""
     if not isinstance(text, str):
         strings = ", ".join(repr(key) for key, value in record.items() if isinstance(value, str)) or "none"
-        raise DataError(f"{where}: {text_key!r} is a {type(text).__name__}, not a string; keys with strings: {strings}")
+        raise DataError(
+            f"{where}: {text_key!r} is a {type(text).__name__}, not a string; keys with strings: {strings}. Set "
+            "text_key (or target_key) of the source to one of them; or make the value a string, or null, which leaves "
+            "the object out"
+        )
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError as error:

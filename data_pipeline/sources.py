@@ -8,7 +8,9 @@ import xxhash
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.files import expand, is_uri, open_raw, packing, stamp, unpacked_suffix
+from data_pipeline.files import is_uri, open_raw, stamp
+from data_pipeline.formats import check_packing, kind, packing
+from data_pipeline.listing import Listing
 from data_pipeline.readers import Document, Errors, ReadCounts, plain_document, read_jsonl
 
 CUT_RULE = "1 MiB, after the next newline or at 2 MiB"
@@ -16,6 +18,7 @@ CUT_RULE = "1 MiB, after the next newline or at 2 MiB"
 CUT_AFTER = 2**20
 CUT_LIMIT = 2**21
 
+_SHOWN_FILES = 10
 UNIT_BYTES = 64 * 2**20
 UNIT_FILES = 10_000
 """A unit of work gathers files up to this size and number; larger ones are divided where their format allows."""
@@ -70,12 +73,6 @@ def _cut_point(buffer: bytes, start: int, after: int, limit: int) -> int | None:
     return end
 
 
-def kind(name: str) -> str:
-    """How a file is read, which its name says: `jsonl`, `parquet`, `arrow` or `plain`."""
-    suffix = unpacked_suffix(name)
-    return suffix[1:] if suffix in (".jsonl", ".parquet", ".arrow") else "plain"
-
-
 class Slice(NamedTuple):
     """A file, or a part of it: bytes of a JSONL file, row groups of a Parquet file."""
 
@@ -117,16 +114,20 @@ class Source:
     def __init__(self, name: str, key: str, config: SourceConfig) -> None:
         """`key`: where the paths stand in the configuration.
 
-        Raises DataError for a path that does not exist, a glob without a match and an empty directory."""
+        Raises DataError as Listing does, and for a file that cannot be what its name says."""
         self.name = name
         self.config = config
-        names = {
-            name if is_uri(name) else Path(name).resolve(): name for path in config.paths for name in expand(key, path)
-        }
-        self.files = sorted(
-            names.values(), key=lambda name: (is_uri(name), (name,) if is_uri(name) else Path(name).parts)
-        )
-        self.stamps = [stamp(name) for name in self.files]
+        listing = Listing(key)
+        for path in config.paths:
+            listing.add(path)
+        self.left_out = sorted(set(listing.left_out))
+        """What the paths lead to but is not read, and why."""
+        # A file that links lead to is read once, by the first of its names.
+        names: dict[object, str] = {}
+        for found in sorted(listing.files, key=_place):
+            names.setdefault(found if is_uri(found) else Path(found).resolve(), found)
+        self.files = list(names.values())
+        self.stamps = [_recorded(found) for found in self.files]
 
     @property
     def input_bytes(self) -> int:
@@ -161,6 +162,28 @@ class Source:
             yield group
 
 
+def _place(name: str) -> tuple[bool, tuple[str, ...]]:
+    return is_uri(name), (name,) if is_uri(name) else Path(name).parts
+
+
+def _recorded(name: str) -> tuple[int, int]:
+    """The stamp of a file that is going to be read."""
+    kind(name)
+    try:
+        recorded = stamp(name)
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
+    if packing(name) and not recorded[0]:
+        check_packing(name, b"")
+    return recorded
+
+
+def named(what: str, source: str, places: list[str]) -> str:
+    """A line that counts and names files of a source."""
+    more = ", …" if len(places) > _SHOWN_FILES else ""
+    return f"{what:<12} {source}: {len(places)}: {', '.join(places[:_SHOWN_FILES])}{more}"
+
+
 def check_unchanged(name: str, recorded: tuple[int, int]) -> None:
     """Raises DataError if size or time of a file are not those that were recorded."""
     try:
@@ -193,7 +216,7 @@ def documents(part: Slice, config: SourceConfig, errors: Errors, counts: ReadCou
         case "plain" if config.target_key is not None:
             raise DataError(f"{part.name} is plain text, which holds no pairs: give JSONL, Parquet or Arrow")
         case "plain":
-            yield plain_document(part.name, errors)
+            yield plain_document(part.name, errors, config.text_key)
         case "jsonl":
             yield from read_jsonl(part.name, config.text_key, errors, counts, part.begin, part.end, config.target_key)
         case table:

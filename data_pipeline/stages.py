@@ -2,18 +2,21 @@
 
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from data_pipeline.atomic import disk_errors, write_atomic
 from data_pipeline.config import DataConfig
 from data_pipeline.corpus import SPLITS, Split, SplitPiece, UnitReader, source_config
 from data_pipeline.duplicates import NearKeys
+from data_pipeline.errors import DataError
 from data_pipeline.filters import Filter
 from data_pipeline.rows import RowWriter
 from data_pipeline.shards import token_dtype
@@ -107,9 +110,12 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def load_array(path: Path, name: str) -> np.ndarray:
-    """One array of an .npz file."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return arrays[name]
+    """One array of an .npz file. Raises DataError if it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name]
+    except (ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({error}); remove the folder {path.parent}, and build again") from error
 
 
 def sample_text(context: Context, limit: int, unit: Unit, advance: Advance) -> list[Segment]:
@@ -148,6 +154,8 @@ class UnitFacts(BaseModel, frozen=True):
     replaced: int
     numbers: list[int]
     """Lines or rows of each slice."""
+    kept: list[int]
+    """Documents of each slice that were not dropped."""
     streams: dict[Split, StreamFacts]
 
     @classmethod
@@ -155,7 +163,7 @@ class UnitFacts(BaseModel, frozen=True):
         """The journal, if the unit was finished with this tokenizer."""
         try:
             facts = cls.model_validate_json(_journal(work, unit).read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValidationError):  # The latter: of another version, so it is done again.
             return None
         return facts if facts.tokenizer_sha256 == tokenizer_sha256 else None
 
@@ -232,6 +240,7 @@ def tokenize(context: Context, unit: Unit, advance: Advance) -> UnitFacts:
         dropped=dict(reader.counts.dropped),
         replaced=reader.counts.replaced,
         numbers=reader.numbers,
+        kept=reader.kept,
         streams={split: stream.facts() for split, stream in streams.items()},
     )
     with disk_errors(context.work):

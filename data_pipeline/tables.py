@@ -9,10 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.errors import DataError
-from data_pipeline.files import open_binary, packing
+from data_pipeline.files import open_binary
+from data_pipeline.formats import packing
 from data_pipeline.readers import MAX_LINE_BYTES, Document, Errors, ReadCounts, decode, document_of
 
 _ROWS = 128  # Rows that are held in memory at once.
+_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+"""The types of text, and of the same bytes without a claim that they are UTF-8."""
 _FILE_MAGIC = b"ARROW1\0\0"
 
 
@@ -35,8 +38,9 @@ def _parquet(name: str) -> Iterator[pq.ParquetFile]:
 def _faults(name: str, kind: str) -> Iterator[None]:
     try:
         yield
-    except pa.ArrowException as error:
-        raise DataError(f"{name}: cannot be read as {kind}: {error}; fetch the file again") from error
+    except (pa.ArrowException, UnicodeDecodeError, MemoryError) as error:
+        why = str(error) or "it speaks of more bytes than memory holds"
+        raise DataError(f"{name}: cannot be read as {kind}: {why}; fetch the file again") from error
 
 
 class Columns(NamedTuple):
@@ -104,6 +108,11 @@ def _wanted(columns: Columns, schema: pa.Schema) -> list[str]:
             raise DataError(
                 f"{columns.name} has no column {key!r}; its columns: {names}. Name one of them in the source"
             )
+        if schema.names.count(key) > 1:
+            raise DataError(
+                f"{columns.name} has {schema.names.count(key)} columns {key!r}, and nothing says which is meant: "
+                "write each with a name of its own"
+            )
     for text in columns.texts:
         _check_strings(columns.name, text, schema)
     return list(dict.fromkeys((*columns.texts, *others)))
@@ -113,10 +122,8 @@ def _check_strings(name: str, text: str, schema: pa.Schema) -> None:
     kind = schema.field(text).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        strings = [
-            field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
-        ]
+    if not (kind in _BYTES or pa.types.is_null(kind)):
+        strings = [field.name for field in schema if field.type in _BYTES]
         raise DataError(
             f"{name}: column {text!r} is {kind}, not string; columns of strings: "
             f"{', '.join(map(repr, strings)) or 'none'}. Set text_key of the source to one of them"
@@ -126,7 +133,7 @@ def _check_strings(name: str, text: str, schema: pa.Schema) -> None:
 def _rows(batch: pa.RecordBatch, columns: Columns, before: int, done: int, counts: ReadCounts) -> Iterator[Document]:
     """`before`: rows of the file before reading began; `done`: rows read since then."""
     values = [_as_bytes(batch.column(text)) for text in columns.texts]
-    others = {key: batch.column(key).to_pylist() for key in batch.schema.names if key not in columns.texts}
+    others = {key: _values(batch, columns, key) for key in _wanted(columns, batch.schema) if key not in columns.texts}
     for row in range(batch.num_rows):
         where = f"{columns.name}, row {before + done + row + 1}"
         record: dict[str, Any] = {key: column[row] for key, column in others.items()}
@@ -142,11 +149,27 @@ def _rows(batch: pa.RecordBatch, columns: Columns, before: int, done: int, count
         yield document_of(before + done + row, done + row + 1, texts, record)
 
 
+def _values(batch: pa.RecordBatch, columns: Columns, key: str) -> list[Any]:
+    try:
+        batch.column(key).validate(full=True)
+        return batch.column(key).to_pylist()
+    except (ValueError, LookupError, OverflowError) as error:
+        raise DataError(
+            f"{columns.name}: column {key!r} ({batch.schema.field(key).type}), which a filter sees, holds what Python "
+            f"cannot: {error}; write the file without it, or as strings"
+        ) from error
+
+
 def _as_bytes(texts: pa.Array) -> list[bytes | None]:
-    """So that text that is not UTF-8 is met by the same rule as everywhere."""
-    if pa.types.is_dictionary(texts.type):
-        texts = texts.cast(texts.type.value_type)
-    return texts.cast(pa.large_binary()).to_pylist()
+    """So that text that is not UTF-8 is met by the same rule as everywhere. Raises ArrowInvalid for damaged offsets,
+    which would lead out of the file."""
+    if pa.types.is_null(texts.type):
+        return texts.to_pylist()
+    indices = texts.indices if pa.types.is_dictionary(texts.type) else None
+    values = texts if indices is None else texts.dictionary
+    values = values.view(_BYTES[values.type])
+    values.validate(full=True)
+    return (values if indices is None else values.take(indices)).to_pylist()
 
 
 def whole_spans(sizes: list[int], limit: int) -> Iterator[tuple[int, int, int]]:

@@ -108,7 +108,8 @@ def _train(segments: list[str], config: TokenizerConfig, vocab_size: int) -> byt
             model_type=config.type,
             vocab_size=vocab_size,
             character_coverage=config.character_coverage,
-            user_defined_symbols=config.user_defined_symbols,
+            # Text is seen with its spaces marked, and a symbol is sought in what is seen.
+            user_defined_symbols=[symbol.replace(" ", SPACE_MARK) for symbol in config.user_defined_symbols],
             # Control symbols: text that spells one does not give it.
             control_symbols=[sentinel(number) for number in range(config.sentinels)],
             byte_fallback=config.type != "char",
@@ -192,6 +193,17 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """The piece `token` as the model spells it."""
         return self._encoder.piece(token)
+
+    def check_symbols(self, symbols: Sequence[str], name: str, trained: bool) -> None:
+        """Raises DataError unless each of `symbols` is one piece; as which text gives it if it was `trained`."""
+        texts = [symbol.replace(SPACE_MARK, " ") for symbol in symbols]
+        for symbol, text, ids in zip(symbols, texts, self.encode(texts), strict=True):
+            matched = len(ids) == 1 and ids[0] != self.unk_id and self.decode(ids) == text
+            if not matched and (trained or self._encoder.token(symbol) is None):
+                raise DataError(
+                    f"data.tokenizer.user_defined_symbols: {symbol!r} is no piece of {name}; leave it out, or "
+                    + ("write it otherwise" if trained else "take a model that has it")
+                )
 
     def is_byte(self, token: int) -> bool:
         """Whether `token` is one of the 256 pieces that spell characters outside the vocabulary."""

@@ -29,9 +29,12 @@ def prepare_tokenizer(
     Raises DataError if another one is there, or it cannot be trained."""
     folder = home / TOKENIZER
     if folder.exists():
-        return _load(folder, identity)
+        tokenizer = _load(folder, identity)
+        _check_symbols(tokenizer, config, f"{folder}, which --overwrite makes anew")
+        return tokenizer
     model = read_model(config.model) if config.model else train_tokenizer(texts(), config, seed)
     tokenizer = Tokenizer(model, config.model or "tokenizer")
+    _check_symbols(tokenizer, config, config.model or "the tokenizer that was trained")
     if config.model and len(tokenizer.sentinel_ids) < config.sentinels:
         raise DataError(
             f"{config.model} has {len(tokenizer.sentinel_ids)} pieces {sentinel(0)}, …; "
@@ -49,6 +52,12 @@ def prepare_tokenizer(
         new.rename(folder)
         sync_folder(home)
     return tokenizer
+
+
+def _check_symbols(tokenizer: Tokenizer, config: TokenizerConfig, name: str) -> None:
+    default = TokenizerConfig().user_defined_symbols
+    if config.model is None or config.user_defined_symbols != default:
+        tokenizer.check_symbols(config.user_defined_symbols, name, trained=config.model is None)
 
 
 def _load(folder: Path, identity: dict[str, Any]) -> Tokenizer:
@@ -70,8 +79,13 @@ def _load(folder: Path, identity: dict[str, Any]) -> Tokenizer:
 
 def read_model(path: str) -> bytes:
     """The model that is to be taken as it is. Raises DataError if there is none."""
+    place = Path(path).expanduser()
     try:
-        return Path(path).expanduser().read_bytes()
+        if place.exists() and not (place.is_file() or place.is_dir()):
+            raise DataError(
+                f"data.tokenizer.model={path} is no file, and a model is read several times: write it to one"
+            )
+        return place.read_bytes()
     except OSError as error:
         raise DataError(f"data.tokenizer.model={path} cannot be read: {error.strerror}") from None
 

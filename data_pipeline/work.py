@@ -4,7 +4,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ class Plan:
         """Keeps what was done for this very plan, and removes what was done for another."""
         there = None
         if (work / _PLAN).exists():
-            there = json.loads((work / _PLAN).read_bytes())["work"]
+            with suppress(ValueError, LookupError, TypeError):  # A damaged one is none.
+                there = json.loads((work / _PLAN).read_bytes())["work"]
         with disk_errors(work):
             if there != self._work():
                 shutil.rmtree(work)
@@ -86,9 +87,12 @@ class Plan:
             raise DataError(
                 f"nothing is prepared in {work}: run `duet data build --prepare` with these settings to its end first"
             )
-        content = json.loads((work / _PLAN).read_bytes())
-        return cls(
-            content["identity"],
-            [[(path, size, digest) for path, size, digest in files] for files in content["inputs"]],
-            [Unit.load(unit) for unit in content["units"]],
-        )
+        try:
+            content = json.loads((work / _PLAN).read_bytes())
+            return cls(
+                content["identity"],
+                [[(path, size, digest) for path, size, digest in files] for files in content["inputs"]],
+                [Unit.load(unit) for unit in content["units"]],
+            )
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise DataError(f"{work / _PLAN} is damaged ({error!r}): run `duet data build --prepare` again") from error

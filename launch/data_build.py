@@ -85,9 +85,11 @@ def build(
         return
     started = time.monotonic()
     cpus = processes or available_cpus()
+    notes: list[str] = []
     with progress_line() as progress:
         if prepare:
-            units = builds.prepare(data, progress, cpus)
+            units = builds.prepare(data, progress, cpus, notes.append)
+            _echo(notes)
             typer.echo(f"{data.path}: the tokenizer is there, and {units} units are to be tokenized")
             return
         if task is not None and tasks is not None:
@@ -95,10 +97,15 @@ def build(
             typer.echo(f"{data.path}: task {task} of {tasks} is done, {units} units")
             return
         if merge:
-            manifest = builds.merge(data, progress, cpus, list_dropped)
+            manifest = builds.merge(data, progress, cpus, list_dropped, notes.append)
         else:
-            manifest = builds.build(data, progress, overwrite, cpus, list_dropped)
-    _summary(data.path, manifest, time.monotonic() - started)
+            manifest = builds.build(data, progress, overwrite, cpus, list_dropped, notes.append)
+    _summary(data.path, manifest, time.monotonic() - started, notes)
+
+
+def _echo(lines: list[str]) -> None:
+    for line in lines:
+        typer.echo(line)
 
 
 def _check_steps(
@@ -118,6 +125,7 @@ def _check_steps(
 
 def _plan(data: "DataConfig") -> None:
     from data_pipeline.corpus import Corpus
+    from data_pipeline.sources import named
 
     corpus = Corpus(data)
     for source in corpus.sources:
@@ -126,6 +134,10 @@ def _plan(data: "DataConfig") -> None:
             typer.echo(f"       {file}")
         if len(source.files) > 10:
             typer.echo(f"       and {len(source.files) - 10} more")
+        empty = [file for file, (size, _) in zip(source.files, source.stamps, strict=True) if not size]
+        for what, places in (("left out", source.left_out), ("empty", empty)):
+            if places:
+                typer.echo(named(what, source.name, places))
     root = Path(data.path)
     for name, what in {
         "tokenizer": f"{data.tokenizer.type}, {data.tokenizer.vocab_size} pieces",
@@ -136,13 +148,14 @@ def _plan(data: "DataConfig") -> None:
         typer.echo(f"write  {root / name} ({what}{'; one is there' if (root / name).exists() else ''})")
 
 
-def _summary(path: str, manifest: "Manifest", seconds: float) -> None:
+def _summary(path: str, manifest: "Manifest", seconds: float, notes: list[str]) -> None:
     size = sum(split.bytes for split in manifest.splits.values())
     typer.echo(
         f"{path}: {megabytes(size)} of text, {len(manifest.shards)} shards, "
         f"vocabulary {manifest.tokenizer.vocab_size}, {manifest.dtype}, {seconds:.1f} s"
     )
     split_lines(manifest)
+    _echo(notes)
     for source in manifest.sources:
         for reason, count in source.dropped.items():
             typer.echo(f"dropped      {source.name}: {count} documents ({reason})")

@@ -108,7 +108,7 @@ def _is_terminal() -> bool:
 
 
 def _standard_input() -> str:
-    """All of it, but for the newline at its end, which `echo` adds; nothing from a terminal.
+    """All of it, but for the newline at its end, which `echo` adds, and a byte order mark; nothing from a terminal.
 
     Raises:
         ConfigError: not UTF-8.
@@ -116,6 +116,6 @@ def _standard_input() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        return sys.stdin.buffer.read().decode("utf-8").removeprefix("\ufeff").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input: not UTF-8 at byte {error.start}") from error

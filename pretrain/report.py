@@ -24,12 +24,14 @@ def write_report(run_dirs: list[Path], out: Path | None) -> Path:
         the page's path.
 
     Raises:
-        RunError: a folder is not a run folder; says what was expected.
+        RunError: a folder is not a run folder; says what was expected. Or the page would have its picture's name.
     """
     if not run_dirs:
         raise RunError("a report needs at least one run folder")
     if out is None:
         out = (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].resolve().parent) / "report.html"
+    if out.suffix.lower() == ".png":
+        raise RunError(f"--out {out}: that would be the picture's name, and the report is a page: let it end in .html")
     write([load(path) for path in run_dirs], out)
     return out
 

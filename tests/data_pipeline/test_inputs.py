@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import lzma
+import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from data_pipeline.config import DataConfig, SourceConfig, SplitConfig
 from data_pipeline.corpus import UnitReader
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
+from data_pipeline.readers import ReadCounts
 from data_pipeline.sources import Source, Unit
+from data_pipeline.tables import Columns, read_arrow
 from tests.data_pipeline.conftest import config, prose, put, stream
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -126,6 +130,25 @@ def test_line_ends_stay_as_they_are(tmp_path: Path) -> None:
     assert read(tmp_path / "a.txt") == ["one\r\ntwo\r"]
 
 
+def twice(kind: str) -> bytes:
+    """A table with two columns of one name."""
+    table, sink = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), io.BytesIO()
+    if kind == "parquet":
+        pq.write_table(table, sink)
+    else:
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    return sink.getvalue()
+
+
+def wild_offsets() -> bytes:
+    """An Arrow file whose second text ends a gigabyte behind the file."""
+    data = arrow(["one", "two"])
+    offsets = struct.pack("<3i", 0, 3, 6)
+    assert data.count(offsets) == 1
+    return data.replace(offsets, struct.pack("<3i", 0, 3, 2**30))
+
+
 TABLES: list[tuple[str, bytes, dict[str, Any], str]] = [
     (
         "a.parquet",
@@ -142,6 +165,10 @@ TABLES: list[tuple[str, bytes, dict[str, Any], str]] = [
     ("a.arrow", arrow(DOCUMENTS), {"text_key": "n"}, r"column 'n' is int64, not string"),
     ("a.parquet", parquet(DOCUMENTS)[:-9], {}, r"a\.parquet: cannot be read as Parquet"),
     ("a.arrow", arrow(DOCUMENTS)[:-9], {}, r"a\.arrow: cannot be read as Arrow IPC"),
+    ("a.parquet", twice("parquet"), {}, r"a\.parquet has 2 columns 'text'"),
+    ("a.arrow", twice("arrow"), {}, r"a\.arrow has 2 columns 'text'"),
+    ("a.arrow", wild_offsets(), {}, r"a\.arrow: cannot be read as Arrow IPC"),
+    ("a.arrow", b"", {}, r"a\.arrow: cannot be read as Arrow IPC"),
     ("a.arrow", b"no arrow at all", {}, r"a\.arrow: cannot be read as Arrow IPC"),
     ("a.arrow.gz", gzip.compress(arrow(DOCUMENTS))[:-9], {}, r"a\.arrow\.gz: damaged or truncated \.gz data"),
 ]
@@ -156,11 +183,12 @@ def test_unusable_tables_are_explained(
         read(tmp_path / name, **source)
 
 
-@pytest.mark.parametrize("suffix", [".bz2", ".xz"])
-@pytest.mark.parametrize("fault", ["cut", "other"])
+@pytest.mark.parametrize("suffix", [".bz2", ".xz", ".gz", ".zst"])
+@pytest.mark.parametrize("fault", ["cut", "other", "behind"])
 def test_damaged_archives_are_named(tmp_path: Path, suffix: str, fault: str) -> None:
     file = tmp_path / f"a.txt{suffix}"
-    file.write_bytes(PACKERS[suffix](prose(3000).encode())[:-20] if fault == "cut" else b"plain text, not packed")
+    whole = PACKERS[suffix](prose(3000).encode())
+    file.write_bytes({"cut": whole[:-20], "other": b"plain text, not packed", "behind": whole + b"junk"}[fault])
     with pytest.raises(DataError, match=rf"a\.txt\{suffix}: damaged or truncated \{suffix} data"):
         read(file)
 
@@ -175,6 +203,32 @@ def test_text_in_a_table_that_is_not_utf8_is_named_by_row(tmp_path: Path) -> Non
     assert read(tmp_path / "a.arrow", errors="replace") == ["fine", "caf\ufffd", "last"]
 
 
+def test_null_is_dropped_and_counted_in_every_format(tmp_path: Path) -> None:
+    """Also where it is one half of a pair, and where a whole column of a table is null."""
+    rows = [{"text": "a", "more": "b"}, {"text": None, "more": "b"}, {"text": "a", "more": None}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for kind in ("jsonl", "parquet", "arrow"):
+        assert read(tmp_path / f"a.{kind}") == ["a", "a"]
+        assert read(tmp_path / f"a.{kind}", target_key="more") == ["ab"]
+    pq.write_table(pa.table({"text": pa.nulls(3)}), tmp_path / "none.parquet")
+    assert read(tmp_path / "none.parquet") == []
+
+
+def test_what_python_cannot_hold_is_no_traceback(tmp_path: Path) -> None:
+    """A filter is given every column, but for the text as Python knows it."""
+    table = pa.table({"text": ["a"], "when": pa.array([2**62], pa.timestamp("s"))})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    assert read(tmp_path / "a.arrow") == ["a"]
+    columns = Columns(str(tmp_path / "a.arrow"), ("text",), None, "strict")
+    with pytest.raises(DataError, match=r"a\.arrow: column 'when' \(timestamp\[s\]\)"):
+        list(read_arrow(columns, ReadCounts()))
+
+
 # --- a store ---------------------------------------------------------------------------------------------------------
 
 
@@ -184,8 +238,16 @@ def test_a_store_is_read_like_a_disk(tmp_path: Path, store: Callable[[str], str]
     put(store("web/d.parquet"), parquet(DOCUMENTS[20:30], row_group_size=3))
     put(store("web/e.arrow"), arrow(DOCUMENTS[30:]))
     put(store("web/.hidden"), b"hidden")
+    put(store("web/.git/f.jsonl"), b"hidden")
     assert read(store("web")) == WANTED
+    left_out = Source("s", "k", SourceConfig(paths=[store("web")])).left_out
+    assert [re.sub(r".*/web/|\?.*(?= )", "", place) for place in left_out] == [
+        ".git/f.jsonl (hidden)",
+        ".hidden (hidden)",
+    ]
     assert read(store("web/**/*.jsonl*")) == [text for text in DOCUMENTS[:20] if text]
+    assert read(store("web/**")) == WANTED
+    assert read(store("web/[!bde]*")) == [text for text in DOCUMENTS[:9] if text]
     assert read(store("web/*.jsonl*")) == [text for text in DOCUMENTS[:9] if text]
     assert read(store("web/e.arrow")) == [text for text in DOCUMENTS[30:] if text]
     for path, message in (

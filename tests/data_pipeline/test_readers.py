@@ -1,5 +1,7 @@
+import bz2
 import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,12 +44,18 @@ def source_of(*paths: Path | str, text_key: str = "text") -> Source:
     return Source("s", "data.sources.s.paths", SourceConfig(paths=[str(path) for path in paths], text_key=text_key))
 
 
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
 def test_text_arrives_as_it_is(tmp_path: Path, suffix: str) -> None:
-    text = "\ufeffa\r\nb\rc\n\n \t\0漢😀\u2028" * 40_000 + "no newline at the end"
+    text = "a\ufeff\r\nb\rc\n\n \t\0漢😀\u2028" * 40_000 + "no newline at the end"
     (tmp_path / f"a.txt{suffix}").write_bytes(PACKERS[suffix](text.encode()))
     lines = "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in (text, "", "b"))
     (tmp_path / f"b.jsonl{suffix}").write_bytes(PACKERS[suffix](lines.encode()))
@@ -59,14 +67,14 @@ def test_text_arrives_as_it_is(tmp_path: Path, suffix: str) -> None:
     assert counts.input_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
 def test_files_of_several_members_are_read_to_the_end(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"a.txt{suffix}"
-    file.write_bytes(b"".join(PACKERS[suffix](part) for part in (b"one ", b"", b"two ", b"three" * 100_000)))
+    file.write_bytes(b"".join(PACKERS[suffix](part) for part in (b"one ", b"", b"two ", b"three" * 100_000)) + bytes(8))
     assert texts_of(source_of(file))[0] == ["one two " + "three" * 100_000]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
 @pytest.mark.parametrize("kept", [0.3, 0.9, 0.9999])
 def test_truncated_archives_are_errors(tmp_path: Path, suffix: str, kept: float) -> None:
     import random
@@ -118,7 +126,9 @@ def test_replacing_counts_every_undecodable_byte(data: bytes, junk: int) -> None
         (b"not json", r"line 2 is not a JSON object.*'not json"),
         (b"[1]", "line 2 is not a JSON object but a list"),
         (b'{"title": "t", "body": "b"}', "line 2 has no key 'text'; its keys: 'title', 'body'"),
-        (b'{"text": 5, "body": "b"}', "line 2: 'text' is a int, not a string; keys with strings: 'body'"),
+        (b'{"text": 5, "body": "b"}', "line 2: 'text' is a int, not a string; keys with strings: 'body'.*null"),
+        (b'{"text": ["a"]}', "line 2: 'text' is a list, not a string.*null"),
+        (b"{", r"line 2 is not a JSON object.*jq -c \."),
         (b'{"text": "\xe9"}', r"line 2: byte 25 \(0xe9\)"),
         (b'{"text": "\\ud83d"}', r"line 2: 'text' holds half a surrogate pair \(\\ud83d\)"),
         (b'{"text": "' + b"x" * 200 + b'"}', "line 2 .at byte 15. is longer than 100 bytes"),
@@ -140,6 +150,33 @@ def test_half_surrogates_can_be_replaced_and_blank_lines_are_none(tmp_path: Path
     found = read_jsonl(str(file), "text", "replace", counts)
     assert ["".join(document.chunks(counts)) for document in found] == ["a😀 \ufffd"]
     assert counts.replaced == 1
+
+
+def test_text_that_is_null_is_dropped_and_counted(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": null}\n{"text": "a"}\n{"text": ""}\n')
+    documents, counts = texts_of(source_of(file))
+    assert documents == ["a"]
+    assert counts.dropped == {"empty": 2}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_a_mark_at_the_head_of_a_file_is_no_text(tmp_path: Path, suffix: str) -> None:
+    mark, line = "\ufeff", json.dumps({"text": "one"}) + "\n"
+    for name, text in {
+        "a.txt": f"{mark}one \ufeff two",
+        "b.txt": mark,
+        "c.jsonl": mark + line + mark + line,
+        "d.json": mark + line,
+        "e.jsonl": json.dumps({"text": "\ufeffone"}),
+    }.items():
+        (tmp_path / f"{name}{suffix}").write_bytes(PACKERS[suffix](text.encode()))
+    documents, counts = texts_of(source_of(tmp_path))
+    assert documents == ["one \ufeff two", "one", "one", "one", "\ufeffone"]
+    assert counts.dropped == {"empty": 1}
+    (tmp_path / "z.txt").write_bytes(mark.encode() + b"ab\xff")
+    with pytest.raises(DataError, match=r"z\.txt: byte 5 \(0xff\)"):
+        texts_of(source_of(tmp_path / "z.txt"))
 
 
 def test_paths_are_sorted_once_each_and_missing_ones_are_errors(tmp_path: Path) -> None:

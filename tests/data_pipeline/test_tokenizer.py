@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_pipeline.build import build
+from data_pipeline.build import build, build_tokenizer
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.corpus import SPLITS
 from data_pipeline.dataset import Dataset
@@ -101,7 +101,6 @@ def test_no_character_makes_the_trainer_skip_its_text(character: str) -> None:
         ({"vocab_size": 260}, r"vocab_size=260 is too small for the characters.*above \d+"),
         ({"vocab_size": 100_000, "type": "bpe"}, r"at most \d+"),
         ({"vocab_size": 10, "type": "char"}, r"vocab_size=10 is too small.*at least \d+"),
-        ({"vocab_size": 400, "user_defined_symbols": ["<0x41>"]}, "SentencePiece cannot train with data.tokenizer"),
     ],
 )
 def test_impossible_vocabularies_are_explained(settings: dict[str, object], message: str) -> None:
@@ -122,10 +121,45 @@ def test_no_text_is_an_error() -> None:
         train_tokenizer([], TokenizerConfig(), 0)
 
 
-@pytest.mark.parametrize("symbol", ["", "</s>", "<unk>", "a\0"])
+@pytest.mark.parametrize(
+    "symbol", ["", "</s>", "<unk>", "a\0", "<0x41>", "<extra_id_1>", "\ud83d", "\n", "a\u2581b", "漢 " * 501]
+)
 def test_special_pieces_cannot_be_symbols(symbol: str) -> None:
     with pytest.raises(ValueError, match="user_defined_symbols"):
-        TokenizerConfig(user_defined_symbols=[symbol])
+        TokenizerConfig(user_defined_symbols=["\n", "a b", symbol], sentinels=2)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
+def test_every_symbol_is_one_piece_in_text(kind: str) -> None:
+    symbols = ["\n", "a b", " c", "  ", "d\u2581e", '"q"', "x,y", "f\ng", "\u2585", "漢字"]
+    settings = TokenizerConfig.model_validate(
+        {"type": kind, "vocab_size": 500, "character_coverage": 0.999, "user_defined_symbols": symbols}
+    )
+    tokenizer = Tokenizer(train_tokenizer([prose(4000)], settings, 0))
+    tokenizer.check_symbols(symbols, "this", trained=True)
+    for symbol in symbols:
+        text = symbol.replace("\u2581", " ")
+        ids = tokenizer.encode([f"z{text}z"])[0].tolist()
+        assert [tokenizer.decode([token]) for token in ids] == ["z", text, "z"]
+    with pytest.raises(DataError, match="user_defined_symbols: 'a b c' is no piece of this"):
+        tokenizer.check_symbols(["a b c"], "this", trained=True)
+
+
+def test_a_tokenizer_that_never_gives_a_symbol_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was trained before symbols could hold a space, and one from elsewhere."""
+    (tmp_path / "a.txt").write_text(prose(3000))
+    asked = {"vocab_size": 400, "character_coverage": 0.999, "user_defined_symbols": ["\n", "a b"]}
+    settings = config(tmp_path / "d", tmp_path / "a.txt", tokenizer=asked)
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipeline.tokenizer.SPACE_MARK", " ")
+        patch.setattr(Tokenizer, "check_symbols", lambda *arguments, **named: None)
+        build_tokenizer(settings)
+    with pytest.raises(DataError, match="user_defined_symbols: 'a b' is no piece of .*d/tokenizer"):
+        build(settings)
+    elsewhere = {"model": str(tmp_path / "d" / "tokenizer" / "spm.model")}
+    build(config(tmp_path / "e", tmp_path / "a.txt", tokenizer=elsewhere))
+    with pytest.raises(DataError, match=r"user_defined_symbols: '<mask>' is no piece of .*spm\.model"):
+        build(config(tmp_path / "f", tmp_path / "a.txt", tokenizer={**elsewhere, "user_defined_symbols": ["<mask>"]}))
 
 
 def test_a_sample_is_bounded_spread_and_seeded() -> None:
@@ -140,9 +174,14 @@ def test_a_sample_is_bounded_spread_and_seeded() -> None:
 
 
 def test_files_that_are_no_models_are_errors(tmp_path: Path) -> None:
-    (tmp_path / "spm.model").write_bytes(b"junk")
-    with pytest.raises(DataError, match=r"spm.model is not a SentencePiece model"):
-        Tokenizer.load(tmp_path / "spm.model")
+    model = train_tokenizer([prose(2000)], TokenizerConfig(vocab_size=400, character_coverage=0.99), 0)
+    odd = bytearray(model)
+    odd[model.index(b"<unk>")] = 0xFF
+    for content in (b"junk", b"", b"\n", model[:1000], bytes(odd)):
+        (tmp_path / "spm.model").write_bytes(content)
+        with pytest.raises(DataError, match=r"spm.model is not a SentencePiece model") as raised:
+            Tokenizer.load(tmp_path / "spm.model")
+        assert "INTERNAL" not in str(raised.value)
     with pytest.raises(DataError, match=r"no tokenizer at .*gone.*duet data tokenizer"):
         Tokenizer.load(tmp_path / "gone")
 
@@ -182,6 +221,7 @@ def test_a_model_from_elsewhere_is_taken_as_it_is(tmp_path: Path) -> None:
     for extra, message in (
         ({"model": str(tmp_path / "gone.model")}, r"data\.tokenizer\.model=.*gone\.model cannot be read"),
         ({"model": str(tmp_path / "a.txt")}, r"a\.txt is not a SentencePiece model"),
+        ({"model": "/dev/zero"}, r"data\.tokenizer\.model=/dev/zero is no file"),
         ({"model": str(tmp_path / "old.model"), "sentinels": 3}, r"old\.model has 0 pieces <extra_id_0>.*sentinels=3"),
     ):
         with pytest.raises(DataError, match=message):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,9 +157,55 @@ def test_work_for_other_text_is_of_no_use(tmp_path: Path, corpus: Path, small_un
         build(settings_of(corpus, tmp_path / "d"), interrupt)
     assert list((tmp_path / "d" / "_work").glob("*.rows"))
     other = settings_of(corpus, tmp_path / "d", errors="replace")
-    with pytest.raises(DataError, match="was trained for other data: errors: strict there, replace here"):
-        build(other)
-    assert not list((tmp_path / "d" / "_work").glob("*.rows"))
+    build(other)
+    build(settings_of(corpus, tmp_path / "e", errors="replace"))
+    assert published(tmp_path / "d") == published(tmp_path / "e")
+
+
+@pytest.mark.parametrize("steps", ["at once", "in tasks"])
+def test_a_failed_build_does_not_block_what_its_error_advises(tmp_path: Path, steps: str) -> None:
+    """A second try of the same settings takes the tokenizer that was trained already."""
+    file = tmp_path / "a.txt"
+    file.write_text(prose(3000))
+
+    def attempt(stages: list[str], **split: object) -> None:
+        settings, told = config(tmp_path / "d", file, split=split), lambda stage, done, total: stages.append(stage)
+        if steps == "at once":
+            build(settings, told)
+            return
+        prepare(settings, told)
+        build_task(settings, 0, 1)
+        merge(settings)
+
+    stages: list[str] = []
+    with pytest.raises(DataError, match=r"data\.split\.rule=tail"):
+        attempt(stages, rule="hash")
+    assert "tokenizer" in stages
+    again: list[str] = []
+    with pytest.raises(DataError, match=r"data\.split\.rule=tail"):
+        attempt(again, rule="hash")
+    assert "tokenizer" not in again
+    attempt([], rule="tail")
+    build(config(tmp_path / "e", file, split={"rule": "tail"}))
+    assert published(tmp_path / "d") == published(tmp_path / "e")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[1]"])
+def test_what_is_damaged_in_the_work_is_done_again_or_named(
+    tmp_path: Path, corpus: Path, small_units: None, content: bytes
+) -> None:
+    settings, work = settings_of(corpus, tmp_path / "d", duplicates={"rule": "exact"}), tmp_path / "d" / "_work"
+    prepare(settings)
+    (work / "plan.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"plan\.json is damaged .*--prepare"):
+        build_task(settings, 0, 1)
+    prepare(settings)
+    (work / "000001.json").write_bytes(content)
+    (work / "000000.verdicts.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"000000\.verdicts\.npz is damaged .*remove the folder .*_work"):
+        build_task(settings, 0, 1)
+    shutil.rmtree(work)
+    build(settings)
 
 
 def test_a_damaged_file_of_the_work_is_found(tmp_path: Path, corpus: Path, small_units: None) -> None:

@@ -46,6 +46,7 @@ def test_generating_from_a_finished_run(run_dir: Path, tmp_path: Path) -> None:
     assert len(first) > len("License\n")
     assert generated(run_dir, "--prompt", "License", "--tokens", "20") == first
     assert generated(run_dir, "--tokens", "20", given="License\n") == first, "from standard input"
+    assert generated(run_dir, "--tokens", "20", given="\ufeffLicense\n") == first, "with a byte order mark"
     several = generated(run_dir, "--prompt", "License", "--prompt", "The", "--tokens", "20")
     assert several.startswith(f"== 1 of 2 ==\n{first}== 2 of 2 ==\nThe")
     stop = re.compile("[a-z]{2}").search(first, len("License"))

@@ -174,4 +174,7 @@ def test_what_is_not_a_run_folder_is_said(tmp_path: Path) -> None:
         write_report([tmp_path], None)
     with pytest.raises(RunError, match="at least one"):
         write_report([], None)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(RunError, match=r"--out .*page\.PNG: .*end in \.html"):
+        write_report([tmp_path], tmp_path / "page.PNG")
     assert not (tmp_path / "report.html").exists()
