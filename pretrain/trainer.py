@@ -20,7 +20,7 @@ from data_pipeline.errors import RunError
 from data_pipeline.files import is_uri
 from data_pipeline.loader import Loader, Reader
 from data_pipeline.manifest import Manifest
-from data_pipeline.plan import Plan, go_on, wanted_phase
+from data_pipeline.plan import Plan, go_on, told_shares, wanted_phase
 from data_pipeline.state import DataState
 from model import registry
 from pretrain import checkpoint, journal, origin, provenance
@@ -116,6 +116,8 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
         data = DataState.model_validate(past.data) if past.data else data
         facts = _facts(config, ranks, dataset, parameters) | {"started": started}
         recorder.start(step, facts, past.num_rollbacks)
+        if shares := told_shares(dataset, config.data, data.phases[-1]):
+            recorder.note(shares)
         warn = recorder.warning if ranks.is_first else _warn_in_log
         system = SystemSampler(folder.logs, attempt, step, os.environ["LOCAL_RANK"] == "0", warn)
         saver = Saver(
