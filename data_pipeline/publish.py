@@ -180,7 +180,8 @@ def list_dropped(work: Path, units: list[Unit], facts: list[UnitFacts], file: Pa
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "w", encoding="utf-8") as out:
+            temporary.unlink(missing_ok=True)
+            with open(temporary, "x", encoding="utf-8") as out:
                 for unit, done in zip(units, facts, strict=True):
                     starts = []
                     for part, numbers in zip(unit.slices, done.numbers, strict=True):

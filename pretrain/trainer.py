@@ -16,7 +16,7 @@ import torch
 from data_pipeline import packing_plan
 from data_pipeline.atomic import disk_errors
 from data_pipeline.dataset import Dataset
-from data_pipeline.errors import RunError
+from data_pipeline.errors import DataError, RunError
 from data_pipeline.files import is_uri
 from data_pipeline.loader import Loader, Reader
 from data_pipeline.manifest import Manifest
@@ -100,7 +100,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
         attempt = ranks.broadcast(lease.attempt if lease else None)
         # Ranks that read the same copy share the work.
         part, parts = (local_rank, local_ranks) if staged else (ranks.rank, ranks.world_size)
-        ranks.together(lambda: _verify(dataset, part, parts))
+        ranks.together(lambda: _verify(dataset, part, parts, config.data.path))
         config = ranks.together(lambda: _claim(folder, config, dataset), only_first=True)
         if staged and config.data.packing == "best_fit":  # `_claim` has packed the first node's copy
             ranks.together(lambda: _pack(config, dataset) if first_of_node else None)
@@ -328,13 +328,18 @@ def _own(folder: RunFolder, stack: ExitStack) -> Lease:
     return stack.enter_context(Lease.acquire(folder.path))
 
 
-def _verify(dataset: Dataset, part: int, parts: int) -> None:
-    """Compares a dataset with its hashes, as far as that is quick; record batches are when they are first touched, and
-    remote shards as they come."""
-    if not dataset.is_remote and sum(shard.bytes for shard in dataset.manifest.shards) <= VERIFY_UP_TO_BYTES:
-        dataset.verify(part=part, parts=parts)
-    elif part == 0:
-        dataset.tokenizer()
+def _verify(dataset: Dataset, part: int, parts: int, path: str) -> None:
+    """Compares a dataset, or a node's copy of that at `path`, with its hashes, as far as that is quick; record batches
+    are when they are first touched, and remote shards as they come."""
+    try:
+        if not dataset.is_remote and sum(shard.bytes for shard in dataset.manifest.shards) <= VERIFY_UP_TO_BYTES:
+            dataset.verify(part=part, parts=parts)
+        elif part == 0:
+            dataset.tokenizer()
+    except DataError as error:
+        if dataset.name == path:
+            raise
+        raise DataError(f"{error}. It is in this node's copy of {path}: remove {dataset.name}") from error
 
 
 def _claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:

@@ -6,6 +6,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.errors import ConfigError
 from model.mask_config import EVAL_ROUNDINGS
 from pretrain.batches import Batches
+from pretrain.caches import own_caches
 from pretrain.config import Config
 from pretrain.distributed import join
 from pretrain.evaluate import evaluate, held_out, held_out_bytes
@@ -22,6 +23,7 @@ def open_trained(path: Path, step: int | None = None) -> Trained:
         ConfigError: `step` of what is not a run folder.
         DataError: the tokenizer is missing, or another one.
     """
+    own_caches()
     if is_export(path):
         if step is not None:
             raise ConfigError(f"{path} is an export, which has one step; leave step {step} out")
@@ -44,6 +46,7 @@ def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> di
     if rounding:
         config = _rounded(run, config, rounding)
     model = read_model(checkpoint, config)
+    own_caches()
     dataset = Dataset.of(config.data)
     windows = held_out(dataset, config)
     with join(config.engine.timeout_minutes) as ranks:
