@@ -23,6 +23,7 @@ import xxhash
 from data_pipeline.atomic import disk_errors, open_lock, sync_folder
 from data_pipeline.corpus import Split
 from data_pipeline.errors import DataError
+from data_pipeline.mapped import remember
 from data_pipeline.packing import Packed, pack
 from data_pipeline.shards import check_inside
 from data_pipeline.stream import TokenStream
@@ -138,7 +139,9 @@ class PackingPlan:
 
     @cached_property
     def _mapped(self) -> pa.Buffer:
-        return pa.memory_map(str(self.path)).read_buffer()
+        mapped = pa.memory_map(str(self.path)).read_buffer()
+        remember(self, self.path, mapped.size)
+        return mapped
 
     @cached_property
     def _reader(self) -> pa.ipc.RecordBatchFileReader:

@@ -14,6 +14,7 @@ import xxhash
 
 from data_pipeline.atomic import disk_errors
 from data_pipeline.errors import DataError
+from data_pipeline.mapped import remember
 from data_pipeline.shards import check_inside
 
 CHUNK_TOKENS = 2**20
@@ -135,6 +136,7 @@ class RowFile:
             self._reader = pa.ipc.open_file(file)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error}); {_MEND}") from None
+        remember(self, path, self._bytes.size)
 
     def __len__(self) -> int:
         """Number of chunks."""

@@ -17,6 +17,7 @@ import xxhash
 
 from data_pipeline.atomic import disk_errors
 from data_pipeline.errors import DataError
+from data_pipeline.mapped import remember
 
 BATCH_TOKENS = 2**20
 _PAGE_BYTES = 4096
@@ -185,6 +186,7 @@ class Shard:
             raise DataError(f"shard {path} is missing; restore it, or run `duet data build` again") from None
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"shard {path}: damaged header or footer ({error}); {_MEND}") from None
+        remember(self, path, self._bytes.size)
         self.num_batches: int = self._reader.num_record_batches
         self._views: list[np.ndarray | None] = [None] * self.num_batches
 

@@ -20,6 +20,7 @@ from data_pipeline.errors import DataError, RunError
 from data_pipeline.files import is_uri
 from data_pipeline.loader import Loader, Reader
 from data_pipeline.manifest import Manifest
+from data_pipeline.mapped import explained, told
 from data_pipeline.plan import Plan, go_on, told_shares, wanted_phase
 from data_pipeline.state import DataState
 from model import registry
@@ -147,7 +148,9 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
             health,
             failure_file,
         )
-        with system, saver, health:
+        stack.enter_context(told(lambda error: recorder.__exit__(type(error), error, None)))
+        stack.enter_context(told(lambda error: failure_file.__exit__(type(error), error, None)))
+        with explained(), system, saver, health:
             step, request = run_steps(session, step, data)
         life.ended(step, request)
         recorder.finish(step, request, time.time() - started)
