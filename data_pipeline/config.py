@@ -70,7 +70,7 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     filter: FilterConfig = FilterConfig()
     weight: float | None = Field(default=None, gt=0.0)
     """Share of the training samples that come from this source, beside the weights of the others; what it has of tokens
-    unless given. Kept with the dataset, whose tokens do not depend on it, for runs that have no weights of their own."""
+    unless given. Kept with the dataset, whose tokens do not depend on it, for runs without weights of their own."""
     repeat: float | None = Field(default=None, gt=0.0)
     """At most this many epochs of this source; without it as many as its weight asks for. Kept as `weight` is."""
 

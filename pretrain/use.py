@@ -1,5 +1,6 @@
 """A trained model after the run: where it is read from, and its validation."""
 
+import sys
 from pathlib import Path
 
 from data_pipeline.dataset import Dataset
@@ -39,6 +40,9 @@ def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> di
 
     Args:
         rounding: of learned dropout's masks, one of EVAL_ROUNDINGS; the run's own unless given.
+
+    Raises:
+        DataError: the dataset is damaged, or its tokenizer another one than the model was trained with.
     """
     if is_export(run):
         raise ConfigError(f"{run} is an export, and does not say where its held-out text lies; name the run folder")
@@ -48,6 +52,14 @@ def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> di
     model = read_model(checkpoint, config)
     own_caches()
     dataset = Dataset.of(config.data)
+    tokenizer_of(checkpoint, config)
+    trained_on = checkpoint.manifest.state["data"]["fingerprint"]
+    if dataset.manifest.fingerprint != trained_on:
+        print(
+            f"warning: {dataset.name} is dataset {dataset.manifest.fingerprint[:12]}, {checkpoint.path} was trained on "
+            f"{trained_on[:12]}: its held-out text may be another",
+            file=sys.stderr,
+        )
     windows = held_out(dataset, config)
     with join(config.engine.timeout_minutes) as ranks:
         batch = max(1, 8192 // config.model.context)

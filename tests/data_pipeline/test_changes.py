@@ -11,9 +11,10 @@ import pytest
 from data_pipeline.dataset import Dataset
 from data_pipeline.packing_plan import prepare
 from tests.conftest import RanksFailed
+from tests.data_pipeline.test_damage import FORMATS
 from tests.data_pipeline.test_dataset import shard_path, swap
 from tests.distributed.cases import train_run
-from tests.runs import SMALL
+from tests.runs import SMALL, duet
 
 Ranks = Callable[..., list[Any]]
 STEPS = ["train.eval_every=100", "schedule.kind=constant"]
@@ -120,3 +121,22 @@ def test_packed_windows_are_of_batches_that_were_compared(
             args=[*args, "data.packing=best_fit", f"data.order={order}", "batch.tokens=2048"],
             limit=0,
         )
+
+
+def test_what_is_validated_on_later_is_what_was_trained_with(
+    trained: Callable[[Path], list[str]], tmp_path: Path, mixed: Dataset
+) -> None:
+    config = tmp_path / "run" / "config.yaml"
+    trained(tmp_path)
+    config.write_text(config.read_text().replace(str(mixed.path), str(tmp_path / "data")))
+    done = duet("eval", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    in_validation(Dataset.open(tmp_path / "data"))
+    done = duet("eval", str(tmp_path / "run"))
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "v-000000-" in done.stderr
+    shutil.rmtree(tmp_path / "data")
+    shutil.copytree(FORMATS / "format2" / "text", tmp_path / "data")
+    done = duet("eval", str(tmp_path / "run"))
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "wrong tokenizer" in done.stderr

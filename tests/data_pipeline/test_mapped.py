@@ -72,7 +72,7 @@ def truncating(ranks: Any, args: list[str], shards: list[str]) -> int:
                 os.truncate(shard, 0)
         return step(engine, batches, lr)
 
-    Engine.train_step = then_truncate  # type: ignore[method-assign]
+    Engine.train_step = then_truncate  # type: ignore[method-assign, assignment]
     return train_run(ranks, args)
 
 

@@ -81,7 +81,12 @@ def test_links_and_files_are_no_folders(scratch: Path) -> None:
 @needs_root
 def test_a_folder_of_another_user_is_refused(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"duet-{os.getuid()}", f"duet-cache-{os.getuid()}", "given", "duet-cache"]
-    as_other(lambda: [(scratch / name).mkdir(mode=0o755) for name in names])
+
+    def plant() -> None:
+        for name in names:
+            (scratch / name).mkdir(mode=0o755)
+
+    as_other(plant)
     (scratch / "mine").mkdir()
     as_other(lambda: (scratch / "link").symlink_to("mine"))
     with pytest.raises(DataError, match="duet-cache is another user's"):
