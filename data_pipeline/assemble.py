@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipeline.config import DataConfig
 from data_pipeline.corpus import SPLITS, Split
-from data_pipeline.manifest import FORMAT
+from data_pipeline.manifest import STREAMS
 from data_pipeline.rows import Chunk, RowFile
 from data_pipeline.shards import ShardWriter, WrittenShard, token_dtype
 from data_pipeline.sources import Unit
@@ -177,7 +177,7 @@ def plan_assembly(
             streams.append(Stream(work, source, split, rows, bins))
     dtype = token_dtype(tokenizer.vocab_size).name
     metadata = {
-        "format": str(FORMAT),
+        "format": str(STREAMS),
         "dtype": dtype,
         "eos_id": str(tokenizer.eos_id),
         "tokenizer_sha256": tokenizer.sha256,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from data_pipeline.errors import DataError, UserError
 
@@ -19,6 +19,7 @@ _DISK_ERRORS = {
     errno.EISDIR: "a folder stands where a file is needed",
     errno.ENOTDIR: "a file stands where a folder is needed",
     errno.EEXIST: "a file stands where a folder is needed",
+    errno.ELOOP: "a link stands there, and what it points to is somebody's",
 }
 
 
@@ -39,8 +40,9 @@ def disk_errors(path: Path, kind: type[UserError] = DataError) -> Iterator[None]
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replaces a file: a temporary one beside it, flushed to disk, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # left by a process that was killed, or a link
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -53,6 +55,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Replaces a file by JSON, indented for people."""
     write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def open_lock(path: Path) -> BinaryIO:
+    """A file to lock, made if it is not there; what is in it stays. A link is refused (OSError), since others may set
+    one where they can write."""
+    return open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666))
 
 
 def sync_folder(folder: Path) -> None:

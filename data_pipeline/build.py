@@ -12,8 +12,8 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.files import is_uri
 from data_pipeline.job import Job, Notes, ignore
-from data_pipeline.manifest import MANIFEST, Manifest, differences
-from data_pipeline.publish import remove_stale
+from data_pipeline.manifest import FORMAT, MANIFEST, Manifest, differences
+from data_pipeline.publish import mixture, remove_stale
 from data_pipeline.sources import Unit
 from data_pipeline.stages import Context, UnitFacts
 from data_pipeline.tokenizer import TOKENIZER, Tokenizer
@@ -49,7 +49,7 @@ def build(
                     f"{root} is built already; what was left out is listed while it is built: --overwrite it"
                 )
             job.report("unchanged")(0)
-            manifest = Dataset.open(root).manifest
+            manifest = _with_mixture(root, Dataset.open(root).manifest, config)
             remove_stale(root, manifest)
             remove_work(work)
             return manifest
@@ -144,6 +144,15 @@ def _home(root: Path, work: Path) -> Path:
     """Where the tokenizer is. One that a build trains for itself is part of its work until it is published: were it
     left behind by a build that fails, it would refuse the settings that mend it."""
     return root if (root / TOKENIZER).exists() else work
+
+
+def _with_mixture(root: Path, manifest: Manifest, config: DataConfig) -> Manifest:
+    """The manifest with the weights that `config` gives, which no shard depends on. Format 1 knows one source only."""
+    wanted = manifest.model_copy(update={"format": FORMAT, **mixture(config)})
+    if manifest.format == 1 or (wanted.weights, wanted.repeats) == (manifest.weights, manifest.repeats):
+        return manifest
+    wanted.save(root)
+    return wanted
 
 
 def _check_same(root: Path, identity: dict[str, Any]) -> None:

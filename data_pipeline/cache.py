@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from data_pipeline.atomic import disk_errors
+from data_pipeline.atomic import disk_errors, open_lock
 from data_pipeline.errors import DataError
+from data_pipeline.private import own_folder
 
 _PART = ".part"
 
@@ -28,11 +29,10 @@ class Cache:
     """Files by name; those least recently used go when there is no room."""
 
     def __init__(self, folder: Path, limit: int) -> None:
-        """`limit`: bytes of all files, those being fetched included. Raises DataError if the folder cannot be made."""
-        self.folder = folder
+        """`limit`: bytes of all files, those being fetched included. Raises DataError if the folder cannot be made, or
+        others can write there."""
+        self.folder = own_folder(folder)
         self.limit = limit
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
 
     def find(self, name: str) -> Cached | None:
         """The file `name`, if it is there."""
@@ -61,6 +61,10 @@ class Cache:
                 with part:
                     self._fill(part, path, size, fill)
 
+    def discard(self, name: str) -> bool:
+        """Removes the file `name`; whether it could, since nobody reads it."""
+        return _remove(self.folder / name)
+
     def _fill(self, part: BinaryIO, path: Path, size: int, fill: Callable[[BinaryIO], object]) -> None:
         temporary = Path(part.name)
         if path.exists():
@@ -78,7 +82,7 @@ class Cache:
 
     def _reserve(self, part: Path, size: int) -> None:
         """Makes room, and gives the file its size so that others count it."""
-        with open(self.folder / ".lock", "ab") as lock:
+        with open_lock(self.folder / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             found = []
             for file in self.folder.iterdir():
@@ -104,7 +108,7 @@ class Cache:
 def _locked(path: Path, kind: int, create: bool = False, wait: bool = True) -> BinaryIO | None:
     """The file at `path`, opened and locked; None if there is none, it went meanwhile, or another process has it."""
     try:
-        file = open(path, "r+b", opener=_or_create if create else None)  # noqa: SIM115
+        file = open_lock(path) if create else open(path, "r+b")  # noqa: SIM115
     except FileNotFoundError:
         return None
     try:
@@ -115,10 +119,6 @@ def _locked(path: Path, kind: int, create: bool = False, wait: bool = True) -> B
         pass
     file.close()
     return None
-
-
-def _or_create(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT, 0o666)  # Not emptied: it may be another's yet.
 
 
 def _remove(path: Path) -> bool:

@@ -73,9 +73,9 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     filter: FilterConfig = FilterConfig()
     weight: float | None = Field(default=None, gt=0.0)
     """Share of the training samples that come from this source, beside the weights of the others; what it has of tokens
-    unless given. Read by `duet train`; the dataset does not depend on it."""
+    unless given. Kept with the dataset, whose tokens do not depend on it, for runs without weights of their own."""
     repeat: float | None = Field(default=None, gt=0.0)
-    """At most this many epochs of this source; without it as many as its weight asks for. Read by `duet train`."""
+    """At most this many epochs of this source; without it as many as its weight asks for. Kept as `weight` is."""
 
 
 class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
@@ -172,10 +172,11 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     of `tokenizer.sentinels`; the target of a source, of a dataset built with `target_key`. Each needs a
     `model.architecture` that fits."""
     weights: dict[str, float] = {}
-    """Shares of the training samples by source, instead of the sources' own `weight`; a source left out is not read."""
+    """Shares of the training samples by source, instead of the sources' own `weight`, or of those that the dataset was
+    built with; a source left out is not read."""
     order: Literal["global", "block"] = "global"
-    """`global`: any window of a source may come next, which suits local disks; `block`: those of 16 shards at a time,
-    each record batch compared with its hash when it is first read."""
+    """`global`: any window of a source may come next, which suits local disks; `block`: those of 16 shards at a
+    time."""
     packing: Literal["plain", "best_fit"] = "plain"
     """`plain`: windows run on over documents; `best_fit`: documents share windows, and none is cut unless it is longer
     than a window (objectives `causal` and `masked`). `model.document_mask` keeps them apart."""

@@ -17,7 +17,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.corpus import SPLITS, Split
 from data_pipeline.errors import DataError
 from data_pipeline.files import is_uri
-from data_pipeline.manifest import Manifest, ShardFacts, SourceFacts
+from data_pipeline.manifest import MANIFEST, Manifest, ShardFacts, SourceFacts
 from data_pipeline.order import BLOCK_SHARDS
 from data_pipeline.packed_windows import PackedWindows
 from data_pipeline.packing_plan import PackingPlan
@@ -160,52 +160,65 @@ class Dataset:
         return model_file(self.path / TOKENIZER)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of this dataset. Raises DataError if the file there is missing or another one."""
+        """The tokenizer of this dataset. Raises DataError if the file there is missing or another one, or is not what
+        the manifest says of it."""
         if self._remote is not None:
             found = self._remote.tokenizer(self.manifest.tokenizer)
             with found.lease:
-                return Tokenizer.load(found.path)
-        path = model_file(self.path / TOKENIZER)
-        tokenizer = Tokenizer.load(path)
-        if tokenizer.sha256 != self.manifest.tokenizer.sha256:
+                tokenizer, path = Tokenizer.load(found.path), found.path
+        else:
+            path = model_file(self.path / TOKENIZER)
+            tokenizer = Tokenizer.load(path)
+        facts = self.manifest.tokenizer
+        if tokenizer.sha256 != facts.sha256:
             raise DataError(
                 f"wrong tokenizer: {path} has sha256 {tokenizer.sha256[:12]}, the dataset was built with "
-                f"{self.manifest.tokenizer.sha256[:12]}; restore that file, or run `duet data build --overwrite`"
+                f"{facts.sha256[:12]}; restore that file, or run `duet data build --overwrite`"
             )
+        for key in ("vocab_size", "eos_id", "unk_id"):
+            if getattr(tokenizer, key) != getattr(facts, key):
+                raise DataError(
+                    f"{self.name}/{MANIFEST} is damaged: {key} of its tokenizer is {getattr(facts, key)}, and {path} "
+                    f"has {getattr(tokenizer, key)}; {_MEND}"
+                )
         return tokenizer
 
-    def windows(
-        self, split: Split, context: int, partial: bool = False, source: str | None = None, check: bool = False
-    ) -> Windows:
+    def windows(self, split: Split, context: int, partial: bool = False, source: str | None = None) -> Windows:
         """Windows of `context` predictions over the stream of `split`, of one source or of all; see Windows.
-
-        `check`: compare each record batch with its hash when it is first touched.
 
         Raises DataError when the stream is too small for one.
         """
-        return Windows(TokenStream(self, split, source, check), context, partial)
+        return Windows(TokenStream(self, split, source), context, partial)
 
-    def packed_windows(
-        self, split: Split, context: int, source: str | None = None, check: bool = False
-    ) -> PackedWindows:
+    def packed_windows(self, split: Split, context: int, source: str | None = None) -> PackedWindows:
         """The same with documents that are not cut; see PackedWindows. `packing_plan.prepare` has to come before.
 
         Raises DataError when it did not, or its plan is damaged.
         """
         plan = PackingPlan.of_stream(self.path, self.stream_fingerprint(source, split), context)
-        return PackedWindows(TokenStream(self, split, source, check), plan)
+        return PackedWindows(TokenStream(self, split, source), plan)
 
-    def pairs(self, split: Split, context: int, source: str | None = None, check: bool = False) -> PairWindows:
+    def pairs(self, split: Split, context: int, source: str | None = None) -> PairWindows:
         """The pairs of a dataset that was built of such; see PairWindows. Raises DataError when there are none."""
-        return PairWindows(TokenStream(self, split, source, check), context, self.manifest.tokenizer.eos_id)
+        return PairWindows(TokenStream(self, split, source), context, self.manifest.tokenizer.eos_id)
 
-    def verify(self, progress: Callable[[int, int], None] | None = None, threads: int = 4) -> None:
+    def verify(
+        self,
+        progress: Callable[[int, int], None] | None = None,
+        threads: int = 4,
+        part: int = 0,
+        parts: int = 1,
+    ) -> None:
         """Reads everything, compares all hashes, counts what is there; `progress` gets (bytes done, bytes in all).
+
+        Of `parts` processes that share the work, each does its `part`.
 
         Raises DataError that names the first damaged, swapped or missing file, and the place in it.
         """
-        self.tokenizer()
-        total = sum(shard.bytes for shard in self.manifest.shards)
+        if part == 0:
+            self.tokenizer()
+        shards = self.manifest.shards[part::parts]
+        total = sum(shard.bytes for shard in shards)
         done = 0
         lock = threading.Lock()
         failed = threading.Event()
@@ -227,7 +240,7 @@ class Dataset:
             return None
 
         with ThreadPoolExecutor(threads) as pool:
-            errors = [error for error in pool.map(check, self.manifest.shards) if error is not None]
+            errors = [error for error in pool.map(check, shards) if error is not None]
         if errors:
             raise errors[0]
 

@@ -1,12 +1,15 @@
 """Plans of packed windows: Arrow files beside the shards, each of one stream, one context and one rule.
 
-A plan follows from the stream and the context alone, so it is computed once, by whoever comes first. A row is a window:
-where in the stream its slices begin, and how long they are. Record batches carry their hash and their share of the
-totals.
+A plan follows from the stream and the context alone, so it is computed once, by whoever comes first, and again when it
+is damaged. A row is a window: where in the stream its slices begin, and how long they are. Record batches carry their
+hash, and a head: their share of the totals, with a hash that says of which plan they are which part.
 """
 
 import fcntl
+import itertools
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from data_pipeline.atomic import disk_errors, sync_folder
+from data_pipeline.atomic import disk_errors, open_lock, sync_folder
 from data_pipeline.corpus import Split
 from data_pipeline.errors import DataError
+from data_pipeline.mapped import remember
 from data_pipeline.packing import Packed, pack
 from data_pipeline.shards import check_inside
 from data_pipeline.stream import TokenStream
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from data_pipeline.dataset import Dataset
 
 FOLDER = "packing"
+FORMAT = "2"
+"""Plans of the first format have no heads."""
 RULE = "best_fit_1"
 """Names what `_stretches` and `pack` do: raised when windows would come out otherwise."""
 _STRETCH_SLICES, _STRETCH_TOKENS = 2**22, 2**31
@@ -64,7 +70,9 @@ class PackingPlan:
         try:
             self.metadata = {key.decode(): value.decode() for key, value in self._reader.schema.metadata.items()}
             self.context = int(self.metadata["context"])
-            shares = [self._record(batch)[1] for batch in range(self._reader.num_record_batches)]
+            shares = [self._share(batch) for batch in range(self._reader.num_record_batches)]
+            if "format" in self.metadata and [share["last"] for share in shares] != ["0"] * (len(shares) - 1) + ["1"]:
+                raise ValueError("its last batches are missing")
             self._first_window = np.cumsum([0, *(int(share["windows"]) for share in shares)])
             totals = {key: sum(int(share[key]) for share in shares) for key in PackingFacts.__dataclass_fields__}
         except FileNotFoundError:
@@ -84,7 +92,8 @@ class PackingPlan:
                 "this context does it"
             )
         plan = cls(path)
-        if plan.metadata != _metadata(fingerprint, context):
+        wanted = _metadata(fingerprint, context)
+        if plan.metadata not in (wanted, {key: value for key, value in wanted.items() if key != "format"}):
             raise plan._damaged(f"it is the plan of something else ({plan.metadata})")
         return plan
 
@@ -130,7 +139,9 @@ class PackingPlan:
 
     @cached_property
     def _mapped(self) -> pa.Buffer:
-        return pa.memory_map(str(self.path)).read_buffer()
+        mapped = pa.memory_map(str(self.path)).read_buffer()
+        remember(self, self.path, mapped.size)
+        return mapped
 
     @cached_property
     def _reader(self) -> pa.ipc.RecordBatchFileReader:
@@ -140,12 +151,28 @@ class PackingPlan:
         record, share = self._reader.get_batch_with_custom_metadata(batch)
         return record, {key.decode(): value.decode() for key, value in share.items()}
 
+    def _share(self, batch: int) -> dict[str, str]:
+        """What a record batch says of itself. Raises ValueError if it was altered."""
+        record, share = self._record(batch)
+        if int(share["windows"]) != record.num_rows or ("format" in self.metadata) != ("head" in share):
+            raise ValueError(f"batch {batch} does not hold what it says")
+        if "head" in share and share.pop("head") != _head(self.metadata, batch, share):
+            raise ValueError(f"the head of batch {batch} does not match its hash")
+        return share
+
     def _damaged(self, what: str) -> DataError:
         return DataError(f"packing plan {self.path}: {what}; remove the file, and it is computed again")
 
     def __getstate__(self) -> dict[str, Any]:
         """Memory maps stay behind."""
         return {k: v for k, v in self.__dict__.items() if k not in ("_mapped", "_reader")} | {"_views": {}}
+
+
+class _Part(NamedTuple):
+    """A record batch to write, and its share of the totals."""
+
+    view: Packed
+    share: dict[str, int]
 
 
 class _Missing(NamedTuple):
@@ -169,7 +196,7 @@ def prepare(dataset: "Dataset", context: int, progress: Callable[[str, int, int]
     missing = [
         _Missing(TokenStream(dataset, split, source), fingerprint)
         for split, source, fingerprint in _streams(dataset)
-        if not plan_path(dataset.path, fingerprint, context).exists()
+        if not _is_whole(dataset.path, fingerprint, context)
     ]
     if not missing:
         return
@@ -178,16 +205,28 @@ def prepare(dataset: "Dataset", context: int, progress: Callable[[str, int, int]
     folder = dataset.path / FOLDER
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the end
+        lock = open_lock(folder / ".lock")
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for stream, fingerprint in missing:
-            path = plan_path(dataset.path, fingerprint, context)
-            if not path.exists():  # it may have come while we waited
+            if not _is_whole(dataset.path, fingerprint, context):  # it may have come while we waited
+                path = plan_path(dataset.path, fingerprint, context)
                 for done in _write(path, stream, _metadata(fingerprint, context), context):
                     if progress is not None:
                         progress("pack", before + size * done, total)
             before += size * stream.num_tokens
+
+
+def _is_whole(root: Path, fingerprint: str, context: int) -> bool:
+    """Whether a plan is there, and matches its hashes; says so if it does not."""
+    if not plan_path(root, fingerprint, context).exists():
+        return False
+    try:
+        PackingPlan.of_stream(root, fingerprint, context).check()
+    except DataError as error:
+        print(f"warning: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def prepared(dataset: "Dataset", context: int) -> bool:
@@ -235,7 +274,7 @@ def _streams(dataset: "Dataset") -> Iterator[tuple[Split, str | None, str]]:
 
 
 def _metadata(fingerprint: str, context: int) -> dict[str, str]:
-    return {"fingerprint": fingerprint, "context": str(context), "rule": RULE}
+    return {"fingerprint": fingerprint, "context": str(context), "rule": RULE, "format": FORMAT}
 
 
 def _stretches(stream: TokenStream, context: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -262,17 +301,21 @@ def _stretches(stream: TokenStream, context: int) -> Iterator[tuple[np.ndarray, 
 def _write(path: Path, stream: TokenStream, metadata: dict[str, str], context: int) -> Iterator[int]:
     """Writes a plan, whole or not at all; yields tokens that are done. Under the lock: the temporary name is fixed."""
     temporary, schema, done = path.with_name(f".{path.name}.tmp"), _SCHEMA.with_metadata(metadata), 0
+    temporary.unlink(missing_ok=True)
+    held: _Part | None = None
+    number = itertools.count()
     try:
-        with disk_errors(path), open(temporary, "wb") as file:
+        with disk_errors(path), open(temporary, "xb") as file:
             with pa.ipc.new_file(file, schema) as writer:
                 for starts, lengths in _stretches(stream, context):
-                    packed, share = pack(starts, lengths, context), {"documents": len(starts)}
-                    share["cut"] = int((lengths > context + 1).sum())
-                    for first in range(0, len(packed.bounds) - 1, _BATCH_WINDOWS):
-                        _add(writer, schema, packed, first, context, share)
-                        share = {"documents": 0, "cut": 0}
+                    for part in _parts(starts, lengths, context):
+                        if held is not None:
+                            _add(writer, schema, held, next(number), last=False)
+                        held = part
                     done += int(lengths.sum())
                     yield done
+                if held is not None:
+                    _add(writer, schema, held, next(number), last=True)
             file.flush()
             os.fsync(file.fileno())
         with disk_errors(path):
@@ -282,19 +325,33 @@ def _write(path: Path, stream: TokenStream, metadata: dict[str, str], context: i
         temporary.unlink(missing_ok=True)
 
 
-def _add(writer: Any, schema: pa.Schema, packed: Packed, first: int, context: int, share: dict[str, int]) -> None:
-    bounds = packed.bounds[first : first + _BATCH_WINDOWS + 1]
-    inside = slice(bounds[0], bounds[-1])
-    view = Packed((bounds - bounds[0]).astype(np.int32), packed.starts[inside], packed.lengths[inside])
-    tokens = np.add.reduceat(view.lengths, view.bounds[:-1])
-    facts = share | {"windows": len(tokens), "inputs": int(np.minimum(tokens, context).sum())}
+def _parts(starts: np.ndarray, lengths: np.ndarray, context: int) -> Iterator[_Part]:
+    """A stretch, packed, as record batches of windows."""
+    packed, share = pack(starts, lengths, context), {"documents": len(starts)}
+    share["cut"] = int((lengths > context + 1).sum())
+    for first in range(0, len(packed.bounds) - 1, _BATCH_WINDOWS):
+        bounds = packed.bounds[first : first + _BATCH_WINDOWS + 1]
+        inside = slice(bounds[0], bounds[-1])
+        view = Packed((bounds - bounds[0]).astype(np.int32), packed.starts[inside], packed.lengths[inside])
+        tokens = np.add.reduceat(view.lengths, view.bounds[:-1])
+        yield _Part(view, share | {"windows": len(tokens), "inputs": int(np.minimum(tokens, context).sum())})
+        share = {"documents": 0, "cut": 0}
+
+
+def _add(writer: Any, schema: pa.Schema, part: _Part, number: int, last: bool) -> None:
     values = pa.StructArray.from_arrays(
-        [pa.array(view.starts), pa.array(view.lengths)], fields=list(schema.field(0).type.value_type)
+        [pa.array(part.view.starts), pa.array(part.view.lengths)], fields=list(schema.field(0).type.value_type)
     )
-    column = pa.ListArray.from_arrays(pa.array(view.bounds), values, type=schema.field(0).type)
+    column = pa.ListArray.from_arrays(pa.array(part.view.bounds), values, type=schema.field(0).type)
     record = pa.record_batch([column], schema=schema)
-    custom = {key: str(value) for key, value in facts.items()} | {"xxh3": _hash(view)}
-    writer.write_batch(record, custom_metadata=custom)
+    custom = {key: str(value) for key, value in part.share.items()}
+    custom |= {"xxh3": _hash(part.view), "last": str(int(last))}
+    metadata = {key.decode(): value.decode() for key, value in schema.metadata.items()}
+    writer.write_batch(record, custom_metadata=custom | {"head": _head(metadata, number, custom)})
+
+
+def _head(metadata: dict[str, str], number: int, share: dict[str, str]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps([metadata, number, share], sort_keys=True).encode())
 
 
 def _hash(view: Packed) -> str:

@@ -1,6 +1,6 @@
 """What is read at each position of a run: source and window as pure functions of the position."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -16,11 +16,12 @@ from data_pipeline.phases import Phase, Schedule
 from data_pipeline.state import DataState
 
 
-def wanted_phase(dataset: Dataset, config: DataConfig, context: int) -> Phase:
+def wanted_phase(dataset: Dataset, config: DataConfig, context: int, recorded: bool = True) -> Phase:
     """How `config` wants samples to be drawn from `dataset`, as a first phase.
 
-    Weights are `data.weights`, else those of `data.sources`; without either, sources weigh what they have of windows,
-    and all come to the end of an epoch together.
+    Weights are `data.weights`, else those of `data.sources`, else those of the configuration that the dataset was
+    built with (unless not `recorded`); without any, sources weigh what they have of windows, and all come to the end
+    of an epoch together.
 
     Raises DataError for a weight of a source that is not there, or that cannot be used, and when windows are to be
     packed and `packing_plan.prepare` was not called.
@@ -34,12 +35,14 @@ def wanted_phase(dataset: Dataset, config: DataConfig, context: int) -> Phase:
         windows = {name: len(dataset.packed_windows("train", context, name)) for name in sources}
     else:
         windows = {name: max(0, source.tokens["train"] - 1) // context for name, source in sources.items()}
-    caps = {
-        name: int(windows[name] * source.repeat)
-        for name, source in config.sources.items()
-        if name in windows and source.repeat is not None
-    }
-    weights = integer_weights(_weights(config, windows))
+    repeats = dict(dataset.manifest.repeats) if recorded else {}
+    repeats |= {name: source.repeat for name, source in config.sources.items() if source.repeat is not None}
+    caps = {name: int(windows[name] * repeat) for name, repeat in repeats.items() if name in windows}
+    given = given_weights(config, windows) or (dataset.manifest.weights if recorded else None)
+    if given:
+        weights = integer_weights({name: given.get(name, 0) for name in windows})
+    else:  # where there is none, Windows refuses with advice
+        weights = integer_weights(windows if any(windows.values()) else dict.fromkeys(windows, 1))
     return Phase(
         base_counts=dict.fromkeys(sources, 0),
         weights=weights,
@@ -68,18 +71,38 @@ def check_kind(dataset: Dataset, config: DataConfig) -> None:
         )
 
 
-def _weights(config: DataConfig, windows: Mapping[str, int]) -> Mapping[str, float]:
+def given_weights(config: DataConfig, sources: Collection[str]) -> Mapping[str, float]:
+    """The weights that a configuration gives; nothing if it leaves them to the dataset.
+
+    Raises DataError for a weight of a source that is not there, and where some have one and others none.
+    """
     given: Mapping[str, float] = config.weights
-    if not given and set(windows) <= set(config.sources):
-        given = {name: weight for name in windows if (weight := config.sources[name].weight) is not None}
-    if unknown := [name for name in given if name not in windows]:
-        raise DataError(f"data.weights.{unknown[0]}: no such source in {config.path}; it has {', '.join(windows)}")
-    if config.weights or len(given) == len(windows):
-        return {name: given.get(name, 0) for name in windows}
-    if given:
-        missing = [name for name in windows if name not in given]
-        raise DataError(f"data.sources.{missing[0]} has no weight, though {next(iter(given))} has: give all, or none")
-    return windows if any(windows.values()) else dict.fromkeys(windows, 1)  # which Windows refuses, with advice
+    if not given and set(sources) <= set(config.sources):
+        given = {name: weight for name in sources if (weight := config.sources[name].weight) is not None}
+        if given and (missing := [name for name in sources if name not in given]):
+            raise DataError(
+                f"data.sources.{missing[0]} has no weight, though {next(iter(given))} has: give all, or none"
+            )
+    if unknown := [name for name in given if name not in sources]:
+        raise DataError(f"data.weights.{unknown[0]}: no such source in {config.path}; it has {', '.join(sources)}")
+    return given
+
+
+def told_shares(dataset: Dataset, config: DataConfig, phase: Phase) -> str | None:
+    """A line that says what share of the samples is read from each source, and why; None if there is only one."""
+    if len(phase.streams) < 2:
+        return None
+    total, recorded = sum(phase.weights.values()), dataset.manifest.weights
+    shares = ", ".join(f"{name} {phase.weights.get(name, 0) / total:.1%}" for name in phase.streams)
+    if given_weights(config, phase.streams):
+        why = "as the configuration says"
+    elif recorded and phase.weights == integer_weights({name: recorded.get(name, 0) for name in phase.streams}):
+        why = "as the configuration that the dataset was built with says"
+    elif recorded:
+        why = "as this run began; the dataset was built with other weights: data.weights"
+    else:
+        why = "by their size, since the dataset was built without weights; data.weights gives others"
+    return f"samples by source: {shares} ({why})"
 
 
 class Plan:
@@ -151,12 +174,11 @@ class Plan:
 
 
 def _windows(dataset: Dataset, phase: Phase, source: str) -> AnyWindows:
-    check = phase.order == "block"
     if phase.packing == "best_fit":
-        return dataset.packed_windows("train", phase.context, source, check)
+        return dataset.packed_windows("train", phase.context, source)
     if phase.packing == "pairs":
-        return dataset.pairs("train", phase.context, source, check)
-    return dataset.windows("train", phase.context, source=source, check=check)
+        return dataset.pairs("train", phase.context, source)
+    return dataset.windows("train", phase.context, source=source)
 
 
 def go_on(state: DataState, dataset: Dataset, config: DataConfig, context: int) -> DataState:
@@ -165,4 +187,8 @@ def go_on(state: DataState, dataset: Dataset, config: DataConfig, context: int) 
     Raises DataError when what is to be read changed otherwise; names what differs.
     """
     wanted = wanted_phase(dataset, config, context)
+    if len(state.phases) == config.phase and state.phases[-1].changes(wanted):
+        # A run from before datasets recorded their weights goes on with those it had.
+        former = wanted_phase(dataset, config, context, recorded=False)
+        wanted = wanted if state.phases[-1].changes(former) else former
     return state.entered(wanted, dataset.manifest.fingerprint, config.phase)

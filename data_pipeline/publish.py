@@ -19,9 +19,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.formats import kind
 from data_pipeline.manifest import (
-    FORMAT,
     MANIFEST,
-    PAIRS,
     InputFile,
     Manifest,
     ShardFacts,
@@ -60,7 +58,6 @@ def describe(
     if config.pairs:
         rule["pairs"] = True
     return Manifest(
-        format=PAIRS if config.pairs else FORMAT,
         fingerprint=fingerprint(made_by, assembly.dtype, rule, shards),
         identity=plan.identity,
         tokenizer=made_by,
@@ -75,7 +72,18 @@ def describe(
         ],
         shards=shards,
         splits=splits,
+        pairs=config.pairs,
+        **mixture(config),
     )
+
+
+def mixture(config: DataConfig) -> dict[str, Any]:
+    """How often a run reads each source unless it says so itself: the keys of the manifest."""
+    weights = {name: source.weight for name, source in config.sources.items() if source.weight is not None}
+    if config.weights:
+        weights = {name: config.weights.get(name, 0.0) for name in config.sources}
+    repeats = {name: source.repeat for name, source in config.sources.items() if source.repeat is not None}
+    return {"weights": weights if weights.keys() == config.sources.keys() else None, "repeats": repeats}
 
 
 def _name(shard: WrittenShard, stream: Stream) -> ShardFacts:
@@ -183,7 +191,8 @@ def list_dropped(work: Path, units: list[Unit], facts: list[UnitFacts], file: Pa
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "w", encoding="utf-8") as out:
+            temporary.unlink(missing_ok=True)
+            with open(temporary, "x", encoding="utf-8") as out:
                 for unit, done in zip(units, facts, strict=True):
                     starts = []
                     for part, numbers in zip(unit.slices, done.numbers, strict=True):

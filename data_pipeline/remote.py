@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import xxhash
 
-from data_pipeline.atomic import disk_errors
 from data_pipeline.cache import Cache, Cached
 from data_pipeline.errors import DataError
 from data_pipeline.files import is_uri, join, open_raw, resolve, stamp
@@ -36,16 +36,8 @@ class _DamagedError(Exception):
 
 
 def default_folder() -> Path:
-    """A user's cache in TMPDIR, which on a cluster names the node's own scratch.
-
-    Raises DataError if somebody else made it, since whoever can write there chooses what is trained on.
-    """
-    folder = Path(tempfile.gettempdir()) / f"duet-cache-{os.getuid()}"
-    with disk_errors(folder):
-        folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise DataError(f"{folder} is a link, or another user's: set data.cache to a folder of your own")
-    return folder
+    """A user's cache in TMPDIR, which on a cluster names the node's own scratch."""
+    return Path(tempfile.gettempdir()) / f"duet-cache-{os.getuid()}"
 
 
 @contextmanager
@@ -67,6 +59,8 @@ class RemoteShards:
         self.cache = cache
         self._wanted: list[ShardFacts] = []
         self._thread: threading.Thread | None = None
+        self._whole: set[str] = set()
+        """Names in the cache that this process has compared with their hashes."""
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy in another process has a thread of its own."""
@@ -80,12 +74,26 @@ class RemoteShards:
         """The shard's file, fetched if it is not in the cache; None if another process does that and not `wait`.
 
         Raises DataError that names the shard if it cannot be fetched as the manifest describes it."""
-        return self.cache.get(f"{shard.xxh3_128}.arrow", shard.bytes, lambda out: self._fetch(shard, out), wait)
+        name = f"{shard.xxh3_128}.arrow"
+        while True:
+            found = self.cache.get(name, shard.bytes, lambda out: self._fetch(shard, out), wait)
+            if found is None or name in self._whole or _hash(found.path) == shard.xxh3_128:
+                self._whole.add(name)
+                return found
+            found.lease.close()
+            print(f"warning: {found.path} does not match its hash: it is fetched again", file=sys.stderr)
+            if not self.cache.discard(name):
+                raise DataError(
+                    f"{found.path} does not match its hash, and is in use; end what reads it, and remove it"
+                )
 
     def tokenizer(self, facts: TokenizerFacts) -> Cached:
         """The tokenizer's file. Raises DataError if it is missing or another one."""
         if found := self.cache.find(facts.sha256):
-            return found
+            if hashlib.sha256(found.path.read_bytes()).hexdigest() == facts.sha256:
+                return found
+            found.lease.close()
+            self.cache.discard(facts.sha256)
         sought = [join(self._uri, f"{TOKENIZER}/{name}") for name in (MODEL, JSON)]
         there = [name for name in sought if stamp(name)[0]]
         name = (there or sought)[0]
@@ -145,6 +153,14 @@ class RemoteShards:
                 _add(pending.popleft().result(), out, digest)
         if digest.hexdigest() != shard.xxh3_128:
             raise _DamagedError("it does not match its hash")
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(_PART_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _add(data: bytes, out: BinaryIO, digest: "xxhash.xxh3_128 | None" = None) -> None:

@@ -14,8 +14,11 @@ import xxhash
 
 from data_pipeline.atomic import disk_errors
 from data_pipeline.errors import DataError
+from data_pipeline.mapped import remember
+from data_pipeline.shards import check_inside
 
 CHUNK_TOKENS = 2**20
+_MEND = "remove its folder and build again"
 SORTED_CHUNK_TOKENS = 2**24  # Longer stretches to read for each range of keys.
 
 
@@ -128,9 +131,12 @@ class RowFile:
         """Raises DataError if the file is missing or cut off."""
         self._path = path
         try:
-            self._reader = pa.ipc.open_file(pa.memory_map(str(path), "r"))
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} cannot be read ({error}); remove its folder and build again") from None
+            file = pa.memory_map(str(path), "r")
+            self._bytes = file.read_buffer()
+            self._reader = pa.ipc.open_file(file)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read ({error}); {_MEND}") from None
+        remember(self, path, self._bytes.size)
 
     def __len__(self) -> int:
         """Number of chunks."""
@@ -138,11 +144,20 @@ class RowFile:
 
     def chunk(self, number: int, check: bool = True) -> Chunk:
         """A chunk; `check`: compare it with its hash. Raises DataError if it is damaged."""
-        batch, facts = self._reader.get_batch_with_custom_metadata(number)
-        tokens, starts, keys = batch.columns
-        chunk = Chunk(
-            tokens.values.to_numpy(), tokens.offsets.to_numpy(), starts.to_numpy(zero_copy_only=False), keys.to_numpy()
-        )
-        if check and facts[b"xxh3"].decode() != _hash(*chunk):
-            raise DataError(f"{self._path}: chunk {number} does not match its hash; remove its folder and build again")
+        try:
+            batch, facts = self._reader.get_batch_with_custom_metadata(number)
+            for column in range(batch.num_columns):
+                check_inside(batch, self._bytes, column)
+            tokens, starts, keys = batch.columns
+            chunk = Chunk(
+                tokens.values.to_numpy(),
+                tokens.offsets.to_numpy(),
+                starts.to_numpy(zero_copy_only=False),
+                keys.to_numpy(),
+            )
+            damaged = check and facts[b"xxh3"].decode() != _hash(*chunk)
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+            raise DataError(f"{self._path}: chunk {number} cannot be read ({error}); {_MEND}") from None
+        if damaged:
+            raise DataError(f"{self._path}: chunk {number} does not match its hash; {_MEND}")
         return chunk

@@ -17,6 +17,7 @@ import xxhash
 
 from data_pipeline.atomic import disk_errors
 from data_pipeline.errors import DataError
+from data_pipeline.mapped import remember
 
 BATCH_TOKENS = 2**20
 _PAGE_BYTES = 4096
@@ -185,6 +186,7 @@ class Shard:
             raise DataError(f"shard {path} is missing; restore it, or run `duet data build` again") from None
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"shard {path}: damaged header or footer ({error}); {_MEND}") from None
+        remember(self, path, self._bytes.size)
         self.num_batches: int = self._reader.num_record_batches
         self._views: list[np.ndarray | None] = [None] * self.num_batches
 
@@ -194,6 +196,16 @@ class Shard:
         if view is None:
             view = self._views[batch] = self._batch(batch)[0]
         return view
+
+    def read(self, batch: int, check: bool) -> tuple[np.ndarray, np.ndarray]:
+        """All tokens of a record batch, and where documents begin among them, int32 [documents].
+
+        `check`: compare it with its hash. Raises DataError if it is damaged.
+        """
+        values, offsets, recorded, documents = self._batch(batch)
+        if check:
+            self._compare(batch, values, offsets, recorded)
+        return values, offsets[1 if documents < len(offsets) - 1 else 0 : -1]
 
     def rows(self, batch: int) -> np.ndarray:
         """Where the rows of a record batch begin and end among its tokens, int32 [rows + 1]."""
@@ -228,9 +240,7 @@ class Shard:
         if column.offset or column.offsets[0].as_py() != 0 or column.offsets[-1].as_py() != len(column.values):
             raise pa.ArrowInvalid("its offsets do not match its tokens")
 
-    def check_batch(self, batch: int) -> None:
-        """Compares a batch with its hash. Raises DataError if it is damaged."""
-        values, offsets, recorded, _ = self._batch(batch)
+    def _compare(self, batch: int, values: np.ndarray, offsets: np.ndarray, recorded: bytes) -> None:
         if _batch_hash(values, offsets).encode() != recorded:
             start = sum(len(self.tokens(before)) for before in range(batch))
             raise DataError(
@@ -241,14 +251,14 @@ class Shard:
     def check_batches(self) -> None:
         """Compares every batch with its hash. Raises DataError that names the first damaged one."""
         for batch in range(self.num_batches):
-            self.check_batch(batch)
+            self.read(batch, check=True)
 
 
-def check_inside(record: pa.RecordBatch, file: pa.Buffer) -> None:
-    """Raises pa.ArrowInvalid where the first column of a record batch reaches out of the mapped file."""
+def check_inside(record: pa.RecordBatch, file: pa.Buffer, column: int = 0) -> None:
+    """Raises pa.ArrowInvalid where a column of a record batch reaches out of the mapped file."""
     record.validate()
     start, end = file.address, file.address + file.size
-    for buffer in record.column(0).buffers():
+    for buffer in record.column(column).buffers():
         if buffer is not None and not start <= buffer.address <= buffer.address + buffer.size <= end:
             raise pa.ArrowInvalid("its metadata point out of the file")
 

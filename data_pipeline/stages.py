@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from data_pipeline.atomic import disk_errors, write_atomic
 from data_pipeline.config import DataConfig
@@ -19,6 +20,7 @@ from data_pipeline.duplicates import NearKeys
 from data_pipeline.errors import DataError
 from data_pipeline.filters import Filter
 from data_pipeline.rows import RowWriter
+from data_pipeline.sealed import seal, unseal
 from data_pipeline.shards import token_dtype
 from data_pipeline.sources import Unit, hash_file
 from data_pipeline.tokenizer import Reservoir, Segment, Tokenizer
@@ -110,12 +112,12 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def load_array(path: Path, name: str) -> np.ndarray:
-    """One array of an .npz file. Raises DataError if it is damaged."""
+    """One array of an .npz file, which has checksums. Raises DataError if it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[name]
-    except (ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({error}); remove the folder {path.parent}, and build again") from error
+    except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({error}); remove its folder and build again") from None
 
 
 def sample_text(context: Context, limit: int, unit: Unit, advance: Advance) -> list[Segment]:
@@ -160,10 +162,13 @@ class UnitFacts(BaseModel, frozen=True):
 
     @classmethod
     def load(cls, work: Path, unit: Unit, tokenizer_sha256: str) -> "UnitFacts | None":
-        """The journal, if the unit was finished with this tokenizer."""
+        """The journal, if the unit was finished with this tokenizer; a damaged one counts for nothing."""
         try:
-            facts = cls.model_validate_json(_journal(work, unit).read_bytes())
-        except (FileNotFoundError, ValidationError):  # The latter: of another version, so it is done again.
+            facts = cls.model_validate(unseal(_journal(work, unit).read_bytes(), needed=True)[0])
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            print(f"warning: {_journal(work, unit)} is damaged ({error}): the unit is done again", file=sys.stderr)
             return None
         return facts if facts.tokenizer_sha256 == tokenizer_sha256 else None
 
@@ -247,7 +252,7 @@ def tokenize(context: Context, unit: Unit, advance: Advance) -> UnitFacts:
         if reader.dropped:
             lines = "".join(json.dumps(item) + "\n" for item in reader.dropped)
             write_atomic(dropped_file(context.work, unit), lines)
-        write_atomic(_journal(context.work, unit), facts.model_dump_json())
+        write_atomic(_journal(context.work, unit), seal(facts.model_dump_json(indent=1)))
     return facts
 
 

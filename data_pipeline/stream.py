@@ -26,17 +26,16 @@ class _Opened(NamedTuple):
 class TokenStream:
     """A source's stream, or those of all sources, one after the other in the order of the manifest."""
 
-    def __init__(self, dataset: "Dataset", split: Split, source: str | None = None, check: bool = False) -> None:
-        """`check`: compare each record batch with its hash when it is first touched."""
+    def __init__(self, dataset: "Dataset", split: Split, source: str | None = None) -> None:
         self.name = f"the {split} split{f' of source {source}' if source is not None else ''} of {dataset.name}"
         self._dataset = dataset
-        self._check = check
         self._shards = dataset.shards_of(split, source)
         self._starts = np.cumsum([0, *(shard.tokens for shard in self._shards)])
         self._first_batch = np.cumsum([0, *(shard.batches for shard in self._shards)])
         self._batch_tokens = dataset.manifest.batch_tokens
         self.num_tokens = int(self._starts[-1])
         self.num_batches = int(self._first_batch[-1])
+        self._checked = np.zeros(self.num_batches, bool)  # kept when a shard is closed, which many are again and again
         self._first_document = np.cumsum([0, *(shard.documents for shard in self._shards)])
         self.num_documents = int(self._first_document[-1])
         self.sources = list(dict.fromkeys(shard.source for shard in self._shards))
@@ -108,7 +107,8 @@ class TokenStream:
         return self._bounds[batch]
 
     def open(self, batch: int) -> None:
-        """Maps a record batch of the stream; of too many shards the first one opened goes.
+        """Maps a record batch of the stream, compared with its hash when it is first touched; of too many shards the
+        first one opened goes.
 
         Raises DataError when the shard is damaged or another one.
         """
@@ -120,9 +120,7 @@ class TokenStream:
                     del self._tokens[gone], self._bounds[gone]
             self._opened[which] = _Opened(self._dataset.shard(facts), [])
         shard, batches = self._opened[which]
-        if self._check:
-            shard.check_batch(inner)
-        tokens, rows = shard.tokens(inner), shard.rows(inner)
+        tokens, bounds = shard.read(inner, check=not self._checked[batch])
         wanted = min(self._batch_tokens, facts.tokens - inner * self._batch_tokens)
         if len(tokens) != wanted:
             raise DataError(
@@ -131,7 +129,8 @@ class TokenStream:
             )
         batches.append(batch)
         self._tokens[batch] = tokens
-        self._bounds[batch] = rows[1 if shard.continues(inner) else 0 : -1]
+        self._bounds[batch] = bounds
+        self._checked[batch] = True
 
     def join(self, batch: int, offset: int, out: np.ndarray) -> None:
         """Copies what begins at a place and runs on over record batches; -1 behind the end of the stream."""

@@ -10,7 +10,7 @@ from typing import Any
 from data_pipeline.atomic import disk_errors, sync_folder, write_atomic, write_json
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import FORMAT, TokenizerFacts, differences
+from data_pipeline.manifest import STREAMS, TokenizerFacts, differences
 from data_pipeline.tokenizer import TOKENIZER, Tokenizer, model_file, model_name, sentinel, train_tokenizer
 
 META = "meta.json"
@@ -41,7 +41,7 @@ def prepare_tokenizer(
             f"data.tokenizer.sentinels={config.sentinels} asks for more"
         )
     facts = tokenizer_facts(tokenizer, config).model_dump()
-    meta = {"format": FORMAT, **facts, "identity": identity}
+    meta = {"format": STREAMS, **facts, "identity": identity}
     new = work / f"new-{TOKENIZER}"
     with disk_errors(folder):
         if new.exists():  # left by a build that was killed, perhaps with a temporary file in it

@@ -3,13 +3,15 @@
 import fcntl
 import json
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.atomic import disk_errors, write_atomic, write_json
+from data_pipeline.atomic import disk_errors, open_lock, write_atomic
 from data_pipeline.errors import DataError
+from data_pipeline.sealed import seal, unseal
 from data_pipeline.sources import Unit
 
 WORK = "_work"
@@ -28,7 +30,7 @@ def working_folder(root: Path, shared: bool = False) -> Iterator[Path]:
     Raises DataError if another build is at work there."""
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / _LOCK, "w")  # noqa: SIM115 - held until the end
+        lock = open_lock(root / _LOCK)
     with lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -58,16 +60,16 @@ class Plan:
         """Keeps what was done for this very plan, and removes what was done for another."""
         there = None
         if (work / _PLAN).exists():
-            with suppress(ValueError, LookupError, TypeError):  # A damaged one is none.
-                there = json.loads((work / _PLAN).read_bytes())["work"]
+            try:
+                there = unseal((work / _PLAN).read_bytes(), needed=True)[0]["work"]
+            except (ValueError, LookupError, TypeError) as error:
+                print(f"warning: {work / _PLAN} is damaged ({error}): the build begins anew", file=sys.stderr)
+        content = {"work": self._work(), "identity": self.identity, "inputs": self.inputs, "units": self.units}
         with disk_errors(work):
             if there != self._work():
                 shutil.rmtree(work)
                 work.mkdir()
-            write_json(
-                work / _PLAN,
-                {"work": self._work(), "identity": self.identity, "inputs": self.inputs, "units": self.units},
-            )
+            write_atomic(work / _PLAN, seal(json.dumps(content, indent=1)))
 
     def _work(self) -> list[Any]:
         """What the results of units depend on: all but the times of their files."""
@@ -88,11 +90,11 @@ class Plan:
                 f"nothing is prepared in {work}: run `duet data build --prepare` with these settings to its end first"
             )
         try:
-            content = json.loads((work / _PLAN).read_bytes())
+            content, _ = unseal((work / _PLAN).read_bytes(), needed=True)
             return cls(
                 content["identity"],
                 [[(path, size, digest) for path, size, digest in files] for files in content["inputs"]],
                 [Unit.load(unit) for unit in content["units"]],
             )
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise DataError(f"{work / _PLAN} is damaged ({error!r}): run `duet data build --prepare` again") from error
+            raise DataError(f"{work / _PLAN} is damaged ({error}); run `duet data build --prepare` again") from None

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import ConfigError, UserError
+from data_pipeline.mapped import told
 from launch import (
     checkpoint,
     data,
@@ -208,11 +209,12 @@ def wanted(library: str, extra: str, by: str) -> Iterator[None]:
 
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2."""
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with told(lambda error: print(f"error: {error}", file=sys.stderr)):
+        try:
+            app()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.data_build import build, split_lines, tokenizer
+from launch.data_build import build, split_lines, tokenizer, weight_line
 from launch.data_plan import locate, plan
 from launch.progress import megabytes, progress_line
 
@@ -75,6 +75,7 @@ def inspect(
             f"{megabytes(source.bytes)}, {tokens}; dropped: {dropped}; bytes replaced: {source.replaced}"
         )
     split_lines(facts)
+    weight_line(facts)
     _packed(opened)
     _histograms(opened, limit)
     _samples(opened, samples)

@@ -156,6 +156,7 @@ def _summary(path: str, manifest: "Manifest", seconds: float, notes: list[str]) 
     )
     split_lines(manifest)
     _echo(notes)
+    weight_line(manifest)
     for source in manifest.sources:
         for reason, count in source.dropped.items():
             typer.echo(f"dropped      {source.name}: {count} documents ({reason})")
@@ -172,6 +173,13 @@ def _summary(path: str, manifest: "Manifest", seconds: float, notes: list[str]) 
                 err=True,
             )
     typer.echo(f"fingerprint  {manifest.fingerprint}")
+
+
+def weight_line(manifest: "Manifest") -> None:
+    """Says how often a run reads each source, if the dataset was built with weights."""
+    if manifest.weights:
+        shares = ", ".join(f"{name} {weight:g}" for name, weight in manifest.weights.items())
+        typer.echo(f"weights      {shares}: a run reads so unless it has weights of its own")
 
 
 def split_lines(manifest: "Manifest") -> None:

@@ -62,7 +62,7 @@ def plan_lines(config: "Config", tokens: int | None) -> Iterator[str]:
     from data_pipeline.dataset import Dataset
     from data_pipeline.packed_windows import PackedWindows
     from data_pipeline.pair_windows import PairWindows
-    from data_pipeline.plan import Plan, wanted_phase
+    from data_pipeline.plan import Plan, told_shares, wanted_phase
 
     context = config.model.context
     wanted = config.train.steps * config.batch.tokens if tokens is None else tokens
@@ -73,6 +73,8 @@ def plan_lines(config: "Config", tokens: int | None) -> Iterator[str]:
     samples = plan.schedule.extend(-(-wanted // context))
     counts, period = plan.schedule.counts(samples), sum(phase.weights.values())
     yield f"{samples * context:,} tokens: {samples:,} samples of {context}, {samples / config.global_batch:,.0f} steps"
+    if shares := told_shares(dataset, config.data, phase):
+        yield shares
     for name, windows in plan.windows.items():
         padding = f", {windows.padding:.2%} padding" if isinstance(windows, PackedWindows) else ""
         cap = f", at most {phase.caps[name] / len(windows):.2f}" if name in phase.caps else ""

@@ -115,7 +115,7 @@ def _site(job: Job) -> list[str]:
         "DUET_PREFLIGHT": str(int(cluster.preflight)),
     }
     if cluster.scratch:
-        values |= {"DUET_STAGE": f"{cluster.scratch}/duet-data", "DUET_CACHE": f"{cluster.scratch}/duet-cache"}
+        values |= {"DUET_STAGE": cluster.scratch, "DUET_CACHE": cluster.scratch}
     lines += [f"# Of the site {job.cluster_name} and this submission; what they leave open is below."]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in (values | cluster.environment).items()]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in job.variables.items()]

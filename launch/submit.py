@@ -14,7 +14,7 @@ from pathlib import Path
 
 import typer
 
-from data_pipeline.atomic import disk_errors, write_atomic
+from data_pipeline.atomic import disk_errors, open_lock, write_atomic
 from data_pipeline.errors import ConfigError, RunError
 from launch import checks, render, slurm, snapshot
 from launch import cluster as clusters
@@ -226,7 +226,7 @@ def _alone(run_dir: Path) -> Iterator[None]:
     folder = JobFolder(run_dir).path
     with disk_errors(run_dir, RunError):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".submitting", "w")  # noqa: SIM115 - what is done under the lock has errors of its own
+        file = open_lock(folder / ".submitting")  # what is done under the lock has errors of its own
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -31,13 +31,14 @@ def main(args: list[str]) -> int:
 
     from data_pipeline.atomic import disk_errors
     from data_pipeline.errors import RunError, UserError
+    from data_pipeline.mapped import told
     from pretrain.config import load
     from pretrain.console import fail, take_over
     from pretrain.job import FailureFile
 
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     try:
-        with FailureFile(rank) as failure_file:
+        with told(lambda error: fail(f"error: {error}")), FailureFile(rank) as failure_file:
             config = load(args)
             with disk_errors(config.run_dir, RunError):
                 take_over(config.run_dir / "logs", rank, verbose=bool(os.environ.get("DUET_VERBOSE")))

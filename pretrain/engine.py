@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -20,6 +19,7 @@ from model.language_model import LanguageModel
 from pretrain import fragments
 from pretrain.adam8 import SIGNED
 from pretrain.buffers import Buffers
+from pretrain.caches import own_caches
 from pretrain.config import Config
 from pretrain.distributed import Ranks
 from pretrain.fragments import Fragment, Kept
@@ -37,26 +37,16 @@ from pretrain.optim import (
 )
 from pretrain.profiling import Stopwatch
 
-CACHES = ("TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-"""Where torch, inductor and Triton keep what they compile."""
-
 
 def bootstrap() -> None:
     """Disarm DeepSpeed before its first use: quiet, and no side effects outside the run.
 
     Raises:
-        ConfigError: the folder for compiled code belongs to somebody else.
+        ConfigError: a folder for compiled code belongs to somebody else.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # A home that nodes share is slow, and a lock that a killed build left there stops every later start.
-    caches = Path(tempfile.gettempdir()) / f"duet-{os.getuid()}"
-    for variable in CACHES:
-        if variable not in os.environ:
-            caches.mkdir(mode=0o700, exist_ok=True)
-            if caches.stat().st_uid != os.getuid():  # its code would run in our name
-                raise ConfigError(f"{caches}: belongs to another user; set TMPDIR to a folder of your own")
-            os.environ[variable] = str(caches / variable.lower())
+    own_caches()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed.ops
 

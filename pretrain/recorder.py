@@ -74,6 +74,11 @@ class Recorder:
             self._tracker = Tracker(self._folder.path, self.warning)
             self._tracker.start()
 
+    def note(self, text: str) -> None:
+        """Something the user may want to know."""
+        if self._active:
+            self._console.note(text)
+
     def steps(self, lines: list[StepMetrics]) -> None:
         """Journal each step; show the last one, with losses averaged over all of them."""
         if not self._active or not lines:

@@ -16,11 +16,12 @@ import torch
 from data_pipeline import packing_plan
 from data_pipeline.atomic import disk_errors
 from data_pipeline.dataset import Dataset
-from data_pipeline.errors import RunError
+from data_pipeline.errors import DataError, RunError
 from data_pipeline.files import is_uri
 from data_pipeline.loader import Loader, Reader
 from data_pipeline.manifest import Manifest
-from data_pipeline.plan import Plan, go_on, wanted_phase
+from data_pipeline.mapped import explained, told
+from data_pipeline.plan import Plan, go_on, told_shares, wanted_phase
 from data_pipeline.state import DataState
 from model import registry
 from pretrain import checkpoint, journal, origin, provenance
@@ -50,7 +51,7 @@ from pretrain.signals import StopRequest
 from pretrain.system import SystemSampler
 
 VERIFY_UP_TO_BYTES = 10 * 2**30
-"""A dataset up to this size is hashed in full at a run's first start."""
+"""A dataset up to this size is hashed in full at each start of a run; the ranks share the work."""
 
 
 @dataclass
@@ -87,6 +88,8 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
     folder = RunFolder(config.run_dir)
     config.micro_batches(ranks.world_size)
     with disk_errors(folder.path, RunError), ExitStack() as stack:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        local_rank = int(os.environ["LOCAL_RANK"]) % local_ranks  # all are the first where nobody tells how many
         first_of_node = os.environ["LOCAL_RANK"] == "0"
         staged = os.environ.get("DUET_DATA")  # a copy on this node's disk
         source = config.data.model_copy(update={"path": staged}) if staged else config.data
@@ -96,6 +99,9 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
         dataset = ranks.together(lambda: Dataset.of(source, check, manifest))
         lease = ranks.together(lambda: _own(folder, stack) if ranks.is_first else None)
         attempt = ranks.broadcast(lease.attempt if lease else None)
+        # Ranks that read the same copy share the work.
+        part, parts = (local_rank, local_ranks) if staged else (ranks.rank, ranks.world_size)
+        ranks.together(lambda: _verify(dataset, part, parts, config.data.path))
         config = ranks.together(lambda: _claim(folder, config, dataset), only_first=True)
         if staged and config.data.packing == "best_fit":  # `_claim` has packed the first node's copy
             ranks.together(lambda: _pack(config, dataset) if first_of_node else None)
@@ -111,6 +117,8 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
         data = DataState.model_validate(past.data) if past.data else data
         facts = _facts(config, ranks, dataset, parameters) | {"started": started}
         recorder.start(step, facts, past.num_rollbacks)
+        if shares := told_shares(dataset, config.data, data.phases[-1]):
+            recorder.note(shares)
         warn = recorder.warning if ranks.is_first else _warn_in_log
         system = SystemSampler(folder.logs, attempt, step, os.environ["LOCAL_RANK"] == "0", warn)
         saver = Saver(
@@ -140,7 +148,9 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
             health,
             failure_file,
         )
-        with system, saver, health:
+        stack.enter_context(told(lambda error: recorder.__exit__(type(error), error, None)))
+        stack.enter_context(told(lambda error: failure_file.__exit__(type(error), error, None)))
+        with explained(), system, saver, health:
             step, request = run_steps(session, step, data)
         life.ended(step, request)
         recorder.finish(step, request, time.time() - started)
@@ -321,13 +331,23 @@ def _own(folder: RunFolder, stack: ExitStack) -> Lease:
     return stack.enter_context(Lease.acquire(folder.path))
 
 
+def _verify(dataset: Dataset, part: int, parts: int, path: str) -> None:
+    """Compares a dataset, or a node's copy of that at `path`, with its hashes, as far as that is quick; record batches
+    are when they are first touched, and remote shards as they come."""
+    try:
+        if not dataset.is_remote and sum(shard.bytes for shard in dataset.manifest.shards) <= VERIFY_UP_TO_BYTES:
+            dataset.verify(part=part, parts=parts)
+        elif part == 0:
+            dataset.tokenizer()
+    except DataError as error:
+        if dataset.name == path:
+            raise
+        raise DataError(f"{error}. It is in this node's copy of {path}: remove {dataset.name}") from error
+
+
 def _claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     """Complete the configuration by the dataset's vocabulary and tie the run folder to both."""
     config = origin.resolve(complete(config, dataset))
-    first = not folder.run_file.exists()
-    # Remote shards are compared with their hashes as they come.
-    if first and not dataset.is_remote and sum(shard.bytes for shard in dataset.manifest.shards) <= VERIFY_UP_TO_BYTES:
-        dataset.verify()
     if config.data.packing == "best_fit":
         _pack(config, dataset)
     # Both splits must be large enough for one window.

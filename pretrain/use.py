@@ -1,11 +1,13 @@
 """A trained model after the run: where it is read from, and its validation."""
 
+import sys
 from pathlib import Path
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import ConfigError
 from model.mask_config import EVAL_ROUNDINGS
 from pretrain.batches import Batches
+from pretrain.caches import own_caches
 from pretrain.config import Config
 from pretrain.distributed import join
 from pretrain.evaluate import evaluate, held_out, held_out_bytes
@@ -22,6 +24,7 @@ def open_trained(path: Path, step: int | None = None) -> Trained:
         ConfigError: `step` of what is not a run folder.
         DataError: the tokenizer is missing, or another one.
     """
+    own_caches()
     if is_export(path):
         if step is not None:
             raise ConfigError(f"{path} is an export, which has one step; leave step {step} out")
@@ -37,6 +40,9 @@ def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> di
 
     Args:
         rounding: of learned dropout's masks, one of EVAL_ROUNDINGS; the run's own unless given.
+
+    Raises:
+        DataError: the dataset is damaged, or its tokenizer another one than the model was trained with.
     """
     if is_export(run):
         raise ConfigError(f"{run} is an export, and does not say where its held-out text lies; name the run folder")
@@ -44,7 +50,16 @@ def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> di
     if rounding:
         config = _rounded(run, config, rounding)
     model = read_model(checkpoint, config)
+    own_caches()
     dataset = Dataset.of(config.data)
+    tokenizer_of(checkpoint, config)
+    trained_on = checkpoint.manifest.state["data"]["fingerprint"]
+    if dataset.manifest.fingerprint != trained_on:
+        print(
+            f"warning: {dataset.name} is dataset {dataset.manifest.fingerprint[:12]}, {checkpoint.path} was trained on "
+            f"{trained_on[:12]}: its held-out text may be another",
+            file=sys.stderr,
+        )
     windows = held_out(dataset, config)
     with join(config.engine.timeout_minutes) as ranks:
         batch = max(1, 8192 // config.model.context)

@@ -80,7 +80,9 @@ def write(root: Path) -> None:
         shard_tokens=SHARD_TOKENS,
         sources=sources,
         shards=shards,
-        splits={"train": SplitFacts(tokens=total, documents=0, bytes=0, unknown=0)},
+        splits={
+            "train": SplitFacts(tokens=total, documents=sum(source.documents for source in sources), bytes=0, unknown=0)
+        },
     ).save(root)
 
 

@@ -378,7 +378,7 @@ def test_manifests_of_unknown_format_or_damaged_are_errors(dataset: Dataset) -> 
     path = dataset.path / "manifest.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "format": 99}))
-    with pytest.raises(DataError, match="format 99, this version reads formats 1 to 3"):
+    with pytest.raises(DataError, match="format 99, this version reads formats 1 to 4"):
         Dataset.open(dataset.path)
     path.write_text(path.read_text()[:500])
     with pytest.raises(DataError, match=r"manifest\.json is damaged"):

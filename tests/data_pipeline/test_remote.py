@@ -195,12 +195,31 @@ def test_a_cache_removes_no_file_of_its_users(local: Dataset, uri: str, tmp_path
 def test_nobody_elses_folder_is_the_cache(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever can write there would choose what is trained on."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert remote.default_folder().stat().st_mode & 0o777 == 0o700
+    assert Cache(remote.default_folder(), 1).folder.stat().st_mode & 0o777 == 0o700
     me = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: me + 1)
     (tmp_path / f"duet-cache-{me + 1}").mkdir()  # by me
     with pytest.raises(DataError, match="another user's"):
         Dataset.of(DataConfig(path=uri))
+
+
+def test_what_was_altered_in_the_cache_is_fetched_again(
+    local: Dataset, uri: str, tmp_path: Path, fetched: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts, limit = local.manifest.shards[0], needed(local)
+    for content in (b"x" * facts.bytes, b"short"):
+        found = Dataset.open(uri, cache=Cache(tmp_path / "cache", limit))
+        found.shard(facts)
+        found._open.clear()
+        file = tmp_path / "cache" / f"{facts.xxh3_128}.arrow"
+        file.write_bytes(content)
+        again = Dataset.open(uri, cache=Cache(tmp_path / "cache", limit))
+        assert np.array_equal(again.shard(facts).tokens(0), local.shard(facts).tokens(0))
+        assert f"{file} does not match its hash" in capsys.readouterr().err
+    assert fetched == [facts.path] * 3
+    found.tokenizer()
+    (tmp_path / "cache" / local.manifest.tokenizer.sha256).write_bytes(b"another")
+    assert Dataset.open(uri, cache=Cache(tmp_path / "cache", limit)).tokenizer().sha256 == local.tokenizer().sha256
 
 
 def test_a_kill_in_the_middle_leaves_nothing_torn(local: Dataset, uri: str, tmp_path: Path, fetched: list[str]) -> None:

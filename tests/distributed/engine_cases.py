@@ -11,9 +11,10 @@ import torch._dynamo
 
 from pretrain import checkpoint, fragments
 from pretrain.adam8 import SIGNED, AdamW8bit, dynamic_map
+from pretrain.caches import CACHES
 from pretrain.config import Config, load
 from pretrain.distributed import Ranks
-from pretrain.engine import CACHES, Engine
+from pretrain.engine import Engine
 from tests.distributed.cases import VOCABULARY, make_engine, save, train_run, train_steps
 
 SMALL = [

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -226,4 +227,6 @@ def test_a_signal_before_the_ranks_and_a_node_that_fails_its_test(cluster: Clust
     assert "policy: requeue avoiding: the preflight excluded n1; failure 2" in said
     assert "restart 2: start on n2 n3" in said
     content = hashlib.sha256(b"{}").hexdigest()[:16]
-    assert f"data {stage}/data-{content}\n" in said, "another dataset of this name would have another place"
+    assert f"data {stage}/duet-{os.getuid()}/data-{content}\n" in said, (
+        "another dataset of this name would have another place"
+    )
