@@ -35,10 +35,13 @@ def disk_errors(path: Path, kind: type[UserError] = DataError) -> Iterator[None]
         ) from error
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replaces a file: a temporary one beside it, flushed to disk, then renamed."""
+def write_atomic(path: Path, content: str | bytes, private: bool = False) -> None:
+    """Replaces a file: a temporary one beside it, flushed to disk, then renamed; a `private` one is for its owner."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if private:
+            temporary.unlink(missing_ok=True)
+            temporary.touch(mode=0o600, exist_ok=False)
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()

@@ -4,11 +4,9 @@ Standard library only: every room may import this leaf.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import unquote
-
-from data_pipeline.errors import ConfigError
 
 HIDDEN = "***"
 WAY_ON = (
@@ -22,11 +20,11 @@ USER = re.compile(
     r"|/+(?!\[)(?P<with_slash>[^\s/?#@:]*:(?!\d+(?:[/?#\s]|$))\S*)@)",  # a key of S3 may hold a slash; not HOST:PORT/
     re.IGNORECASE,
 )
-WITHOUT_SECRETS = ("abfs", "abfss", "hdfs", "viewfs", "wasb", "wasbs")
+WITHOUT_SECRETS = ("abfs", "abfss", "docker", "hdfs", "viewfs", "wasb", "wasbs")
 """Schemes with a container or a user's name before the `@`; a secret only follows a colon there."""
 QUERY = re.compile(r"(?P<name>[?&;#][^\s=&;#?/]+)=(?P<value>[^\s&;#'\"]+)")
 NAME = re.compile(
-    r"token|secret|passw|pwd|passphrase|signature|credential|accesskey|authoriz|bearer|jwt|session"
+    r"token(?!i[sz])|secret|passw|pwd|passphrase|signature|credential|accesskey|authoriz|bearer|jwt|session"
     r"|(?:key|sig|sas|auth|pass)$"
 )
 
@@ -51,11 +49,21 @@ def redact(text: str) -> str:
     return text
 
 
-def refuse(tree: Any, where: str, key: str = "") -> None:
-    """Raises ConfigError when a text anywhere in the tree holds a secret; names `where` and the key, not the secret."""
-    for name, value in _texts(tree, key):
-        if has_secret(value):
-            raise ConfigError(f"{where}: {redact(name)}: {WAY_ON}")
+def key_of_secret(tree: Any, key: str = "") -> str | None:
+    """The dotted key of the first text in a tree that holds a secret; None when there is none."""
+    return next((redact(name) for name, value in _texts(tree, key) if has_secret(value)), None)
+
+
+def argument_of_secret(arguments: Sequence[str], free: Sequence[str]) -> str | None:
+    """Which argument of a command holds a secret: its key or option. What options of `free` take is any text."""
+    before = ""
+    for number, argument in enumerate(arguments, start=1):
+        name, mark, _ = argument.partition("=")
+        option = before if before.startswith("--") else f"argument {number}"
+        if (name if mark else before) not in free and has_secret(argument):
+            return name if mark and re.fullmatch(r"-{0,2}[\w.-]+", name) else option
+        before = argument
+    return None
 
 
 def _texts(tree: Any, key: str) -> Iterator[tuple[str, str]]:

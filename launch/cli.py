@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import ConfigError, UserError
+from data_pipeline.secret import WAY_ON, argument_of_secret
 from launch import (
     checkpoint,
     data,
@@ -37,6 +38,8 @@ ConfigArgs = Annotated[
 RunArg = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint or an export.", autocompletion=complete_runs)
 ]
+FREE_TEXT = ("--prompt", "--stop")
+"""What these options take is no place, and is written nowhere."""
 StepOption = Annotated[int | None, typer.Option("--step", help="Use the checkpoint of this step, not the newest.")]
 
 app = typer.Typer(
@@ -209,6 +212,8 @@ def wanted(library: str, extra: str, by: str) -> Iterator[None]:
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2."""
     try:
+        if argument := argument_of_secret(sys.argv[1:], FREE_TEXT):
+            raise ConfigError(f"command line: {argument}: {WAY_ON}")
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from data_pipeline.manifest import Manifest
+from data_pipeline.secret import redact
 from model.bistability import warnings_for
 from pretrain import provenance, report
 from pretrain.checkpoint import complete
@@ -157,7 +158,7 @@ class Recorder:
         if not self._active:
             return
         if error is not None and not self._ended and not isinstance(error, LeaseLost):
-            self._end("FAILED", f"{type(error).__name__}: {error}")
+            self._end("FAILED", redact(f"{type(error).__name__}: {error}"))
             if self._mlflow and not self._close_tracker(CLOSE_SECONDS_AFTER_SIGNAL):
                 self._console.note(f"MLflow: {self._late()}")
         self._journal.close()
