@@ -104,14 +104,23 @@ class Mirror:
         have = _Points(self._client, self.run_id, run.data.metrics)
         newest: dict[str, tuple[Point, float]] = {}
         events: list[Record] = []
-        for _, record, _ in self._records():
+        ends: dict[str, int] = {}
+        whole = True
+        for file, record, behind in self._records():
+            ends[file] = behind
             if record.kind in ("start", "checkpoint", "end"):
                 events.append(record)
-            elif record.kind == "metrics" and have.all_of(record):
-                for name, value in shipped(record).items():
-                    newest[name] = max(newest.get(name, (_point(record), value)), (_point(record), value))
+            elif record.kind != "metrics":
+                continue
+            elif not have.all_of(values := shipped(record), record):
+                whole = False
+            else:
+                point = _point(record)
+                newest |= {n: (point, v) for n, v in values.items() if n not in newest or newest[n] < (point, v)}
         suspects = {name for name, (_, value) in newest.items() if run.data.metrics.get(name) != value}
-        self._send_missing(have, suspects)
+        if not whole or suspects:
+            self._send_missing(have, suspects)
+        self._send([], ends)
         self._tell(events, run)
 
     def send_files(self) -> None:
@@ -259,20 +268,19 @@ class Mirror:
             self._send(batch, {name: offset})
 
     def _send_missing(self, have: "_Points", suspects: set[str]) -> None:
+        """Whole records, and of the others the values of these names."""
         batch: list[tuple[str, float, Record]] = []
-        ends: dict[str, int] = {}
-        for file, record, behind in self._records():
-            ends[file] = behind
+        for _, record, _ in self._records():
             if record.kind != "metrics":
                 continue
-            whole = have.all_of(record)
-            for name, value in shipped(record).items():
-                if not whole or (name in suspects and not have.one(name, record)):
-                    batch.append((name, value, record))
+            values = shipped(record)
+            if have.all_of(values, record):
+                values = {n: v for n, v in values.items() if n in suspects and not have.one(n, record)}
+            batch += [(name, value, record) for name, value in values.items()]
             if len(batch) >= self._size:
                 self._send(batch)
                 batch = []
-        self._send(batch, ends)
+        self._send(batch)
 
     def _send(self, points: list[tuple[str, float, Record]], offsets: dict[str, int] | None = None) -> None:
         """Send points, and note `offsets` when all of them are there, with a receipt in the same call."""
@@ -379,9 +387,10 @@ class _Points:
             self._points[name] = {(metric.step, metric.timestamp) for metric in history}
         return _point(record) in self._points[name]
 
-    def all_of(self, record: Record) -> bool:
+    def all_of(self, values: dict[str, float], record: Record) -> bool:
         """Whether a record is there: its values came in order, so the last of those that MLflow has tells of all."""
-        return any(self.one(name, record) for name in [n for n in shipped(record) if n in self._newest][-1:])
+        last = next((name for name in reversed(values) if name in self._newest), None)
+        return last is not None and self.one(last, record)
 
 
 def _point(record: Record) -> Point:

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
 
@@ -30,26 +29,32 @@ ESCAPED = re.compile(r"[^\w .:-]|-(?=x[0-9a-f])|^\.\.|^\.$")
 
 
 def shipped(record: Record) -> dict[str, float]:
-    """What MLflow gets of a record: values that are not finite would ruin its axes, so they are counted instead."""
-    named = {mirrored(name): value for name, value in record.metrics.items() if not A_LAYER.fullmatch(name)}
-    named |= {mirrored(name): value for name, value in _over_layers(record.metrics)}
-    finite = {name: value for name, value in named.items() if math.isfinite(value)}
-    about = {ATTEMPT: float(record.attempt)}
-    if len(finite) < len(named):
-        about[NONFINITE] = float(len(named) - len(finite))
-    return about | finite  # the last one is the record's own
+    """What MLflow gets of a record: values that are not finite would ruin its axes, so they are counted instead.
 
-
-def _over_layers(metrics: dict[str, float]) -> Iterator[tuple[str, float]]:
-    """Least, mean and greatest over the layers, of each site of the masks; nan where one layer's is not finite."""
-    sites: dict[str, list[float]] = {}
-    for name, value in metrics.items():
-        if part := A_LAYER.fullmatch(name):
-            sites.setdefault(f"gate/{part[1]}_{part[2]}", []).append(value)
-    for site, values in sites.items():
+    Of the layers it gets least, mean and greatest; nan where one layer's is not finite.
+    """
+    single, sites = _plan(tuple(record.metrics))
+    named = {there: record.metrics[name] for name, there in single}
+    for site, layers in sites.items():
+        values = [record.metrics[name] for name in layers]
         finite = all(map(math.isfinite, values))
         for word, summary in (("min", min), ("mean", fmean), ("max", max)):
-            yield f"{site}_{word}", summary(values) if finite else math.nan
+            named[f"{site}_{word}"] = summary(values) if finite else math.nan
+    good = {name: value for name, value in named.items() if math.isfinite(value)}
+    about = {ATTEMPT: float(record.attempt)}
+    if len(good) < len(named):
+        about[NONFINITE] = float(len(named) - len(good))
+    return about | good  # the last one is the record's own
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(names: tuple[str, ...]) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
+    """Of the names of a record, which most records share: each with its name in MLflow, and those of layers by site."""
+    sites: dict[str, list[str]] = {}
+    for name in names:
+        if part := A_LAYER.fullmatch(name):
+            sites.setdefault(mirrored(f"gate/{part[1]}_{part[2]}"), []).append(name)
+    return [(name, mirrored(name)) for name in names if not A_LAYER.fullmatch(name)], sites
 
 
 @functools.cache

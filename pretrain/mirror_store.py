@@ -74,7 +74,9 @@ def brief(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     lines = redact(str(error)).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+    damaged = any(words in lines[0] for words in ("disk image is malformed", "file is not a database"))
+    way_on = "; move the file away, and it is made anew from the journals" if damaged else ""
+    return f"{type(error).__name__}: {lines[0][:300]}{way_on}"
 
 
 def _create_store(path: Path) -> None:

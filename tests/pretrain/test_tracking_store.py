@@ -102,19 +102,24 @@ def test_a_store_that_changes_under_a_running_mirror(run: Run, tmp_path: Path) -
     (run.path / "config.yaml").write_text("a: 1\n")
     tracker = Tracker(run.steps(10).path, said.append)
     tracker.start()
-    until(lambda: shipped(run))
+
+    def until_it_rests() -> None:
+        until(lambda: shipped(run) and not tracker._mirror.files_due)
+
+    until_it_rests()
     shutil.copy(store_of(run), tmp_path / "older")
     run.steps(20)
-    until(lambda: shipped(run))
+    until_it_rests()
     shutil.copy(tmp_path / "older", store_of(run))
     run.steps(5)
-    until(lambda: shipped(run))
+    until_it_rests()
     assert assert_mirrors(run.path) == 35 * 3
     before = run_of(run.path).info.run_id
 
     store_of(run).write_bytes(b"")
     run.steps(5)
-    until(lambda: shipped(run) and said)
+    until(lambda: said)
+    until_it_rests()
     anew = run_of(run.path).info.run_id
     assert re.search(f"no run {before} any more; .* as run {anew}", said[0])
     store_of(run).unlink()
@@ -154,6 +159,12 @@ def test_a_run_that_is_gone_for_good_is_made_anew(run: Run) -> None:
     assert sync(run.path, said.append).num_metrics == 5 * 3
     assert run_id in said[0]
     assert_mirrors(run.path)
+
+    store_of(run).write_bytes(b"no database" * 1000)
+    with pytest.raises(RunError, match="move the file away"):
+        sync(run.path)
+    store_of(run).unlink()
+    assert sync(run.path).num_metrics == 5 * 3
 
 
 @pytest.mark.parametrize("beside", [True, False], ids=["in the same store", "elsewhere"])
