@@ -207,19 +207,21 @@ class Gate:
             with socket.create_connection(("127.0.0.1", self._target)) as server:
                 back = threading.Thread(target=_pipe, args=(server, client), daemon=True)
                 back.start()
-                _pipe(client, server, self._delay)
+                _pipe(client, server, self._hold)
                 back.join()
 
-    def _delay(self, data: bytes) -> None:
-        if data.startswith((b"GET ", b"POST ", b"PUT ")) and self._slow in data.split(b"\r\n", 1)[0]:
-            time.sleep(self._seconds)
+    def _hold(self, data: bytes) -> bytes:
+        """Wait, and have the connection used once: the server would close it in the meantime."""
+        if self._seconds and data.startswith((b"GET ", b"POST ", b"PUT ")):
+            time.sleep(self._seconds if self._slow in data.split(b"\r\n", 1)[0] else 0)
+            return data.replace(b"Connection: keep-alive", b"Connection: close", 1)
+        return data
 
 
-def _pipe(source: socket.socket, target: socket.socket, look: Callable[[bytes], None] = lambda _: None) -> None:
+def _pipe(source: socket.socket, target: socket.socket, change: Callable[[bytes], bytes] = lambda data: data) -> None:
     try:
         while data := source.recv(65536):
-            look(data)
-            target.sendall(data)
+            target.sendall(change(data))
         target.shutdown(socket.SHUT_WR)
     except OSError:
         return  # the other side has gone, which is its right
