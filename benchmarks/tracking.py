@@ -24,7 +24,7 @@ import torch
 from mlflow.entities import Metric
 
 from pretrain.journal import Journal
-from pretrain.mirror import connect
+from pretrain.mirror_store import connect
 from pretrain.tracking import Tracker, assign
 
 METRICS = {f"loss/metric_{i:02d}": 1.0 / (i + 1) for i in range(20)}

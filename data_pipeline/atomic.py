@@ -37,12 +37,14 @@ def disk_errors(path: Path, kind: type[UserError] = DataError) -> Iterator[None]
         ) from error
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replaces a file: a temporary one beside it, flushed to disk, then renamed."""
+def write_atomic(path: Path, content: str | bytes, private: bool = False) -> None:
+    """Replaces a file: a temporary one beside it, flushed to disk, then renamed; a `private` one is for its owner."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)  # left by a process that was killed, or a link
     try:
-        with open(temporary, "xb") as file:
+        with open(
+            temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600 if private else 0o666)
+        ) as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())

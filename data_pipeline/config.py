@@ -2,23 +2,21 @@
 
 import re
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
+from data_pipeline.secret import WAY_ON, has_secret
 
-def _without_a_password(place: str) -> str:
-    if "://" in place and "@" in urlsplit(place).netloc:
-        raise ValueError(
-            "keys do not belong into a URI, which is written into run folder and manifest; give them by the "
-            "environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
+
+def _without_a_secret(place: str) -> str:
+    if has_secret(place):
+        raise ValueError(WAY_ON)
     return place
 
 
 _LONGEST_SYMBOL = 1000
 _HALF = re.compile("[\ud800-\udfff]")
-Place = Annotated[str, AfterValidator(_without_a_password)]
+Place = Annotated[str, AfterValidator(_without_a_secret)]
 """A path or a URI."""
 
 

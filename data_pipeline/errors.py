@@ -4,9 +4,14 @@ The message says what was wrong, where (file, key, line) and what would be right
 without a traceback and exits 2; any other exception is a bug and keeps its traceback.
 """
 
+from data_pipeline.secret import redact
+
 
 class UserError(Exception):
-    """Base of all mistakes that the user, not the code, can mend."""
+    """Base of all mistakes that the user, not the code, can mend. Its text shows no secret, whoever wrote it."""
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class ConfigError(UserError):

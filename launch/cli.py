@@ -10,6 +10,7 @@ import typer
 
 from data_pipeline.errors import ConfigError, UserError
 from data_pipeline.mapped import told
+from data_pipeline.secret import WAY_ON, argument_of_secret
 from launch import (
     checkpoint,
     data,
@@ -38,6 +39,8 @@ ConfigArgs = Annotated[
 RunArg = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint or an export.", autocompletion=complete_runs)
 ]
+FREE_TEXT = ("--prompt", "--stop")
+"""What these options take is no place, and is written nowhere."""
 StepOption = Annotated[int | None, typer.Option("--step", help="Use the checkpoint of this step, not the newest.")]
 
 app = typer.Typer(
@@ -211,6 +214,8 @@ def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2."""
     with told(lambda error: print(f"error: {error}", file=sys.stderr)):
         try:
+            if argument := argument_of_secret(sys.argv[1:], FREE_TEXT):
+                raise ConfigError(f"command line: {argument}: {WAY_ON}")
             app()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.secret import HIDDEN, has_secret, is_secret_name, key_of_secret
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIMES = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
@@ -85,7 +86,7 @@ class Cluster(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=T
     sbatch: list[Line] = []
     """Further options of sbatch, such as `--reservation=maintenance`."""
     environment: dict[str, Line] = {}
-    """Variables of the job, such as `NCCL_SOCKET_IFNAME`."""
+    """Variables of the job, such as `NCCL_SOCKET_IFNAME`. Files that hold them are for their owner alone."""
 
     @field_validator("time")
     @classmethod
@@ -145,6 +146,14 @@ class Cluster(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=T
     def ranks_per_node(self) -> int:
         """One a GPU; without GPUs as many as `tasks_per_node`."""
         return self.gpus_per_node or self.tasks_per_node or 1
+
+    def shown(self) -> "Cluster":
+        """The same without the values of its environment that are most likely secret."""
+        hidden = {
+            name: HIDDEN if is_secret_name(name) or has_secret(value) else value
+            for name, value in self.environment.items()
+        }
+        return self.model_copy(update={"environment": hidden})
 
 
 def seconds(time: str) -> int:
@@ -220,6 +229,8 @@ def parse(tree: Any, where: str) -> Cluster:
     """
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: expected keys and values, such as `partition: gpu`")
+    if key := key_of_secret({name: value for name, value in tree.items() if name != "environment"}):
+        raise ConfigError(f"{where}: {key}: a password, key or token belongs into `environment`, or into the job's own")
     try:
         return Cluster.model_validate(tree)
     except ValidationError as error:
@@ -255,5 +266,5 @@ def _explain(detail: Any, where: str) -> str:
         near = difflib.get_close_matches(key, Cluster.model_fields, n=1, cutoff=0.0)
         return f"{where}: unknown key {key}; nearest valid key: {near[0]}"
     message = detail["msg"].removeprefix("Value error, ")
-    given = "" if detail["type"] == "value_error" else f" (given: {detail['input']!r})"
+    given = "" if detail["type"] == "value_error" or key.startswith("environment") else f" (given: {detail['input']!r})"
     return f"{where}: {key + ': ' if key else ''}{message}{given}"

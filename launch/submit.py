@@ -184,9 +184,9 @@ def _write_and_submit(order: Order, plan: Plan) -> list[str]:
         run_dir, folder = config.run_dir, JobFolder(config.run_dir)
         with disk_errors(run_dir, RunError):
             RunFolder(run_dir).logs.mkdir(exist_ok=True)
-            write_atomic(folder.path / CLUSTER, clusters.dump(order.cluster))
+            write_atomic(folder.path / CLUSTER, clusters.dump(order.cluster), private=True)
             write_atomic(folder.config, dump(config))
-            write_atomic(folder.script, plan.script)
+            write_atomic(folder.script, plan.script, private=True)
             _link(folder.path / CODE, plan.code)
             if order.array:
                 _link(_links(plan.configs) / str(number), run_dir)

@@ -55,9 +55,10 @@ def submit(
     if after and not re.fullmatch(r"\d+(_\d+)?", after):
         raise ConfigError(f"--after {after}: expected the number of a job, such as 1234")
     configs = expand(config, array) if array else [load(config)]
+    where = site(cluster, nodes, time)
     order = Order(
         configs,
-        site(cluster, nodes, time),
+        where.shown() if dry_run else where,
         str(Path(cluster).absolute()) if Path(cluster).is_file() else cluster,
         ["duet", *sys.argv[1:]],
         array=bool(array),

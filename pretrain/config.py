@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError
+from data_pipeline.secret import WAY_ON, argument_of_secret, key_of_secret
 from model.config import ModelConfig
 from pretrain.sections import (
     BatchConfig,
@@ -232,6 +233,8 @@ def load(args: list[str]) -> Config:
     Raises:
         ConfigError: a file that is not there or cannot be read, an unknown key, a value of the wrong kind.
     """
+    if key := argument_of_secret(args, ()):  # before anything is parsed, and shown in an error
+        raise ConfigError(f"command line: {key}: {WAY_ON}")
     stack: list[tuple[str, dict[str, Any]]] = []
     for arg in sorted(args, key=lambda a: "=" in a and not Path(a).is_file()):
         stack.append((arg, _parse(arg)))
@@ -242,6 +245,8 @@ def load(args: list[str]) -> Config:
         merged: Any = OmegaConf.to_container(OmegaConf.merge({}, *(tree for _, tree in stack)), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"configuration: {error}") from error
+    if key := key_of_secret(merged):
+        raise ConfigError(f"{_origin(key.split('.'), stack)}: {key}: {WAY_ON}")
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -300,9 +305,7 @@ def _explain(detail: Any, stack: list[tuple[str, dict[str, Any]]]) -> str:
     """One pydantic error in the user's terms: where it was set, what is wrong, what would be right."""
     location = [str(part) for part in detail["loc"]]
     key = ".".join(location)
-    origin = next((name for name, tree in reversed(stack) if _holds(tree, location)), "configuration")
-    if "=" in origin:  # an override may hold a password
-        origin = "command line"
+    origin = _origin(location, stack)
     if detail["type"] == "extra_forbidden":
         valid = _valid_keys(location[:-1])
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
@@ -314,6 +317,12 @@ def _explain(detail: Any, stack: list[tuple[str, dict[str, Any]]]) -> str:
     show = detail["type"] != "value_error" and not isinstance(detail["input"], dict | BaseModel)
     given = f" (given: {detail['input']!r})" if show else ""
     return f"{origin}: {key + ': ' if key else ''}{message}{given}"
+
+
+def _origin(location: list[str], stack: list[tuple[str, dict[str, Any]]]) -> str:
+    """Where a key was set last."""
+    origin = next((name for name, tree in reversed(stack) if _holds(tree, location)), "configuration")
+    return "command line" if "=" in origin else origin  # which may hold a password
 
 
 def _holds(tree: Any, location: list[str]) -> bool:

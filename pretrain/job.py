@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 
 from data_pipeline.atomic import write_json
 from data_pipeline.errors import UserError
+from data_pipeline.secret import redact
 
 R = TypeVar("R", "RankFailure", "Failure", "Heartbeat", "Wish")
 HEARTBEAT_SHARE = 0.01
@@ -245,7 +246,7 @@ class FailureFile:
         if not isinstance(error, Exception) or known or not job or not run_dir:
             return
         self._written = mistake
-        what = str(error) if mistake else f"{type(error).__name__}: {error}"
+        what = str(error) if mistake else redact(f"{type(error).__name__}: {error}")
         host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         failure = RankFailure(job, restart, self._rank, host, what, mistake, self._step, self._samples)
         try:

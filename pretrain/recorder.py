@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from data_pipeline.manifest import Manifest
+from data_pipeline.secret import redact
 from model.bistability import warnings_for
 from pretrain import provenance, report
 from pretrain.checkpoint import complete
@@ -21,7 +22,7 @@ from pretrain.metrics import StepMetrics
 from pretrain.report_data import RunData, load
 from pretrain.run import RunFolder
 from pretrain.signals import told
-from pretrain.tracking import Tracker, assign
+from pretrain.tracking import Tracker, assign, unsent
 
 COUNTED = {"skipped": "steps without an update", "spikes": "loss spikes", "rollbacks": "rollbacks"}
 """What the summary tells of `health/…`."""
@@ -68,7 +69,11 @@ class Recorder:
         tracking = config.tracking
         if tracking.mode != "off":
             self._mlflow = assign(
-                self._folder.path, uri=tracking.uri, experiment=tracking.experiment, run_name=config.run.name
+                self._folder.path,
+                uri=tracking.uri,
+                experiment=tracking.experiment,
+                run_name=config.run.name,
+                warn=self.warning,
             )
         if tracking.mode == "online":
             self._tracker = Tracker(self._folder.path, self.warning)
@@ -158,8 +163,9 @@ class Recorder:
         if not self._active:
             return
         if error is not None and not self._ended and not isinstance(error, LeaseLost):
-            self._end("FAILED", f"{type(error).__name__}: {error}")
-            self._close_tracker(CLOSE_SECONDS_AFTER_SIGNAL)
+            self._end("FAILED", redact(f"{type(error).__name__}: {error}"))
+            if self._mlflow and not self._close_tracker(CLOSE_SECONDS_AFTER_SIGNAL):
+                self._console.note(f"MLflow: {self._late()}")
         self._journal.close()
         self._console.close()
 
@@ -170,6 +176,10 @@ class Recorder:
 
     def _close_tracker(self, timeout: float) -> bool:
         return self._tracker.close(timeout) if self._tracker else False
+
+    def _late(self) -> str:
+        path = self._folder.path
+        return f"{unsent(path)}; this sends them: {_program('duet')} track sync {path}"
 
     def _tags(self) -> dict[str, str]:
         """What this attempt is made of, in short."""
@@ -201,8 +211,7 @@ class Recorder:
             rows.append(("checkpoint", str(saved[0])))
         rows.append(("report", str(self._folder.report)))
         if self._mlflow:
-            late = "" if shipped else f" (not all there yet: {_program('duet')} track sync {path})"
-            rows.append(("mlflow", self._mlflow + late))
+            rows.append(("mlflow", self._mlflow + ("" if shipped else f" ({self._late()})")))
             if self._mlflow.startswith("sqlite"):
                 rows.append(("open it", f"{_program('mlflow')} ui --backend-store-uri {self._mlflow}"))
         submitted = JobFolder(path).submissions()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import RunError
+from data_pipeline.secret import redact
 from pretrain.journal import HEALTH, Point, Record, read, series
 from pretrain.runs import LOSS, run_state
 
@@ -147,4 +148,4 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return redact(path.read_text(encoding="utf-8")) if path.is_file() else ""

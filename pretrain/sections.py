@@ -5,6 +5,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from data_pipeline.secret import WAY_ON, has_secret
+
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -193,11 +195,8 @@ class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     @classmethod
     def _a_store_without_a_password(cls, uri: str | None) -> str | None:
         parts = urlsplit(uri or "")
-        if "@" in parts.netloc:
-            raise ValueError(
-                "a name and password do not belong into a file; "
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-            )
+        if uri and has_secret(uri):
+            raise ValueError(WAY_ON)
         if uri and not uri.startswith("sqlite:///") and not (parts.scheme in ("http", "https") and parts.netloc):
             raise ValueError("expected http://HOST:PORT, https://HOST or sqlite:///PATH/mlflow.db")
         return uri

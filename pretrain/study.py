@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.secret import WAY_ON, key_of_secret
 from pretrain.config import Config, load
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -179,6 +180,8 @@ def load_study(path: Path) -> Study:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if key := key_of_secret(content):
+        raise ConfigError(f"{path}: {key}: {WAY_ON}")
     try:
         study = Study.model_validate(content)
     except ValidationError as error:

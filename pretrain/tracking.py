@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import RunError
-from pretrain.journal import Record, read
+from pretrain.journal import Record, read, read_from
 from pretrain.lease import alive, attempt_path, latest_attempt
-from pretrain.mirror import JOURNAL, SQLITE, Mirror, State, default_uri
+from pretrain.mirror import Mirror
+from pretrain.mirror_state import JOURNAL, State, default_uri, from_anywhere, state_path
+from pretrain.mirror_store import TIMEOUT, brief, is_slow, wait_longer
 
 POLL_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 60.0
@@ -28,7 +30,9 @@ class Synced:
     num_metrics: int
 
 
-def assign(run_dir: Path, *, uri: str | None, experiment: str, run_name: str) -> str:
+def assign(
+    run_dir: Path, *, uri: str | None, experiment: str, run_name: str, warn: Callable[[str], None] = lambda _: None
+) -> str:
     """Say where in MLflow a run belongs; one that belongs there already goes on. Makes no call.
 
     Returns:
@@ -37,14 +41,22 @@ def assign(run_dir: Path, *, uri: str | None, experiment: str, run_name: str) ->
     Raises:
         RunError: `tracking.json` was written by a newer version.
     """
-    if uri and uri.startswith(SQLITE):
-        uri = f"{SQLITE}{Path(uri.removeprefix(SQLITE)).resolve()}"
-    state = State(None if uri == default_uri(run_dir) else uri, experiment, run_name)
-    before = State.load(run_dir)
+    state = State(from_anywhere(run_dir, uri), experiment, run_name)
+    before = State.load(run_dir, warn) if state_path(run_dir).exists() else None
     if before and (before.uri, before.experiment) == (state.uri, state.experiment):
         state = before
-    state.save(run_dir)
+    if not state.original(run_dir):
+        state.save(run_dir)
     return state.uri or default_uri(run_dir)
+
+
+def unsent(run_dir: Path) -> str:
+    """What MLflow does not have of a run yet, in a few words."""
+    state = State.load(run_dir)
+    offset = state.offsets.get(JOURNAL, 0) if state else 0
+    steps = (r.step for r, _ in read_from(run_dir / JOURNAL, offset) if r.kind == "metrics" and r.step is not None)
+    first = next(steps, None)
+    return "its end or its files are not there yet" if first is None else f"not there yet: steps from {first} on"
 
 
 class Tracker:
@@ -57,10 +69,10 @@ class Tracker:
     """
 
     def __init__(self, run_dir: Path, warn: Callable[[str], None]) -> None:
-        self._mirror = _mirror(run_dir)
         self._warn = warn
         self._closing = threading.Event()
         self._abandoned = threading.Event()
+        self._mirror = Mirror(run_dir, self._say)
         self._complete = False
         self._thread = threading.Thread(target=self._run, name="mlflow-mirror", daemon=True)
 
@@ -80,26 +92,32 @@ class Tracker:
         return self._complete and not self._thread.is_alive()
 
     def _run(self) -> None:
-        uri, pause, failing, described = self._mirror.uri, POLL_SECONDS, False, False
+        pause, failures = POLL_SECONDS, 0
         while True:
             last = self._closing.is_set()
             try:
                 self._mirror.ship()
                 if last:
                     self._mirror.send_verdict()
-                if last or not described:  # after the metrics: a store that refuses files must not hold them up
+                if (
+                    last or self._mirror.files_due
+                ):  # after the metrics: a store that refuses files must not hold them up
                     self._mirror.send_files()
-                    described = True
             except Exception as error:  # whatever it is, training goes on
-                if not failing:
-                    self._say(f"MLflow at {uri} failed and is tried again; the journal keeps all: {_brief(error)}")
-                pause, failing = min(2 * pause, LONGEST_PAUSE_SECONDS), True
+                failures += 1
+                slow = is_slow(error) and wait_longer()
+                if failures == 2:  # once is no more than a connection that was closed
+                    place = self._mirror.place
+                    self._say(f"MLflow at {place} failed and is tried again; the journal keeps all: {brief(error)}")
+                if last and (slow or failures == 1):
+                    continue
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             else:
-                if failing:
-                    self._say(f"MLflow at {uri} is back and has all")
-                pause, failing = POLL_SECONDS, False
+                if failures > 1:
+                    self._say(f"MLflow at {self._mirror.place} is back and has all")
+                pause, failures = POLL_SECONDS, 0
             if last:
-                self._complete = not failing
+                self._complete = not failures
                 return
             self._closing.wait(pause)
 
@@ -108,40 +126,45 @@ class Tracker:
             self._warn(text)
 
 
-def sync(run_dir: Path) -> Synced:
-    """Send what MLflow does not have of a run yet, with its files and its status: KILLED when it died without a word.
+def sync(run_dir: Path, warn: Callable[[str], None] = lambda _: None, new_run: bool = False) -> Synced:
+    """Send what MLflow does not have of a run, with its files and its status: KILLED when it died without a word.
 
-    The status of a run that goes on is left alone.
+    The status of a run that goes on is left alone. With `new_run` the folder gets a run of its own in MLflow.
 
     Raises:
         RunError: the run was never tracked, its journal is broken, or MLflow cannot be reached.
     """
-    mirror = _mirror(run_dir)
-    try:
-        mirror.ship()
-        attempt = latest_attempt(run_dir)
-        if last := _died_without_a_word(run_dir, attempt):
-            mirror.set_ended("KILLED", "the process is gone and left no word", last.time)
-            if latest_attempt(run_dir) != attempt:  # it has begun in between
-                mirror.set_running()
-        mirror.send_verdict()
-        mirror.send_files()
-        return Synced(mirror.uri, mirror.run_id, mirror.status(), mirror.num_metrics)
-    except RunError:
-        raise
-    except Exception as error:
-        raise RunError(
-            f"MLflow at {mirror.uri} did not take all of {run_dir}: {_brief(error)}; nothing is lost, try again later"
-        ) from error
+    mirror = Mirror(run_dir, warn)
+    if new_run:
+        mirror.begin_anew()
+    tries = 0
+    while True:
+        sent = mirror.num_metrics
+        try:
+            _bring_up_to_date(mirror, run_dir)
+            return Synced(mirror.place, mirror.run_id, mirror.status(), mirror.num_metrics)
+        except RunError:
+            raise
+        except Exception as error:
+            tries = tries + 1 if mirror.num_metrics == sent else 1
+            if tries < 2 and (not is_slow(error) or wait_longer()):
+                continue
+            hint = f" (or give it more time: {TIMEOUT}=600)" if is_slow(error) else ""
+            raise RunError(
+                f"MLflow at {mirror.place} did not take all of {run_dir}: {brief(error)}; "
+                f"nothing is lost, try again later{hint}"
+            ) from error
 
 
-def _mirror(run_dir: Path) -> Mirror:
-    state = State.load(run_dir)
-    if state is None:
-        raise RunError(
-            f"{run_dir}: not a tracked run (no tracking.json); `duet train` makes one unless tracking.mode=off"
-        )
-    return Mirror(run_dir, state)
+def _bring_up_to_date(mirror: Mirror, run_dir: Path) -> None:
+    mirror.compare()
+    attempt = latest_attempt(run_dir)
+    if last := _died_without_a_word(run_dir, attempt):
+        mirror.set_ended("KILLED", "the process is gone and left no word", last.time)
+        if latest_attempt(run_dir) != attempt:  # it has begun in between
+            mirror.set_running()
+    mirror.send_verdict()
+    mirror.send_files()
 
 
 def _died_without_a_word(run_dir: Path, attempt: int) -> Record | None:
@@ -157,9 +180,3 @@ def _died_without_a_word(run_dir: Path, attempt: int) -> Record | None:
     path = attempt_path(run_dir / "attempts", attempt)
     owner = json.loads(path.read_text())
     return None if "ended" not in owner and alive(owner, path) else last
-
-
-def _brief(error: Exception) -> str:
-    """What went wrong in one line of bounded length; MLflow's own messages fill a page."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"

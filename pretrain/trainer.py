@@ -1,6 +1,5 @@
 """The training run of one rank: everything is opened in `train`, and the loop below reads top to bottom."""
 
-import json
 import os
 import platform
 import sys
@@ -38,6 +37,7 @@ from pretrain.job import FailureFile
 from pretrain.lease import Lease
 from pretrain.life import Life, Stopped
 from pretrain.metrics import Meter
+from pretrain.mirror_state import State, state_path
 from pretrain.probe import Probe
 from pretrain.profiling import Profile
 from pretrain.recorder import Recorder
@@ -292,8 +292,8 @@ def save_checkpoint(session: Session, step: int, data: DataState, validation_los
 
 def _mlflow_run(folder: RunFolder) -> str | None:
     """Id of the run in MLflow, if it is there already."""
-    file = folder.path / "tracking.json"
-    return json.loads(file.read_text()).get("run_id") if file.is_file() else None
+    state = State.load(folder.path) if state_path(folder.path).exists() else None
+    return state.run_id if state else None
 
 
 def roll_back(session: Session, step: int, data: DataState) -> int | None:

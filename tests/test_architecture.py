@@ -18,7 +18,7 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "deepspeed": ("pretrain/engine.py",),
-    "mlflow": ("pretrain/mirror.py",),
+    "mlflow": ("pretrain/mirror.py", "pretrain/mirror_store.py"),
     "transformers": ("pretrain/modeling_duet.py",),
     "lm_eval": ("pretrain/harness.py",),
     "pyarrow": ("data_pipeline/",),

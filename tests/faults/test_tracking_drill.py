@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.journal import read
-from pretrain.tracking import sync
-from tests.faults.tracked import Server, Writer, assert_mirrors, run_of
+from pretrain.mirror_state import State
+from pretrain.tracking import sync, unsent
+from tests.faults.tracked import Gate, Server, Writer, assert_mirrors, run_of, until
 from tests.runs import ROOT, SMALL, duet, kill, start_duet, wait_for_step, wait_until_gone
 
 pytestmark = pytest.mark.drill
@@ -68,6 +69,31 @@ def test_faults_in_any_order_over_many_attempts(server: Server, tmp_path: Path) 
         assert run_of(run_dir).data.tags["restarts"] == str(ATTEMPTS - 1)
     finally:
         server.kill()
+
+
+def test_a_server_that_takes_six_seconds_a_call(server: Server, tmp_path: Path) -> None:
+    """More than a call has at first: the mirror catches up while the run goes on, and the end does not wait for it."""
+    server.start()
+    gate = Gate(None, server.port, seconds=6.0)
+    try:
+        writer = Writer(tmp_path / "a", gate.uri)
+        for first in range(1, 2001, 100):
+            writer.tell(f"steps {first} {first + 99}")
+        until(lambda: sent(tmp_path / "a"), 600.0)
+        writer.tell("steps 2001 2100")
+        assert not writer.end(timeout=2.0)
+        assert unsent(tmp_path / "a") == "not there yet: steps from 2001 on"
+        assert len(writer.warnings()) <= 2
+        assert sync(tmp_path / "a").status == "FINISHED"
+        assert_mirrors(tmp_path / "a")
+    finally:
+        gate.close()
+        server.kill()
+
+
+def sent(run_dir: Path) -> bool:
+    state = State.load(run_dir)
+    return state is not None and state.offsets.get("metrics.jsonl") == (run_dir / "metrics.jsonl").stat().st_size
 
 
 def test_a_training_run_through_a_server_that_dies_and_its_own_death(server: Server, tmp_path: Path) -> None:

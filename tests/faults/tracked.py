@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pretrain import mirror
-from pretrain.mirror import SHIPPED, State, default_uri
+from pretrain.mirror_state import State, default_uri
+from pretrain.mirror_store import connect
 from tests.conftest import ROOT
 from tests.ports import free_port
 
@@ -110,7 +110,7 @@ class Server:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir()
-        mirror.connect(f"sqlite:///{folder}/mlflow.db")
+        connect(f"sqlite:///{folder}/mlflow.db")
 
     def start(self) -> None:
         """Returns when it answers."""
@@ -144,6 +144,10 @@ class Server:
             self._process.wait()
             self._process = None
 
+    def lose_store(self) -> None:
+        """All that was in it."""
+        (self._folder / "mlflow.db").unlink()
+
     def _answers(self) -> bool:
         try:
             with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
@@ -153,13 +157,17 @@ class Server:
 
 
 class Gate:
-    """The way to a server, which has a fault (a key of ANSWERS, or `hung`) until it is opened.
+    """The way to a server, which has a fault (a key of ANSWERS, `hung`, or none) until it is opened.
+
+    What is sent to `slow` (a part of a path) takes `seconds` longer, opened or not.
 
     `requests` holds the first bytes of what was asked while it was closed; `asked` is set by the first.
     """
 
-    def __init__(self, fault: str, target: int) -> None:
-        self.fault: str | None = fault
+    def __init__(self, fault: str | None, target: int, slow: bytes = b"", seconds: float = 0.0) -> None:
+        self.fault = fault
+        self._slow = slow
+        self._seconds = seconds
         self.requests: list[bytes] = []
         self.asked = threading.Event()
         self._target = target
@@ -199,14 +207,21 @@ class Gate:
             with socket.create_connection(("127.0.0.1", self._target)) as server:
                 back = threading.Thread(target=_pipe, args=(server, client), daemon=True)
                 back.start()
-                _pipe(client, server)
+                _pipe(client, server, self._hold)
                 back.join()
 
+    def _hold(self, data: bytes) -> bytes:
+        """Wait, and have the connection used once: the server would close it in the meantime."""
+        if self._seconds and data.startswith((b"GET ", b"POST ", b"PUT ")):
+            time.sleep(self._seconds if self._slow in data.split(b"\r\n", 1)[0] else 0)
+            return data.replace(b"Connection: keep-alive", b"Connection: close", 1)
+        return data
 
-def _pipe(source: socket.socket, target: socket.socket) -> None:
+
+def _pipe(source: socket.socket, target: socket.socket, change: Callable[[bytes], bytes] = lambda data: data) -> None:
     try:
         while data := source.recv(65536):
-            target.sendall(data)
+            target.sendall(change(data))
         target.shutdown(socket.SHUT_WR)
     except OSError:
         return  # the other side has gone, which is its right
@@ -216,7 +231,7 @@ def run_of(run_dir: Path) -> Any:
     """The run in MLflow."""
     state = State.load(run_dir)
     assert state and state.run_id
-    return mirror.connect(state.uri or default_uri(run_dir)).get_run(state.run_id)
+    return connect(state.uri or default_uri(run_dir)).get_run(state.run_id)
 
 
 def assert_mirrors(run_dir: Path) -> int:
@@ -242,10 +257,10 @@ def assert_mirrors(run_dir: Path) -> int:
                 for word, summary in (("min", min), ("max", max), ("mean", fmean))
             }
             for name, given in (record["metrics"] | summaries).items():
-                if not SHIPPED.fullmatch(name):
+                if name.count("/") == 3:
                     continue
                 section, _, rest = name.partition("/")
-                shown = f"{RENAMED.get(section, section)}/{rest}"
+                shown = f"{RENAMED.get(section, section)}/{rest.replace('/', '.')}"
                 assert journal_names.setdefault(shown, name) == name, "two metrics became one"
                 value = float(given)
                 if math.isfinite(value):
@@ -257,7 +272,7 @@ def assert_mirrors(run_dir: Path) -> int:
                 expected.setdefault("progress/nonfinite_values", Counter())[*point, float(bad)] = 1
     state, run = State.load(run_dir), run_of(run_dir)
     assert state
-    client = mirror.connect(state.uri or default_uri(run_dir))
+    client = connect(state.uri or default_uri(run_dir))
     assert set(run.data.metrics) == set(expected)
     for name, points in expected.items():
         history = client.get_metric_history(run.info.run_id, name)  # follows the pages to the last one

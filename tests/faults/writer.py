@@ -17,7 +17,7 @@ from typing import Any
 from pretrain import tracking
 from pretrain.journal import Journal
 from pretrain.lease import Lease
-from pretrain.mirror import State
+from pretrain.mirror_state import State
 
 NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "sqlite3.connect")
 

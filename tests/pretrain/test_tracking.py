@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -12,10 +14,12 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import ConfigError, RunError
-from pretrain import mirror, provenance
+from pretrain import provenance
 from pretrain.config import load
 from pretrain.journal import Journal, Record, read
-from pretrain.mirror import SHIPPED, State, default_uri
+from pretrain.mirror_names import ATTEMPT, NONFINITE, flat, mirrored, shipped, text
+from pretrain.mirror_state import State, default_uri
+from pretrain.mirror_store import connect
 from pretrain.tracking import assign, sync
 from tests.faults.tracked import Writer, assert_mirrors, run_of
 from tests.runs import ROOT, SMALL, duet
@@ -59,14 +63,14 @@ def test_killed_while_writing_and_resumed_100_steps_back_is_one_run(tmp_path: Pa
     assert tags["mlflow.note.content"].startswith("Finished at step 400, resumed once: training loss 6.0000 → 2.0125")
     assert sorted({name.split("/")[0] for name in run.data.metrics})[0] == "loss", "the first section of the page"
 
-    # A crash after the server said yes and before that was on disk: the same run, nothing twice.
+    # A crash after the server said yes and before that was on disk: the same run, and it has all.
     state = State.load(run_dir)
     assert state
     State(state.uri, state.experiment, state.run_name, state.created, state.key).save(run_dir)
     synced = sync(run_dir)
     assert (synced.run_id, synced.status) == (state.run_id, "FINISHED")
-    assert synced.num_metrics == points == assert_mirrors(run_dir)
-    assert sync(run_dir).num_metrics == 0
+    assert synced.num_metrics == 0
+    assert points == assert_mirrors(run_dir)
 
     Journal(run_dir / "metrics.jsonl", 1).event("end", status="FAILED", reason="taken over")
     assert sync(run_dir).status == "FINISHED", "what an older attempt writes late is not the run's end"
@@ -99,7 +103,7 @@ def test_offline_and_synced_later_from_another_place(tmp_path: Path) -> None:
     assert assert_mirrors(run_dir) > 1500
     run = run_of(run_dir)
     assert run.data.tags["drift/optimizer.lr"] == "0.001 → 0.0005 (attempt 2)"
-    client = mirror.connect(default_uri(run_dir))
+    client = connect(default_uri(run_dir))
     assert [f.path for f in client.list_artifacts(run.info.run_id)] == ["code", "report.html"]
     assert [f.path for f in client.list_artifacts(run.info.run_id, "code")] == ["code/attempt-000001.diff"]
 
@@ -111,7 +115,7 @@ def test_offline_and_synced_later_from_another_place(tmp_path: Path) -> None:
     assert (tmp_path / "login" / "mlartifacts").is_dir(), "what was sent now went to the old place"
     shutil.rmtree(tmp_path / "login")
     (tmp_path / "login").symlink_to(tmp_path / "moved")
-    client = mirror.connect(default_uri(moved))
+    client = connect(default_uri(moved))
     assert [f.path for f in client.list_artifacts(run.info.run_id)] == ["code", "report.html"]
 
 
@@ -139,7 +143,7 @@ def test_a_training_run_is_in_mlflow_with_all_that_it_is_made_of(ranks: Ranks, d
         assert len(tags["git/commit"]) == 40
     sections = sorted({name.split("/")[0] for name in run.data.metrics if "/" in name})
     assert sections == ["loss", "mask", "optim", "progress", "system", "time"]
-    client = mirror.connect(default_uri(run_dir))
+    client = connect(default_uri(run_dir))
     files = {f.path for f in client.list_artifacts(run.info.run_id)}
     assert {"config.yaml", "run.json", "code", "profile", "report.html"} <= files
     code = {f.path for f in client.list_artifacts(run.info.run_id, "code")}
@@ -225,15 +229,15 @@ def test_uris_of_no_use_are_refused_without_telling_the_password(uri: str) -> No
 def test_an_untracked_run_and_a_newer_state(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a tracked run"):
         sync(tmp_path)
-    (tmp_path / "tracking.json").write_text('{"format": 3}')
-    with pytest.raises(RunError, match="format 3 is not known"):
+    (tmp_path / "tracking.json").write_text('{"format": 4}')
+    with pytest.raises(RunError, match="format 4 is not known"):
         sync(tmp_path)
 
 
 def test_of_the_layers_the_mirror_gets_least_mean_and_greatest() -> None:
     density = {"gate/density/enc_ff/0": 0.5, "gate/density/enc_ff/1": 0.25, "gate/density/dec_ff/0": 1.0}
     values = {"loss/train": 2.0} | density | {"gate/entropy/enc_ff/0": math.nan, "gate/entropy/enc_ff/1": 0.1}
-    assert mirror.shipped(Record("metrics", 0, 3, 1, values, {})) == {
+    assert shipped(Record("metrics", 0, 3, 1, values, {})) == {
         "loss/train": 2.0,
         "mask/density_enc_ff_min": 0.25,
         "mask/density_enc_ff_mean": 0.375,
@@ -241,23 +245,74 @@ def test_of_the_layers_the_mirror_gets_least_mean_and_greatest() -> None:
         "mask/density_dec_ff_min": 1.0,
         "mask/density_dec_ff_mean": 1.0,
         "mask/density_dec_ff_max": 1.0,
-        mirror.NONFINITE: 3.0,
-        mirror.ATTEMPT: 3.0,
+        NONFINITE: 3.0,
+        ATTEMPT: 3.0,
     }
 
 
 def test_of_a_validation_the_mirror_gets_every_source() -> None:
     values = {"loss/val": 2.0, "loss/val/web": 2.5, "loss/val_bits_per_byte/a/b (c)": 1.5}
-    assert mirror.shipped(Record("metrics", 0, 3, 1, values, {})) == {
+    assert shipped(Record("metrics", 0, 3, 1, values, {})) == {
         "loss/val": 2.0,
         "loss/val.web": 2.5,
-        "loss/val_bits_per_byte.a_b _c_": 1.5,
-        mirror.ATTEMPT: 3.0,
+        "loss/val_bits_per_byte.a-x2f-b -x28-c-x29-": 1.5,
+        ATTEMPT: 3.0,
     }
 
 
-def test_names_that_are_shipped() -> None:
-    shipped = ["loss/train", "loss", "time/step_ms", "gate/val_density", "system/node-1.cpu_percent"]
-    kept = ["gate/density/enc_ff/00", "a//b", "/a", "a/", "a%", "../a", "a/.b", ""]
-    assert [name for name in shipped + kept if SHIPPED.fullmatch(name)] == shipped
-    assert mirror._flatten({"a": {"b%(c)/": [1], "d": {}}}) == {"a.b__c__": "[1]"}
+def unescaped(name: str) -> str:
+    return re.sub("-x([0-9a-f]+)-", lambda found: chr(int(found[1], 16)), name)
+
+
+def test_names_are_accepted_distinct_and_can_be_read_back() -> None:
+    from mlflow.utils.validation import _validate_metric_name, _validate_param_name
+
+    choose = random.Random(20)
+    parts = [*"abx2dEö漢é (){}[]<>%&=?*+~'\"|\\/.:_- \t\n\0", "-x", "-x2f-", "..", "x28-"]
+    names = {"".join(choose.choices(parts, k=choose.randint(1, 8))) for _ in range(20_000)}
+    names |= {
+        ".",
+        "..",
+        "/",
+        "a/",
+        "/a",
+        "a//b",
+        "../a",
+        "a/..",
+        "web (en)",
+        "web [en]",
+        "web\n",
+        "-x28-",
+        "(",
+        "-x2",
+        "-x2f",
+    }
+    for pattern in ("data/epoch_{}", "loss/val/{}", "{}"):
+        shown = {name: mirrored(pattern.format(name)) for name in names}
+        assert len(set(shown.values())) == len(names)
+        for name, there in shown.items():
+            _validate_metric_name(there)
+            if pattern == "loss/val/{}":
+                assert unescaped(there.removeprefix("loss/val.")) == name
+    keys = flat({"data": {"sources": {name: {"weight": 1} for name in names}}})
+    assert len(keys) == len(names)
+    for key in keys:
+        _validate_param_name(key)
+
+
+def test_names_that_need_no_other_stay_and_long_ones_are_bounded() -> None:
+    same = ["loss/train", "loss", "time/step_ms", "system/node-1.cpu_percent", "a/.b", "loss/größe", "a b:c", "a-xy"]
+    assert [mirrored(name) for name in same] == same
+    assert mirrored("gate/val_density") == "mask/val_density"
+    long = [mirrored(f"data/epoch_{'x' * 300}{end}") for end in "ab"]
+    assert len(set(long)) == 2
+    assert all(len(name) <= 250 and name.startswith("progress/epoch_xxx") for name in long)
+    assert flat({"a": {"b%(c)/": [1], "d": {}}}) == {"a.b-x25--x28-c-x29--x2f-": "[1]"}
+
+
+def test_values_that_are_too_long_or_no_text_are_cut_and_say_so() -> None:
+    assert text("x" * 6000) == "x" * 6000
+    cut = text("x" * 6001)
+    assert len(cut) == 6000
+    assert cut.endswith("(cut: 6,001 characters are in the run folder)")
+    assert text("a\udcff\0") == "a\\udcff\\x00"
