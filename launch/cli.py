@@ -25,6 +25,7 @@ from launch import (
 )
 from launch.completion import complete_configs, complete_runs
 from launch.generate import generate
+from pretrain.provenance import check_code
 
 ConfigArgs = Annotated[
     list[str],
@@ -209,6 +210,7 @@ def wanted(library: str, extra: str, by: str) -> Iterator[None]:
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2."""
     try:
+        check_code()
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -36,10 +36,12 @@ def main(args: list[str]) -> int:
     from pretrain.config import load
     from pretrain.console import fail, take_over
     from pretrain.job import FailureFile
+    from pretrain.provenance import check_code
 
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     try:
         with FailureFile(rank) as failure_file:
+            check_code()
             config = load(args)
             with disk_errors(config.run_dir, RunError):
                 take_over(config.run_dir / "logs", rank, verbose=bool(os.environ.get("DUET_VERBOSE")))

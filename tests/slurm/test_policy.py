@@ -104,7 +104,10 @@ class Job:
 
 
 def test_the_planned_signal_saves_requeues_and_goes_on_in_one_log(cluster: Cluster, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, {"saves": True}, nodes=3, DUET_DATA="/elsewhere", RANK="1")
+    # What the shell of another job leaves: its size, its third restart, its binding, its working directory.
+    other = {"SLURM_MEM_PER_CPU": 100, "SLURM_MEM_PER_NODE": 9, "SLURM_RESTART_COUNT": 3, "SLURM_WORKING_DIR": "/none"}
+    other |= {"SLURM_CPU_BIND": "mask_cpu:0xf00", "SLURM_STDOUTMODE": "/none/log", "SRUN_CPUS_PER_TASK": 64}
+    job = Job(cluster, tmp_path, {"saves": True}, nodes=3, DUET_DATA="/elsewhere", RANK="1", **other)
     job.wait_for_step(3)
     job.planned_signal()
     job.wait_requeued(1)
