@@ -13,6 +13,7 @@ from pathlib import Path
 from data_pipeline.errors import ConfigError, DataError, RunError
 from data_pipeline.files import absolute, is_uri
 from data_pipeline.manifest import MANIFEST, Manifest
+from launch import slurm
 from launch.cluster import Cluster, node_range, seconds
 from model.size import num_parameters
 from pretrain import origin
@@ -201,19 +202,25 @@ def check_site(cluster: Cluster, python: str) -> list[Finding]:
     Raises:
         ConfigError: it is not.
     """
-    found = [
-        Finding("site", f"{name}={value} in the environment goes before what the script says", warning=True)
-        for name, value in sorted(os.environ.items())
-        if name.startswith("SBATCH_")
-    ]
     for key, value in (("setup", cluster.setup), ("container", cluster.container), ("apptainer", cluster.apptainer)):
         if value and value.startswith("/") and not Path(value).exists():
             raise ConfigError(f"{key}: {value} is not there; nodes see the same file systems, so name what is")
     if cluster.container or cluster.apptainer:
-        return [*found, Finding("python", f"{python}, inside the container")]
+        return [Finding("python", f"{python}, inside the container")]
     if "/" in python and not os.access(python, os.X_OK):
         raise ConfigError(f"python: {python} is no program here; name one on a file system that the nodes see, too")
-    return [*found, Finding("python", python)]
+    return [Finding("python", python)]
+
+
+def check_environment(script: str) -> list[Finding]:
+    """What of the environment sbatch goes by, beside the script."""
+    overruled = slurm.overruled(script)
+    said = {True: "is left out: the script decides", False: "goes to sbatch: the script does not say"}
+    return [
+        Finding("site", f"{name}={value} of the environment {said[name in overruled]}", warning=True)
+        for name, value in sorted(os.environ.items())
+        if name.startswith("SBATCH_")
+    ]
 
 
 def check_mounts(config: Config, cluster: Cluster) -> list[Finding]:

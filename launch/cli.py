@@ -27,6 +27,7 @@ from launch import (
 )
 from launch.completion import complete_configs, complete_runs
 from launch.generate import generate
+from pretrain.provenance import check_code
 
 ConfigArgs = Annotated[
     list[str],
@@ -214,6 +215,7 @@ def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2."""
     with told(lambda error: print(f"error: {error}", file=sys.stderr)):
         try:
+            check_code()
             if argument := argument_of_secret(sys.argv[1:], FREE_TEXT):
                 raise ConfigError(f"command line: {argument}: {WAY_ON}")
             app()

@@ -12,6 +12,7 @@ import sys
 from data_pipeline.errors import ConfigError, UserError
 from data_pipeline.files import absolute, is_uri
 from pretrain.config import Config, load
+from pretrain.provenance import check_code
 
 
 def nodes_that_fit(config: Config, granted: int, tasks: int) -> int:
@@ -38,6 +39,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--tasks", type=int, required=True)
     given = parser.parse_intermixed_args(args)
     try:
+        check_code()
         config = load(given.config)
         nodes = nodes_that_fit(config, given.nodes, given.tasks)
     except UserError as error:

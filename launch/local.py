@@ -1,6 +1,8 @@
 """Ranks on this machine: started together, ended together."""
 
+import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,14 +13,15 @@ from types import FrameType
 
 from data_pipeline.atomic import disk_errors
 from data_pipeline.errors import RunError
+from pretrain.runs import End, recorded_end
 
 GRACE_SECONDS = 15.0
-"""What a rank gets to end by itself after another one failed."""
+"""What a rank gets to end by itself after another one failed, or after rank 0."""
 LINES_SHOWN = 5
 """Of the log of a rank that failed."""
 WHAT_CTRL_C_DOES = (
     "stopping: the run saves at the end of this step (Ctrl-C again: end without saving)",
-    "ending without saving (Ctrl-C again: kill)",
+    "ending at once: what is not saved by now, or not in the report, is left (Ctrl-C again: kill)",
     "killed",
 )
 
@@ -30,7 +33,7 @@ def run_ranks(args: list[str], ranks: int, logs: Path, *, verbose: bool = False)
     even by SIGKILL, the kernel ends the ranks.
 
     Returns:
-        the exit code: 0, or that of the first rank that failed.
+        the exit code: that of the recorded end of the run, else that of the first rank that failed, or 0.
     """
     with tempfile.TemporaryDirectory(prefix="duet-") as meeting:
         environment = os.environ | {
@@ -81,15 +84,29 @@ def _start(rank: int, args: list[str], environment: dict[str, str], logs: Path) 
 
 def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
     failed: int | None = None
-    deadline = 0.0
+    deadline = math.inf
     while None in (codes := [process.poll() for process in processes]):
         if failed is None:
             failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if deadline == math.inf and (failed is not None or codes[0] is not None):
             deadline = time.monotonic() + GRACE_SECONDS
-        elif time.monotonic() > deadline:
+        if time.monotonic() > deadline:
+            if codes[0] is None and _end(processes, logs):  # it writes the report, for a time that it bounds itself
+                deadline = time.monotonic() + GRACE_SECONDS
+                continue
             for process in processes:
                 process.kill()
         time.sleep(0.05)
+    if end := _end(processes, logs):
+        for rank, code in enumerate(codes):
+            if code != end.code:
+                run = shlex.quote(str(logs.parent))
+                print(
+                    f"warning: the run is over ({end.reason}) and saved; rank {rank} ended with code {code} in what "
+                    f"followed; `duet report {run}` makes the report",
+                    file=sys.stderr,
+                )
+        return end.code
     if failed is None:
         failed = next((rank for rank, code in enumerate(codes) if code), None)
     if failed is None:
@@ -101,6 +118,11 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
         for line in _log(logs, failed).read_text(errors="replace").splitlines()[-LINES_SHOWN:]:
             print(f"  {line}", file=sys.stderr)
     return code if code > 0 else 128 - code
+
+
+def _end(processes: list[subprocess.Popen[bytes]], logs: Path) -> End | None:
+    """The one that this start has recorded."""
+    return recorded_end(logs.parent, pid=processes[0].pid)
 
 
 def _log(logs: Path, rank: int) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launch.exclude import exclude
 from pretrain.job import Failure, JobFolder, RankFailure, this_job
-from pretrain.runs import saved_steps
+from pretrain.runs import End, recorded_end, saved_steps
 
 LAUNCH_FAILED = 233
 """srun's exit code when a node did not start its tasks."""
@@ -60,6 +60,8 @@ class Outcome:
     trained: bool = True
     """… and had taken a step before."""
     kill_switch: bool = False
+    end: End | None = None
+    """What this start has recorded, all being saved; whatever befell its processes later."""
     failure: Failure | None = None
     """What is known of it, when `rc` is not 0 or nothing was trained."""
     dead_nodes: tuple[str, ...] = ()
@@ -74,18 +76,23 @@ def decide(outcome: Outcome, earlier: Sequence[Failure], max_crashes: int) -> De
     A job is requeued without bound only while its checkpoints advance. Its failures at the same newest checkpoint are
     counted, whatever they were, so that at most `max_crashes` requeues follow each other without progress.
     """
-    rc, signal, failure = outcome.rc, outcome.signal, outcome.failure
+    rc, signal, failure, end = outcome.rc, outcome.signal, outcome.failure, outcome.end
+    if end and end.finished:
+        return Decision(Action.DONE, _over(end, rc))
     if signal == "TERM":  # to requeue now would revive a job that its user has cancelled
         why = (
             "Slurm ended the job (cancelled, preempted, out of time, a node lost); whether it runs again is up to Slurm"
         )
         return Decision(Action.STOP if rc else Action.DONE, why)
     if outcome.kill_switch:
-        return Decision(Action.STOP if rc else Action.DONE, "the kill switch slurm/stop is there; remove it to go on")
+        well = rc == 0 or (end and end.code == 0)
+        return Decision(Action.DONE if well else Action.STOP, "the kill switch slurm/stop is there; remove it to go on")
     if rc == 0 and not outcome.wants_requeue:
         return Decision(Action.DONE, "all ranks ended well")
-    if rc == 0 and outcome.trained:
+    if (rc == 0 or end) and outcome.wants_requeue and outcome.trained:
         return Decision(Action.REQUEUE, "saved at the planned signal, before the time limit")
+    if end and not outcome.wants_requeue:
+        return Decision(Action.STOP if end.code else Action.DONE, _over(end, rc))
     assert failure
     if failure.mistake or (rc == USER_ERROR and not outcome.newly_excluded):
         return Decision(Action.STOP, f"another try cannot mend it: {_told(failure)}")
@@ -150,6 +157,12 @@ def diagnose(
     if outcome.rc == 0 or outcome.signal == "USR1":
         return replace(known, what="the planned signal came before anything was trained")
     return replace(known, what=f"srun ended with code {outcome.rc}, and no rank said why")
+
+
+def _over(end: End, rc: int) -> str:
+    """A recorded end in words, and what came after it."""
+    later = f"; what followed ended with code {rc}, and `duet report` makes the report" if rc != end.code else ""
+    return f"the run is over and saved: {end.reason}{later}"
 
 
 def dead_nodes(words: str) -> tuple[str, ...]:
@@ -221,11 +234,13 @@ def main(args: list[str]) -> int:
         wants_requeue=wish is not None,
         trained=bool(wish and wish.trained),
         kill_switch=folder.kill_switch.exists(),
+        end=recorded_end(given.run_dir, job=job, restart=restart),
         dead_nodes=dead_nodes(words) if given.rc else (),
         newly_excluded=tuple(folder.excluded_by(job, restart)),
     )
     earlier = [failure for failure in folder.failures() if failure.job == job]
-    failed = given.signal != "TERM" and (given.rc != 0 or (outcome.wants_requeue and not outcome.trained))
+    in_vain = outcome.wants_requeue and not outcome.trained
+    failed = given.signal != "TERM" and (in_vain or (given.rc != 0 and outcome.end is None))
     if failed:
         beat = folder.last_heartbeat()
         reached = beat.step if beat and (beat.job, beat.restart) == (job, restart) else None

@@ -26,6 +26,14 @@ ENDED = (
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 """Of `SLURM_…` in the environment. The rest is of the job we may be inside of; what we submit would inherit it."""
+OF_THE_SCRIPT = {
+    "ARRAY_INX": "array", "CPUS_PER_TASK": "cpus-per-task", "GPUS": "gpus-per-node", "GPUS_PER_SOCKET": "gpus-per-node",
+    "GPUS_PER_TASK": "gpus-per-node", "MEM_PER_CPU": "mem", "MEM_PER_GPU": "mem", "MEM_PER_NODE": "mem",
+    "NO_REQUEUE": "requeue", "TIMELIMIT": "time", "ERROR": "output",
+}  # fmt: skip
+"""Options that `SBATCH_…` stands for, or would contradict, where its name is not the option's."""
+NEVER = ("SBATCH_ARRAY_INX", "SBATCH_WAIT")
+"""A run is one job, and nobody waits here for its end."""
 FIELDS = (
     "JobArrayID", "JobID", "State", "NumNodes", "NodeList", "Partition", "UserName", "SubmitTime", "StartTime",
     "EndTime", "TimeLeft", "RestartCnt", "exit_code", "Reason",
@@ -126,7 +134,7 @@ def submit(script: Path, options: Sequence[str] = (), arguments: Sequence[str] =
     Raises:
         SlurmError: it refused.
     """
-    done = _checked("sbatch", "--parsable", *options, str(script), *arguments)
+    done = _checked("sbatch", "--parsable", *options, str(script), *arguments, without=overruled(script.read_text()))
     sys.stderr.write(done.stderr)
     return done.stdout.strip().split(";")[0]
 
@@ -137,8 +145,20 @@ def test_only(script: Path, options: Sequence[str] = (), arguments: Sequence[str
     Raises:
         SlurmError: it would refuse.
     """
-    done = _checked("sbatch", "--test-only", *options, str(script), *arguments)
+    done = _checked("sbatch", "--test-only", *options, str(script), *arguments, without=overruled(script.read_text()))
     return "\n".join(_said(done.stderr + done.stdout))
+
+
+def overruled(script: str) -> list[str]:
+    """`SBATCH_…` of the environment that sbatch does not see: it would put them before what a script says itself."""
+    said = {name.removeprefix("no-") for name in re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)}
+
+    def option(name: str) -> str:
+        word = name.removeprefix("SBATCH_")
+        return OF_THE_SCRIPT.get(word, word.lower().replace("_", "-"))
+
+    ours = (name for name in os.environ if name.startswith("SBATCH_"))
+    return sorted(name for name in ours if name in NEVER or option(name) in said)
 
 
 def job(job_id: str) -> Job | None:
@@ -238,7 +258,7 @@ def partitions() -> list[str]:
     return sorted(set(_checked("sinfo", "--noheader", "-o", "%R").stdout.split()))
 
 
-def _call(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def _call(program: str, *arguments: str, without: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
     if not shutil.which(program):
         raise SlurmError(
             f"{program}: no such program here; log in on a machine of the cluster (some sites need `module load slurm`)"
@@ -249,7 +269,12 @@ def _call(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [program, *arguments]
     try:
         return subprocess.run(
-            command, env=_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS
+            command,
+            env=_environment(without),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
         )
     except subprocess.TimeoutExpired as error:
         said = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
@@ -258,8 +283,8 @@ def _call(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
         raise SlurmError(f"{program}: no answer in {SECONDS:.0f} s{twice}. {told}") from None
 
 
-def _checked(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    done = _call(program, *arguments)
+def _checked(program: str, *arguments: str, without: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
+    done = _call(program, *arguments, without=without)
     if done.returncode:
         raise _refusal(program, done.stderr)
     return done
@@ -286,13 +311,14 @@ def _said(stderr: str) -> list[str]:
     return list(dict.fromkeys(line for line in lines if line))
 
 
-def _environment() -> dict[str, str]:
-    """Without what would change the output of Slurm's commands."""
+def _environment(without: Sequence[str]) -> dict[str, str]:
+    """Without what would change what Slurm's commands print, and what srun does in a job that inherits it."""
     ours = os.environ.items()
     return {
         name: value
         for name, value in ours
-        if name in KEPT or not name.startswith(("SLURM_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_"))
+        if name in KEPT
+        or not (name in without or name.startswith(("SLURM_", "SRUN_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")))
     }
 
 

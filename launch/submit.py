@@ -142,7 +142,7 @@ def prepare(order: Order, *, dry_run: bool = False) -> Plan:
             before=_ends_at_once(configs[0]) if order.chain > 1 else (),
         ),
     )
-    return Plan(script, configs, code, findings)
+    return Plan(script, configs, code, [*checks.check_environment(script), *findings])
 
 
 def place(order: Order) -> list[str]:

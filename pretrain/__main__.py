@@ -3,11 +3,13 @@
 With DUET_VERBOSE set, rank 0 shows what the libraries print, too.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import time
+import traceback
 
 PR_SET_PDEATHSIG = 1
 
@@ -35,10 +37,12 @@ def main(args: list[str]) -> int:
     from pretrain.config import load
     from pretrain.console import fail, take_over
     from pretrain.job import FailureFile
+    from pretrain.provenance import check_code
 
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     try:
         with told(lambda error: fail(f"error: {error}")), FailureFile(rank) as failure_file:
+            check_code()
             config = load(args)
             with disk_errors(config.run_dir, RunError):
                 take_over(config.run_dir / "logs", rank, verbose=bool(os.environ.get("DUET_VERBOSE")))
@@ -46,8 +50,15 @@ def main(args: list[str]) -> int:
             from pretrain.distributed import join
             from pretrain.trainer import train
 
-            with join(config.engine.timeout_minutes) as ranks:
-                return exit_code(train(config, ranks, stop, started, failure_file))
+            try:
+                with join(config.engine.timeout_minutes) as ranks:
+                    return exit_code(train(config, ranks, stop, started, failure_file))
+            except BaseException as error:
+                if stop.code is None:
+                    raise
+                traceback.print_exc()
+                fail(f"warning: the run is over and saved; what followed failed: {type(error).__name__}: {error}")
+                return stop.code
     except UserError as error:
         fail(f"error: {error}")  # of the other ranks into their logs
         return 2
@@ -59,6 +70,7 @@ def main(args: list[str]) -> int:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a closed pipe, a full disk: the code says how it went
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)  # an orderly exit aborts now and then in gloo's C++ threads, and the code would be lost

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,6 +13,8 @@ import torch.distributed as dist
 from data_pipeline.errors import ConfigError, UserError
 
 T = TypeVar("T")
+PARTING = timedelta(hours=1)
+"""Longer than rank 0 may take after the end (`signals.LONGEST_SECONDS`), should it hang where nothing reaches it."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,15 @@ class Ranks:
         if failures:
             raise failures[0]
         return self.broadcast(result) if only_first else result  # type: ignore[return-value]
+
+    def part(self) -> None:
+        """Wait until rank 0 gets here, or is gone. Takes no processor time, and may last longer than a collective."""
+        with suppress(RuntimeError):  # whom one waits for, or who should wait, is gone
+            if not self.is_first and (word := dist.irecv(torch.zeros(1), 0, group=self.group)):
+                word.wait(PARTING)
+        for rank in range(1, self.world_size if self.is_first else 0):
+            with suppress(RuntimeError):
+                dist.send(torch.zeros(1), rank, group=self.group)
 
 
 @contextmanager

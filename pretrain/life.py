@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,10 +133,11 @@ class Life:
 
     def ended(self, step: int, request: int) -> None:
         """The loop is over and all is saved; after the planned signal, the job wants to go on."""
-        self._pulse = Pulse(self._folder)  # the last heartbeat is not left out for speed
-        self._beat()
         if self._ranks.is_first and request == signal.SIGUSR1 and this_job()[0]:
             self._folder.request_requeue(step, trained=self._num_steps)
+        self._pulse = Pulse(self._folder)  # the last heartbeat is not left out for speed
+        with suppress(OSError):  # it is a sign of life only
+            self._beat()
 
     def _beat(self) -> None:
         if self._ranks.is_first:

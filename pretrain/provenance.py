@@ -5,10 +5,12 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
 from data_pipeline.atomic import write_atomic, write_json
+from data_pipeline.errors import ConfigError
 
 SOURCE = Path(__file__).resolve().parent.parent
 PACKAGES = ("configs", "data_pipeline", "launch", "model", "pretrain", "slurm")
@@ -18,6 +20,20 @@ SNAPSHOT, SNAPSHOT_DIFF = "snapshot.json", "snapshot.diff"
 MAX_DIFF_BYTES = 1 << 20
 GIT_SECONDS = 30.0
 SLURM = {"slurm/job_id": "SLURM_JOB_ID", "slurm/nodes": "SLURM_JOB_NODELIST", "slurm/restarts": "SLURM_RESTART_COUNT"}
+
+
+def check_code() -> None:
+    """Whether this is the code that the batch script of this job names, when it names one.
+
+    Raises:
+        ConfigError: it is not; says what overrules PYTHONPATH.
+    """
+    wanted = os.environ.get("DUET_ONLY_CODE")
+    if wanted and Path(wanted).resolve() != SOURCE:
+        raise ConfigError(
+            f"the code of this job is {wanted}, but that in {SOURCE} runs: PYTHONPATH={os.environ.get('PYTHONPATH')} "
+            f"does not reach {sys.executable}, or is overruled by the container, a sitecustomize or a .pth file there"
+        )
 
 
 def record(folder: Path, attempt: int) -> dict[str, str]:

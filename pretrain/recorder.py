@@ -1,11 +1,16 @@
 """All that rank 0 tells the world about a run: journal, MLflow, terminal, report. Silent on the other ranks."""
 
+import shlex
 import shutil
+import signal
 import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from data_pipeline.manifest import Manifest
 from data_pipeline.secret import redact
@@ -15,15 +20,16 @@ from pretrain.checkpoint import complete
 from pretrain.config import Config
 from pretrain.console import Console
 from pretrain.distributed import Ranks
-from pretrain.job import JobFolder
+from pretrain.job import JobFolder, this_job
 from pretrain.journal import Journal
 from pretrain.lease import LeaseLost
 from pretrain.metrics import StepMetrics
 from pretrain.report_data import RunData, load
 from pretrain.run import RunFolder
-from pretrain.signals import told
+from pretrain.signals import BrokenOff, StopRequest, exit_code, told
 from pretrain.tracking import Tracker, assign, unsent
 
+T = TypeVar("T")
 COUNTED = {"skipped": "steps without an update", "spikes": "loss spikes", "rollbacks": "rollbacks"}
 """What the summary tells of `health/…`."""
 CLOSE_SECONDS = 10.0
@@ -142,17 +148,40 @@ class Recorder:
             self._journal.num_rollbacks += 1
             self._journal.sync()
 
-    def finish(self, step: int, request: int, seconds: float) -> None:
-        """The loop is over: all steps done, or stopped on request (`pretrain.signals`) after a save."""
+    def finish(self, step: int, request: int, seconds: float, stop: StopRequest) -> None:
+        """The loop is over: all steps done, or stopped on request (`pretrain.signals`) after a save.
+
+        Once the end is recorded, nothing that fails, takes long or is broken off makes a failure of the run.
+        """
         if not self._active:
+            stop.ended(request)
             return
-        self._end("KILLED" if request else "FINISHED", told(request) if request else "all steps done")
-        data = load(self._folder.path)
-        report.write([data], self._folder.report)
-        shipped = self._close_tracker(CLOSE_SECONDS_AFTER_SIGNAL if request else CLOSE_SECONDS)
+        status, reason = ("KILLED", told(request)) if request else ("FINISHED", "all steps done")
+        try:
+            self._end(status, reason, code=exit_code(request))
+        except OSError as error:  # a full disk; what was learned is saved
+            self._console.warning(f"the run is over and saved, but its end could not be recorded: {error}")
+        stop.ended(request)
+        self._console.summary(self._last_words(step, request, seconds, stop))
+
+    def _last_words(self, step: int, request: int, seconds: float, stop: StopRequest) -> list[tuple[str, str]]:
+        """Write the report, close MLflow; the summary."""
+        path = self._folder.path
+        data = self._afterwards(stop, "its journal", lambda: load(path))
+        # A job that Slurm takes its nodes from has no time for pictures, and none of them waits for these.
+        hurried = request in (signal.SIGUSR1, signal.SIGTERM) and this_job()[0] is not None
+        written = data and not hurried and self._afterwards(stop, "the report", lambda: self._report(data))
+        timeout = 0.0 if stop.broken_off else CLOSE_SECONDS_AFTER_SIGNAL if request else CLOSE_SECONDS
+        shipped = self._afterwards(stop, "MLflow", lambda: self._close_tracker(timeout))
         if self._sample:
             self._console.note(f"sample: {self._sample}")
-        self._console.summary(self._summary(data, step, request, seconds, shipped))
+        again = f"left out; `{_program('duet')} report {shlex.quote(str(path))}` makes it"
+        made = str(self._folder.report) if written else again
+        rows = None
+        if data:
+            summary = partial(self._summary, data, step, request, seconds, made, bool(shipped))
+            rows = self._afterwards(stop, "the summary", summary)
+        return rows or [("run", f"{self._config.run.name}: step {step}"), ("report", made)]
 
     def __enter__(self) -> "Recorder":
         return self
@@ -169,10 +198,25 @@ class Recorder:
         self._journal.close()
         self._console.close()
 
-    def _end(self, status: str, reason: str) -> None:
-        self._journal.event("end", status=status, reason=reason)
+    def _end(self, status: str, reason: str, **more: Any) -> None:
+        self._journal.event("end", status=status, reason=reason, **more)
         self._journal.sync()
         self._ended = True
+
+    def _report(self, data: RunData) -> bool:
+        report.write([data], self._folder.report)
+        return True
+
+    def _afterwards(self, stop: StopRequest, what: str, work: Callable[[], T]) -> T | None:
+        """Do what may fail, or be broken off, without harm; None when it did."""
+        try:
+            with stop.breakable():
+                return work()
+        except (Exception, BrokenOff) as error:
+            traceback.print_exc()
+            why = str(error) if isinstance(error, BrokenOff) else f"{type(error).__name__}: {error}"
+            self._console.warning(f"the run is over and saved, but {what} was not to be had: {why}")
+            return None
 
     def _close_tracker(self, timeout: float) -> bool:
         return self._tracker.close(timeout) if self._tracker else False
@@ -189,7 +233,9 @@ class Recorder:
             "dataset/tokenizer": manifest.tokenizer.sha256,
         } | provenance.record(self._folder.path / "code", self.attempt)
 
-    def _summary(self, data: RunData, step: int, request: int, seconds: float, shipped: bool) -> list[tuple[str, str]]:
+    def _summary(
+        self, data: RunData, step: int, request: int, seconds: float, made: str, shipped: bool
+    ) -> list[tuple[str, str]]:
         config, path = self._config, self._folder.path
         points, facts = data.points, data.facts
         rows = [("run", f"{config.run.name}: step {step} of {config.train.steps}" + (" (stopped)" if request else ""))]
@@ -209,7 +255,7 @@ class Recorder:
             rows.append(("health", f"{', '.join(told)}; see the report"))
         if saved := complete(self._folder.checkpoints):
             rows.append(("checkpoint", str(saved[0])))
-        rows.append(("report", str(self._folder.report)))
+        rows.append(("report", made))
         if self._mlflow:
             rows.append(("mlflow", self._mlflow + ("" if shipped else f" ({self._late()})")))
             if self._mlflow.startswith("sqlite"):

@@ -80,6 +80,35 @@ def run_state(run_dir: Path) -> RunState:
     )
 
 
+@dataclass(frozen=True)
+class End:
+    """How a start of a run ended that had saved all it trained: what befell its processes later does not count."""
+
+    finished: bool
+    """All steps are done."""
+    reason: str
+    code: int
+    """The exit code that goes with it."""
+
+
+def recorded_end(run_dir: Path, **owner: Any) -> End | None:
+    """Of the newest start, if it is the one whose record has these fields (`job`, `restart`, `pid`); None: no end is
+    recorded, or the start failed, or another one was the last."""
+    attempt = latest_attempt(run_dir)
+    journal = run_dir / "metrics.jsonl"
+    try:
+        record = _owner(attempt_path(run_dir / "attempts", attempt)) if attempt else {}
+        if not record or any(record.get(name) != value for name, value in owner.items()):
+            return None
+        turns = [record for record in tail(journal) if record.kind in ("start", "end")]
+    except (RunError, OSError):  # what cannot be read tells of no end
+        return None
+    last = turns[-1] if turns else None
+    if not last or last.kind != "end" or last.attempt != attempt or last.fields.get("code") is None:
+        return None
+    return End(last.fields["status"] == "FINISHED", str(last.fields["reason"]), int(last.fields["code"]))
+
+
 def saved_steps(run_dir: Path) -> list[int]:
     """Steps of a run's complete checkpoints, in order."""
     found = run_dir.glob("checkpoints/step-*/manifest.json")

@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -153,7 +154,8 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
         with explained(), system, saver, health:
             step, request = run_steps(session, step, data)
         life.ended(step, request)
-        recorder.finish(step, request, time.time() - started)
+        recorder.finish(step, request, time.time() - started, stop)
+        ranks.part()
         return request
 
 
@@ -269,7 +271,11 @@ def validation(session: Session, step: int) -> float | None:
         return None
     session.recorder.validation(step, metrics | session.probe.flips(session.engine.module))
     if config.train.sample_tokens and config.data.objective == "causal":
-        session.recorder.sample(step, sample_text(session.engine.module, dataset, config, session.ranks.device))
+        try:
+            session.recorder.sample(step, sample_text(session.engine.module, dataset, config, session.ranks.device))
+        except Exception as error:  # a text is no reason to lose what was learned
+            traceback.print_exc()
+            session.recorder.warning(f"no sample was written after step {step}: {type(error).__name__}: {error}")
     return metrics["loss/val"]
 
 

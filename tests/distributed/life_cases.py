@@ -1,5 +1,6 @@
 """Runs that are asked to stop, or fail, at an awkward moment; started through the fixture `ranks`."""
 
+import errno
 import os
 import signal
 import threading
@@ -9,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from data_pipeline import loader
-from data_pipeline.errors import DataError
-from pretrain import life, trainer
+from data_pipeline.errors import DataError, RunError
+from pretrain import life, recorder, report, trainer
 from pretrain.config import load
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
@@ -72,9 +73,9 @@ def signalled_while_data_stall(ranks: Ranks, args: list[str], step: int) -> int:
 def stopped_behind_its_start(ranks: Ranks, run_dir: str) -> int:
     """From step 10 to 11, back to 6, on to 7, and the planned signal. Returns the steps that the wish tells of."""
     os.environ["SLURM_JOB_ID"] = "7"
-    recorder: Any = SimpleNamespace(attempt=1)
+    recording: Any = SimpleNamespace(attempt=1)
     saver: Any = None
-    ours = life.Life(Path(run_dir), ranks, StopRequest(), None, saver, recorder)
+    ours = life.Life(Path(run_dir), ranks, StopRequest(), None, saver, recording)
     ours.begin(10)
     for step in (11, 7):
         ours.after_step(step, [])
@@ -96,6 +97,53 @@ def failing(ranks: Ranks, args: list[str], step: int, mistake: bool) -> None:
 
     Engine.train_step = fail  # type: ignore[method-assign,assignment]
     run(ranks, args, job="7", restart=3)
+
+
+def reporting(ranks: Ranks, args: list[str], what: str, at_end: bool) -> list[int | None]:
+    """A run to its end, or to Ctrl-C in step 4, whose report fails or is interrupted. The request, the exit code."""
+    train_step, now, stop = Engine.train_step, [0], StopRequest()
+
+    def write(runs: Any, out: Path) -> None:
+        if what.startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[what])
+            threading.Event().wait(60)
+        raise OSError(errno.ENOSPC, "the disk is full") if what == "disk" else MemoryError(what)
+
+    def interrupt(*given: Any) -> Any:
+        now[0] += 1
+        if now[0] == 4 and not at_end:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(*given)
+
+    def load_data(path: Path) -> Any:
+        raise RunError("a damaged line")
+
+    Engine.train_step = interrupt  # type: ignore[method-assign,assignment]
+    report.write = write
+    if what == "journal":
+        recorder.load = load_data
+    request = trainer.train(load(args), ranks, stop, time.time(), FailureFile(ranks.rank))
+    return [request, stop.code]
+
+
+def sampling(ranks: Ranks, args: list[str]) -> int:
+    """The sample of rank 0 fails in the validation after the last step."""
+
+    def fail(*given: Any) -> str:
+        raise MemoryError("no room for a cache")
+
+    trainer.sample_text = fail
+    return run(ranks, args)
+
+
+def waiting(ranks: Ranks, seconds: float, dies: bool) -> list[float]:
+    """Rank 0 comes late, or is gone. How long this rank waited for it, and for how long it was at work meanwhile."""
+    since, work = time.monotonic(), time.process_time()
+    if ranks.is_first:
+        time.sleep(seconds)
+    if not (ranks.is_first and dies):
+        ranks.part()
+    return [time.monotonic() - since, time.process_time() - work]
 
 
 def switched_off(ranks: Ranks, args: list[str], step: int) -> int:

@@ -1,5 +1,6 @@
 """Real ranks that are asked to stop at an awkward moment, or fail, in a job of Slurm (its environment is enough)."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from pretrain.job import JobFolder
 from pretrain.journal import read
+from pretrain.runs import recorded_end
 from pretrain.signals import KILL_SWITCH
 from tests.conftest import RanksFailed
 from tests.runs import ROOT, SMALL, attempts, newest_on_disk
@@ -120,6 +122,51 @@ def test_the_kill_switch_saves_and_wants_no_requeue(ranks: Ranks, dataset: Path,
     assert beat.step == beat.checkpoint == newest_on_disk(run_dir)
     assert beat.loss in [r.metrics.get("loss/train") for r in records if r.step == beat.step]
     assert beat.tokens_per_second
+
+
+def ends(run_dir: Path) -> list[tuple[str, int]]:
+    """Status and exit code, as recorded."""
+    found = [r.fields for r in read(run_dir / "metrics.jsonl") if r.kind == "end"]
+    return [(fields["status"], fields["code"]) for fields in found]
+
+
+@pytest.mark.parametrize(
+    ("what", "at_end"),
+    [*((what, True) for what in ("memory", "disk", "journal", "SIGINT", "SIGTERM", "SIGUSR1")), ("SIGINT", False)],
+)
+def test_nothing_after_the_end_makes_a_failure_of_a_run(
+    ranks: Ranks, dataset: Path, tmp_path: Path, what: str, at_end: bool
+) -> None:
+    """The report fails, runs out of memory, or is broken off by a signal; the journal cannot be read."""
+    run_dir = tmp_path / "run"
+    status, request, code = ("FINISHED", 0, 0) if at_end else ("KILLED", int(signal.SIGINT), 130)
+    args = arguments(dataset, run_dir, "train.steps=6")
+    assert ranks(f"{CASES}reporting", 2, args=args, what=what, at_end=at_end) == [[request, code]] * 2
+    assert ends(run_dir) == [(status, code)]
+    assert newest_on_disk(run_dir) == (6 if at_end else 4)
+    end = recorded_end(run_dir)
+    assert end
+    assert (end.finished, end.code) == (at_end, code)
+    assert not (run_dir / "report.html").exists()
+    assert "ended" in json.loads((run_dir / "attempts" / "000001.json").read_text()), "the folder is free"
+
+
+def test_a_sample_that_fails_costs_nothing_but_itself(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    args = arguments(dataset, run_dir, "train.steps=6", "train.sample_tokens=4")
+    assert ranks(f"{CASES}sampling", 2, args=args) == [0, 0]
+    assert newest_on_disk(run_dir) == 6
+    assert ends(run_dir) == [("FINISHED", 0)]
+    [warning] = [r.fields["text"] for r in read(run_dir / "metrics.jsonl") if r.kind == "warning"]
+    assert "no room for a cache" in warning
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_ranks_wait_for_the_first_one_longer_than_for_a_collective(ranks: Ranks, dies: bool) -> None:
+    first, *others = ranks(f"{CASES}waiting", 3, seconds=1.0, dies=dies)
+    for waited, worked in others:
+        assert waited > first[0] / 2
+        assert worked < waited / 4, "the processor was left to others"
 
 
 def test_the_children_of_a_rank_survive_the_planned_signal() -> None:

@@ -1,5 +1,6 @@
 """Nodes that can share the batch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,19 @@ def test_what_the_batch_script_reads(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == f"1\n{tmp_path}/a run\n\n", "nothing to copy to a node's disk"
     assert fit.main([*given, "--tasks=5"]) == 2
     assert "error: no number of nodes" in capsys.readouterr().err
+
+
+def test_other_code_than_that_of_the_job_is_refused(tmp_path: Path) -> None:
+    """Ranks, batch script and the command line of a job alike."""
+    for module in ("pretrain", "launch.fit", "launch.cli"):
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", module, "--nodes=1", "--tasks=1"],
+            env=os.environ | {"DUET_ONLY_CODE": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: the code of this job is {tmp_path}, but that in {ROOT} runs")
 
 
 def test_neither_needs_torch() -> None:

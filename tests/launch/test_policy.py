@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from launch import policy
 from launch.policy import Action, Outcome, decide, diagnose
 from pretrain.job import Failure, JobFolder, RankFailure
+from pretrain.journal import Journal
+from pretrain.lease import Lease
+from pretrain.runs import End
 
 REQUEUES = (Action.REQUEUE, Action.REQUEUE_AVOIDING)
 CODES = st.sampled_from([0, 1, 2, 7, 134, 137, 138, 139, 143, 233]) | st.integers(1, 255)
@@ -80,6 +83,52 @@ def test_requeues_without_progress_are_bounded(story: list[Outcome], max_crashes
             earlier.append(failure)
             assert fruitless < max(max_crashes, 1)
             assert sum((f.checkpoint or 0) == newest for f in earlier) <= max_crashes
+
+
+ENDS = st.builds(
+    End, st.just(False), st.sampled_from(["signal 10", "signal 2", "kill switch"]), st.sampled_from([0, 130])
+)
+
+
+@given(outcomes(), st.lists(outcomes(), max_size=5), st.integers(0, 4), ENDS)
+def test_a_recorded_end_counts_more_than_what_srun_returned(
+    outcome: Outcome, earlier: list[Outcome], max_crashes: int, end: End
+) -> None:
+    failures = [o.failure for o in earlier if o.failure]
+    finished = decide(replace(outcome, end=End(True, "all steps done", 0)), failures, max_crashes)
+    assert finished.action == Action.DONE
+    assert finished.nodes_to_exclude == ()
+    decision = decide(replace(outcome, end=end), failures, max_crashes)
+    if outcome.signal == "TERM":
+        assert decision.action not in REQUEUES, "would revive a cancelled job"
+    elif outcome.kill_switch:
+        assert decision.action == (Action.DONE if end.code == 0 or outcome.rc == 0 else Action.STOP)
+    elif outcome.wants_requeue and outcome.trained:
+        assert decision.action == Action.REQUEUE
+    elif not outcome.wants_requeue:
+        assert decision.action == (Action.STOP if end.code and outcome.rc else Action.DONE)
+
+
+def test_the_end_of_this_start_is_looked_for_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    command = [str(tmp_path), "--rc", "137"]
+    for restart, (reason, code, action) in enumerate(
+        [("signal 10", 0, Action.REQUEUE), ("all steps done", 0, Action.DONE), ("", 1, Action.REQUEUE)]
+    ):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        assert policy.main(command) == Action.REQUEUE, "the end is not of this start"
+        with Lease.acquire(tmp_path) as lease:
+            journal = Journal(tmp_path / "metrics.jsonl", lease.attempt)
+            journal.event("start", resumed_from=None)
+            if reason == "signal 10":
+                JobFolder(tmp_path).request_requeue(4, trained=4)
+            if reason:
+                status = "FINISHED" if reason == "all steps done" else "KILLED"
+                journal.event("end", status=status, reason=reason, code=code)
+            journal.close()
+        assert policy.main([*command, "--max-crashes", "9"]) == action
+    (tmp_path / "attempts" / "000003.json").write_text("{")
+    assert policy.main([*command, "--max-crashes", "9"]) == Action.REQUEUE, "what is torn tells of no end"
 
 
 @given(st.integers(1, 6))

@@ -304,11 +304,17 @@ def test_what_a_container_or_the_surroundings_change_is_told(
 ) -> None:
     site = tmp_path / "site.yaml"
     site.write_text(f"gpus_per_node: 0\ncontainer: image\nmounts: ['{dataset}', '{tmp_path}:/elsewhere']")
-    monkeypatch.setenv("SBATCH_PARTITION", "other")
+    for name, value in {"PARTITION": "other", "NO_REQUEUE": "1", "TIMELIMIT": "5", "ARRAY_INX": "0-1"}.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
     told = submit(*small, "--cluster", str(site), "--dry-run")
     assert f"{tmp_path}/runs/first: in none of the mounts" in told
     assert f"{dataset}: in none of the mounts" not in told
-    assert "SBATCH_PARTITION=other in the environment goes before what the script says" in told
+    assert "SBATCH_PARTITION=other of the environment goes to sbatch: the script does not say" in told
+    for name in ("NO_REQUEUE=1", "TIMELIMIT=5", "ARRAY_INX=0-1"):
+        assert f"SBATCH_{name} of the environment is left out: the script decides" in told
+    site.write_text("gpus_per_node: 0\npartition: mine")
+    told = submit(*small, "--cluster", str(site), "--dry-run")
+    assert "SBATCH_PARTITION=other of the environment is left out: the script decides" in told
 
 
 @pytest.mark.parametrize(("finished", "mistake", "goes_on"), [(0, 0, True), (1, 0, False), (0, 1, False)])

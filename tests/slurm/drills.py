@@ -50,6 +50,8 @@ class Drill:
         self.job = ""
         self.on_disk: list[int | None] = []
         self._faults: list[dict[str, Any]] = []
+        self._report = -1.0
+        self._script = SCRIPT
         self.arguments = arguments(dataset, self.run_dir, *more)
 
     def hold(self, step: int, rank: int = 0, restart: int = 0) -> None:
@@ -60,10 +62,19 @@ class Drill:
         """Have a rank fail: error="…" in the middle of a step, phase="…" is its death when it saves the step."""
         self._faults.append({"restart": restart, "rank": rank, "step": step, "folder": str(self.folder), **fault})
 
+    def report_slowly(self, seconds: float, patience: int = 60) -> None:
+        """The real report, after so long; srun waits for a rank, once another one has ended, for its `patience`."""
+        self._report = seconds
+        self._script = self.folder / "pretrain.sbatch"
+        text = SCRIPT.read_text()
+        assert "--wait=60" in text
+        self._script.write_text(text.replace("--wait=60", f"--wait={patience}"))
+
     def submit(self, nodes: int = 2, *options: str) -> str:
         """A new job on the run's folder, with the faults that were asked for since the last one; its number."""
         size = [f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
-        command = ["sbatch", "--parsable", *size, f"--output={self.log}", *options, str(SCRIPT), *self.arguments]
+        command = ["sbatch", "--parsable", *size, f"--output={self.log}", *options, str(self._script)]
+        command += self.arguments
         site = {"DUET_CODE": str(ROOT), "DUET_PYTHON": self.python(), "DUET_PREFLIGHT": "0"}
         return self.begin(self.cluster.run(*command, environment=site | self.environment()).split(";")[0].strip())
 
@@ -87,7 +98,8 @@ class Drill:
 
     def environment(self) -> dict[str, str]:
         """Of the job."""
-        return {"DRILL_FAULTS": json.dumps(self._faults), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        faults = {"DRILL_FAULTS": json.dumps(self._faults), "DRILL_REPORT": str(self._report)}
+        return faults | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
     def begin(self, job: str) -> str:
         """The run is now this job's."""

@@ -6,6 +6,8 @@ DRILL_FAULTS holds a JSON list. A fault is of one start of the job (`restart`, 0
         folder and waits for a stop signal, for the file go-RESTART-RANK-STEP, or for its death;
     {"restart", "rank", "step", "error"}: in the middle of this step the rank has a bug that raises this;
     {"restart", "rank", "step", "phase"}: SIGKILL when it enters this phase of saving the step.
+
+The report is left out, or with DRILL_REPORT comes so many seconds late.
 """
 
 import json
@@ -40,7 +42,14 @@ def main() -> None:
                 (die if "phase" in fault else stand)(fault)
         return load(args)
 
-    report.write = lambda runs, out: None  # its pictures take longer than all the steps
+    write, seconds = report.write, float(os.environ.get("DRILL_REPORT", -1))
+
+    def write_slowly(runs: list[Any], out: Path) -> None:
+        if seconds >= 0:  # else not at all: its pictures take longer than all the steps
+            time.sleep(seconds)
+            write(runs, out)
+
+    report.write = write_slowly
     signals.StopRequest.__init__ = remember_stop  # type: ignore[method-assign]
     config.load = load_and_arm
     runpy.run_module("pretrain", run_name="__main__", alter_sys=True)

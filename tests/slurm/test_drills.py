@@ -2,15 +2,21 @@
 
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runs import attempts
+from pretrain.runs import recorded_end
+from tests.ports import free_port
+from tests.runs import ROOT, attempts
 from tests.slurm.cluster import Cluster
-from tests.slurm.drills import Drill, check_close
+from tests.slurm.drills import TRAINER, Drill, check_close
+from tests.slurm.processes import programs, signal_all, wait_until
 
 Reference = Callable[..., Path]
 WITH_NOISE, WITHOUT_NOISE = 1e-3, 1e-5
@@ -23,6 +29,7 @@ def stopped(slurm: Cluster, dataset: Path, tmp_path_factory: pytest.TempPathFact
     """A job on two nodes that the planned signal stopped in step 7 and that is queued again; a copy of its run."""
     folder = tmp_path_factory.mktemp("stopped")
     drill = Drill(slurm, folder, dataset)
+    drill.report_slowly(3, patience=1)
     drill.hold(7)
     drill.hold(17, rank=1, restart=1)
     drill.submit()
@@ -37,11 +44,15 @@ def test_the_planned_signal_then_a_killed_rank(
 ) -> None:
     drill, _ = stopped
     drill.wait_held(17, rank=1, restart=1)
+    assert not (drill.run_dir / "report.html").exists(), "nodes that are wanted draw no pictures"
     drill.kill(rank=1)
     drill.wait_queued_again(2)
     drill.wait_ended()
     assert drill.on_disk[0] == 7
     drill.check("planned signal; SIGKILL of rank 1 in a step", reference(2), stops=[7])
+    assert (drill.run_dir / "report.html").exists(), "srun would wait for a second; the other rank waited for rank 0"
+    assert drill.said().count("policy: done: all ranks ended well") == 0
+    assert "policy: done: the run is over and saved: all steps done" in drill.said()
 
 
 def test_from_two_nodes_to_one(
@@ -80,6 +91,44 @@ def test_the_time_limit(cluster: Cluster, dataset: Path, reference: Reference, t
     drill.wait_ended()
     assert drill.on_disk == [7]
     drill.check("time limit", reference(2), stops=[7])
+
+
+@pytest.mark.drill
+def test_a_report_of_90_seconds(cluster: Cluster, dataset: Path, reference: Reference, tmp_path: Path) -> None:
+    """Longer than srun waits for a rank, and than the planned signal leaves if Slurm sends it as late as it may."""
+    drill = Drill(cluster, tmp_path, dataset)
+    drill.report_slowly(90)
+    drill.hold(7)
+    drill.submit(2, "--time=2", "--signal=B:USR1@60")
+    drill.wait_held(7)
+    drill.wait_queued_again()
+    cluster.run("scontrol", "update", f"jobid={drill.job}", "timelimit=10")
+    drill.wait_ended()
+    assert (drill.run_dir / "report.html").exists()
+    drill.check("time limit; a report of 90 s", reference(2), stops=[7])
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_report_of_90_seconds_under_srun_alone(cluster: Cluster, dataset: Path, tmp_path: Path, killed: bool) -> None:
+    """By hand, without the batch script; in the end rank 0 may be killed at its report."""
+    drill = Drill(cluster, tmp_path, dataset)
+    drill.report_slowly(90)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    command = ["srun", "--wait=60", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-P", "-m", TRAINER]
+    began = time.monotonic()
+    step = subprocess.Popen([*command, *drill.arguments], env=cluster.environment | drill.environment() | where)
+    if killed:
+        wait_until(lambda: recorded_end(drill.run_dir) is not None, 120, "the end")
+        pids = programs(cluster.name, TRAINER, SLURM_PROCID=0)
+        signal_all(pids, signal.SIGKILL)
+    code = step.wait(300)
+    end = recorded_end(drill.run_dir)
+    assert end
+    assert end.finished
+    assert code == (137 if killed else 0)
+    assert (drill.run_dir / "report.html").exists() != killed
+    print(f"drill: srun alone, report of 90 s{', killed' if killed else ''}: {time.monotonic() - began:.0f} s")
 
 
 @pytest.mark.drill

@@ -48,7 +48,9 @@ if os.environ["SLURMD_NODENAME"] == "n1":
 class Job:
     """A submission of slurm/pretrain.sbatch in a folder of its own."""
 
-    def __init__(self, cluster: Cluster, folder: Path, orders: dict[str, Any], nodes: int = 2, **site: Any) -> None:
+    def __init__(
+        self, cluster: Cluster, folder: Path, orders: dict[str, Any], nodes: int = 2, *options: str, **site: Any
+    ) -> None:
         self.cluster, self.run_dir, self.log = cluster, folder / "run", folder / "log"
         self.run_dir.mkdir()
         (self.run_dir / "orders").write_text(json.dumps(orders))
@@ -59,7 +61,7 @@ class Job:
         settings = {"DUET_PYTHON": python, "DUET_CODE": ROOT, "DUET_CACHE": folder / "cache", **site}
         command = [
             "sbatch", "--parsable", f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=30",
-            f"--output={self.log}", str(ROOT / "slurm" / "pretrain.sbatch"),
+            f"--output={self.log}", *options, str(ROOT / "slurm" / "pretrain.sbatch"),
             "model.context=16", "batch.tokens=64", f"run.dir={self.run_dir}", f"data.path={folder / 'data'}",
         ]  # fmt: skip
         environment = cluster.environment | {name: str(value) for name, value in settings.items()}
@@ -105,7 +107,10 @@ class Job:
 
 
 def test_the_planned_signal_saves_requeues_and_goes_on_in_one_log(cluster: Cluster, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, {"saves": True}, nodes=3, DUET_DATA="/elsewhere", RANK="1")
+    # What the shell of another job leaves: its size, its third restart, its binding, its working directory.
+    other = {"SLURM_MEM_PER_CPU": 100, "SLURM_MEM_PER_NODE": 9, "SLURM_RESTART_COUNT": 3, "SLURM_WORKING_DIR": "/none"}
+    other |= {"SLURM_CPU_BIND": "mask_cpu:0xf00", "SLURM_STDOUTMODE": "/none/log", "SRUN_CPUS_PER_TASK": 64}
+    job = Job(cluster, tmp_path, {"saves": True}, nodes=3, DUET_DATA="/elsewhere", RANK="1", **other)
     job.wait_for_step(3)
     job.planned_signal()
     job.wait_requeued(1)
@@ -125,6 +130,27 @@ def test_the_planned_signal_saves_requeues_and_goes_on_in_one_log(cluster: Clust
     assert said.count("3 nodes cannot share the batch: idle are n3") == 2
     assert said.count("policy: done: all ranks ended well") == 1
     assert job.folder.requeue_wish() == wish, "the old one is there, and did not count for the next start"
+
+
+def test_the_last_element_of_an_array_is_requeued_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """Its number is that of the whole array."""
+    job = Job(cluster, tmp_path, {"saves": True}, 1, "--array=0-1%1")
+    array = job.id
+    job.id = f"{array}_0"
+    job.wait_for_step(2)
+    cluster.run("scancel", job.id)
+    job.ends()
+    [cancelled], job.id = [job.id], f"{array}_1"
+    wait_until(lambda: job.said().count("resumed from") == 2, 60, "the last element")
+    job.planned_signal()
+    job.wait_requeued(1)
+    wish = job.folder.requeue_wish()
+    assert wish
+    assert wish.job == array
+    job.order(saves=True, steps=wish.step + 2)
+    cluster.start_now(job.id)
+    assert job.ends()["JobState"] == "COMPLETED", job.said()
+    assert cluster.job(cancelled)["JobState"] == "CANCELLED", "it was revived"
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:

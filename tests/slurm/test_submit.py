@@ -217,6 +217,42 @@ def test_edits_after_the_submission_reach_neither_the_job_nor_its_requeues(
     assert len(ranks()) == 2 + 1
 
 
+def test_the_snapshot_runs_whatever_the_environment_of_sbatch_says(
+    cluster: Cluster, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One job on two nodes, with its own size and signal; each rank with the script's environment and the snapshot."""
+    for name, value in {
+        "SBATCH_EXPORT": "NONE", "SBATCH_ARRAY_INX": "0-1", "SBATCH_WAIT": "1", "SBATCH_SIGNAL": "TERM@1",
+        "SBATCH_NO_REQUEUE": "1", "SBATCH_TIMELIMIT": "1", "SBATCH_OUTPUT": "/nowhere/log", "SBATCH_MEM_PER_CPU": "7G",
+        "SBATCH_COMMENT": "kept", "SRUN_CPUS_PER_TASK": "64", "SLURM_WORKING_DIR": "/nowhere",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    where = site(tasks_per_node=1, environment={"MOTTO": "mine"}, memory="600M", signal_lead=60)
+    job = submit("--nodes", "2", site=where)
+    ended(cluster, job, Path(f"runs/first/logs/slurm-{job}.out"))
+    found = ranks()
+    assert [(f["SLURM_JOB_ID"], f["SLURMD_NODENAME"], f["MOTTO"]) for f in found] == [
+        (job, "n1", "mine"), (job, "n2", "mine"),
+    ]  # fmt: skip
+    [snapshot] = Path("runs/first/code").glob("snapshot-*")
+    assert {f["source"] for f in found} == {str(snapshot.absolute())}
+    facts = cluster.job(job)
+    assert (facts["Requeue"], facts["MinMemoryNode"]) == ("1", "600M")
+    assert facts["TimeLimit"] != "00:01:00"
+
+
+def test_a_job_that_would_run_other_code_than_the_snapshot_fails(cluster: Cluster, submit: Submit) -> None:
+    """Here the interpreter drops PYTHONPATH, as the image of a container may overrule it."""
+    Path("python").write_text(f'#!/bin/bash\nexport PYTHONPATH={ROOT}\nexec {sys.executable} "$@"\n')
+    Path("python").chmod(0o755)
+    job = submit(site=site(tasks_per_node=1, python=str(Path("python").absolute())))
+    assert cluster.wait_for_job(job, *ENDED, seconds=60)["JobState"] == "FAILED"
+    [snapshot] = Path("runs/first/code").glob("snapshot-*")
+    log = Path(f"runs/first/logs/slurm-{job}.out").read_text()
+    assert f"error: the code of this job is {snapshot.absolute()}, but that in {ROOT} runs" in log
+    assert not Path("runs/first/ranks.jsonl").exists()
+
+
 def test_a_sweep_is_one_array_with_a_folder_for_each_element(cluster: Cluster, submit: Submit) -> None:
     sweep = Path("runs", "a=b, été")
     first = submit(
@@ -268,10 +304,17 @@ def test_one_after_another_job(cluster: Cluster, submit: Submit) -> None:
 
 def test_an_evaluation_is_a_job_of_its_own(cluster: Cluster) -> None:
     """The real one runs in the drill of docs/slurm.md."""
-    Path("python").write_text('#!/bin/bash\necho $SLURM_NTASKS "$@" $PYTHONPATH\n')
+    Path("python").write_text('#!/bin/bash\necho $SLURM_NTASKS "$@" $PYTHONPATH $DUET_ONLY_CODE\n')
     Path("python").chmod(0o755)
+    text = (ROOT / "slurm" / "evaluate.sbatch").read_text()
+    Path("evaluate.sbatch").write_text(
+        text.replace("set -uo", "export SLURM_EXPORT_ENV=NONE SLURM_MEM_PER_CPU=7\nset -uo")
+    )
     values = {"DUET_PYTHON": str(Path("python").absolute()), "DUET_CODE": "/the/code", "PYTHONPATH": ""}
-    command = ["sbatch", "--parsable", "--gpus-per-node=0", "--output=log", str(ROOT / "slurm" / "evaluate.sbatch")]
+    command = ["sbatch", "--parsable", "--gpus-per-node=0", "--output=log", "evaluate.sbatch"]
     done = subprocess.run([*command, "run 1", "--step", "3"], env=os.environ | values, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert ended(cluster, done.stdout.strip(), Path("log")) == "1 -P -m launch.cli eval run 1 --step 3 /the/code\n"
+    assert (
+        ended(cluster, done.stdout.strip(), Path("log"))
+        == "1 -P -m launch.cli eval run 1 --step 3 /the/code /the/code\n"
+    )

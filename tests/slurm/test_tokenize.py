@@ -26,6 +26,20 @@ def run(cluster: Cluster, folder: Path, *command: str) -> str:
     return done.stdout.strip()
 
 
+def test_what_is_no_step_and_no_number_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    for words, told in {
+        ("many",): "many: not a number of tasks, nor prepare, task or merge",
+        ("task", "2"): "task is the work of a job: sbatch",
+        (): "how many tasks?",
+    }.items():
+        done = subprocess.run(
+            ["bash", SCRIPT, *words], env=cluster.environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode
+        assert told in done.stderr
+    assert not cluster.run("squeue", "-h")
+
+
 def test_a_task_that_was_killed_is_named_and_done_again(cluster: Cluster, tmp_path: Path) -> None:
     sources = {}
     for number in range(3):
@@ -38,7 +52,9 @@ def test_a_task_that_was_killed_is_named_and_done_again(cluster: Cluster, tmp_pa
     settings += [f"data.path={tmp_path / 'd'}", "data.tokenizer.type=char"]
     settings += ["data.split.rule=tail", "data.split.fraction=0.1"]
 
-    said = run(cluster, tmp_path, "bash", SCRIPT, "2", *settings)
+    # In the shell of another job, which has a size of its own.
+    inside = ["env", "SLURM_JOB_ID=7", "SLURM_NNODES=3", "SLURM_MEM_PER_CPU=7", "SLURM_CPUS_PER_TASK=64"]
+    said = run(cluster, tmp_path, *inside, "bash", SCRIPT, "2", *settings)
     prepare, array, merge = (words.split()[1] for words in said.split(", "))
     assert said == f"prepare {prepare}, tasks {array}, merge {merge}"
     assert cluster.wait_for_job(merge, "COMPLETED", "FAILED")["ExitCode"] == "2:0"
