@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError
 from model.config import ModelConfig
+from pretrain import yaml_files
 from pretrain.sections import (
     BatchConfig,
     EngineConfig,
@@ -233,15 +234,16 @@ def load(args: list[str]) -> Config:
         ConfigError: a file that is not there or cannot be read, an unknown key, a value of the wrong kind.
     """
     stack: list[tuple[str, dict[str, Any]]] = []
-    for arg in sorted(args, key=lambda a: "=" in a and not Path(a).is_file()):
+    for arg in sorted(args, key=lambda a: "=" in a and not _is_file(a)):
         stack.append((arg, _parse(arg)))
-        if Path(arg).is_file() and Path(arg).with_name("run.json").is_file():
+        if _is_file(arg) and Path(arg).with_name("run.json").is_file():
             named = any(other.startswith("run.name=") for other in args)
             stack.append((arg, {"run": {"dir": None if named else str(Path(arg).parent)}}))
     try:
         merged: Any = OmegaConf.to_container(OmegaConf.merge({}, *(tree for _, tree in stack)), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"configuration: {error}") from error
+    _check_text(merged)
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -275,10 +277,29 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def _is_file(arg: str) -> bool:
+    try:
+        return Path(arg).is_file()
+    except (OSError, ValueError):  # an override may be longer than a name can be
+        return False
+
+
+def _check_text(tree: Any) -> None:
+    """Raises ConfigError for text that no file of a run could hold."""
+    if isinstance(tree, dict | list):
+        for node in (*tree, *tree.values()) if isinstance(tree, dict) else tree:
+            _check_text(node)
+    elif isinstance(tree, str):
+        try:
+            tree.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ConfigError(f"configuration: {tree!a} is not UTF-8; name it otherwise") from None
+
+
 def _parse(arg: str) -> dict[str, Any]:
     path = Path(arg)
     try:
-        if path.is_file():
+        if _is_file(arg):
             text = path.read_text(encoding="utf-8")
         elif "=" in arg:
             return OmegaConf.to_container(OmegaConf.from_dotlist([arg]))  # type: ignore[return-value]
@@ -288,7 +309,7 @@ def _parse(arg: str) -> dict[str, Any]:
             near = difflib.get_close_matches(arg, presets(), n=3)
             hint = f"did you mean {', '.join(near)}? " if near else ""
             raise ConfigError(f"{arg}: no such file or preset; {hint}presets: {', '.join(presets())}")
-        tree = OmegaConf.to_container(OmegaConf.create(text)) if isinstance(yaml.safe_load(text), dict) else None
+        tree = OmegaConf.to_container(OmegaConf.create(text)) if isinstance(yaml_files.parse(text), dict) else None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:
         raise ConfigError(f"{arg}: cannot be read as YAML: {error}") from error
     if not isinstance(tree, dict):

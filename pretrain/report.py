@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from data_pipeline.atomic import write_atomic
+from data_pipeline.atomic import disk_errors, write_atomic
 from data_pipeline.errors import RunError
 from pretrain import report_html as html
 from pretrain.report_data import BITS_PER_BYTE, LOSS, OF_SOURCES, VALIDATION, RunData, load, verdict
@@ -24,13 +24,19 @@ def write_report(run_dirs: list[Path], out: Path | None) -> Path:
         the page's path.
 
     Raises:
-        RunError: a folder is not a run folder; says what was expected.
+        RunError: a folder is not a run folder, or the page cannot be written; says what was expected.
     """
     if not run_dirs:
         raise RunError("a report needs at least one run folder")
     if out is None:
         out = (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].resolve().parent) / "report.html"
-    write([load(path) for path in run_dirs], out)
+    runs = [load(path) for path in run_dirs]
+    if (
+        (out.exists() and not out.is_file()) or not out.name or out.suffix == ".png"
+    ):  # a picture of that name goes beside the page
+        raise RunError(f"--out {out}: name the page's file, such as report.html")
+    with disk_errors(out, RunError):
+        write(runs, out)
     return out
 
 
