@@ -5,12 +5,13 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_pipeline.errors import DataError, UserError
 
-_DISK_ERRORS = {
+DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file size limit is reached (see `ulimit -f`)",
@@ -19,8 +20,11 @@ _DISK_ERRORS = {
     errno.EISDIR: "a folder stands where a file is needed",
     errno.ENOTDIR: "a file stands where a folder is needed",
     errno.EEXIST: "a file stands where a folder is needed",
-    errno.ELOOP: "a link stands there, and what it points to is somebody's",
+    errno.ELOOP: "its links lead in a circle, or a link stands where a file is needed",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EPERM: "not permitted",
 }
+"""What a system says to a path that a user named, whatever the program does."""
 
 
 @contextmanager
@@ -29,29 +33,46 @@ def disk_errors(path: Path, kind: type[UserError] = DataError) -> Iterator[None]
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno not in DISK_ERRORS:
             raise
         raise kind(
-            f"cannot write {path}: {_DISK_ERRORS[error.errno]}. What was complete before still is; "
+            f"cannot write {path}: {DISK_ERRORS[error.errno]}. What was complete before still is; "
             "make room (or choose another place) and run the same command again"
         ) from error
 
 
 def write_atomic(path: Path, content: str | bytes, private: bool = False) -> None:
-    """Replaces a file: a temporary one beside it, flushed to disk, then renamed; a `private` one is for its owner."""
+    """Replaces a file: a temporary one beside it, flushed to disk, then renamed; a `private` one is for its owner.
+
+    Raises DataError for what is no file, such as a device or a pipe, and for text that is not UTF-8, such as the name
+    of a file may be.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(f"cannot write {path}: it is a device or a pipe; name a file")
+    if isinstance(content, str):
+        content = _encoded(path, content)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)  # left by a process that was killed, or a link
     try:
-        with open(
-            temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600 if private else 0o666)
-        ) as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+        with open(temporary, "xb", opener=partial(os.open, mode=0o600 if private else 0o666)) as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _encoded(path: Path, text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = text[max(0, error.start - 60) : error.end + 20].splitlines()
+        line = next(part for part in found if text[error.start] in part).strip()
+        raise DataError(
+            f"cannot write {path}: {line!a} in it is not UTF-8; give that file or folder another name"
+        ) from None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,5 +1,6 @@
 """`duet`: the command line. Each command imports what it runs inside its own function."""
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from data_pipeline.atomic import DISK_ERRORS
 from data_pipeline.errors import ConfigError, UserError
 from data_pipeline.mapped import told
 from data_pipeline.secret import WAY_ON, argument_of_secret
@@ -43,7 +45,6 @@ RunArg = Annotated[
 FREE_TEXT = ("--prompt", "--stop")
 """What these options take is no place, and is written nowhere."""
 StepOption = Annotated[int | None, typer.Option("--step", help="Use the checkpoint of this step, not the newest.")]
-
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -212,7 +213,10 @@ def wanted(library: str, extra: str, by: str) -> Iterator[None]:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one message and exit code 2."""
+    """Entry point: a user's mistake is one message and exit code 2, and so is a path that the system refuses."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may be no text, and a terminal may lack a character
+            stream.reconfigure(errors="backslashreplace")
     with told(lambda error: print(f"error: {error}", file=sys.stderr)):
         try:
             check_code()
@@ -221,6 +225,11 @@ def main() -> None:
             app()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS or error.filename is None:
+                raise
+            print(f"error: {error.filename}: {DISK_ERRORS[error.errno]}", file=sys.stderr)
             sys.exit(2)
 
 

@@ -18,6 +18,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.secret import WAY_ON, argument_of_secret, key_of_secret
 from model.config import ModelConfig
+from pretrain import yaml_files
 from pretrain.sections import (
     BatchConfig,
     EngineConfig,
@@ -236,9 +237,9 @@ def load(args: list[str]) -> Config:
     if key := argument_of_secret(args, ()):  # before anything is parsed, and shown in an error
         raise ConfigError(f"command line: {key}: {WAY_ON}")
     stack: list[tuple[str, dict[str, Any]]] = []
-    for arg in sorted(args, key=lambda a: "=" in a and not Path(a).is_file()):
+    for arg in sorted(args, key=lambda a: "=" in a and not _is_file(a)):
         stack.append((arg, _parse(arg)))
-        if Path(arg).is_file() and Path(arg).with_name("run.json").is_file():
+        if _is_file(arg) and Path(arg).with_name("run.json").is_file():
             named = any(other.startswith("run.name=") for other in args)
             stack.append((arg, {"run": {"dir": None if named else str(Path(arg).parent)}}))
     try:
@@ -247,6 +248,7 @@ def load(args: list[str]) -> Config:
         raise ConfigError(f"configuration: {error}") from error
     if key := key_of_secret(merged):
         raise ConfigError(f"{_origin(key.split('.'), stack)}: {key}: {WAY_ON}")
+    _check_text(merged)
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -280,10 +282,29 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def _is_file(arg: str) -> bool:
+    try:
+        return Path(arg).is_file()
+    except (OSError, ValueError):  # an override may be longer than a name can be
+        return False
+
+
+def _check_text(tree: Any) -> None:
+    """Raises ConfigError for text that no file of a run could hold."""
+    if isinstance(tree, dict | list):
+        for node in (*tree, *tree.values()) if isinstance(tree, dict) else tree:
+            _check_text(node)
+    elif isinstance(tree, str):
+        try:
+            tree.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ConfigError(f"configuration: {tree!a} is not UTF-8; name it otherwise") from None
+
+
 def _parse(arg: str) -> dict[str, Any]:
     path = Path(arg)
     try:
-        if path.is_file():
+        if _is_file(arg):
             text = path.read_text(encoding="utf-8")
         elif "=" in arg:
             return OmegaConf.to_container(OmegaConf.from_dotlist([arg]))  # type: ignore[return-value]
@@ -293,7 +314,7 @@ def _parse(arg: str) -> dict[str, Any]:
             near = difflib.get_close_matches(arg, presets(), n=3)
             hint = f"did you mean {', '.join(near)}? " if near else ""
             raise ConfigError(f"{arg}: no such file or preset; {hint}presets: {', '.join(presets())}")
-        tree = OmegaConf.to_container(OmegaConf.create(text)) if isinstance(yaml.safe_load(text), dict) else None
+        tree = OmegaConf.to_container(OmegaConf.create(text)) if isinstance(yaml_files.parse(text), dict) else None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:
         raise ConfigError(f"{arg}: cannot be read as YAML: {error}") from error
     if not isinstance(tree, dict):

@@ -10,7 +10,7 @@ from torch import Tensor
 from model.generate import Drawn, Generation
 from model.inspection import score
 from model.sampling import Sampling
-from pretrain.text import GrowingText
+from pretrain.text import GrowingText, check_text
 from pretrain.trained import Trained
 
 LIKELIEST = 5
@@ -78,16 +78,17 @@ class Continuation:
             recorded: keep of each token how likely it was.
 
         Raises:
-            ConfigError: the model was not trained to continue a text, or a stop string is empty.
+            ConfigError: the model was not trained to continue a text, a stop string is empty, or one is no UTF-8.
         """
         trained.check_continues()
         self.settings = settings
         self._recorded = recorded
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = trained.tokenizer
-        encoded = [ids.tolist() if len(ids) else [tokenizer.eos_id] for ids in tokenizer.encode(list(prompts))]
+        texts = [check_text(prompt, "a prompt") for prompt in prompts]
+        encoded = [ids.tolist() if len(ids) else [tokenizer.eos_id] for ids in tokenizer.encode(texts)]
         self.texts = [
-            Text(prompt, ids, GrowingText(tokenizer.decode, settings.stops))
+            Text(prompt, ids, GrowingText(tokenizer.decode, settings.stops, ids))
             for prompt, ids in zip(prompts, encoded, strict=True)
         ]
         self._generation = Generation(

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from data_pipeline.atomic import write_atomic
+from data_pipeline.atomic import disk_errors, write_atomic
 from data_pipeline.errors import RunError
 from pretrain import report_html as html
 from pretrain.report_data import BITS_PER_BYTE, LOSS, OF_SOURCES, VALIDATION, RunData, load, verdict
@@ -24,7 +24,8 @@ def write_report(run_dirs: list[Path], out: Path | None) -> Path:
         the page's path.
 
     Raises:
-        RunError: a folder is not a run folder; says what was expected. Or the page would have its picture's name.
+        RunError: a folder is not a run folder, or the page cannot be written; says what was expected. Or the page would
+            have its picture's name.
     """
     if not run_dirs:
         raise RunError("a report needs at least one run folder")
@@ -32,7 +33,11 @@ def write_report(run_dirs: list[Path], out: Path | None) -> Path:
         out = (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].resolve().parent) / "report.html"
     if out.suffix.lower() == ".png":
         raise RunError(f"--out {out}: that would be the picture's name, and the report is a page: let it end in .html")
-    write([load(path) for path in run_dirs], out)
+    if (out.exists() and not out.is_file()) or not out.name:
+        raise RunError(f"--out {out}: name the page's file, such as report.html")
+    runs = [load(path) for path in run_dirs]
+    with disk_errors(out, RunError):
+        write(runs, out)
     return out
 
 

@@ -29,6 +29,15 @@ class RunConfig(
     start_from: str | None = None
     """`RUN@STEP`: begin with that checkpoint of another run; its newest if only `RUN` (`duet train --from`)."""
 
+    @field_validator("dir")
+    @classmethod
+    def _a_folder_that_can_be_told(cls, value: str | None) -> str | None:
+        if value is not None and not value.isprintable():  # job scripts and logs have it in a line
+            raise ValueError(f"{value!a} holds a character that cannot be printed; name another folder")
+        if value is not None and value.startswith("~"):
+            raise ValueError(f"{value}: a shell does not expand ~ here, and the folder would be called so; use $HOME")
+        return value
+
 
 class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """The global batch of one optimizer step."""

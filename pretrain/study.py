@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.secret import WAY_ON, key_of_secret
+from pretrain import yaml_files
 from pretrain.config import Config, load
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -177,8 +178,10 @@ def load_study(path: Path) -> Study:
         ConfigError: it is not there, or something in it is wrong; names the place.
     """
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        if not path.is_file():  # a FIFO would be waited for
+            raise ConfigError(f"{path}: no such file; a study is a YAML file")
+        content = yaml_files.parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if key := key_of_secret(content):
         raise ConfigError(f"{path}: {key}: {WAY_ON}")

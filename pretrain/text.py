@@ -13,22 +13,25 @@ class GrowingText:
     is not. The text ends before the first stop string.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), before: Sequence[int] = ()
+    ) -> None:
         """An empty text.
 
         Args:
             decode: of the tokenizer; the text of more tokens begins with that of fewer, but for a last character that
                 is not whole.
+            before: tokens that it goes on from; tokenizers leave out the space with which a text begins.
 
         Raises:
-            ConfigError: a stop string is empty.
+            ConfigError: a stop string is empty, or no text.
         """
         if "" in stops:
             raise ConfigError("an empty stop string would end every text before its first token")
         self._decode = decode
-        self._stops = stops
-        self._tokens: list[int] = []
-        self._shown = 0
+        self._stops = [check_text(stop, "a stop string") for stop in stops]
+        self._tokens = list(before)
+        self._shown = len(decode(before)) if before else 0
         self.ended = False
         """By a stop string."""
 
@@ -49,8 +52,22 @@ class GrowingText:
         found = [at for stop in self._stops if (at := text.find(stop, self._shown)) >= 0]
         self.ended = bool(found)
         waiting = 0 if finished else max((_begun(text[self._shown :], stop) for stop in self._stops), default=0)
-        shown, self._shown = self._shown, min(found, default=len(text) - waiting)
+        shown, self._shown = self._shown, max(self._shown, min(found, default=len(text) - waiting))
         return text[shown : self._shown]
+
+
+def check_text(text: str, what: str) -> str:
+    """The text itself. Raises ConfigError, calling it `what`, for one that no UTF-8 can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # Python reads a byte of an argument that is not UTF-8 as one of these.
+        byte = f"the byte 0x{code - 0xDC00:02x}, which is not UTF-8" if 0xDC80 <= code <= 0xDCFF else "half a surrogate"
+        raise ConfigError(
+            f"{what} holds {byte} (\\u{code:04x}) at character {error.start}: {text[:40]!a}; give it as UTF-8"
+        ) from None
+    return text
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -60,7 +77,8 @@ def read_prompts(path: Path) -> list[str]:
         ConfigError: no such file, not UTF-8, or nothing in it.
     """
     try:
-        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+        # Not splitlines: a form feed or U+2028 is a character of a prompt.
+        prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line]
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; --prompts is a file with a prompt on each line") from error
     except UnicodeDecodeError as error:

@@ -3,6 +3,7 @@
 The fields are described in docs/generate.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -50,8 +51,8 @@ def record(trained: Trained, text: Text, number: int, settings: Settings, look: 
         | {"tokens": settings.tokens, "stop": list(settings.stops), "seed": settings.seed + number},
         "inspected_from": start,
         "tokens": [
-            *_tokens(prompt, tokenizer, prompt=True),
-            *_tokens(text.drawn, tokenizer, prompt=False),
+            *_tokens(prompt, tokenizer),
+            *_tokens(text.drawn, tokenizer, text.prompt_ids),
         ],
         "density": {
             mask: nothing + [round(share, 6) for share in density.tolist()] for mask, density in seen.density.items()
@@ -59,14 +60,15 @@ def record(trained: Trained, text: Text, number: int, settings: Settings, look: 
     }
 
 
-def _tokens(tokens: list[Token], tokenizer: Tokenizer, *, prompt: bool) -> list[dict[str, Any]]:
-    growing = GrowingText(tokenizer.decode)
+def _tokens(tokens: list[Token], tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """Of the prompt's tokens, or of those behind it."""
+    growing = GrowingText(tokenizer.decode, before=prompt)
     return [
         {
             "id": token.id,
             "piece": tokenizer.piece(token.id),
             "text": growing.add(token.id),
-            "prompt": prompt,
+            "prompt": not prompt,
             "log_probability": _rounded(token.log_probability),
             "sampling_log_probability": _rounded(token.sampling_log_probability),
             "rank": token.rank,

@@ -1,6 +1,7 @@
 """`duet study`: a grid of real runs, stopped and gone on with, and a page that the kept journals alone write again."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from data_pipeline.errors import ConfigError
 from pretrain.journal import read
+from pretrain.study import load_study
 from tests.runs import CHARACTERS, ROOT, SMALL, build_dataset, duet, start_duet, wait_for_step
 
 MASKS = ["model.learned_dropout.enabled=true", "model.learned_dropout.entropy.ramp_steps=0"]
@@ -131,6 +134,23 @@ def test_mistakes_in_a_study_are_told_with_their_place(tmp_path: Path, place: st
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(changed(place, value), sort_keys=False))
     done = duet("study", "run", "small.yaml", "--dry-run", cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"name: a\nname: b\n", "name is given twice"),
+        (b"a: \xff\n", "'utf-8' codec"),
+        (b"a: " + b"[" * 5000, "recursion"),
+    ],
+)
+def test_a_file_that_is_no_study_is_told(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"bad.yaml: cannot be read as YAML: (.|\n)*{said}"):
+        load_study(tmp_path / "bad.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match="pipe.yaml: no such file"):
+        load_study(tmp_path / "pipe.yaml")
 
 
 def test_arms_that_are_to_be_equal_and_are_not(folder: Path) -> None:

@@ -37,6 +37,10 @@ def test_later_files_win_and_overrides_win_over_files_wherever_they_stand(tmp_pa
         (["tracking.uri=ftp://host"], "expected http://HOST:PORT"),
         (["nowhere.yaml"], "nowhere.yaml: no such file or preset"),
         (["model/tinny"], "did you mean model/tiny"),
+        (["run.dir=~/x"], "use $HOME"),
+        (['run.dir="a\\nb"'], r"'a\nb' holds a character that cannot be printed"),
+        (["data.weights.\udcff=1"], r"'\udcff' is not UTF-8"),
+        (["run.dir=a\udcff"], "unacceptable character"),
     ],
 )
 def test_mistakes_name_key_place_and_way_on(args: list[str], message: str) -> None:
@@ -45,14 +49,27 @@ def test_mistakes_name_key_place_and_way_on(args: list[str], message: str) -> No
     assert message in str(caught.value)
 
 
+BOMB = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 13))
+"""Of 13 lines aliases make 10^12 values."""
+
+
 @pytest.mark.parametrize(
-    "text", ["train: {steps: 1}\ntrain: {steps: 2}\n", "train: [", "- a\n", "42\n", "a: &a [*a]\n"]
+    "text",
+    [
+        *("train: {steps: 1}\ntrain: {steps: 2}\n", "train: [", "- a\n", "42\n", "a: &a [*a]\n", BOMB),
+        *("\ttrain: 1\n", "a: " + "[" * 5000, 'run: {dir: "\\ud800"}', "run: {name: '${run.dir}', dir: '${run.name}'}"),
+    ],
 )
 def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match="bad.yaml"):
+    with pytest.raises(ConfigError, match=r"bad.yaml|configuration: "):
         load([str(file)])
+
+
+def test_an_override_may_be_longer_than_a_name() -> None:
+    paths = ["x" * 200, "y" * 200]
+    assert load([f"data.sources.a.paths=[{','.join(paths)}]"]).data.sources["a"].paths == paths
 
 
 def test_the_file_of_an_unknown_key_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is told of a generated text: the numbers are the model's, the pieces are the text, the page stays small."""
 
 import base64
+import io
 import json
 import math
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from torch import Tensor
 
@@ -52,6 +54,38 @@ def logits_before(which: Trained, ids: list[int], at: int) -> Tensor:
     """Those that token `at` was drawn from, from a pass of their own: [V]."""
     with torch.no_grad():
         return which.model(torch.tensor([ids[max(0, at - which.model.config.context) : at]]))[0, -1]
+
+
+def test_a_word_keeps_the_space_before_it() -> None:
+    """Also the first one, of a tokenizer that puts a space before each text and takes it away again."""
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat"] * 40),
+        model_writer=file,
+        model_type="bpe",
+        vocab_size=20,
+        unk_id=0,
+        eos_id=1,
+        bos_id=-1,
+        pad_id=-1,
+    )
+    tokenizer = Tokenizer(file.getvalue())
+    for one in told(trained(tokenizer), ["the", "cat sat"], Settings(SAMPLED, tokens=12, seed=2)):
+        ids = [token["id"] for token in one["tokens"]]
+        assert one["prompt"] + one["text"] == tokenizer.decode(ids)
+        assert "".join(token["text"] for token in one["tokens"]) == tokenizer.decode(ids)
+        first = next(token for token in one["tokens"] if not token["prompt"])
+        assert first["piece"] == "<unk>" or first["piece"].replace("\u2581", " ") == first["text"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("a\udcff", "the byte 0xff, which is not UTF-8"), ("\ud83d", "half a surr")]
+)
+def test_text_that_no_utf8_can_hold_is_refused(tokenizer: Tokenizer, text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"a prompt holds {told}"):
+        Continuation(trained(tokenizer), ["the", text], Settings(SAMPLED))
+    with pytest.raises(ConfigError, match=f"a stop string holds {told}"):
+        Continuation(trained(tokenizer), ["the"], Settings(SAMPLED, stops=(text,)))
 
 
 def test_probabilities_are_the_models_through_the_moving_window(tokenizer: Tokenizer) -> None:

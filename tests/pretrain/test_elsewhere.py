@@ -3,6 +3,7 @@
 Both take seconds to import: in one file, and where they are used, so that one process of a session does.
 """
 
+import io
 import json
 import runpy
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 from safetensors import safe_open
@@ -325,3 +327,95 @@ def test_a_missing_harness_is_named(exported: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"--tasks needs the library lm_eval: pip install 'duet-pretrain\[lm-eval\]'"):
         evaluated(exported, "lambada_openai")
+
+
+MERGING = "the there then k ke e of work works zzz\n" * 30
+"""Of it a small vocabulary joins letters of which a context could end with one, and a continuation begin."""
+
+
+def merging(path: Path, **options: Any) -> Any:
+    """The model with a tokenizer that joins letters, of as small a vocabulary."""
+    file = io.BytesIO()
+    defaults: dict[str, Any] = {"model_type": "bpe", "vocab_size": 40, "minloglevel": 2}
+    defaults |= {"unk_id": 0, "eos_id": 1, "bos_id": -1, "pad_id": -1}
+    defaults |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    texts = iter(MERGING.splitlines())
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=file, **defaults | options)
+    return open_trained(path)._replace(tokenizer=Tokenizer(file.getvalue()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"add_dummy_prefix": False}, {}, {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}],
+)
+def test_a_continuation_is_scored_by_its_own_text(exported: Path, options: dict[str, Any]) -> None:
+    """Wherever a token would reach over the end of the context, also where a tokenizer puts a space before a text."""
+    from pretrain.harness import DuetLM
+
+    trained = merging(exported, **options)
+    model, tokenizer = DuetLM(trained), trained.tokenizer
+    pieces = [tokenizer.piece(token) for token in tokenizer.encode(["ke the zzz"])[0].tolist()]
+    assert any("ke" in piece for piece in pieces), "k and e are one piece"
+    pairs = [
+        (text[:cut], text[cut:]) for text in ("ke", "k zzz", "of the there", "works") for cut in range(1, len(text))
+    ]
+    for (context, continuation), found in zip(pairs, model.loglikelihood(asked(*pairs)), strict=True):
+        given, follows, alone = model._encoded(context, continuation)
+        assert tokenizer.decode([*given, *follows]) == context + continuation
+        assert given == tokenizer.encode([context.rstrip()])[0].tolist()
+        with torch.no_grad():
+            logits = trained.model(torch.tensor([[*given, *follows]]))[0, len(given) - 1 : -1].log_softmax(-1)
+        assert found[0] == pytest.approx(float(logits[range(len(follows)), follows].sum()), abs=1e-5)
+        assert found[0] < -0.5
+        assert alone == (tokenizer.encode([context + continuation])[0].tolist()[: len(given)] != given)
+    [told] = [text for text in model.warnings() if "encoded by itself" in text]
+    assert told.endswith(f": {sum(model._encoded(*pair)[2] for pair in pairs)}")
+
+
+def test_what_has_no_likelihood_is_refused(exported: Path) -> None:
+    model = answering(exported)
+    [(blank, _)] = model.loglikelihood(asked(("  \n", "The")))
+    assert blank == pytest.approx(model.loglikelihood(asked(("", "  \nThe")))[0][0], abs=1e-5)
+    for pair, message in (
+        (("", ""), "how likely '' is after ''"),
+        ((" ", ""), "how likely '' is after ' '"),
+        (("The", ""), "how likely '' is after 'The'"),
+        (("The", 5), "gives 5 where a text is wanted"),
+        (("The", "a\ud800"), r"holds half a surrogate \(\\ud800\) at character 1"),
+        (("The", "Y" * 17), "the likelihood of 17 tokens at once"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model.loglikelihood(asked(pair))
+    with pytest.raises(ConfigError, match=r"holds the byte 0x80, which is not UTF-8"):
+        model.loglikelihood_rolling(asked(("a\udc80",)))
+    model = answering(exported)
+    model.loglikelihood(asked(("The", "Y")))
+    assert model.warnings() == []
+    model.loglikelihood(asked((LICENSE[:40], "é")))
+    assert [text.rpartition(": ")[2] for text in model.warnings()] == ["1", "1"], "cut, and an unknown character"
+
+
+def test_what_is_drawn_does_not_depend_on_the_batch(exported: Path) -> None:
+    kinds = ({"do_sample": True, "max_gen_toks": 6, "until": None}, {"temperature": 2.0, "max_gen_toks": 6})
+    requests = asked(*((PROMPTS[number % 3], kinds[number % 2]) for number in range(8)))
+    one, many = (answering(exported, batch).generate_until(requests) for batch in (1, 3))
+    assert one == many
+    assert len(set(one)) > 2
+    for change in ({"until": 5}, {"until": ["a\ud800"]}, {"max_gen_toks": "6"}, {"temperature": "1e-5"}):
+        with pytest.raises(ConfigError, match=r"generation_kwargs have|surrogate|gives 5"):
+            answering(exported).generate_until(asked(("The", change)))
+
+
+def test_a_task_that_the_harness_cannot_evaluate_is_named(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the harness raises of itself is the task's fault; what our answers raise is ours."""
+    docs = [{"text": "The", "parts": 1}, {"text": "A", "parts": 0}]
+    rest = {"doc_to_text": "", "metric_list": [{"metric": "bits_per_byte"}]}
+    broken = task(tmp_path, "broken", docs, "loglikelihood_rolling", doc_to_target="{{3 / parts}}", **rest)
+    with pytest.raises(ConfigError, match="broken.yaml: the harness cannot evaluate it: ZeroDivisionError"):
+        evaluated(exported, broken)
+    whole = task(tmp_path, "whole", docs, "loglikelihood_rolling", doc_to_target="{{text}}", **rest)
+    monkeypatch.setattr("pretrain.harness.get_rolling_token_windows", None)
+    with pytest.raises(TypeError):
+        evaluated(exported, whole)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import RunError
+from data_pipeline.atomic import write_json
+from data_pipeline.errors import DataError, RunError
 from pretrain import report_plots
 from pretrain.journal import Journal
 from pretrain.lease import Lease
@@ -178,3 +180,19 @@ def test_what_is_not_a_run_folder_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"--out .*page\.PNG: .*end in \.html"):
         write_report([tmp_path], tmp_path / "page.PNG")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_takes_the_place_of_files_only(run_dir: Path, tmp_path: Path) -> None:
+    """Not that of a device or a pipe, nor that of its own picture."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    for name in ("pipe", ".", "report.png"):
+        with pytest.raises(RunError, match="name the page's file"):
+            write_report([run_dir], tmp_path / name)
+    with pytest.raises(RunError, match="a file stands where a folder is needed"):
+        write_report([run_dir], tmp_path / "file" / "report.html")
+    with pytest.raises(DataError, match="a device or a pipe"):
+        write_json(tmp_path / "pipe", {})
+    with pytest.raises(DataError, match=r"x.json: '\"path\": \"a\\udcff\"' in it is not UTF-8"):
+        write_json(tmp_path / "x.json", {"path": "a\udcff"})
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["file"]

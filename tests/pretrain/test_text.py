@@ -59,8 +59,8 @@ def test_an_empty_stop_string_is_refused() -> None:
 
 def test_prompts_come_one_on_a_line(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("one \n\n two\nthree", encoding="utf-8")
-    assert read_prompts(file) == ["one ", " two", "three"]
+    file.write_bytes("\ufeffone \n\n two\r\nthree\u2028four\ffive".encode())
+    assert read_prompts(file) == ["one ", " two", "three\u2028four\ffive"]
 
 
 @pytest.mark.parametrize(
