@@ -371,7 +371,7 @@ def _restore(
         return data
 
     data = ranks.together(load)
-    ranks.together(lambda: folder.describe(dataset=identity(config, dataset)), only_first=True)
+    ranks.together(lambda: folder.went_on(config, identity(config, dataset)), only_first=True)
     return step, data
 
 

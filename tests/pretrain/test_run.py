@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -218,12 +219,77 @@ def test_a_folder_whose_run_took_no_step_belongs_to_nobody(tmp_path: Path) -> No
     assert folder.facts()["dataset"]["fingerprint"] == "b" * 64
 
 
-@pytest.mark.parametrize("name", ["run.json", "config.yaml"])
-def test_a_damaged_run_folder_is_an_error_that_names_the_file(tmp_path: Path, name: str) -> None:
+DAMAGED = (b"", b"{", b"[]", b"\xff\xfe{}", b"[" * 100_000, b'{"format": 2, "dataset": {}}', b"\0" * 512)
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_run_file_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
     folder = trained(tmp_path)
-    (tmp_path / name).write_text("{")
-    with pytest.raises(RunError, match=name):
-        folder.config()
+    folder.run_file.write_bytes(content)
+    for look in (folder.config, folder.facts, lambda: folder.claim(load([]), {"fingerprint": "f" * 64, "path": "x"})):
+        with pytest.raises(RunError, match="run.json: damaged: .*restore it"):
+            look()
+
+
+def test_a_run_file_that_is_gone_is_missed(tmp_path: Path) -> None:
+    """Else the run would go on as whatever it is started as."""
+    folder = trained(tmp_path)
+    folder.run_file.unlink()
+    with pytest.raises(RunError, match="run.json is missing; restore it"):
+        folder.claim(load(["optimizer.lr=1"]), {"fingerprint": "f" * 64, "path": "data/x"})
+
+
+def test_an_edited_config_yaml_is_compared_with_the_run(tmp_path: Path) -> None:
+    """It is a copy to start with, and damage to it does not matter to those who use the run."""
+    folder, dataset = trained(tmp_path), {"fingerprint": "f" * 64, "path": "data/x"}
+    text = folder.config_file.read_text()
+    folder.config_file.write_text(text.replace("log_every: 10", "log_every: 7"))
+    folder.claim(load([str(folder.config_file)]), dataset)
+    folder.config_file.write_text(text.replace("lr: 0.0009", "lr: 0.0008"))
+    with pytest.raises(RunError, match=r"optimizer.lr: 0.0009 in the run, 0.0008 now"):
+        folder.claim(load([str(folder.config_file)]), dataset)
+    folder.config_file.write_bytes(b"\xff")
+    assert folder.config() == load([])
+
+
+def flipped(content: bytes, number: int) -> bytes:
+    """With one bit turned."""
+    changed = bytearray(content)
+    changed[number // 8] ^= 1 << number % 8
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("flips", [300, pytest.param(20_000, marks=pytest.mark.drill)])
+def test_no_bit_that_flips_in_run_json_is_taken_for_something_else(tmp_path: Path, flips: int) -> None:
+    folder = trained(tmp_path)
+    whole, facts, config = folder.run_file.read_bytes(), folder.facts(), folder.config()
+    results = {"the same": 0, "refused": 0}
+    for number in random.Random(16).sample(range(8 * len(whole)), min(flips, 8 * len(whole))):
+        folder.run_file.write_bytes(flipped(whole, number))
+        try:
+            assert (folder.facts(), folder.config()) == (facts, config), f"bit {number} was accepted"
+            results["the same"] += 1
+        except RunError:
+            results["refused"] += 1
+    print(f"run.json: {sum(results.values())} flips: {results}")
+    assert results["refused"] > results["the same"]
+
+
+def test_a_run_folder_of_format_1_is_read_and_becomes_one_of_format_2(tmp_path: Path) -> None:
+    """Its identity has no hash, and the configuration is that of config.yaml."""
+    shutil.copytree(Path(__file__).parent / "run-format-1", tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    config, dataset = folder.config(), folder.facts()["dataset"]
+    assert (config.optimizer.lr, folder.facts()["parameters"]) == (0.01, 10544)
+    folder.claim(config, dataset)
+    with pytest.raises(RunError, match="optimizer.lr"):
+        folder.claim(load([str(folder.config_file), "optimizer.lr=1"]), dataset)
+    folder.went_on(config, dataset)
+    assert (folder.config(), folder.facts()["parameters"]) == (config, 10544)
+    assert json.loads(folder.run_file.read_text())["format"] == 2
+    folder.run_file.write_text('{"format": 1, "dataset": ["a"]}')
+    with pytest.raises(RunError, match="run.json: damaged"):
+        folder.facts()
 
 
 def test_checkpoints_that_are_gone_are_missed(tmp_path: Path) -> None:
@@ -234,31 +300,6 @@ def test_checkpoints_that_are_gone_are_missed(tmp_path: Path) -> None:
     journal.close()
     with pytest.raises(CheckpointError, match="a checkpoint of step 7"):
         folder.check_never_saved()
-
-
-@pytest.mark.parametrize(
-    ("change", "fine"),
-    [
-        ("optimizer.lr=1", False),
-        ("run.seed=1", False),
-        ("model.width=64", False),
-        ("train.steps=11", False),
-        ("engine.zero_stage=3", True),
-        ("batch.micro_batch=2", True),
-        ("train.log_every=1", True),
-        ("tracking.mode=off", True),
-    ],
-)
-def test_what_may_change_at_a_resume(tmp_path: Path, change: str, fine: bool) -> None:
-    folder, dataset = trained(tmp_path), {"fingerprint": "f" * 64, "path": "data/x"}
-    folder.claim(load([]), dataset)
-    if fine:
-        folder.claim(load([change]), dataset)
-        assert folder.config() == load([change])
-    else:
-        with pytest.raises(RunError, match=change.split("=")[0]):
-            folder.claim(load([change]), dataset)
-        assert folder.config() == load([])
 
 
 def test_a_run_of_constant_learning_rate_may_become_longer(tmp_path: Path) -> None:
@@ -275,7 +316,8 @@ def test_the_end_of_a_wsd_run_may_move_until_its_cooldown_has_begun(tmp_path: Pa
     folder = trained(tmp_path, *wsd, "train.steps=100")
 
     def claim(steps: int, *more: str) -> None:
-        folder.claim(load([*wsd, f"train.steps={steps}", *more]), dataset)
+        folder.claim(config := load([*wsd, f"train.steps={steps}", *more]), dataset)
+        folder.went_on(config, dataset)
 
     def save(step: int) -> None:
         checkpoint = folder.checkpoints / f"step-{step:09d}"
