@@ -1,5 +1,6 @@
 """All that rank 0 tells the world about a run: journal, MLflow, terminal, report. Silent on the other ranks."""
 
+import shlex
 import shutil
 import sys
 from dataclasses import asdict
@@ -37,6 +38,7 @@ class Recorder:
         self._config = config
         self._folder = folder
         self._active = ranks.is_first
+        self._world_size = ranks.world_size
         self._ended = False
         self._tracker: Tracker | None = None
         self._mlflow = ""
@@ -176,13 +178,14 @@ class Recorder:
 
     def _summary(self, data: RunData, step: int, request: int, seconds: float, shipped: bool) -> list[tuple[str, str]]:
         config, path = self._config, self._folder.path
-        points, facts = data.points, data.facts
+        points = data.points
         rows = [("run", f"{config.run.name}: step {step} of {config.train.steps}" + (" (stopped)" if request else ""))]
         if loss := points.get("loss/train"):
             rows.append(("loss", f"{loss[0].value:.4f} → {loss[-1].value:.4f} nats/token"))
         if bits := points.get("loss/val_bits_per_byte"):
-            order0 = facts["dataset"]["order0_entropy"]
-            rows.append(("validation", f"{bits[-1].value:.4f} bits/byte (order-0 entropy of that text: {order0:.4f})"))
+            order0 = data.order0_entropy
+            beside = "" if order0 is None else f" (order-0 entropy of that text: {order0:.4f})"
+            rows.append(("validation", f"{bits[-1].value:.4f} bits/byte{beside}"))
         elif loss := points.get("loss/val"):
             rows.append(("validation", f"{loss[-1].value:.4f} nats/label"))
         steps = step - self._first_step
@@ -196,14 +199,19 @@ class Recorder:
             rows.append(("checkpoint", str(saved[0])))
         rows.append(("report", str(self._folder.report)))
         if self._mlflow:
-            late = "" if shipped else f" (not all there yet: {_program('duet')} track sync {path})"
+            late = "" if shipped else f" (not all there yet: {_command('duet', 'track', 'sync', path)})"
             rows.append(("mlflow", self._mlflow + late))
             if self._mlflow.startswith("sqlite"):
-                rows.append(("open it", f"{_program('mlflow')} ui --backend-store-uri {self._mlflow}"))
+                rows.append(("open it", _command("mlflow", "ui", "--backend-store-uri", self._mlflow)))
         submitted = JobFolder(path).submissions()
-        again = f"resume {path}" if submitted else f"train {path}/config.yaml --ranks {facts['world_size']}"
-        rows.append(("resume", f"{_program('duet')} {again}"))
+        again = ["resume", path] if submitted else ["train", self._folder.config_file, "--ranks", self._world_size]
+        rows.append(("resume", _command("duet", *again)))
         return rows
+
+
+def _command(name: str, *words: object) -> str:
+    """A call of a program of this environment, for the shell that the user is in."""
+    return shlex.join([_program(name), *map(str, words)])
 
 
 def _program(name: str) -> str:

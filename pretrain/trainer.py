@@ -26,7 +26,7 @@ from model import registry
 from pretrain import checkpoint, journal, origin, provenance
 from pretrain.batches import Batches
 from pretrain.config import Config
-from pretrain.console import slow_progress
+from pretrain.console import Console, slow_progress
 from pretrain.dataset_identity import complete, identity
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
@@ -106,11 +106,15 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
         engine = Engine(model, config, ranks)
         recorder = stack.enter_context(Recorder(config, folder, ranks, attempt))
         step, data = _restore(config, ranks, folder, dataset, engine, recorder)
-        goodput = ranks.together(lambda: earlier_goodput(journal.read(folder.journal), step, started), only_first=True)
+        damaged: list[str] = []
+        records = partial(journal.noting, journal.read(folder.journal), damaged)
+        goodput = ranks.together(lambda: earlier_goodput(records(), step, started), only_first=True)
         past = ranks.together(lambda: read_past(journal.read(folder.journal), step, config.health), only_first=True)
         data = DataState.model_validate(past.data) if past.data else data
         facts = _facts(config, ranks, dataset, parameters) | {"started": started}
         recorder.start(step, facts, past.num_rollbacks)
+        if damaged:
+            recorder.warning(journal.told_damaged(damaged))
         warn = recorder.warning if ranks.is_first else _warn_in_log
         system = SystemSampler(folder.logs, attempt, step, os.environ["LOCAL_RANK"] == "0", warn)
         saver = Saver(
@@ -318,7 +322,7 @@ def _pack(config: Config, dataset: Dataset) -> None:
 
 def _own(folder: RunFolder, stack: ExitStack) -> Lease:
     folder.path.mkdir(parents=True, exist_ok=True)
-    return stack.enter_context(Lease.acquire(folder.path))
+    return stack.enter_context(Lease.acquire(folder.path, Console(1).note))
 
 
 def _claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:

@@ -18,9 +18,11 @@ import pytest
 from data_pipeline.errors import CheckpointError, RunError
 from pretrain import lease as lease_module
 from pretrain.config import load
+from pretrain.job import Failure, Heartbeat, JobFolder, Pulse
 from pretrain.journal import Journal
-from pretrain.lease import STALE_SECONDS, Lease, LeaseLost, latest_attempt
+from pretrain.lease import STALE_SECONDS, Lease, LeaseLost, latest_attempt, read_owner
 from pretrain.run import RunFolder
+from pretrain.seal import sealed, unsealed
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = (
@@ -38,7 +40,7 @@ def hold(run_dir: Path) -> subprocess.Popen[str]:
 def test_a_second_start_refuses_and_names_the_owner_until_it_is_killed(tmp_path: Path) -> None:
     owner = hold(tmp_path)
     try:
-        with pytest.raises(RunError, match=rf"attempt 1: process {owner.pid} on"):
+        with pytest.raises(RunError, match=rf"attempt 1 \(process {owner.pid} on"):
             Lease.acquire(tmp_path)
     finally:
         owner.kill()
@@ -88,51 +90,106 @@ def test_of_many_simultaneous_takeovers_one_wins(tmp_path: Path) -> None:
     assert latest_attempt(tmp_path) == 2
 
 
-def test_an_owner_on_another_machine_is_judged_by_its_heartbeat(tmp_path: Path) -> None:
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """The record of an owner on another machine; it never said that it ended."""
     with Lease.acquire(tmp_path):
         pass
-    record_file = tmp_path / "attempts" / "000001.json"
-    record = json.loads(record_file.read_text()) | {"pid_space": "elsewhere", "host": "n7"}
+    file = tmp_path / "attempts" / "000001.json"
+    record = unsealed(file.read_bytes()) | {"pid_space": "elsewhere", "host": "n7", "job": "6"}
     del record["ended"]
-    record_file.write_text(json.dumps(record))
-    with pytest.raises(RunError, match="on n7"):
-        Lease.acquire(tmp_path)
-    old = record_file.stat().st_mtime - STALE_SECONDS - 1
-    os.utime(record_file, (old, old))
-    with Lease.acquire(tmp_path) as lease:
-        assert lease.attempt == 2
+    file.write_text(json.dumps(sealed(record)))
+    return file
 
 
-@pytest.mark.parametrize("beats", [True, False])
-def test_a_job_waits_for_an_owner_elsewhere_that_may_be_dead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beats: bool
+class Clock:
+    """Of this machine, which stands still but for sleeps; `between` is what others do meanwhile."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, between: Callable[[], object] = lambda: None) -> None:
+        self.now, self.between = 1000.0, between
+        monkeypatch.setattr(lease_module.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(lease_module.time, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.between()
+
+
+@pytest.mark.parametrize("ahead", [-86400.0, -1.0, 0.0, 3600.0, 10 * 365 * 86400.0])
+@pytest.mark.parametrize(
+    "damage", [None, b"", b'{"attempt": 1, "sta', b"[]", b"\xff\0", b"[" * 100_000, b'{"attempt": "1"}']
+)
+def test_an_owner_elsewhere_is_gone_when_its_file_has_not_changed_for_a_while(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, ahead: float, damage: bytes | None
 ) -> None:
-    """The link of a chain before this one, whose node was lost a moment ago: to refuse would end the chain."""
+    """Whatever the clocks say, and however the record is torn; and it is said who is waited for, and how long."""
+    if damage is not None:
+        elsewhere.write_bytes(damage)
+    os.utime(elsewhere, (time.time() + ahead,) * 2)
+    clock, told = Clock(monkeypatch), list[str]()
+    with Lease.acquire(elsewhere.parent.parent, told.append) as lease:
+        assert lease.attempt == 2
+    assert STALE_SECONDS <= clock.now - 1000.0 < STALE_SECONDS + 1
+    assert len(told) == 1
+    assert "attempt 1 (" in told[0] and "60 s" in told[0]
+    assert ("job 6, process" in told[0] and "on n7" in told[0]) == (damage is None)
+
+
+@pytest.mark.parametrize("ahead", [-86400.0, 3600.0])
+@pytest.mark.parametrize("damage", [None, b""])
+def test_an_owner_elsewhere_whose_heart_beats_is_left_alone(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, ahead: float, damage: bytes | None
+) -> None:
+    if damage is not None:
+        elsewhere.write_bytes(damage)
+    start = time.time() + ahead
+    os.utime(elsewhere, (start, start))
+    clock = Clock(monkeypatch)
+    clock.between = lambda: os.utime(elsewhere, (start + (clock.now - 1000) // 5,) * 2)
+    with pytest.raises(RunError, match="another start owns this run folder: attempt 1"):
+        Lease.acquire(elsewhere.parent.parent, lambda _: None)
+    assert clock.now - 1000.0 < 6
+
+
+def test_an_owner_repairs_its_damaged_record(tmp_path: Path) -> None:
+    with Lease.acquire(tmp_path) as lease:
+        file = tmp_path / "attempts" / "000001.json"
+        whole = file.read_bytes()
+        for damage in (b"", flipped(whole, 8 * whole.index(b'"nonce": "') + 80)):
+            file.write_bytes(damage)
+            lease.check()
+            assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("flips", [200, pytest.param(20_000, marks=pytest.mark.drill)])
+def test_no_bit_that_flips_in_an_attempt_or_heartbeat_is_taken_for_something_else(tmp_path: Path, flips: int) -> None:
     with Lease.acquire(tmp_path):
         pass
-    record_file = tmp_path / "attempts" / "000001.json"
-    record = json.loads(record_file.read_text()) | {"pid_space": "elsewhere", "host": "n7", "job": "6"}
-    del record["ended"]
-    record_file.write_text(json.dumps(record))
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(lease_module, "STALE_SECONDS", 600.0)
-    looks = [0]
-
-    def pass_time(_: float) -> None:
-        looks[0] += 1
-        if beats:
-            os.utime(record_file, (time.time() + 1, time.time() + 1))
-        elif looks[0] == 3:  # as if the time had passed
-            lease_module.STALE_SECONDS = -1.0
-
-    monkeypatch.setattr(lease_module.time, "sleep", pass_time)
-    if beats:
-        with pytest.raises(RunError, match="job 6, process .* on n7"):
-            Lease.acquire(tmp_path)
-        assert looks == [1]
-    else:
-        with Lease.acquire(tmp_path) as lease:
-            assert lease.attempt == 2
+    folder = JobFolder(tmp_path)
+    Pulse(folder).beat(Heartbeat(7, 1, 2.5, 100.0, 5))
+    folder.submitted("7", "test", "2", ["a"])
+    folder.exclude("n1", "slow")
+    folder.failed(Failure("7", 0, 9, "killed", step=3))
+    folder.request_requeue(7, 3)
+    readers: dict[str, tuple[Callable[[], object], tuple[object, ...]]] = {
+        "attempts/000001.json": (lambda: read_owner(tmp_path / "attempts" / "000001.json"), (None,)),
+        "heartbeat": (folder.last_heartbeat, (None,)),
+        "slurm/jobs.jsonl": (folder.submissions, ([],)),
+        "slurm/exclude.jsonl": (folder.excluded, ([],)),
+        "slurm/failures.jsonl": (folder.failures, ([],)),
+        "slurm/wants-requeue": (folder.requeue_wish, (None,)),
+    }
+    for name, (read, nothing) in readers.items():
+        whole, expected = (tmp_path / name).read_bytes(), read()
+        numbers = random.Random(3).sample(range(8 * len(whole)), min(flips, 8 * len(whole)))
+        for number in numbers:
+            (tmp_path / name).write_bytes(flipped(whole, number))
+            found = read()
+            if isinstance(found, list) and isinstance(expected, list) and found and isinstance(found[0], dict):
+                found = [{key: found[0].get(key) for key in expected[0]}]  # the name of the hash may have suffered
+            assert found in (expected, *nothing), f"{name}: bit {number} was accepted"
+        print(f"{name}: {len(numbers)} flips, none accepted as something else")
+        (tmp_path / name).write_bytes(whole)
 
 
 def test_an_earlier_start_of_the_same_job_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
