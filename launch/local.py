@@ -97,8 +97,10 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
     code = codes[failed] or 0
     told = code == codes[0] and code in (2, 130, 143)  # rank 0 said the same on the terminal
     if (failed or code < 0) and not told:
-        print(f"error: rank {failed} ended with code {code}; the end of {_log(logs, failed)}:", file=sys.stderr)
-        for line in _log(logs, failed).read_text(errors="replace").splitlines()[-LINES_SHOWN:]:
+        log = _log(logs, failed)
+        print(f"error: rank {failed} ended with code {code}; the end of {log}:", file=sys.stderr)
+        words = log.read_text(errors="replace") if log.is_file() else "there is no such file: the run folder is gone"
+        for line in words.splitlines()[-LINES_SHOWN:]:
             print(f"  {line}", file=sys.stderr)
     return code if code > 0 else 128 - code
 

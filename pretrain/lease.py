@@ -14,13 +14,14 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from data_pipeline.atomic import write_json
-from data_pipeline.errors import RunError
+from data_pipeline.errors import CheckpointError, RunError
 from pretrain.job import this_job
 from pretrain.seal import sealed, unsealed
 
@@ -29,6 +30,10 @@ STALE_SECONDS = 60.0
 POLL_SECONDS = 0.2
 FORMAT = 2
 """Records of format 1 have no hash."""
+LOST_FOLDER = (
+    "this run folder was renamed or removed, or taken over by another start; this one ends and writes nothing more. A "
+    "run whose folder was renamed goes on there: duet train FOLDER/config.yaml"
+)
 
 
 class LeaseLost(RunError):
@@ -82,7 +87,7 @@ class Lease:
         """
         self.lost = self.lost or not self._is_ours()
         if self.lost:
-            raise LeaseLost(f"{self._run_dir}: taken over by another start, or removed; this one writes nothing more")
+            raise LeaseLost(f"{self._run_dir}: {LOST_FOLDER}")
 
     def release(self, reason: str) -> None:
         """Let the next attempt begin at once; `reason` says how this one ended."""
@@ -122,6 +127,17 @@ class Lease:
         except ValueError:  # damaged, and nobody else writes it
             write_json(self._path, sealed(self._record))
             return True
+
+
+@contextmanager
+def still_there(run_dir: Path) -> Iterator[None]:
+    """What cannot be found because the run folder is gone is an error that says so."""
+    try:
+        yield
+    except (FileNotFoundError, CheckpointError) as error:
+        if run_dir.is_dir():
+            raise
+        raise LeaseLost(f"{run_dir}: {LOST_FOLDER}") from error
 
 
 def latest_attempt(run_dir: Path) -> int:

@@ -35,6 +35,8 @@ class Recorder:
 
     def __init__(self, config: Config, folder: RunFolder, ranks: Ranks, attempt: int) -> None:
         self.attempt = attempt
+        self.commit: str | None = None
+        """Of the source, on rank 0 from the start on; None outside a checkout."""
         self._config = config
         self._folder = folder
         self._active = ranks.is_first
@@ -171,10 +173,12 @@ class Recorder:
     def _tags(self) -> dict[str, str]:
         """What this attempt is made of, in short."""
         manifest = Manifest.load(self._config.data.path)
+        source = provenance.record(self._folder.path / "code", self.attempt)
+        self.commit = source.get("git/commit")
         return {
             "dataset/fingerprint": manifest.fingerprint,
             "dataset/tokenizer": manifest.tokenizer.sha256,
-        } | provenance.record(self._folder.path / "code", self.attempt)
+        } | source
 
     def _summary(self, data: RunData, step: int, request: int, seconds: float, shipped: bool) -> list[tuple[str, str]]:
         config, path = self._config, self._folder.path

@@ -23,7 +23,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Plan, go_on, wanted_phase
 from data_pipeline.state import DataState
 from model import registry
-from pretrain import checkpoint, journal, origin, provenance
+from pretrain import checkpoint, journal, origin
 from pretrain.batches import Batches
 from pretrain.config import Config
 from pretrain.console import Console, slow_progress
@@ -34,7 +34,7 @@ from pretrain.evaluate import evaluate, held_out, held_out_bytes
 from pretrain.goodput import Goodput, earlier_goodput
 from pretrain.health import Health
 from pretrain.job import FailureFile
-from pretrain.lease import Lease
+from pretrain.lease import Lease, still_there
 from pretrain.life import Life, Stopped
 from pretrain.metrics import Meter
 from pretrain.probe import Probe
@@ -86,7 +86,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
     """
     folder = RunFolder(config.run_dir)
     config.micro_batches(ranks.world_size)
-    with disk_errors(folder.path, RunError), ExitStack() as stack:
+    with disk_errors(folder.path, RunError), still_there(folder.path), ExitStack() as stack:
         first_of_node = os.environ["LOCAL_RANK"] == "0"
         staged = os.environ.get("DUET_DATA")  # a copy on this node's disk
         source = config.data.model_copy(update={"path": staged}) if staged else config.data
@@ -277,7 +277,7 @@ def save_checkpoint(session: Session, step: int, data: DataState, validation_los
             "attempt": session.recorder.attempt,
             "types": session.engine.types,
             "config": session.config.model_dump(mode="json"),
-            "commit": provenance.commit(session.folder.path / "code", session.recorder.attempt),
+            "commit": session.recorder.commit,
             "mlflow_run": _mlflow_run(session.folder),
         }
     session.life.saving(step)
