@@ -162,10 +162,11 @@ def place(order: Order) -> list[str]:
             _check_not_queued(config.run_dir)
         if order.after and slurm.job(order.after) is None:  # Slurm would take it for one that has succeeded
             raise ConfigError(f"--after {order.after}: Slurm knows no such job, or no longer")
-        with tempfile.TemporaryDirectory(prefix="duet-") as folder:
-            script = Path(folder, "job.sbatch")
-            script.write_text(plan.script)
-            findings = [*plan.findings, Finding("Slurm", slurm.test_only(script))]
+        with tempfile.TemporaryFile("w") as script:  # without a name, so that nothing is left behind by a kill
+            script.write(plan.script)
+            script.flush()
+            told = slurm.test_only(Path(f"/proc/{os.getpid()}/fd/{script.fileno()}"))
+        findings = [*plan.findings, Finding("Slurm", told)]
         show(findings)
         return _write_and_submit(order, plan)
 

@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 import tempfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -139,13 +140,13 @@ def mean(values: Iterable[float]) -> float:
 
 def _read(run: StudyRun, folder: Path) -> Result:
     place = folder / run.place
-    with tempfile.TemporaryDirectory() as temporary:
-        journal = Path(temporary) / "metrics.jsonl"
+    with tempfile.TemporaryFile() as unpacked:  # without a name, so that nothing is left behind by a kill
         try:
-            journal.write_bytes(gzip.decompress((place / JOURNAL).read_bytes()))
-        except (OSError, EOFError) as error:
+            unpacked.write(gzip.decompress((place / JOURNAL).read_bytes()))
+        except (OSError, EOFError, zlib.error) as error:
             raise RunError(f"{place / JOURNAL}: cannot be unpacked: {error}; collect it again from its run") from error
-        records = list(read(journal))
+        unpacked.flush()
+        records = list(read(Path(f"/proc/self/fd/{unpacked.fileno()}")))
     start = next((record.fields for record in records if record.kind == "start" and "config" in record.fields), None)
     if start is None:
         raise RunError(f"{place / JOURNAL}: its beginning is damaged; collect it again from its run")

@@ -63,8 +63,13 @@ def reference(ranks: Ranks, dataset: Path, tmp_path_factory: pytest.TempPathFact
     return run_dir / "metrics.jsonl"
 
 
-def test_killed_at_a_random_step_and_started_again(dataset: Path, reference: Path, tmp_path: Path) -> None:
+def test_killed_at_a_random_step_and_started_again(
+    dataset: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the real command line: SIGKILL to the launcher ends every rank, and the same command goes on."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     for number in itertools.count():
         run_dir = tmp_path / f"it's run {number} & more"
         command = ["train", *arguments(dataset, run_dir), "--ranks", "2"]
@@ -79,6 +84,7 @@ def test_killed_at_a_random_step_and_started_again(dataset: Path, reference: Pat
             break
         assert number < 9, "each time the run was over before it was killed"
     assert len(alive) == 2
+    assert not list(temporary.rglob("store")), "nothing of the ranks' meeting is left behind"
     newest = newest_on_disk(run_dir)
     assert newest, "there was a checkpoint"
     done = duet(*command)
