@@ -114,7 +114,7 @@ def test_a_run_that_is_killed_thirty_times_is_the_run_that_was_not(dataset: Path
 def test_the_comparer_finds_what_is_missing_or_counted_twice(tmp_path: Path) -> None:
     def journal(*steps: int | None) -> Path:
         """A start that goes on from -n for a negative number, a start from scratch for None."""
-        lines = []
+        lines: list[dict[str, Any]] = []
         for step in steps:
             if step is None or step < 0:
                 lines.append({"kind": "start", "resumed_from": -step if step else None})
