@@ -194,8 +194,8 @@ def await_unowned(run_dir: Path, tell: Callable[[str], None] | None = None) -> N
         if seen is None:
             seen, since = beat, time.monotonic()
             (tell or _to_stderr)(
-                f"{run_dir}: {_who(attempt, owner)} may still own this run folder; its heartbeat is watched for "
-                f"{STALE_SECONDS:g} s, then it counts as gone"
+                f"{run_dir}: another start may still own this run folder ({_who(attempt, owner)}); its heartbeat is "
+                f"watched for {STALE_SECONDS:g} s, then it counts as gone"
             )
         elif time.monotonic() - since >= STALE_SECONDS:
             return
@@ -276,14 +276,14 @@ def _process_start(pid: int) -> str | None:
 
 def _who(attempt: int, owner: dict[str, Any] | None) -> str:
     if owner is None:
-        return f"attempt {attempt} (its record in attempts is damaged)"
+        return f"attempt {attempt}: its record in attempts is damaged"
     job = f"job {owner['job']}, " if owner.get("job") else ""
-    return f"attempt {attempt} ({job}process {owner.get('pid')} on {owner.get('host')})"
+    return f"attempt {attempt}: {job}process {owner.get('pid')} on {owner.get('host')}"
 
 
 def _refusal(run_dir: Path, attempt: int, owner: dict[str, Any] | None) -> str:
     return (
-        f"{run_dir}: another start owns this run folder: {_who(attempt, owner)}; wait for it or end it, or choose "
+        f"{run_dir}: another start owns this run folder ({_who(attempt, owner)}); wait for it or end it, or choose "
         "another run.name"
     )
 

@@ -40,7 +40,7 @@ def hold(run_dir: Path) -> subprocess.Popen[str]:
 def test_a_second_start_refuses_and_names_the_owner_until_it_is_killed(tmp_path: Path) -> None:
     owner = hold(tmp_path)
     try:
-        with pytest.raises(RunError, match=rf"attempt 1 \(process {owner.pid} on"):
+        with pytest.raises(RunError, match=rf"attempt 1: process {owner.pid} on"):
             Lease.acquire(tmp_path)
     finally:
         owner.kill()
@@ -131,7 +131,7 @@ def test_an_owner_elsewhere_is_gone_when_its_file_has_not_changed_for_a_while(
         assert lease.attempt == 2
     assert STALE_SECONDS <= clock.now - 1000.0 < STALE_SECONDS + 1
     assert len(told) == 1
-    assert "attempt 1 (" in told[0] and "60 s" in told[0]
+    assert "attempt 1: " in told[0] and "60 s" in told[0]
     assert ("job 6, process" in told[0] and "on n7" in told[0]) == (damage is None)
 
 
@@ -146,7 +146,7 @@ def test_an_owner_elsewhere_whose_heart_beats_is_left_alone(
     os.utime(elsewhere, (start, start))
     clock = Clock(monkeypatch)
     clock.between = lambda: os.utime(elsewhere, (start + (clock.now - 1000) // 5,) * 2)
-    with pytest.raises(RunError, match="another start owns this run folder: attempt 1"):
+    with pytest.raises(RunError, match=r"another start owns this run folder \(attempt 1"):
         Lease.acquire(elsewhere.parent.parent, lambda _: None)
     assert clock.now - 1000.0 < 6
 
