@@ -116,12 +116,12 @@ def prune(
     Example: `duet checkpoint prune runs/quickstart --keep 1 --dry-run`
     """
     from pretrain import retention
-    from pretrain.lease import check_unowned
+    from pretrain.lease import await_unowned
     from pretrain.run import RunFolder
 
     folder = RunFolder(run)
     every = folder.config().train.keep_every
-    check_unowned(run)
+    await_unowned(run)
     _opened(run)[0].verify()
     for path in retention.prune(folder.checkpoints, keep, every, dry_run):
         typer.echo(f"{path}: {'would be removed' if dry_run else 'removed'}")

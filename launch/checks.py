@@ -64,7 +64,7 @@ def check_data(config: Config, *, later: bool) -> tuple[Config, list[Finding]]:
     identity = {"fingerprint": manifest.fingerprint, "path": place}
     origin.check(config, identity)
     folder = RunFolder(config.run_dir)
-    if folder.run_file.exists() and folder.has_trained():
+    if folder.has_trained():
         folder.check(config, identity)
     tokens = manifest.splits["train"].tokens
     return config, [Finding("data", f"{place}: {tokens:,} tokens, fingerprint {manifest.fingerprint[:12]}")]

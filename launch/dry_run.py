@@ -31,7 +31,7 @@ def describe(config: Config, ranks: int) -> str:
     config = origin.resolve(complete(config, dataset))
     origin.check(config, identity(config, dataset))
     folder = RunFolder(config.run_dir)
-    if folder.run_file.exists():
+    if folder.has_trained():
         folder.check(config, identity(config, dataset))
     with torch.device("meta"):
         model = registry.build(config.model)

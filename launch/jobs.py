@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,11 +47,11 @@ def cancel(
         kill_switch.parent.mkdir(exist_ok=True)
         kill_switch.touch()  # no signal beside it: one that comes while a rank ends would make it a failure
         typer.echo(
-            f"job {job.id} saves at the end of its step and ends, for good ({kill_switch}); `duet status {run}` tells "
-            f"when it has, `duet cancel {run} --now` does not wait for it"
+            f"job {job.id} saves at the end of its step and ends, for good ({kill_switch}); "
+            f"`duet status {shown(run)}` tells when it has, `duet cancel {shown(run)} --now` does not wait for it"
         )
     if status.state == "stalled" and not now:
-        typer.echo(f"{status.why}: if it hangs, it will not save; then `duet cancel {run} --now`")
+        typer.echo(f"{status.why}: if it hangs, it will not save; then `duet cancel {shown(run)} --now`")
 
 
 def requeue(
@@ -73,7 +74,7 @@ def requeue(
     kill_switch = JobFolder(run).kill_switch
     if job.state == "COMPLETING" or kill_switch.exists():
         why = "is ending" if job.state == "COMPLETING" else f"was asked to end for good ({kill_switch})"
-        raise RunError(f"{run}: job {job.id} {why}; wait until it has, then `duet resume {run}`")
+        raise RunError(f"{run}: job {job.id} {why}; wait until it has, then `duet resume {shown(run)}`")
     if now or status.state == "starting":
         slurm.requeue(job.id)
         since = "the beginning" if status.checkpoint is None else f"step {status.checkpoint}"
@@ -83,7 +84,8 @@ def requeue(
         typer.echo(f"job {job.id} saves at the end of its step and goes back into the queue")
     else:
         raise RunError(
-            f"{run}: {status.state} ({status.why}), so it would not save now; `duet requeue {run} --now` does without"
+            f"{run}: {status.state} ({status.why}), so it would not save now; "
+            f"`duet requeue {shown(run)} --now` does without"
         )
 
 
@@ -111,14 +113,15 @@ def resume(
     status, jobs = status_and_jobs(run)
     if live := [job for job in jobs if not job.ended]:
         raise RunError(
-            f"{run}: job {live[0].id} is still there ({live[0].state}); `duet cancel {run}` ends it, "
-            f"`duet requeue {run}` gives it other nodes"
+            f"{run}: job {live[0].id} is still there ({live[0].state}); `duet cancel {shown(run)}` ends it, "
+            f"`duet requeue {shown(run)}` gives it other nodes"
         )
     if status.live:
         raise RunError(f"{run}: it trains outside of Slurm; end it with Ctrl-C first")
     if status.state == "finished":
         raise RunError(
-            f"{run}: all {status.total} steps are done; to train on, `duet submit {run}/config.yaml train.steps=MORE`"
+            f"{run}: all {status.total} steps are done; to train on, "
+            f"`duet submit {shown(run / 'config.yaml')} train.steps=MORE`"
         )
     from launch.submit import resubmit
 
@@ -138,10 +141,15 @@ def _live_jobs(run: Path) -> "tuple[Status, list[Job]]":
     if not live:
         ended = status.job_state or "Slurm does not know it any more"
         raise RunError(
-            f"{run}: job {status.job} has ended already ({ended}); `duet resume {run}` submits the run again"
+            f"{run}: job {status.job} has ended already ({ended}); `duet resume {shown(run)}` submits the run again"
         )
     me = pwd.getpwuid(os.getuid()).pw_name
     others = [job for job in live if job.user != me]
     if others and os.getuid() != 0:
         raise RunError(f"{run}: job {others[0].id} is {others[0].user}'s, and you are {me}: ask them to do it")
     return status, live
+
+
+def shown(path: Path) -> str:
+    """As a shell reads it, in a command that is printed."""
+    return shlex.quote(str(path))

@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import FrameType
@@ -35,51 +34,53 @@ def run_ranks(args: list[str], ranks: int, logs: Path, *, verbose: bool = False)
     Returns:
         the exit code: that of the recorded end of the run, else that of the first rank that failed, or 0.
     """
-    with tempfile.TemporaryDirectory(prefix="duet-") as meeting:
-        environment = os.environ | {
-            "DUET_PARENT": str(os.getpid()),
-            "DUET_RENDEZVOUS": f"file://{meeting}/store",
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-        }
-        if verbose:
-            environment["DUET_VERBOSE"] = "1"
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-        processes: list[subprocess.Popen[bytes]] = []
+    meeting = os.memfd_create("duet-rendezvous")  # no file: nothing is left behind by SIGKILL
+    environment = os.environ | {
+        "DUET_PARENT": str(os.getpid()),
+        "DUET_RENDEZVOUS": f"file:///proc/self/fd/{meeting}",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
+    if verbose:
+        environment["DUET_VERBOSE"] = "1"
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    processes: list[subprocess.Popen[bytes]] = []
 
-        interrupts = 0
+    interrupts = 0
 
-        def forward(number: int, frame: FrameType | None) -> None:
-            nonlocal interrupts
-            if number == signal.SIGINT:
-                interrupts += 1
-                print(f"\n{WHAT_CTRL_C_DOES[min(interrupts, 3) - 1]}", file=sys.stderr)
-                if interrupts >= 3:
-                    number = signal.SIGKILL
-            elif number == signal.SIGHUP:  # the terminal is gone
-                number = signal.SIGTERM
-            for process in processes:
-                if process.poll() is None:
-                    process.send_signal(number)
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        if number == signal.SIGINT:
+            interrupts += 1
+            print(f"\n{WHAT_CTRL_C_DOES[min(interrupts, 3) - 1]}", file=sys.stderr)
+            if interrupts >= 3:
+                number = signal.SIGKILL
+        elif number == signal.SIGHUP:  # the terminal is gone
+            number = signal.SIGTERM
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
-                signal.signal(number, forward)
-        for rank in range(ranks):
-            processes.append(_start(rank, args, environment, logs))
-        return _wait(processes, logs)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, forward)
+    for rank in range(ranks):
+        processes.append(_start(rank, args, environment, logs, meeting))
+    return _wait(processes, logs)
 
 
-def _start(rank: int, args: list[str], environment: dict[str, str], logs: Path) -> subprocess.Popen[bytes]:
+def _start(
+    rank: int, args: list[str], environment: dict[str, str], logs: Path, meeting: int
+) -> subprocess.Popen[bytes]:
     # -P: a folder `model` where the user stands must not hide ours. A session of its own: Ctrl-C comes through us.
     command = [sys.executable, "-P", "-m", "pretrain", *args]
     ours = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     if rank == 0:
-        return subprocess.Popen(command, env=ours, start_new_session=True)
+        return subprocess.Popen(command, env=ours, start_new_session=True, pass_fds=[meeting])
     with disk_errors(logs, RunError):
         logs.mkdir(parents=True, exist_ok=True)
     with open(_log(logs, rank), "ab") as log:
-        return subprocess.Popen(command, env=ours, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, env=ours, stdout=log, stderr=log, start_new_session=True, pass_fds=[meeting])
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
@@ -114,8 +115,10 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
     code = codes[failed] or 0
     told = code == codes[0] and code in (2, 130, 143)  # rank 0 said the same on the terminal
     if (failed or code < 0) and not told:
-        print(f"error: rank {failed} ended with code {code}; the end of {_log(logs, failed)}:", file=sys.stderr)
-        for line in _log(logs, failed).read_text(errors="replace").splitlines()[-LINES_SHOWN:]:
+        log = _log(logs, failed)
+        print(f"error: rank {failed} ended with code {code}; the end of {log}:", file=sys.stderr)
+        words = log.read_text(errors="replace") if log.is_file() else "there is no such file: the run folder is gone"
+        for line in words.splitlines()[-LINES_SHOWN:]:
             print(f"  {line}", file=sys.stderr)
     return code if code > 0 else 128 - code
 

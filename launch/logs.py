@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import RunError
-from launch.jobs import RunArg
+from launch.jobs import RunArg, shown
 
 if TYPE_CHECKING:
     from launch.run_status import Status
@@ -144,7 +144,7 @@ def _missing(run: Path, found: "Status", log: Path, rank: int | None) -> str:
     if rank is not None and there:
         return f"{log}: no such log; there are those of ranks {there[0]} to {there[-1]}"
     why = f"{found.state}{f': {found.why}' if found.why else ''}"
-    return f"{log}: no log yet ({why}); `duet logs {run} -f` waits for it"
+    return f"{log}: no log yet ({why}); `duet logs {shown(run)} -f` waits for it"
 
 
 def _start_of_last(path: Path, lines: int) -> int:

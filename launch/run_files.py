@@ -10,6 +10,7 @@ import yaml
 from data_pipeline.errors import RunError
 from pretrain.job import Failure, Heartbeat, JobFolder
 from pretrain.runs import RunState, run_state, saved_steps
+from pretrain.seal import unsealed
 
 MOST_JOBS = 16
 """Newest submissions of a run that Slurm is asked about."""
@@ -72,7 +73,7 @@ def read_files(path: Path) -> RunFiles:
     heartbeat = folder.last_heartbeat()
     if heartbeat and not (isinstance(heartbeat.step, int) and isinstance(heartbeat.time, float)):
         heartbeat = None
-    config = _config(path / "config.yaml") or _config(folder.config)
+    config = _recorded(path / "run.json") or _config(path / "config.yaml") or _config(folder.config)
     hang_minutes = _number(config, "health", "hang_minutes") or (_number(config, "engine", "timeout_minutes") or 10) / 2
     checkpoint, checkpoint_time = _newest_checkpoint(path)
     started_in = [job for job in (run.job, heartbeat.job if heartbeat else None) if job]
@@ -94,10 +95,19 @@ def read_files(path: Path) -> RunFiles:
     )
 
 
+def _recorded(file: Path) -> dict[str, Any]:
+    """The configuration that a run last went on with; nothing before format 2."""
+    try:
+        config = unsealed(file.read_bytes()).get("config")
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
 def _config(file: Path) -> dict[str, Any]:
     try:
         content = yaml.load(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -1,6 +1,7 @@
 """`duet study`: many runs that are compared, trained by one command and told by another."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +49,7 @@ def run(
         raise typer.Exit(1)
     if running.runs:
         raise typer.Exit(130)
-    typer.echo(f"all done; next: duet study report {study}")
+    typer.echo(f"all done; next: {shlex.join(['duet', 'study', 'report', str(study)])}")
 
 
 @app.command()

@@ -69,7 +69,10 @@ def resubmit(run_dir: Path, nodes: str | None = None, cluster: str | None = None
     """
     folder = JobFolder(run_dir)
     if not folder.config.is_file() or not (folder.path / CLUSTER).is_file():
-        raise RunError(f"{run_dir}: was never submitted; `duet submit {run_dir}/config.yaml --cluster NAME` does")
+        raise RunError(
+            f"{run_dir}: was never submitted; `duet submit {shlex.quote(str(run_dir / 'config.yaml'))} --cluster NAME` "
+            "does"
+        )
     config = load([str(folder.config)])
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run_dir.absolute())})})
     last = folder.submissions()[-1:]
@@ -79,7 +82,7 @@ def resubmit(run_dir: Path, nodes: str | None = None, cluster: str | None = None
     if not code.is_dir():
         raise RunError(
             f"{code}: the code that the run was submitted with is gone; restore it, or go on with the code at hand: "
-            f"duet submit {folder.config} --cluster {name}"
+            f"duet submit {shlex.quote(str(folder.config))} --cluster {shlex.quote(name)}"
         )
     return place(Order([config], where, name, ["duet", *sys.argv[1:]], code=code))
 
@@ -159,10 +162,11 @@ def place(order: Order) -> list[str]:
             _check_not_queued(config.run_dir)
         if order.after and slurm.job(order.after) is None:  # Slurm would take it for one that has succeeded
             raise ConfigError(f"--after {order.after}: Slurm knows no such job, or no longer")
-        with tempfile.TemporaryDirectory(prefix="duet-") as folder:
-            script = Path(folder, "job.sbatch")
-            script.write_text(plan.script)
-            findings = [*plan.findings, Finding("Slurm", slurm.test_only(script))]
+        with tempfile.TemporaryFile("w") as script:  # without a name, so that nothing is left behind by a kill
+            script.write(plan.script)
+            script.flush()
+            told = slurm.test_only(Path(f"/proc/{os.getpid()}/fd/{script.fileno()}"))
+        findings = [*plan.findings, Finding("Slurm", told)]
         show(findings)
         return _write_and_submit(order, plan)
 
@@ -216,7 +220,7 @@ def _check_not_queued(run_dir: Path) -> None:
             where = f" on {job.nodes}" if job.nodes else f" ({job.reason})" if job.reason else ""
             raise RunError(
                 f"{run_dir}: job {job.id} is {job.state}{where} for this run folder already; wait for it, or end it: "
-                f"duet cancel {run_dir}"
+                f"duet cancel {shlex.quote(str(run_dir))}"
             )
 
 

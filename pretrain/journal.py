@@ -1,7 +1,8 @@
 """The journal of a run: `metrics.jsonl`, append-only, one JSON object a line. It is the truth; all else mirrors it.
 
-A line counts once its newline is on disk. Kinds: metrics, start, end, checkpoint, sample, warning, slowest, profile,
-rollback, and those in HEALTH.
+A line counts once its newline is on disk, and ends with a checksum of what is before it. Kinds: metrics, start, end,
+checkpoint, sample, warning, slowest, profile, rollback, and those in HEALTH. A line that is damaged is read as one of
+kind `damaged`, whose `text` names it.
 """
 
 import errno
@@ -9,6 +10,7 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +20,19 @@ import orjson
 
 from data_pipeline.errors import RunError
 
-FORMAT = 1
+FORMAT = 2
+"""Lines of format 1 have no checksum."""
+MOST_TORN = 4096
+"""Bytes of a torn line that are kept: a power loss may leave a block of zeros of any size."""
 MOST_RECORDS = 4000
 """Of a kind in `series`: a picture has fewer columns."""
 HEALTH = ("skipped", "spike", "straggler", "hang", "growth", "lead")
 """Kinds of what a run noticed about itself; each has a `text`, as `warning` and `rollback` do."""
 ENVELOPE = ("format", "kind", "time", "attempt", "step", "metrics")
+NEEDED = {"end": "status", "rollback": "data", "spike": "spikes"}
+"""What readers take from the fields of a kind without asking."""
+_CHECKSUM = b', "crc32": "%08x"}'
+_LENGTH = len(_CHECKSUM % 0)
 
 
 @dataclass(frozen=True)
@@ -98,11 +107,11 @@ class Journal:
 
     def _append(self, content: dict[str, Any]) -> None:
         envelope = {"format": FORMAT, "time": time.time_ns() // 1_000_000, "attempt": self._attempt}
-        line = json.dumps(envelope | content, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
-        written = os.write(self._descriptor, line + b"\n")
-        if written <= len(line):  # the disk is full
+        line = line_of(json.dumps(envelope | content, ensure_ascii=False, allow_nan=False))
+        written = os.write(self._descriptor, line)
+        if written < len(line):  # the disk is full
             os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
-            raise OSError(errno.ENOSPC, f"only {written} of {len(line) + 1} bytes of a journal line could be written")
+            raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes of a journal line could be written")
 
     def _cut_torn_line(self) -> None:
         """A crash can leave the beginning of a line at the end: take it out, and keep its text in a warning."""
@@ -115,14 +124,20 @@ class Journal:
         if torn:
             os.ftruncate(self._descriptor, size - len(torn))
             text = f"journal: took out an unfinished line of {len(torn)} bytes, left by a crash"
-            self.event("warning", text=text, torn=torn.decode("utf-8", "backslashreplace"))
+            self.event("warning", text=text, torn=torn[:MOST_TORN].decode("utf-8", "backslashreplace"))
+
+
+def line_of(text: str) -> bytes:
+    """A line of a journal: the text of a JSON object, with its checksum."""
+    body = text.encode("utf-8", "backslashreplace")[:-1]
+    return body + _CHECKSUM % zlib.crc32(body) + b"\n"
 
 
 def read(path: Path) -> Iterator[Record]:
     """All records of a journal; an unfinished last line is left out.
 
     Raises:
-        RunError: there is no journal, or a line in it is broken; names the line.
+        RunError: there is no journal, or it was written by a newer version.
     """
     return (record for record, _ in read_from(path, 0))
 
@@ -131,21 +146,71 @@ def read_from(path: Path, offset: int) -> Iterator[tuple[Record, int]]:
     """Records from a byte offset on, each with the offset behind it: what a follower keeps to go on from.
 
     Raises:
-        RunError: there is no journal, or a line in it is broken; names the line.
+        RunError: there is no journal, or it was written by a newer version.
     """
     if not path.is_file():
         raise RunError(f"{path}: there is no journal; a run folder has one once training has started")
     with open(path, "rb") as file:
         file.seek(offset)
-        for line in file:
+        course, first = _Course(), 0
+        for number, line in enumerate(file):
             if not line.endswith(b"\n"):
                 return
             try:
-                record = _parse(line)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise RunError(f"{path}:{_line_number(path, offset)}: not a line of a journal: {error!r}") from error
+                record = _parse(line, path)
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                first = first or _line_number(path, offset) - number
+                text = f"{path.name}:{first + number}: a damaged line of the journal was passed over: {error!r}"
+                record = Record("damaged", course.time, course.attempt, None, {}, {"text": text})
+            if (lost := course.lost_before(record)) is not None:
+                yield lost, offset
             offset += len(line)
             yield record, offset
+
+
+def noting(records: Iterable[Record], damaged: list[str]) -> Iterator[Record]:
+    """The records; of those that are damaged, the text goes into the list."""
+    for record in records:
+        if record.kind == "damaged":
+            damaged.append(record.fields["text"])
+        yield record
+
+
+def told_damaged(damaged: list[str]) -> str:
+    """One line about all of them."""
+    return damaged[0] + (f"; and {len(damaged) - 1} more" if len(damaged) > 1 else "")
+
+
+class _Course:
+    """Where a journal stands. A start or a rollback whose line is damaged shows in the steps after it: else those that
+    it superseded would be counted twice."""
+
+    def __init__(self) -> None:
+        self.time = self.attempt = 0
+        self._step: int | None = None
+        self._damaged = False
+
+    def lost_before(self, record: Record) -> Record | None:
+        """The start or rollback that must have been before this record."""
+        lost = None
+        self.time = record.time
+        if record.kind == "damaged":
+            self._damaged = True
+        elif record.kind in ("start", "rollback"):
+            self.attempt, self._step, self._damaged = record.attempt, record.fields.get("resumed_from"), False
+        elif record.step is not None and "loss/train" in record.metrics:
+            before = {
+                "resumed_from": record.step - 1 or None,
+                "text": f"back to before step {record.step}",
+                "data": None,
+            }
+            if self._damaged and 0 < self.attempt < record.attempt:
+                lost = Record("start", record.time, record.attempt, None, {}, before)
+            elif self._damaged and self._step is not None and record.step <= self._step:
+                lost = Record("rollback", record.time, record.attempt, None, {}, before)
+            self.attempt, self._step = max(self.attempt, record.attempt), record.step
+            self._damaged = self._damaged and lost is None
+        return lost
 
 
 class _Thinned:
@@ -198,18 +263,30 @@ def series(records: Iterable[Record]) -> dict[str, list[Point]]:
     return points
 
 
-def _parse(line: bytes) -> Record:
+def _parse(line: bytes, path: Path) -> Record:
+    """Raises ValueError and its like for a line that is not as it was written; RunError: of a newer version."""
+    whole = line.endswith(_CHECKSUM % zlib.crc32(line[: -_LENGTH - 1]) + b"\n")
     try:
         content = orjson.loads(line)
     except orjson.JSONDecodeError:  # also half a surrogate pair, which a text may hold; json knows what to do with it
         content = json.loads(line)
-    if content["format"] != FORMAT:
-        raise ValueError(f"format {content['format']} is not known here; this version reads {FORMAT}")
+    if not whole and content["format"] != 1:
+        raise ValueError("it does not match its checksum")
+    if content["format"] not in (1, FORMAT):
+        raise RunError(
+            f"{path}: format {content['format']} of a journal is not known here; this version reads {FORMAT}"
+        )
+    content.pop("crc32", None)
+    kind, moment, attempt, step = content["kind"], content["time"], content["attempt"], content.get("step")
+    if not (isinstance(kind, str) and type(moment) is type(attempt) is int and (step is None or type(step) is int)):
+        raise TypeError("kind, time, attempt or step is of a wrong type")
+    if kind in NEEDED and NEEDED[kind] not in content:
+        raise KeyError(NEEDED[kind])
     return Record(
-        kind=content["kind"],
-        time=content["time"],
-        attempt=content["attempt"],
-        step=content.get("step"),
+        kind=kind,
+        time=moment,
+        attempt=attempt,
+        step=step,
         metrics={name: float(value) for name, value in content.get("metrics", {}).items()},
         fields={name: value for name, value in content.items() if name not in ENVELOPE},
     )

@@ -2,25 +2,38 @@
 
 Each attempt is a file `attempts/000001.json`, created exclusively; the highest number owns the run. It needs no
 lock, so it holds on NFS, and what is left behind is the record of all attempts.
+
+Whether an owner on another machine is alive is seen from its heartbeat: the file changes while one watches it. No clock
+is compared with another one, for they differ.
 """
 
-import json
 import os
+import re
 import socket
+import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from data_pipeline.atomic import write_json
-from data_pipeline.errors import RunError
+from data_pipeline.errors import CheckpointError, RunError
 from pretrain.job import this_job
+from pretrain.seal import sealed, unsealed
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 POLL_SECONDS = 0.2
+FORMAT = 2
+"""Records of format 1 have no hash."""
+LOST_FOLDER = (
+    "this run folder was renamed or removed, or taken over by another start; this one ends and writes nothing more. A "
+    "run whose folder was renamed goes on there: duet train FOLDER/config.yaml"
+)
 
 
 class LeaseLost(RunError):
@@ -44,39 +57,27 @@ class Lease:
         self._thread.start()
 
     @classmethod
-    def acquire(cls, run_dir: Path) -> "Lease":
-        """Own a run folder, or take over from an owner that is gone.
-
-        In a job, one on another machine is waited for until its heart beats, or has not for STALE_SECONDS: it may just
-        have been killed, such as the link of a chain before this one, and nobody is there to try again.
+    def acquire(cls, run_dir: Path, tell: Callable[[str], None] | None = None) -> "Lease":
+        """Own a run folder, or take over from an owner that is gone; as `await_unowned`.
 
         Raises:
             RunError: another attempt owns it; names job, host and process.
         """
         folder = run_dir / "attempts"
         folder.mkdir(parents=True, exist_ok=True)
-        beat = None
-        while True:
-            attempt = latest_attempt(run_dir)
-            try:
-                check_unowned(run_dir)
-                break
-            except RunError:
-                before, beat = beat, _last_beat_elsewhere(attempt_path(folder, attempt))
-                if beat is None or before not in (None, beat):
-                    raise
-            time.sleep(POLL_SECONDS)
-        record = _identity() | {"attempt": attempt + 1, "started": time.time(), "nonce": uuid.uuid4().hex}
-        path = attempt_path(folder, attempt + 1)
+        await_unowned(run_dir, tell)
+        attempt = latest_attempt(run_dir) + 1
+        record = _identity() | {"attempt": attempt, "started": time.time(), "nonce": uuid.uuid4().hex}
+        path = attempt_path(folder, attempt)
         temporary = folder / f".{uuid.uuid4().hex}.tmp"
-        write_json(temporary, record)
+        write_json(temporary, sealed(record))
         try:
             os.link(temporary, path)  # atomic with its content, and fails when the name is taken: on NFS, too
         except FileExistsError:
-            raise RunError(_refusal(run_dir, json.loads(path.read_text()))) from None
+            raise RunError(_refusal(run_dir, attempt, read_owner(path))) from None
         finally:
             temporary.unlink()
-        return cls(run_dir, attempt + 1, record)
+        return cls(run_dir, attempt, record)
 
     def check(self) -> None:
         """Look at the folder itself, not at the last heartbeat.
@@ -86,14 +87,14 @@ class Lease:
         """
         self.lost = self.lost or not self._is_ours()
         if self.lost:
-            raise LeaseLost(f"{self._run_dir}: taken over by another start, or removed; this one writes nothing more")
+            raise LeaseLost(f"{self._run_dir}: {LOST_FOLDER}")
 
     def release(self, reason: str) -> None:
         """Let the next attempt begin at once; `reason` says how this one ended."""
         self._stop.set()
         self._thread.join()
         if self._is_ours():
-            write_json(self._path, self._record | {"ended": time.time(), "reason": reason})
+            write_json(self._path, sealed(self._record | {"ended": time.time(), "reason": reason}))
 
     def __enter__(self) -> "Lease":
         return self
@@ -116,9 +117,27 @@ class Lease:
     def _is_ours(self) -> bool:
         """Our file is still the one that was made, and the newest."""
         try:
-            return self._record["nonce"] in self._path.read_text() and not self._next.exists()
-        except FileNotFoundError:
+            text = self._path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        if self._next.exists():
+            return False
+        try:
+            return bool(unsealed(text).get("nonce") == self._record["nonce"])
+        except ValueError:  # damaged, and nobody else writes it
+            write_json(self._path, sealed(self._record))
+            return True
+
+
+@contextmanager
+def still_there(run_dir: Path) -> Iterator[None]:
+    """What cannot be found because the run folder is gone is an error that says so."""
+    try:
+        yield
+    except (FileNotFoundError, CheckpointError) as error:
+        if run_dir.is_dir():
+            raise
+        raise LeaseLost(f"{run_dir}: {LOST_FOLDER}") from error
 
 
 def latest_attempt(run_dir: Path) -> int:
@@ -126,16 +145,61 @@ def latest_attempt(run_dir: Path) -> int:
     folder = run_dir / "attempts"
     if not folder.is_dir():
         return 0
-    return max((int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit()), default=0)
+    return max((int(p.stem) for p in folder.glob("*.json") if re.fullmatch(r"[0-9]{6,18}", p.stem)), default=0)
+
+
+def read_owner(path: Path) -> dict[str, Any] | None:
+    """What an attempt's file tells of its owner; None when it is damaged."""
+    try:
+        owner = unsealed(path.read_bytes())
+        if owner.get("format") == FORMAT:
+            owner = unsealed(path.read_bytes(), required=True)
+    except (OSError, ValueError):
+        return None
+    kinds: dict[str, Any] = {"attempt": int, "started": int | float, "job": str | None}
+    if "ended" not in owner:
+        kinds |= {"pid": int, "pid_space": str, "host": str}
+    return owner if all(isinstance(owner.get(name), kind) for name, kind in kinds.items()) else None
 
 
 def check_unowned(run_dir: Path, clock: float | None = None) -> None:
-    """Raises RunError while an attempt owns the run folder; names job, host and process. `clock` as for `alive`."""
+    """A look that does not wait, as `alive`. Raises RunError while an attempt seems to own the run folder."""
     if attempt := latest_attempt(run_dir):
         path = attempt_path(run_dir / "attempts", attempt)
-        owner = json.loads(path.read_text())
+        owner = read_owner(path)
         if alive(owner, path, clock):
-            raise RunError(_refusal(run_dir, owner))
+            raise RunError(_refusal(run_dir, attempt, owner))
+
+
+def await_unowned(run_dir: Path, tell: Callable[[str], None] | None = None) -> None:
+    """Returns when no attempt owns the run folder.
+
+    An owner on another machine, or one whose record is damaged, is watched until its heart beats, or has not for
+    STALE_SECONDS by this machine's clock; `tell` says so, on the error stream unless given.
+
+    Raises:
+        RunError: an attempt owns it; names job, host and process.
+    """
+    seen: tuple[int, int] | None = None
+    since = 0.0
+    while attempt := latest_attempt(run_dir):
+        path = attempt_path(run_dir / "attempts", attempt)
+        owner = read_owner(path)
+        known = _known_alive(owner)
+        if known is False:
+            return
+        beat = (attempt, _beat(path))
+        if known or seen not in (None, beat):
+            raise RunError(_refusal(run_dir, attempt, owner))
+        if seen is None:
+            seen, since = beat, time.monotonic()
+            (tell or _to_stderr)(
+                f"{run_dir}: another start may still own this run folder ({_who(attempt, owner)}); its heartbeat is "
+                f"watched for {STALE_SECONDS:g} s, then it counts as gone"
+            )
+        elif time.monotonic() - since >= STALE_SECONDS:
+            return
+        time.sleep(POLL_SECONDS)
 
 
 def attempt_path(folder: Path, attempt: int) -> Path:
@@ -146,7 +210,7 @@ def attempt_path(folder: Path, attempt: int) -> Path:
 def _identity() -> dict[str, Any]:
     job, restart = this_job()
     return {
-        "format": 1,
+        "format": FORMAT,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "pid_started": _process_start(os.getpid()),
@@ -156,31 +220,44 @@ def _identity() -> dict[str, Any]:
     }
 
 
-def alive(owner: dict[str, Any], path: Path, clock: float | None = None) -> bool:
-    """Whether the owner that an attempt's file tells of still has the run folder.
+def alive(owner: dict[str, Any] | None, path: Path, clock: float | None = None) -> bool:
+    """Whether the owner that an attempt's file tells of seems to have the run folder still; for those who only tell.
 
-    An earlier start of this process's own job has not: Slurm ends it before the next, or has lost its node. On another
-    machine the heartbeat decides: against `clock` (seconds since the epoch), or else against a file that is touched
-    beside it, so that only the file system's own clock counts.
+    On another machine the age of the heartbeat decides: by `clock` (seconds since the epoch), or else by a file that is
+    touched beside it, so that only the file system's own clock counts.
     """
-    job, restart = this_job()
-    if "ended" in owner or (job and owner.get("job") == job and owner.get("restart", 0) < restart):
-        return False
-    if owner["pid_space"] == _pid_space():
-        return bool(owner["pid_started"] == _process_start(owner["pid"]))
+    known = _known_alive(owner)
+    if known is not None:
+        return known
     if clock is None:
         probe = path.with_name(f".{uuid.uuid4().hex}.probe")
         probe.touch()
         clock = probe.stat().st_mtime
         probe.unlink()
-    return clock - path.stat().st_mtime < STALE_SECONDS
+    return abs(clock - _beat(path) / 1e9) < STALE_SECONDS
 
 
-def _last_beat_elsewhere(path: Path) -> float | None:
-    """Of an owner on another machine, as a job sees it."""
-    if this_job()[0] is None or json.loads(path.read_text())["pid_space"] == _pid_space():
+def _known_alive(owner: dict[str, Any] | None) -> bool | None:
+    """None where only the heartbeat tells: on another machine, or when the record is damaged.
+
+    An earlier start of this process's own job is over: Slurm ends it before the next, or has lost its node.
+    """
+    if owner is None:
         return None
-    return path.stat().st_mtime
+    job, restart = this_job()
+    if "ended" in owner or (job and owner.get("job") == job and owner.get("restart", 0) < restart):
+        return False
+    if owner["pid_space"] == _pid_space():
+        return bool(owner.get("pid_started") == _process_start(owner["pid"]))
+    return None
+
+
+def _beat(path: Path) -> int:
+    """Of a heart, in the nanoseconds of whoever's clock; 0 when there is no file."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _pid_space() -> str:
@@ -197,9 +274,19 @@ def _process_start(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def _refusal(run_dir: Path, owner: dict[str, Any]) -> str:
+def _who(attempt: int, owner: dict[str, Any] | None) -> str:
+    if owner is None:
+        return f"attempt {attempt}: its record in attempts is damaged"
     job = f"job {owner['job']}, " if owner.get("job") else ""
+    return f"attempt {attempt}: {job}process {owner.get('pid')} on {owner.get('host')}"
+
+
+def _refusal(run_dir: Path, attempt: int, owner: dict[str, Any] | None) -> str:
     return (
-        f"{run_dir}: another start owns this run folder (attempt {owner['attempt']}: {job}"
-        f"process {owner['pid']} on {owner['host']}); wait for it or end it, or choose another run.name"
+        f"{run_dir}: another start owns this run folder ({_who(attempt, owner)}); wait for it or end it, or choose "
+        "another run.name"
     )
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,16 +1,16 @@
 """A rank's part in the life of its job: requests to stop that all ranks agree on, the heartbeat, the wish to go on."""
 
+import contextlib
 import math
 import os
 import signal
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from pretrain.distributed import Ranks
 from pretrain.job import Heartbeat, JobFolder, Pulse, this_job
-from pretrain.lease import Lease, LeaseLost
+from pretrain.lease import LOST_FOLDER, Lease, LeaseLost
 from pretrain.metrics import StepMetrics
 from pretrain.recorder import Recorder
 from pretrain.report_data import LOSS
@@ -49,7 +49,7 @@ class Life:
         self._recorder = recorder
         self._looked = -LOOK_SECONDS
         self._switched_off = False
-        self._pulse = Pulse(self._folder)
+        self._pulse = Pulse(self._folder) if ranks.is_first else None
         self._heartbeat = Heartbeat(0, recorder.attempt)
         self._num_steps = 0
         """Taken by this start; after a rollback the run may stand before its first one."""
@@ -79,7 +79,7 @@ class Life:
         """
         request, writing = self._ranks.largest(self.requested, self._saver.writing)
         if request == LOST:
-            raise LeaseLost(f"{self._path}: taken over by another start, or removed; this one ends")
+            raise LeaseLost(f"{self._path}: {LOST_FOLDER}")
         self._saver.poll(bool(writing))
         self.request = request
         return request
@@ -135,13 +135,18 @@ class Life:
         """The loop is over and all is saved; after the planned signal, the job wants to go on."""
         if self._ranks.is_first and request == signal.SIGUSR1 and this_job()[0]:
             self._folder.request_requeue(step, trained=self._num_steps)
-        self._pulse = Pulse(self._folder)  # the last heartbeat is not left out for speed
-        with suppress(OSError):  # it is a sign of life only
+        if self._pulse:
+            self._pulse.rested()  # the last heartbeat is not left out for speed
+        with contextlib.suppress(OSError):  # it is a sign of life only
             self._beat()
 
     def _beat(self) -> None:
-        if self._ranks.is_first:
+        if not self._pulse:
+            return
+        with contextlib.suppress(FileNotFoundError):  # removed: not in its place
             self._pulse.beat(self._heartbeat)
+        if self._lease and not self._pulse.in_place:
+            self._lease.lost = True
 
     def _mark_edge(self) -> None:
         """What a signal has to wait for; the first step, which compiles, is no measure."""

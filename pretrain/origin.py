@@ -4,15 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError, RunError
-from pretrain.config import Config, differences
-from pretrain.run import MAY_CHANGE, RunFolder, told
+from pretrain.changes import IN_FORK, refused, told
+from pretrain.config import Config
+from pretrain.run import RunFolder
 from pretrain.schedule import decay_start
-
-MAY_DIFFER = (
-    *MAY_CHANGE,
-    *("optimizer.lr", "optimizer.mask_lr", "optimizer.muon_lr", "run.name", "run.start_from", "schedule.", "train."),
-)
-"""Keys in which a run may differ from the one it begins with: what a resume may change, and the course from here."""
 
 
 def parse(start_from: str) -> tuple[Path, int | None]:
@@ -74,10 +69,7 @@ def check(config: Config, dataset: dict[str, Any]) -> None:
             f"data.path={config.data.path} is dataset {dataset['fingerprint'][:12]}; a run that begins with its "
             "checkpoint goes on with its data"
         )
-    different = {
-        key: values for key, values in differences(origin.config(), config).items() if not key.startswith(MAY_DIFFER)
-    }
-    if different:
+    if different := refused(origin.config(), config, IN_FORK):
         raise RunError(
             f"{path}: a run that begins with its checkpoint must agree with it in model, batch, seed and optimizer:\n"
             f"{told(different)}\ngive the run's values, or start from scratch, without run.start_from"

@@ -115,7 +115,7 @@ class Profile:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self, name: str, export: Callable[[str], None]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)
         path = self._folder / name
         partial = path.with_name(f".{name}")  # the ending stays: torch compresses by it
         export(str(partial))

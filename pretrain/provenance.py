@@ -59,12 +59,6 @@ def record(folder: Path, attempt: int) -> dict[str, str]:
     return tags | git
 
 
-def commit(folder: Path, attempt: int) -> str | None:
-    """The commit that `record` wrote down; None outside a checkout."""
-    commit: str | None = json.loads((folder / f"attempt-{attempt:06d}.json").read_text()).get("git/commit")
-    return commit
-
-
 def source(root: Path) -> tuple[dict[str, str], bytes]:
     """Tags and the difference to the commit, cut at MAX_DIFF_BYTES; of a snapshot those of the code it is a copy of.
 

@@ -41,9 +41,12 @@ class Recorder:
 
     def __init__(self, config: Config, folder: RunFolder, ranks: Ranks, attempt: int) -> None:
         self.attempt = attempt
+        self.commit: str | None = None
+        """Of the source, on rank 0 from the start on; None outside a checkout."""
         self._config = config
         self._folder = folder
         self._active = ranks.is_first
+        self._world_size = ranks.world_size
         self._ended = False
         self._tracker: Tracker | None = None
         self._mlflow = ""
@@ -175,7 +178,7 @@ class Recorder:
         shipped = self._afterwards(stop, "MLflow", lambda: self._close_tracker(timeout))
         if self._sample:
             self._console.note(f"sample: {self._sample}")
-        again = f"left out; `{_program('duet')} report {shlex.quote(str(path))}` makes it"
+        again = f"left out; `{_command('duet', 'report', path)}` makes it"
         made = str(self._folder.report) if written else again
         rows = None
         if data:
@@ -223,27 +226,30 @@ class Recorder:
 
     def _late(self) -> str:
         path = self._folder.path
-        return f"{unsent(path)}; this sends them: {_program('duet')} track sync {path}"
+        return f"{unsent(path)}; this sends them: {_command('duet', 'track', 'sync', path)}"
 
     def _tags(self) -> dict[str, str]:
         """What this attempt is made of, in short."""
         manifest = Manifest.load(self._config.data.path)
+        source = provenance.record(self._folder.path / "code", self.attempt)
+        self.commit = source.get("git/commit")
         return {
             "dataset/fingerprint": manifest.fingerprint,
             "dataset/tokenizer": manifest.tokenizer.sha256,
-        } | provenance.record(self._folder.path / "code", self.attempt)
+        } | source
 
     def _summary(
         self, data: RunData, step: int, request: int, seconds: float, made: str, shipped: bool
     ) -> list[tuple[str, str]]:
         config, path = self._config, self._folder.path
-        points, facts = data.points, data.facts
+        points = data.points
         rows = [("run", f"{config.run.name}: step {step} of {config.train.steps}" + (" (stopped)" if request else ""))]
         if loss := points.get("loss/train"):
             rows.append(("loss", f"{loss[0].value:.4f} → {loss[-1].value:.4f} nats/token"))
         if bits := points.get("loss/val_bits_per_byte"):
-            order0 = facts["dataset"]["order0_entropy"]
-            rows.append(("validation", f"{bits[-1].value:.4f} bits/byte (order-0 entropy of that text: {order0:.4f})"))
+            order0 = data.order0_entropy
+            beside = "" if order0 is None else f" (order-0 entropy of that text: {order0:.4f})"
+            rows.append(("validation", f"{bits[-1].value:.4f} bits/byte{beside}"))
         elif loss := points.get("loss/val"):
             rows.append(("validation", f"{loss[-1].value:.4f} nats/label"))
         steps = step - self._first_step
@@ -259,11 +265,16 @@ class Recorder:
         if self._mlflow:
             rows.append(("mlflow", self._mlflow + ("" if shipped else f" ({self._late()})")))
             if self._mlflow.startswith("sqlite"):
-                rows.append(("open it", f"{_program('mlflow')} ui --backend-store-uri {self._mlflow}"))
+                rows.append(("open it", _command("mlflow", "ui", "--backend-store-uri", self._mlflow)))
         submitted = JobFolder(path).submissions()
-        again = f"resume {path}" if submitted else f"train {path}/config.yaml --ranks {facts['world_size']}"
-        rows.append(("resume", f"{_program('duet')} {again}"))
+        again = ["resume", path] if submitted else ["train", self._folder.config_file, "--ranks", self._world_size]
+        rows.append(("resume", _command("duet", *again)))
         return rows
+
+
+def _command(name: str, *words: object) -> str:
+    """A call of a program of this environment, for the shell that the user is in."""
+    return shlex.join([_program(name), *map(str, words)])
 
 
 def _program(name: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 from data_pipeline.errors import RunError
 from data_pipeline.secret import redact
-from pretrain.journal import HEALTH, Point, Record, read, series
+from pretrain.journal import HEALTH, Point, Record, noting, read, series, told_damaged
 from pretrain.runs import LOSS, run_state
+from pretrain.seal import unsealed
 
 VALIDATION = "loss/val"
 BITS_PER_BYTE = "loss/val_bits_per_byte"
@@ -51,7 +52,7 @@ class RunData:
         """Bits per byte of the held-out text for a model that knows byte frequencies only."""
         dataset = self.facts.get("dataset")
         value = dataset.get("order0_entropy") if isinstance(dataset, dict) else None
-        return float(value) if value is not None else None
+        return float(value) if isinstance(value, int | float) else None
 
     def last(self, name: str) -> float | None:
         """The last value of a metric."""
@@ -63,7 +64,7 @@ def load(run_dir: Path) -> RunData:
     """Read a run folder. Only the journal must be there.
 
     Raises:
-        RunError: there is no such folder, no journal in it or nothing in the journal, or a file is broken.
+        RunError: there is no such folder, no journal in it or nothing in the journal.
     """
     expected = "expected a run folder, with metrics.jsonl, run.json and config.yaml, as `duet train` makes it"
     journal = run_dir / "metrics.jsonl"
@@ -73,26 +74,35 @@ def load(run_dir: Path) -> RunData:
         raise RunError(f"{run_dir}: no metrics.jsonl in it; {expected}")
     kinds: dict[str, list[Record]] = {}
     warnings: list[Record] = []
+    damaged: list[str] = []
     last: Record | None = None
 
     def sorted_out() -> Iterator[Record]:
         """Every record; those that are not metrics are few, and kept."""
         nonlocal last
-        for last in read(journal):
+        for last in noting(read(journal), damaged):
             if last.kind in ("warning", "rollback", *HEALTH):
                 warnings.append(last)
-            elif last.kind != "metrics":
+            elif last.kind not in ("metrics", "damaged"):
                 kinds.setdefault(last.kind, []).append(last)
             yield last
 
     points = series(sorted_out())
     if last is None:
         raise RunError(f"{journal}: empty; {expected}")
+    try:
+        content = _bytes(run_dir / "run.json")
+        facts = json.loads(redact(json.dumps(unsealed(content)))) if content else {}
+    except ValueError as error:
+        facts = {}
+        damaged.append(f"run.json: damaged, and passed over: {error}")
+    if damaged:
+        warnings.append(Record("damaged", last.time, last.attempt, None, {}, {"text": told_damaged(damaged)}))
     ends = [end for end in kinds.get("end", []) if end.attempt == last.attempt]
     return RunData(
         path=run_dir,
-        facts=_facts(run_dir / "run.json"),
-        config=_text(run_dir / "config.yaml"),
+        facts={name: value for name, value in facts.items() if name != "config"},
+        config=redact(_bytes(run_dir / "config.yaml").decode(errors="replace")),
         state=run_state(run_dir).state,
         points=points,
         starts=kinds.get("start", []),
@@ -136,16 +146,5 @@ def _validation(run: RunData) -> str:
     return f"{said}, not below the {order0:.4f} of byte frequencies alone: it has not learned more than those."
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    text = _text(path)
-    try:
-        facts = json.loads(text) if text else {}
-    except ValueError as error:
-        raise RunError(f"{path}: not JSON: {error}") from error
-    if not isinstance(facts, dict):
-        raise RunError(f"{path}: holds {type(facts).__name__}; expected a JSON object with name, dataset, …")
-    return facts
-
-
-def _text(path: Path) -> str:
-    return redact(path.read_text(encoding="utf-8")) if path.is_file() else ""
+def _bytes(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""

@@ -1,42 +1,27 @@
-"""The run folder: its paths, what identifies it, and what may change when it is resumed.
+"""The run folder: its paths, what identifies it, and whether a configuration may go on in it.
 
 config.yaml  run.json  metrics.jsonl  attempts/  checkpoints/  logs/  report.html
 """
 
 import json
-from collections.abc import Callable
+import shlex
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from data_pipeline.atomic import write_atomic, write_json
 from data_pipeline.errors import CheckpointError, RunError
+from pretrain.changes import IN_FORK, ON_RESUME, refused, told
 from pretrain.config import Config, differences, dump
 from pretrain.journal import read
 from pretrain.runs import saved_steps
 from pretrain.schedule import decay_start
+from pretrain.seal import sealed, unsealed
 
-FORMAT = 1
-MAY_CHANGE = (
-    "batch.micro_batch",
-    "data.",
-    "engine.",
-    "health.",
-    "profile.",
-    "run.dir",
-    "tracking.",
-    "train.checkpoint_every",
-    "train.eval_every",
-    "train.keep_checkpoints",
-    "train.keep_every",
-    "train.log_every",
-    "train.sample_tokens",
-)
-"""Keys that do not alter what is learned: where the data lies (its fingerprint is checked), how it is computed.
-
-`train.steps` may change, too, while the learning rate has not depended on it (`RunFolder._steps_may_change`).
-"""
+FORMAT = 2
+"""Format 1 had neither a hash nor the configuration, which then is that of config.yaml."""
 
 
 class RunFolder:
@@ -54,18 +39,20 @@ class RunFolder:
     def claim(self, config: Config, dataset: dict[str, Any]) -> None:
         """Write the run's identity, or check that the folder belongs to this very run.
 
-        `dataset` holds at least `fingerprint`. Call it as the owner of the lease. A folder whose run never took a
-        step belongs to nobody yet.
+        `dataset` holds at least `fingerprint` and `path`. Call it as the owner of the lease. A folder whose run never
+        took a step belongs to nobody yet.
 
         Raises:
             RunError: the folder belongs to another configuration or another dataset; names the keys.
         """
-        if self.run_file.exists() and self.has_trained():
+        if self.has_trained():
             self.check(config, dataset)
-            write_atomic(self.config_file, dump(config))
-        else:  # the run file last: what it stands for is whole
-            write_atomic(self.config_file, dump(config))
-            write_json(self.run_file, {"format": FORMAT, "name": config.run.name, "dataset": dataset})
+        else:
+            self._write(config, {"name": config.run.name, "dataset": dataset})
+
+    def went_on(self, config: Config, dataset: dict[str, Any]) -> None:
+        """The run goes on with this configuration and dataset, which `check` has let pass."""
+        self._write(config, self.facts() | {"name": config.run.name, "dataset": dataset})
 
     def saved_steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
@@ -87,35 +74,35 @@ class RunFolder:
 
     def describe(self, **facts: Any) -> None:
         """Add facts about the run (parameters, versions, …) to run.json."""
-        write_json(self.run_file, self.facts() | facts)
+        self._write(self.config(), self.facts() | facts)
 
     def facts(self) -> dict[str, Any]:
-        """Content of run.json.
+        """Content of run.json, without the configuration.
 
         Raises:
-            RunError: there is none, or it was written by a newer version.
+            RunError: there is none, it is damaged, or it was written by a newer version.
         """
-        if not self.run_file.is_file():
-            raise RunError(f"{self.path}: not a run folder (no run.json); `duet train` makes one")
-        facts = _parsed(self.run_file, json.loads)
-        if facts.get("format") != FORMAT:
-            raise RunError(
-                f"{self.run_file}: format {facts.get('format')} is not known here; this version reads {FORMAT}"
-            )
-        return facts
+        return {name: value for name, value in self._content().items() if name != "config"}
 
     def config(self) -> Config:
-        """The configuration the run was last started with.
+        """The configuration that the run last went on with; config.yaml is a copy of it to edit and to start with.
 
         Raises:
-            RunError: the folder is not a run folder.
+            RunError: the folder is not a run folder, or the file is damaged.
         """
-        self.facts()
-        config: Config = _parsed(self.config_file, lambda text: Config.model_validate(yaml.safe_load(text)))
+        content = self._content()
+        file = self.run_file if "config" in content else self.config_file
+        try:
+            found = content["config"] if "config" in content else yaml.safe_load(file.read_text(encoding="utf-8"))
+            config: Config = Config.model_validate(found)
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            raise RunError(f"{file}: damaged or missing: {_brief(error)}; restore it from a copy") from error
         return config
 
     def has_trained(self) -> bool:
         """Whether the run ever took a step."""
+        if self.run_file.exists() and self.saved_steps():
+            return True
         return self.journal.exists() and any(record.kind == "metrics" for record in read(self.journal))
 
     def check(self, config: Config, dataset: dict[str, Any]) -> None:
@@ -134,17 +121,47 @@ class RunFolder:
                 "phase (data.phase=2)"
             )
         ours = self.config()
-        changed = {
-            key: values
-            for key, values in differences(ours, config).items()
-            if (not key.startswith(MAY_CHANGE) or key == "data.objective")
-            and not (key == "train.steps" and self._steps_may_change(ours, config))
-        }
+        changed = refused(ours, config, ON_RESUME)
+        if "train.steps" in changed and self._steps_may_change(ours, config):
+            del changed["train.steps"]
         if changed:
             raise RunError(
                 f"{self.path}: this run folder belongs to another configuration:\n{told(changed)}\n"
-                "give the old values, or start a new run with another run.name"
+                f"give the old values, or start a new run: {self._new_run(ours, config, list(changed))}"
             )
+
+    def _new_run(self, ours: Config, config: Config, changed: list[str]) -> str:
+        """A command, or what there is to say in its place."""
+        saved = self.saved_steps()
+        if refused(ours, config, IN_FORK) or not saved:
+            return "from scratch, with another run.name"
+        values = differences(ours, config)
+        given = [f"{key}={_plain(values[key][1])}" for key in changed if not key.startswith("run.")]
+        return shlex.join(["duet", "train", "--from", f"{self.path}@{saved[-1]}", "run.name=NEW", *given])
+
+    def _content(self) -> dict[str, Any]:
+        if not self.run_file.is_file():
+            lost = self.journal.exists() or bool(self.saved_steps())
+            what = "run.json is missing; restore it from a copy" if lost else "not a run folder (no run.json)"
+            raise RunError(f"{self.path}: {what}, or start a new run: `duet train` makes one")
+        try:
+            content = unsealed(self.run_file.read_bytes())
+            version = content.get("format")
+            if version not in (1, FORMAT):
+                raise RunError(f"{self.run_file}: format {version} is not known here; this version reads {FORMAT}")
+            content = unsealed(self.run_file.read_bytes(), required=version == FORMAT)
+            _check_types(content)
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{self.run_file}: damaged: {error}; restore it from a copy (MLflow has one of a tracked run), or "
+                "start a new run with another run.name"
+            ) from error
+        return content
+
+    def _write(self, config: Config, facts: dict[str, Any]) -> None:
+        content = facts | {"format": FORMAT, "config": config.model_dump(mode="json")}
+        write_atomic(self.config_file, dump(config))
+        write_json(self.run_file, sealed(content))  # last: what it stands for is whole
 
     def _steps_may_change(self, ours: Config, config: Config) -> bool:
         """Whether the steps up to the newest checkpoint had the learning rate that the new `train.steps` gives them.
@@ -162,17 +179,22 @@ class RunFolder:
             f"{self.path}: train.steps: {ours.train.steps} in the run, {config.train.steps} now, but the cool-down of "
             f"schedule.cooldown={config.schedule.cooldown} steps begins after step {start}, and the newest checkpoint "
             f"is of step {saved[-1]}; give the old value, or start a new run from a checkpoint up to step {start}: "
-            f"duet train --from {self.path}@STEP run.name=NEW train.steps={config.train.steps}"
+            f"duet train --from {shlex.quote(str(self.path))}@STEP run.name=NEW train.steps={config.train.steps}"
         )
 
 
-def told(changed: dict[str, tuple[Any, Any]]) -> str:
-    """A line for each key of which a run has another value than now."""
-    return "\n".join(f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in changed.items())
+def _check_types(content: dict[str, Any]) -> None:
+    """Raises ValueError: of format 1 there is no hash that would tell."""
+    dataset = content.get("dataset")
+    if not isinstance(dataset, dict) or not all(isinstance(dataset.get(key), str) for key in ("fingerprint", "path")):
+        raise ValueError("expected `dataset` with a fingerprint and a path")
 
 
-def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
-    try:
-        return parse(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunError(f"{file}: damaged or missing: {error}; restore it from a copy") from error
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _brief(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:3])
+    return str(error) or type(error).__name__

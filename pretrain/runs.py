@@ -3,7 +3,6 @@
 Only the end of a journal is read, so that a folder of hundreds of long runs is listed at once.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from data_pipeline.errors import RunError
 from pretrain.journal import Record, read_from
-from pretrain.lease import alive, attempt_path, latest_attempt
+from pretrain.lease import alive, attempt_path, latest_attempt, read_owner
 
 LOSS = "loss/train"
 SPEED = "time/tokens_per_second"
@@ -62,6 +61,8 @@ def run_state(run_dir: Path) -> RunState:
     try:
         owner = _owner(attempt_file) if attempt else {}
         records = tail(journal) if journal.is_file() else []
+        if records and all(record.kind == "damaged" for record in records):
+            raise RunError(f"{run_dir}: {records[0].fields['text']}")
     except (RunError, OSError) as error:  # one damaged run must not hide the others
         records, state, problem = [], "unreadable", str(error)
     else:
@@ -120,15 +121,12 @@ def _is_run(path: Path) -> bool:
 
 
 def _owner(attempt_file: Path) -> dict[str, Any]:
-    try:
-        owner: dict[str, Any] = json.loads(attempt_file.read_text())
-        if owner.keys() >= {"attempt", "started"} and (
-            "ended" in owner or owner.keys() >= {"pid", "pid_started", "pid_space"}
-        ):
-            return owner
-    except (ValueError, AttributeError):
-        pass
-    raise RunError(f"{attempt_file}: not the record of an attempt; remove it when no process trains this run")
+    owner = read_owner(attempt_file)
+    if owner is None:
+        raise RunError(
+            f"{attempt_file}: damaged; the next start of the run sees from its heartbeat whether it is owned"
+        )
+    return owner
 
 
 def _state(owner: dict[str, Any], attempt_file: Path, records: list[Record]) -> str:

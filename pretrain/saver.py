@@ -102,10 +102,12 @@ class Saver:
         path = step_path(self._root, step)
 
         def prepare() -> None:
+            self._still_ours()  # else another's folder would get it, or one that was renamed would be made again
             try:
                 if path.exists():  # left by a crash, or damaged
                     remove(path)
-                path.mkdir(parents=True)
+                self._root.mkdir(exist_ok=True)
+                path.mkdir()
             except OSError as error:
                 raise write_error(path, error) from error
 

@@ -2,19 +2,20 @@
 
 import gzip
 import json
+import math
 import statistics
 import tempfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.atomic import write_atomic
 from data_pipeline.errors import RunError
 from model.flops import training_flops_per_token
 from pretrain.config import Config
-from pretrain.journal import Point, read, series
+from pretrain.journal import FORMAT, Point, Record, line_of, read, series
 from pretrain.report_data import BITS_PER_BYTE, VALIDATION
 from pretrain.study import Study, StudyRun
 
@@ -44,23 +45,33 @@ def keep(run: StudyRun, folder: Path) -> bool:
     here = f"{Path.cwd()}/"
     every = run.config().train.log_every
     lines = []
-    for line in journal.read_text(encoding="utf-8").splitlines():
-        record: dict[str, Any] = json.loads(line)
-        if record["kind"] == "metrics":
-            record["metrics"] = {name: value for name, value in record["metrics"].items() if name.startswith(KEPT)}
-            if record["step"] != 1 and record["step"] % every and VALIDATION not in record["metrics"]:
+    for record in records:
+        if record.kind == "metrics":
+            assert record.step is not None
+            if record.step != 1 and record.step % every and VALIDATION not in record.metrics:
                 continue
-        elif record["kind"] not in ("start", "end"):
+        elif record.kind not in ("start", "end"):
             continue
-        record.pop("host", None)
-        record.get("tags", {}).pop("host", None)
-        lines.append(json.dumps(record, ensure_ascii=False).replace(here, "") + "\n")
+        lines.append(_line(record, here))
     target.mkdir(parents=True, exist_ok=True)
-    write_atomic(target / JOURNAL, gzip.compress("".join(lines).encode(), mtime=0))  # the same bytes each time
+    write_atomic(target / JOURNAL, gzip.compress(b"".join(lines), mtime=0))  # the same bytes each time
     write_atomic(target / CONFIG, (run.path / CONFIG).read_text(encoding="utf-8").replace(here, ""))
     if (run.path / ROUNDINGS).is_file():
         write_atomic(target / ROUNDINGS, (run.path / ROUNDINGS).read_text(encoding="utf-8"))
     return True
+
+
+def _line(record: Record, here: str) -> bytes:
+    """Without what tells of the machine, or of the folder that it stood in."""
+    content = {"format": FORMAT, "time": record.time, "attempt": record.attempt, "kind": record.kind}
+    if record.kind == "metrics":
+        finite = {name: value if math.isfinite(value) else str(value) for name, value in record.metrics.items()}
+        kept = {name: value for name, value in finite.items() if name.startswith(KEPT)}
+        content |= {"step": record.step, "metrics": kept}
+    fields = {name: value for name, value in record.fields.items() if name != "host"}
+    if isinstance(fields.get("tags"), dict):
+        fields["tags"] = {name: value for name, value in fields["tags"].items() if name != "host"}
+    return line_of(json.dumps(content | fields, ensure_ascii=False).replace(here, ""))
 
 
 @dataclass(frozen=True)
@@ -129,14 +140,16 @@ def mean(values: Iterable[float]) -> float:
 
 def _read(run: StudyRun, folder: Path) -> Result:
     place = folder / run.place
-    with tempfile.TemporaryDirectory() as temporary:
-        journal = Path(temporary) / "metrics.jsonl"
+    with tempfile.TemporaryFile() as unpacked:  # without a name, so that nothing is left behind by a kill
         try:
-            journal.write_bytes(gzip.decompress((place / JOURNAL).read_bytes()))
-        except (OSError, EOFError) as error:
+            unpacked.write(gzip.decompress((place / JOURNAL).read_bytes()))
+        except (OSError, EOFError, zlib.error) as error:
             raise RunError(f"{place / JOURNAL}: cannot be unpacked: {error}; collect it again from its run") from error
-        records = list(read(journal))
-    start = next(record.fields for record in records if record.kind == "start")
+        unpacked.flush()
+        records = list(read(Path(f"/proc/self/fd/{unpacked.fileno()}")))
+    start = next((record.fields for record in records if record.kind == "start" and "config" in record.fields), None)
+    if start is None:
+        raise RunError(f"{place / JOURNAL}: its beginning is damaged; collect it again from its run")
     roundings = place / ROUNDINGS
     return Result(
         run=run,

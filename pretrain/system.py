@@ -68,7 +68,7 @@ class SystemSampler:
 
     def _run(self) -> None:
         try:
-            self._logs.mkdir(parents=True, exist_ok=True)
+            self._logs.mkdir(exist_ok=True)
             journal = Journal(journal_path(self._logs, self._node), self._attempt)
             gpus = _open_gpus()
         except (OSError, pynvml.NVMLError) as error:

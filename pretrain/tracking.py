@@ -3,7 +3,6 @@
 A thread of rank 0 follows the journal while the run goes on (`Tracker`); `sync` does the same later, from anywhere.
 """
 
-import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from data_pipeline.errors import RunError
 from pretrain.journal import Record, read, read_from
-from pretrain.lease import alive, attempt_path, latest_attempt
+from pretrain.lease import alive, attempt_path, latest_attempt, read_owner
 from pretrain.mirror import Mirror
 from pretrain.mirror_state import JOURNAL, State, default_uri, from_anywhere, state_path
 from pretrain.mirror_store import TIMEOUT, brief, is_slow, wait_longer
@@ -178,5 +177,4 @@ def _died_without_a_word(run_dir: Path, attempt: int) -> Record | None:
     if started == ended or not attempt:
         return None
     path = attempt_path(run_dir / "attempts", attempt)
-    owner = json.loads(path.read_text())
-    return None if "ended" not in owner and alive(owner, path) else last
+    return None if alive(read_owner(path), path) else last

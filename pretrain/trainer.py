@@ -24,10 +24,10 @@ from data_pipeline.mapped import explained, told
 from data_pipeline.plan import Plan, go_on, told_shares, wanted_phase
 from data_pipeline.state import DataState
 from model import registry
-from pretrain import checkpoint, journal, origin, provenance
+from pretrain import checkpoint, journal, origin
 from pretrain.batches import Batches
 from pretrain.config import Config
-from pretrain.console import slow_progress
+from pretrain.console import Console, slow_progress
 from pretrain.dataset_identity import complete, identity
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
@@ -35,7 +35,7 @@ from pretrain.evaluate import evaluate, held_out, held_out_bytes
 from pretrain.goodput import Goodput, earlier_goodput
 from pretrain.health import Health
 from pretrain.job import FailureFile
-from pretrain.lease import Lease
+from pretrain.lease import Lease, still_there
 from pretrain.life import Life, Stopped
 from pretrain.metrics import Meter
 from pretrain.mirror_state import State, state_path
@@ -88,7 +88,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
     """
     folder = RunFolder(config.run_dir)
     config.micro_batches(ranks.world_size)
-    with disk_errors(folder.path, RunError), ExitStack() as stack:
+    with disk_errors(folder.path, RunError), still_there(folder.path), ExitStack() as stack:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         local_rank = int(os.environ["LOCAL_RANK"]) % local_ranks  # all are the first where nobody tells how many
         first_of_node = os.environ["LOCAL_RANK"] == "0"
@@ -113,13 +113,17 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
         engine = Engine(model, config, ranks)
         recorder = stack.enter_context(Recorder(config, folder, ranks, attempt))
         step, data = _restore(config, ranks, folder, dataset, engine, recorder)
-        goodput = ranks.together(lambda: earlier_goodput(journal.read(folder.journal), step, started), only_first=True)
+        damaged: list[str] = []
+        records = partial(journal.noting, journal.read(folder.journal), damaged)
+        goodput = ranks.together(lambda: earlier_goodput(records(), step, started), only_first=True)
         past = ranks.together(lambda: read_past(journal.read(folder.journal), step, config.health), only_first=True)
         data = DataState.model_validate(past.data) if past.data else data
         facts = _facts(config, ranks, dataset, parameters) | {"started": started}
         recorder.start(step, facts, past.num_rollbacks)
         if shares := told_shares(dataset, config.data, data.phases[-1]):
             recorder.note(shares)
+        if damaged:
+            recorder.warning(journal.told_damaged(damaged))
         warn = recorder.warning if ranks.is_first else _warn_in_log
         system = SystemSampler(folder.logs, attempt, step, os.environ["LOCAL_RANK"] == "0", warn)
         saver = Saver(
@@ -289,7 +293,7 @@ def save_checkpoint(session: Session, step: int, data: DataState, validation_los
             "attempt": session.recorder.attempt,
             "types": session.engine.types,
             "config": session.config.model_dump(mode="json"),
-            "commit": provenance.commit(session.folder.path / "code", session.recorder.attempt),
+            "commit": session.recorder.commit,
             "mlflow_run": _mlflow_run(session.folder),
         }
     session.life.saving(step)
@@ -334,7 +338,7 @@ def _pack(config: Config, dataset: Dataset) -> None:
 
 def _own(folder: RunFolder, stack: ExitStack) -> Lease:
     folder.path.mkdir(parents=True, exist_ok=True)
-    return stack.enter_context(Lease.acquire(folder.path))
+    return stack.enter_context(Lease.acquire(folder.path, Console(1).note))
 
 
 def _verify(dataset: Dataset, part: int, parts: int, path: str) -> None:
@@ -397,7 +401,7 @@ def _restore(
         return data
 
     data = ranks.together(load)
-    ranks.together(lambda: folder.describe(dataset=identity(config, dataset)), only_first=True)
+    ranks.together(lambda: folder.went_on(config, identity(config, dataset)), only_first=True)
     return step, data
 
 

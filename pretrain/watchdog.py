@@ -84,7 +84,7 @@ class Watchdog:
             self._hangs(step, f"{where}; where each rank stands: {others} (a rank without such a file is frozen)")
 
     def _write(self, why: str) -> Path:
-        self._logs.mkdir(parents=True, exist_ok=True)
+        self._logs.mkdir(exist_ok=True)  # without its parents: the run folder may have been renamed
         path = self._logs / f"stacks-rank-{self._rank}-{time.strftime('%Y%m%dT%H%M%S')}.txt"
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"{why}\n\n")

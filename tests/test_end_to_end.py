@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -62,10 +63,15 @@ def reference(ranks: Ranks, dataset: Path, tmp_path_factory: pytest.TempPathFact
     return run_dir / "metrics.jsonl"
 
 
-def test_killed_at_a_random_step_and_started_again(dataset: Path, reference: Path, tmp_path: Path) -> None:
+def test_killed_at_a_random_step_and_started_again(
+    dataset: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the real command line: SIGKILL to the launcher ends every rank, and the same command goes on."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     for number in itertools.count():
-        run_dir = tmp_path / f"run-{number}"
+        run_dir = tmp_path / f"it's run {number} & more"
         command = ["train", *arguments(dataset, run_dir), "--ranks", "2"]
         step = random.Random().randrange(INTERVAL + 1, STEPS - 2)
         print(f"killed at step {step}")
@@ -78,12 +84,15 @@ def test_killed_at_a_random_step_and_started_again(dataset: Path, reference: Pat
             break
         assert number < 9, "each time the run was over before it was killed"
     assert len(alive) == 2
+    assert not list(temporary.rglob("store")), "nothing of the ranks' meeting is left behind"
     newest = newest_on_disk(run_dir)
     assert newest, "there was a checkpoint"
     done = duet(*command)
     assert done.returncode == 0, done.stderr
     assert check_resumed(run_dir / "metrics.jsonl", reference, INTERVAL, [newest]) == 2
     assert f"step {STEPS} of {STEPS}" in done.stdout
+    [resume] = [line for line in done.stdout.splitlines() if line.startswith("resume ")]
+    assert shlex.split(resume)[2:] == ["train", str(run_dir / "config.yaml"), "--ranks", "2"]
 
 
 @pytest.mark.parametrize("step", [23, *(pytest.param(step, marks=pytest.mark.drill) for step in (1, 4, 6, 8, 11))])

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import threading
 import time
@@ -161,3 +162,22 @@ def switched_off(ranks: Ranks, args: list[str], step: int) -> int:
     Engine.train_step = touch  # type: ignore[method-assign,assignment]
     life.LOOK_SECONDS = 0
     return run(ranks, args, job="7", lead=1e-6)
+
+
+def folder_lost_at(ranks: Ranks, args: list[str], step: int, to: str | None, again: bool) -> int:
+    """Rank 0's run folder is renamed, or removed, while it takes a step; and its path is made again."""
+    take, count, run_dir = Engine.train_step, [0], load(args).run_dir
+
+    def lose(*given: Any) -> Any:
+        count[0] += 1
+        if ranks.is_first and count[0] == step:
+            if to:
+                run_dir.rename(to)
+            else:
+                shutil.rmtree(run_dir)
+            if again:
+                run_dir.mkdir()
+        return take(*given)
+
+    Engine.train_step = lose  # type: ignore[method-assign,assignment]
+    return run(ranks, args)

@@ -188,3 +188,23 @@ def test_the_children_of_a_rank_survive_the_planned_signal() -> None:
 def test_steps_before_a_rollback_count_as_training(ranks: Ranks, tmp_path: Path) -> None:
     """A wish of a start without any would be taken for a failure."""
     assert ranks(f"{CASES}stopped_behind_its_start", 1, run_dir=str(tmp_path)) == [2]
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("renamed", [True, False])
+def test_a_run_whose_folder_is_renamed_or_removed_ends_and_makes_nothing_anew(
+    ranks: Ranks, dataset: Path, tmp_path: Path, renamed: bool, again: bool
+) -> None:
+    """On every rank with the same words, and at the step of a save; what was moved is whole, and goes on."""
+    moved, args = tmp_path / "moved", arguments(dataset, tmp_path / "run", "train.checkpoint_every=5")
+    with pytest.raises(RanksFailed) as failed:
+        ranks(f"{CASES}folder_lost_at", 2, args=args, step=5, to=str(moved) if renamed else None, again=again)
+    assert str(failed.value).count("LeaseLost: ") >= 2
+    assert "duet train FOLDER/config.yaml" in str(failed.value)
+    assert not list(tmp_path.glob("run/**/*"))
+    assert (tmp_path / "run").exists() == again
+    if renamed:
+        ranks(f"{CASES}run", 1, args=[str(moved / "config.yaml")])
+        assert [record.fields["status"] for record in read(moved / "metrics.jsonl") if record.kind == "end"] == [
+            "FINISHED"
+        ]

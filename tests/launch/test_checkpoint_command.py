@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 from data_pipeline.errors import CheckpointError, RunError
 from launch.cli import app
 from pretrain.checkpoint import Checkpoint, step_path
+from pretrain.config import load
 from pretrain.differences import tensor_differences
 from pretrain.lease import Lease
+from pretrain.run import RunFolder
 from tests.runs import SMALL, duet
 
 Ranks = Callable[..., list[Any]]
@@ -94,8 +96,8 @@ def test_diff_finds_the_largest_and_the_relative_difference(
 
 def test_prune_keeps_what_must_stay_and_says_what_goes(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
-    config = copy / "config.yaml"
-    config.write_text(config.read_text().replace("keep_every: 4", "keep_every: null"))
+    folder = RunFolder(copy)
+    folder.went_on(load([str(folder.config_file), "train.keep_every=null"]), folder.facts()["dataset"])
     said = checkpoint("prune", copy, "--keep", "1", "--dry-run")
     assert said.splitlines() == [f"{step_path(copy / 'checkpoints', step)}: would be removed" for step in (4, 8)]
     assert len(checkpoint("ls", copy).splitlines()) == 3

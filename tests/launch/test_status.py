@@ -24,6 +24,7 @@ from pretrain.job import Failure, Heartbeat, JobFolder
 from pretrain.journal import Journal
 from pretrain.lease import Lease
 from pretrain.runs import list_runs
+from pretrain.seal import sealed, unsealed
 from tests.runs import ROOT, duet
 from tests.slurm.processes import wait_until
 
@@ -41,7 +42,7 @@ def training(run: Path, job: str | None = "7", *, age: float = 0.0, began: float
         os.environ["SLURM_JOB_ID"] = job
     with Lease.acquire(run) as lease:
         file = run / "attempts" / f"{lease.attempt:06d}.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"started": began}))
+        file.write_text(json.dumps(sealed(unsealed(file.read_bytes()) | {"started": began})))
         journal = Journal(run / "metrics.jsonl", lease.attempt)
         journal.event("start", resumed_from=None)
         journal.metrics(4, {"loss/train": 2.0, "time/tokens_per_second": 100.0})
@@ -56,11 +57,11 @@ def ended(run: Path, status: str | None, job: str | None = "7", began: float = N
     """A run that said how it ended, or was killed before it could."""
     file = run / "attempts" / "000001.json"
     with training(run, job, began=began):
-        record = json.loads(file.read_text())
+        record = unsealed(file.read_bytes())
         if status:
             journal = Journal(run / "metrics.jsonl", 1)
             journal.event("end", status=status, reason="a reason")
-    file.write_text(json.dumps(record | ({"ended": NOW} if status else {"pid_started": "0"})))
+    file.write_text(json.dumps(sealed(record | ({"ended": NOW} if status else {"pid_started": "0"}))))
 
 
 def state(run: Path, job: slurm.Job | None, *, asked: bool = True) -> str:
@@ -176,6 +177,13 @@ def test_damaged_folders_are_named_and_hide_nothing(tmp_path: Path) -> None:
     for name, file, text in (
         ("attempt", "attempts/000001.json", '{"attempt": 1, "sta'),
         ("attempt-2", "attempts/000001.json", "[]"),
+        ("beat-2", "heartbeat", "[" * 100_000),
+        ("beat-3", "heartbeat", ""),
+        ("config-3", "config.yaml", "[" * 5000),
+        ("run", "run.json", "[" * 100_000),
+        ("decisions", "slurm/decisions.jsonl", '[]\n{"job": []}\n'),
+        ("failures", "slurm/failures.jsonl", '{"job": 7, "restart": 0, "rc": "x", "what": 3, "time": "t"}\n'),
+        ("excluded", "slurm/exclude.jsonl", '{"node": [1]}\n{"node": "n1", "time": "t"}\n'),
         ("journal", "metrics.jsonl", "no journal\n"),
         ("beat", "heartbeat", '{"step": "x", "attempt": 1, "time": []}'),
         ("config", "config.yaml", "train: [\n"),
@@ -189,7 +197,7 @@ def test_damaged_folders_are_named_and_hide_nothing(tmp_path: Path) -> None:
     found, _ = statuses([tmp_path])
     states = {Path(one.run).name: one.state for one in found}
     assert states.pop("attempt") == states.pop("attempt-2") == states.pop("journal") == "unreadable"
-    assert set(states.values()) == {"finished"} and len(states) == 6
+    assert set(states.values()) == {"finished"} and len(states) == 13
     assert {one.run: one.why for one in found}[str(tmp_path / "attempt")].startswith(f"{tmp_path}/attempt/attempts")
     shown = duet("status", str(tmp_path)).stdout.splitlines()
     assert shown[0].split()[:3] == ["RUN", "STATE", "JOB"] and len(shown) >= 10

@@ -115,9 +115,9 @@ def test_a_slow_file_system_gets_fewer_heartbeats(tmp_path: Path, monkeypatch: p
     clock, replace = [0.0], os.replace
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
 
-    def slow(source: Path, target: Path) -> None:
+    def slow(source: str, target: str, **where: int) -> None:
         clock[0] += 0.02
-        replace(source, target)
+        replace(source, target, **where)
 
     monkeypatch.setattr("os.replace", slow)
     pulse, folder, written = Pulse(JobFolder(tmp_path)), JobFolder(tmp_path), set()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import RunError
-from pretrain.journal import MOST_RECORDS, Journal, read, read_from, series
+from pretrain.goodput import earlier_goodput
+from pretrain.journal import MOST_RECORDS, Journal, line_of, noting, read, read_from, series
+from pretrain.rollback import read_past
+from pretrain.sections import HealthConfig
 from tests.conftest import ROOT
 
 
@@ -161,16 +165,103 @@ def test_nonfinite_values_are_strict_json_and_come_back(path: Path) -> None:
     assert (record.metrics["b"], record.metrics["c"], record.metrics["d"]) == (math.inf, -math.inf, 1.5)
 
 
-@pytest.mark.parametrize("broken", ["{nonsense", "[]", '{"format": 1}', "", '{"format": 99, "kind": "metrics"}'])
-def test_a_broken_line_in_the_middle_is_named(path: Path, broken: str) -> None:
+BROKEN = (
+    *(b"{nonsense", b"[]", b"3", b"null", b"", b'{"format": 1}', b'{"format": 99, "kind": "metrics"}', b"\0" * 4096),
+    *(b"\xff\xfe", b"[" * 100_000, b'{"a":' * 2000 + b"1" + b"}" * 2000),
+    b'{"format": 1, "kind": "metrics", "time": 1, "attempt": 1, "step": "2", "metrics": {}}',
+    b'{"format": 1, "kind": "metrics", "time": 1, "attempt": 1, "step": 2, "metrics": []}',
+    b'{"format": 1, "kind": "metrics", "time": 1, "attempt": 1, "step": 2, "metrics": {"a": 1' + b"0" * 400 + b"}}",
+    b'{"format": 1, "kind": "end", "time": 1, "attempt": 1}',
+    b'{"format": 2, "kind": "metrics", "time": 1, "attempt": 1, "step": 2, "metrics": {}}',
+)
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_line_in_the_middle_is_named_and_passed_over(path: Path, broken: bytes) -> None:
     write(path, 1, range(1, 3))
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:2], broken, lines[2], ""]))
-    with pytest.raises(RunError, match=r"metrics\.jsonl:3: "):
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:2], broken, lines[2], b""]))
+    damaged: list[str] = []
+    assert [(r.kind, r.step) for r in noting(read(path), damaged)] == [
+        ("start", None),
+        ("metrics", 1),
+        ("damaged", None),
+        ("metrics", 2),
+    ]
+    assert len(damaged) == 1
+    assert damaged[0].startswith("metrics.jsonl:3: ")
+    [found, (_, end)] = read_from(path, len(lines[0]) + len(lines[1]) + 2)
+    assert (found[0].fields["text"], end) == (damaged[0], path.stat().st_size)
+    assert [p.step for p in series(read(path))["loss/train"]] == [1, 2]
+
+
+def test_a_block_of_zeros_at_the_end_is_taken_out(path: Path) -> None:
+    write(path, 1, range(1, 3))
+    with open(path, "ab") as file:
+        file.write(b"\0" * 1_000_000)
+    Journal(path, 2).metrics(3, {"a": 1.0})
+    assert [r.kind for r in read(path)] == ["start", "metrics", "metrics", "warning", "metrics"]
+    assert path.stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("lost", ["start", "rollback"])
+def test_a_start_or_rollback_whose_line_is_damaged_shows_in_what_follows(path: Path, lost: str) -> None:
+    """Else the steps that were taken again would count twice."""
+    write(path, 1, range(1, 8))
+    if lost == "start":
+        write(path, 2, range(5, 10), resumed_from=4)
+    else:
+        journal = Journal(path, 1)
+        journal.event("rollback", resumed_from=4, text="back", data={})
+        for step in range(5, 10):
+            journal.metrics(step, {"loss/train": 2 + step / 100})
+        journal.close()
+    whole = series(read(path))
+    assert [p.value for p in whole["loss/train"]] == [1 + step / 100 for step in range(1, 5)] + [
+        2 + step / 100 for step in range(5, 10)
+    ]
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:8], flip_a_bit(lines[8], 77), *lines[9:]]))
+    assert [r.kind for r in read(path)][8:10] == ["damaged", lost]
+    assert series(read(path)) == whole
+    assert earlier_goodput(read(path), 9, 0.0).productive >= 0
+    assert read_past(read(path), 4, HealthConfig()).num_rollbacks == (lost == "rollback")
+
+
+def flip_a_bit(line: bytes, number: int) -> bytes:
+    changed = bytearray(line)
+    changed[number // 8] ^= 1 << number % 8
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("flips", [400, pytest.param(40_000, marks=pytest.mark.drill)])
+def test_no_bit_that_flips_in_a_line_is_taken_for_something_else(path: Path, flips: int) -> None:
+    journal = Journal(path, 1)
+    journal.event("start", resumed_from=None, config={"optimizer": {"lr": 0.01}})
+    for step in range(1, 4):
+        journal.metrics(step, {"loss/train": 1 / step, "optim/lr": 1e-3 * step})
+    journal.event("rollback", resumed_from=2, text="back", data={"samples_seen": 128})
+    journal.close()
+    whole, records = path.read_bytes(), list(read(path))
+    newlines = {i for i, byte in enumerate(whole) if byte == 10}
+    for number in random.Random(25).sample(range(8 * len(whole)), min(flips, 8 * len(whole))):
+        path.write_bytes(flip_a_bit(whole, number))
+        found = [record for record in read(path) if record.kind != "damaged"]
+        assert all(record in records for record in found)
+        assert len(found) >= len(records) - (2 if number // 8 in newlines else 1)
+    print(f"journal: {min(flips, 8 * len(whole))} flips, none accepted as something else")
+
+
+def test_lines_of_format_1_are_read() -> None:
+    records = list(read(Path(__file__).parent / "run-format-1" / "metrics.jsonl"))
+    assert [r.kind for r in records if r.kind not in ("metrics", "checkpoint")] == ["start", "end"]
+    assert [r.step for r in records if "loss/train" in r.metrics] == list(range(1, 7))
+
+
+def test_a_newer_format_is_refused(path: Path) -> None:
+    path.write_bytes(line_of('{"format": 99, "kind": "metrics"}'))
+    with pytest.raises(RunError, match="format 99 .* this version reads 2"):
         list(read(path))
-    second = len(lines[0]) + 1
-    with pytest.raises(RunError, match=r"metrics\.jsonl:3: "):
-        list(read_from(path, second))
 
 
 def test_no_journal(path: Path) -> None:

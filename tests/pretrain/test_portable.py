@@ -21,7 +21,9 @@ from launch.cli import app
 from model.sampling import Sampling
 from pretrain import shard
 from pretrain.checkpoint import Checkpoint, step_path
+from pretrain.config import load
 from pretrain.continuation import Continuation, Settings
+from pretrain.run import RunFolder
 from pretrain.trained import find_checkpoint, read_model
 from pretrain.use import open_trained
 from tests.runs import ROOT
@@ -173,13 +175,11 @@ def test_the_tokenizer_of_the_training_or_none(run: Path, tmp_path: Path) -> Non
     other = tmp_path / "other" / "tokenizer" / "spm.model"
     other.parent.mkdir(parents=True)
     other.write_bytes(train_tokenizer(["some other text"] * 50, TokenizerConfig(type="char"), seed=0))
-    config = (run / "config.yaml").read_text()
-    copy = shutil.copytree(run, tmp_path / "run")
-    path = find_checkpoint(run)[1].data.path
+    folder = RunFolder(shutil.copytree(run, tmp_path / "run"))
     for data, message in ((tmp_path / "other", "wrong tokenizer"), (tmp_path / "gone", "spm.model is missing")):
-        (copy / "config.yaml").write_text(config.replace(path, str(data)))
+        folder.went_on(load([str(folder.config_file), f"data.path={data}"]), folder.facts()["dataset"])
         with pytest.raises(DataError, match=message):
-            export(copy, "--to", tmp_path / "new")
+            export(folder.path, "--to", tmp_path / "new")
 
 
 def test_a_damaged_export_is_named(exported: Path, tmp_path: Path) -> None:
