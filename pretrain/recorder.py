@@ -10,7 +10,7 @@ from typing import Any
 from data_pipeline.manifest import Manifest
 from model.bistability import warnings_for
 from pretrain import provenance, report
-from pretrain.checkpoint import complete
+from pretrain.checkpoint_folder import complete
 from pretrain.config import Config
 from pretrain.console import Console
 from pretrain.distributed import Ranks

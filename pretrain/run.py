@@ -4,7 +4,9 @@ config.yaml  run.json  metrics.jsonl  attempts/  checkpoints/  logs/  report.htm
 """
 
 import json
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
         self.report = path / "report.html"
+        self.id: str | None = None
+        """Of the run, once it is claimed: made once, and kept by a folder that is moved or copied."""
 
     def claim(self, config: Config, dataset: dict[str, Any]) -> None:
         """Write the run's identity, or check that the folder belongs to this very run.
@@ -60,12 +64,15 @@ class RunFolder:
         Raises:
             RunError: the folder belongs to another configuration or another dataset; names the keys.
         """
+        known = self._known_id()
         if self.run_file.exists() and self.has_trained():
             self.check(config, dataset)
             write_atomic(self.config_file, dump(config))
         else:  # the run file last: what it stands for is whole
             write_atomic(self.config_file, dump(config))
             write_json(self.run_file, {"format": FORMAT, "name": config.run.name, "dataset": dataset})
+        self.id = known or uuid.uuid4().hex
+        self.describe(id=self.id)
 
     def saved_steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
@@ -145,6 +152,11 @@ class RunFolder:
                 f"{self.path}: this run folder belongs to another configuration:\n{told(changed)}\n"
                 "give the old values, or start a new run with another run.name"
             )
+
+    def _known_id(self) -> str | None:
+        with suppress(RunError):  # none yet, or damaged: then `claim` makes it anew, or refuses the folder
+            return self.facts().get("id")
+        return None
 
     def _steps_may_change(self, ours: Config, config: Config) -> bool:
         """Whether the steps up to the newest checkpoint had the learning rate that the new `train.steps` gives them.

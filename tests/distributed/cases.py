@@ -115,7 +115,8 @@ def a_saver(
         root,
         ranks,
         still_ours=still_ours,
-        prune=lambda: prune(root, keep, None),
+        prune=lambda step: prune(root, keep, None, upto=step),
+        warn=print,
         published=published,
     )
 

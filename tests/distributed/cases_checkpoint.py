@@ -20,6 +20,7 @@ from data_pipeline.errors import CheckpointError
 from model import registry
 from pretrain import checkpoint, retention, saver, shard
 from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint_folder import complete, step_path
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.lease import LeaseLost
@@ -164,7 +165,7 @@ def snapshots(ranks: Ranks, root: str) -> dict[str, Any]:
         pointers.append({state: buffer.data_ptr() for state, buffer in subject._buffers.items()})
     loaded = []
     for step in (2, 5):
-        Checkpoint(checkpoint.step_path(Path(root), step)).load(engine)
+        Checkpoint(step_path(Path(root), step)).load(engine)
         loaded.append(digest(engine, ranks))
     return {"saved": saved, "loaded": loaded, "polls": polls, "pointers": pointers}
 
@@ -207,7 +208,7 @@ def taken_over(ranks: Ranks, root: str) -> dict[str, Any]:
         try:
             subject.join()
         except LeaseLost as error:
-            return {"error": str(error), "complete": [path.name for path in checkpoint.complete(Path(root))]}
+            return {"error": str(error), "complete": [path.name for path in complete(Path(root))]}
     raise AssertionError("it was published")
 
 
@@ -255,7 +256,7 @@ def die_while_saving(
             if number == 3:
                 enter("in a shard")
 
-    def watched_manifest(file: Path, content: str) -> None:
+    def watched_manifest(file: Path, content: bytes) -> None:
         enter("before the manifest")
         write_atomic(file, content)
         enter("after the manifest")

@@ -1,6 +1,5 @@
 """Checkpoints: exact at any stage and number of ranks, and never torn."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.checkpoints import manifest_of, write_manifest
 from tests.conftest import RanksFailed
 from tests.distributed.cases_checkpoint import LAST, SAVED
 
@@ -171,12 +171,12 @@ def test_when_all_are_damaged_the_run_does_not_start_over(ranks: Ranks, tmp_path
 def test_manifests_of_older_formats_without_buffers_and_without_states_are_read(ranks: Ranks, tmp_path: Path) -> None:
     arguments = {"root": str(tmp_path), "stage": 1, "precision": "fp32"}
     [saved, *_] = ranks(f"{CASES}train_and_save", 2, **arguments, save_at=2, until=2)
-    [file] = tmp_path.glob("*/manifest.json")
-    manifest = json.loads(file.read_text())
-    for number, absent in ((2, ["buffers"]), (1, ["states", "validation_loss", "saved"])):
+    [folder] = tmp_path.iterdir()
+    manifest = manifest_of(folder)
+    for number, absent in ((3, []), (2, ["buffers"]), (1, ["states", "validation_loss", "saved"])):
         for name in absent:
             del manifest[name]
-        file.write_text(json.dumps(manifest | {"format": number}))
+        write_manifest(folder, manifest | {"format": number})
         [resumed, *_] = ranks(f"{CASES}resume", 1, **arguments, until=2)
         assert resumed["loaded"] == saved["saved"]
 

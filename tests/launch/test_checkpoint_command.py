@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from data_pipeline.errors import CheckpointError, RunError
 from launch.cli import app
-from pretrain.checkpoint import Checkpoint, step_path
+from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint_folder import step_path
 from pretrain.differences import tensor_differences
 from pretrain.lease import Lease
 from tests.runs import SMALL, duet
