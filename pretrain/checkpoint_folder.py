@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import stat
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -139,6 +140,32 @@ def remove(path: Path) -> None:
     (path / MANIFEST).unlink(missing_ok=True)
     sync_folder(path)
     shutil.rmtree(path)
+
+
+def make_room(path: Path, warn: Callable[[str], None]) -> None:
+    """Have nothing stand where a step is to be saved: what a crash left, or a damaged checkpoint, is removed.
+
+    What cannot be removed, and a copy of another step, is set aside under another name; `warn` hears of it.
+
+    Raises:
+        OSError: not even that.
+    """
+    why = ""
+    try:
+        read_manifest(path)
+    except MisnamedError:
+        why = "a copy of another step's"
+    except CheckpointError:
+        pass
+    if not why:
+        try:
+            remove(path)
+            return
+        except OSError as error:
+            why = f"cannot be removed: {error.strerror}"
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+    path.rename(aside)
+    warn(f"{path}: stood where the step is saved ({why}); it is now {aside}")
 
 
 def is_checkpoint(path: Path) -> bool:

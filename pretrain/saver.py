@@ -26,7 +26,7 @@ from torch import Tensor
 from data_pipeline.atomic import sync_folder, write_atomic
 from data_pipeline.errors import CheckpointError
 from pretrain.checkpoint import BUFFER, RNG, Manifest
-from pretrain.checkpoint_folder import MANIFEST, remove, step_path
+from pretrain.checkpoint_folder import MANIFEST, make_room, step_path
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine, Fragment
 from pretrain.rng import rng_states
@@ -109,11 +109,8 @@ class Saver:
 
         def prepare() -> None:
             try:
-                remove(path)  # left by a crash, or damaged; or a link to what is kept elsewhere
-            except OSError as error:  # what is in the way of the new files makes them fail
-                self._warn_once(f"{path}: could not be cleared before the save: {error}")
-            try:
-                path.mkdir(parents=True, exist_ok=True)
+                make_room(path, self._warn)
+                path.mkdir(parents=True)
             except OSError as error:
                 raise write_error(path, error) from error
 

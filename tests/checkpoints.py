@@ -25,10 +25,3 @@ def age(folder: Path) -> None:
     content = manifest_of(folder)
     content["state"].pop("run", None)
     write_manifest(folder, content | {"format": 3})
-
-
-def flip(file: Path, bit: int) -> None:
-    """Change one bit of a file."""
-    content = bytearray(file.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
-    file.write_bytes(content)

@@ -212,6 +212,22 @@ def taken_over(ranks: Ranks, root: str) -> dict[str, Any]:
     raise AssertionError("it was published")
 
 
+def clean_up_fails(ranks: Ranks, root: str) -> dict[str, Any]:
+    """No old checkpoint can be removed while two more are saved."""
+
+    def refuse(path: Path) -> None:
+        raise OSError(39, "Directory not empty", str(path))
+
+    retention.remove = refuse
+    engine = make_engine(ranks, small_config(1, "fp32"))
+    warnings: list[str] = []
+    with a_saver(engine, Path(root), ranks, keep=1, warn=warnings.append) as subject:
+        for step in (1, 2, 3):
+            subject.start(step, {})
+            subject.join()
+    return {"warnings": warnings, "complete": len(complete(Path(root)))}
+
+
 PHASES = ["no save", "before the shards", "in a shard", "between shards", "before the manifest", "after the manifest"]
 PHASES += ["in retention"]
 
