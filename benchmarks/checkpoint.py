@@ -23,7 +23,8 @@ import torch
 from data_pipeline.atomic import sync_folder
 from model import registry
 from model.interface import Batch
-from pretrain.checkpoint import Checkpoint, complete, step_path
+from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint_folder import complete, step_path
 from pretrain.config import load
 from pretrain.distributed import Ranks, join
 from pretrain.engine import Engine
@@ -81,7 +82,8 @@ def measure(folder: Path, ranks: Ranks, shape: tuple[int, int, int]) -> list[dic
         folder / "duet",
         ranks,
         still_ours=lambda: None,
-        prune=lambda: None,
+        prune=lambda step: None,
+        warn=print,
         published=lambda step, path, seconds: told.append(seconds),
     )
     step = 0

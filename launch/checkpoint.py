@@ -19,12 +19,14 @@ def ls(run: RunArg) -> None:
     """
     from data_pipeline.errors import CheckpointError
     from pretrain.checkpoint import Checkpoint
+    from pretrain.checkpoint_folder import complete
     from pretrain.retention import reasons
     from pretrain.run import RunFolder
 
     folder = RunFolder(run)
     train = folder.config().train
-    found = reasons(folder.checkpoints, train.keep_checkpoints, train.keep_every)
+    complete(folder.checkpoints, _warn)
+    found = reasons(folder.checkpoints, train.keep_checkpoints, train.keep_every, folder.facts().get("id"))
     if not found:
         raise CheckpointError(f"{run}: no complete checkpoint yet")
     for path, why in found.items():
@@ -45,7 +47,7 @@ def inspect(path: PathArg) -> None:
 
     Example: `duet checkpoint inspect runs/quickstart`
     """
-    checkpoint = _opened(path)[0]
+    checkpoint = _newest(path)
     manifest = checkpoint.manifest
     typer.echo(f"{checkpoint.path}")
     typer.echo(
@@ -66,13 +68,34 @@ def inspect(path: PathArg) -> None:
 
 @app.command("verify")
 def verify(path: PathArg) -> None:
-    """Compare every shard with its hash; of a run: in all its checkpoints. Exit code 2 when one is damaged.
+    """Compare manifest and shards with their hashes; of a run: in all its checkpoints.
+
+    Exit code 2 when one is damaged, or of another run.
 
     Example: `duet checkpoint verify runs/quickstart`
     """
-    for checkpoint in _opened(path):
-        checkpoint.verify()
-        typer.echo(f"{checkpoint.path}: whole")
+    from data_pipeline.errors import CheckpointError
+    from pretrain.checkpoint import Checkpoint
+    from pretrain.checkpoint_folder import complete, is_checkpoint
+    from pretrain.ownership import check_own
+    from pretrain.run import RunFolder
+
+    wrong: list[str] = []
+    folder = None if is_checkpoint(path) else RunFolder(path)
+    paths = complete(folder.checkpoints, _warn) if folder else [path]
+    for found in paths:
+        try:
+            checkpoint = Checkpoint(found)
+            if folder:
+                check_own(checkpoint, folder)
+            checkpoint.verify()
+            typer.echo(f"{found}: whole")
+        except CheckpointError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise CheckpointError("\n".join(wrong))
+    if not paths:
+        raise CheckpointError(f"{path}: neither a checkpoint nor a run folder with one")
 
 
 @app.command("diff")
@@ -89,7 +112,9 @@ def diff(
     """
     from pretrain.differences import metadata_differences, shape_differences, tensor_differences
 
-    one, other = _opened(a)[0], _opened(b)[0]
+    one, other = _newest(a), _newest(b)
+    one.verify()
+    other.verify()
     for key, (left, right) in metadata_differences(one, other).items():
         typer.echo(f"{key}: {left} | {right}")
     for key, (left, right) in shape_differences(one, other).items():
@@ -117,13 +142,16 @@ def prune(
     """
     from pretrain import retention
     from pretrain.lease import await_unowned
+    from pretrain.ownership import check_own
     from pretrain.run import RunFolder
 
     folder = RunFolder(run)
     every = folder.config().train.keep_every
     await_unowned(run)
-    _opened(run)[0].verify()
-    for path in retention.prune(folder.checkpoints, keep, every, dry_run):
+    newest = _newest(run)
+    check_own(newest, folder)
+    newest.verify()
+    for path in retention.prune(folder.checkpoints, keep, every, folder.facts().get("id"), dry_run=dry_run):
         typer.echo(f"{path}: {'would be removed' if dry_run else 'removed'}")
 
 
@@ -162,6 +190,10 @@ def export(
     typer.echo(f"{checkpoint.path}: exported to {to or deepspeed}")
 
 
+def _warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)
+
+
 def _age(seconds: float) -> str:
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
@@ -169,14 +201,16 @@ def _age(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _opened(path: Path):  # type: ignore[no-untyped-def]  # naming the type would import torch
+def _newest(path: Path):  # type: ignore[no-untyped-def]  # naming the type would import torch
+    """A checkpoint by its folder, or the newest of a run."""
     from data_pipeline.errors import CheckpointError
-    from pretrain.checkpoint import Checkpoint, complete
+    from pretrain.checkpoint import Checkpoint
+    from pretrain.checkpoint_folder import complete, is_checkpoint
     from pretrain.run import RunFolder
 
-    if (path / "manifest.json").is_file():
-        return [Checkpoint(path)]
-    found = [Checkpoint(directory) for directory in complete(RunFolder(path).checkpoints)]
+    if is_checkpoint(path):
+        return Checkpoint(path)
+    found = complete(RunFolder(path).checkpoints, _warn)
     if not found:
         raise CheckpointError(f"{path}: neither a checkpoint nor a run folder with one")
-    return found
+    return Checkpoint(found[0])

@@ -172,7 +172,8 @@ def _config_of(run: Path) -> "Config":
 
 def _phase_of(run: Path, position: int) -> "Phase | None":
     """The phase that a run was in at a position, as its newest checkpoint tells; None where it tells of none."""
-    from pretrain.checkpoint import Checkpoint, complete
+    from pretrain.checkpoint import Checkpoint
+    from pretrain.checkpoint_folder import complete
     from pretrain.run import RunFolder
 
     folder = RunFolder(run)

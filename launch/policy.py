@@ -10,10 +10,12 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 
+from data_pipeline.errors import CheckpointError
 from launch.exclude import exclude
 from pretrain.job import Failure, JobFolder, RankFailure, this_job
 from pretrain.runs import End, recorded_end, saved_steps
@@ -247,7 +249,9 @@ def main(args: list[str]) -> int:
     if failed:
         beat = folder.last_heartbeat()
         reached = beat.step if beat and (beat.job, beat.restart) == (job, restart) else None
-        newest = max(saved_steps(given.run_dir), default=None)
+        newest = None
+        with suppress(CheckpointError):  # cannot be listed: not known
+            newest = max(saved_steps(given.run_dir), default=None)
         failure = diagnose(outcome, folder.rank_failures(job or "?", restart), words, newest, reached)
         outcome = replace(outcome, failure=failure)
         folder.failed(failure)

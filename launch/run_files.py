@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from data_pipeline.errors import RunError
+from data_pipeline.errors import CheckpointError, RunError
+from pretrain.checkpoint_folder import MANIFEST, complete, step_of
 from pretrain.job import Failure, Heartbeat, JobFolder
-from pretrain.runs import RunState, run_state, saved_steps
+from pretrain.runs import RunState, run_state
 from pretrain.seal import unsealed
 
 MOST_JOBS = 16
@@ -120,7 +121,8 @@ def _number(config: dict[str, Any], section: str, key: str) -> float | None:
 
 def _newest_checkpoint(path: Path) -> tuple[int | None, float | None]:
     """Its step, and when it was complete."""
-    for step in reversed(saved_steps(path)):
-        with contextlib.suppress(FileNotFoundError):  # the run may just make room
-            return step, (path / "checkpoints" / f"step-{step:09d}" / "manifest.json").stat().st_mtime
+    with contextlib.suppress(CheckpointError):  # not to be listed: nothing is known
+        for checkpoint in complete(path / "checkpoints"):
+            with contextlib.suppress(OSError):  # the run may just make room
+                return step_of(checkpoint), (checkpoint / MANIFEST).stat().st_mtime
     return None, None

@@ -21,6 +21,7 @@ from launch import cluster as clusters
 from launch.checks import Finding
 from launch.cluster import Cluster
 from launch.exclude import avoided
+from pretrain.checkpoint_folder import MANIFEST, step_path
 from pretrain.config import Config, dump, load
 from pretrain.job import JobFolder
 from pretrain.provenance import SOURCE
@@ -251,7 +252,7 @@ def _dependency(after: str | None) -> list[str]:
 
 def _ends_at_once(config: Config) -> list[str]:
     """For the links of a chain: nothing is left to do once the run is finished, or has made a mistake of its user's."""
-    last = config.run_dir / "checkpoints" / f"step-{config.train.steps:09d}" / "manifest.json"
+    last = step_path(config.run_dir / "checkpoints", config.train.steps) / MANIFEST
     failures = config.run_dir / "slurm" / "failures.jsonl"
     known = len(failures.read_bytes().splitlines()) if failures.is_file() else 0
     finished, failed = shlex.quote(str(last)), shlex.quote(str(failures))

@@ -5,9 +5,6 @@ for each kind of state; in the first also the model's buffers) and `manifest.jso
 manifest is written last and removed first: a checkpoint exists only while its manifest does.
 """
 
-import json
-import math
-import shutil
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -18,18 +15,22 @@ from pydantic import BaseModel, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data_pipeline.atomic import sync_folder
 from data_pipeline.errors import CheckpointError
 from data_pipeline.state import DataState
+from pretrain.checkpoint_folder import (
+    FORMAT,
+    MANIFEST,
+    OLDEST_FORMAT,
+    check_file,
+    complete,
+    read_manifest,
+    seal,
+)
+from pretrain.consistency import problems
 from pretrain.distributed import Ranks
 from pretrain.engine import ADAM_STATES, Engine, Fragment
 from pretrain.rng import restore_rng_states
 from pretrain.shard import Shard, hash_file
-
-FORMAT = 3
-"""The second had no buffers."""
-OLDEST_FORMAT = 1
-"""Which had AdamW only and did not name the states."""
 
 RNG = "rng/"
 """Before the name of a shard's tensors that hold the states of its rank's random number generators."""
@@ -66,53 +67,52 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
             return raw | {"states": dict.fromkeys(raw["shapes"], ADAM_STATES)}
         return raw
 
+    def sealed(self) -> bytes:
+        """As it stands on disk, with its own hash."""
+        return seal(self.model_dump_json(indent=1))
+
 
 class Checkpoint:
     """A complete checkpoint on disk."""
 
     def __init__(self, path: Path) -> None:
-        """Read the manifest and check that every shard is there in its full size.
+        """Read the manifest, compare it with its own hash, and check that every shard is there in its full size.
 
         Raises:
-            CheckpointError: names the file that is missing, unreadable or of the wrong size.
+            CheckpointError: names the file that is missing, unreadable, altered or of the wrong size.
         """
         self.path = path
-        file = path / "manifest.json"
-        try:
-            raw = json.loads(file.read_text())
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no complete checkpoint (no manifest.json)") from None
-        except ValueError as error:
-            raise CheckpointError(f"{file}: damaged, not JSON ({error})") from None
-        found = raw.get("format") if isinstance(raw, dict) else None
-        if found not in range(OLDEST_FORMAT, FORMAT + 1):
-            raise CheckpointError(
-                f"{file}: format {found} is not known here; this version reads {OLDEST_FORMAT} to {FORMAT}"
-            )
+        raw = read_manifest(path)
         try:
             self.manifest = Manifest.model_validate(raw)
         except ValidationError as error:
-            raise CheckpointError(f"{file}: damaged: {error}") from None
+            raise CheckpointError(f"{path / MANIFEST}: damaged: {error}") from None
+        for problem in problems(self.manifest):
+            raise CheckpointError(f"{path / MANIFEST}: damaged: {problem}")
         for shard in self.manifest.shards:
-            shard_file = path / shard.file
-            size = shard_file.stat().st_size if shard_file.is_file() else None
-            if size is None:
-                raise CheckpointError(f"{shard_file}: missing")
+            size = check_file(path / shard.file)
             if size != shard.bytes:
                 raise CheckpointError(
-                    f"{shard_file}: {size} bytes, the manifest says {shard.bytes}: truncated or altered"
+                    f"{path / shard.file}: {size} bytes, the manifest says {shard.bytes}: truncated or altered"
                 )
-        self._check_coverage()
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Compare the hash of every shard (or of every `parts`-th, from `part`) with the manifest.
+        """Compare every shard (or every `parts`-th, from `part`) with its hash and its tensors with the manifest.
+
+        Reads those files once, at the speed of the disk.
 
         Raises:
             CheckpointError: names the altered shard.
         """
-        for shard in self.manifest.shards[part::parts]:
-            if hash_file(self.path / shard.file) != shard.xxh3_128:
-                raise CheckpointError(f"{self.path / shard.file}: altered: its hash is not the manifest's")
+        for number, shard in list(enumerate(self.manifest.shards))[part::parts]:
+            file = self.path / shard.file
+            try:
+                found = hash_file(file)
+            except OSError as error:
+                raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+            if found != shard.xxh3_128:
+                raise CheckpointError(f"{file}: altered: its hash is not the manifest's")
+            self._check_tensors(shard, self.manifest.buffers if number == 0 else {})
 
     def data_state(self, seed: int) -> DataState:
         """Where the data stood.
@@ -218,30 +218,25 @@ class Checkpoint:
                 f"here, {ours.get(odd[0], 'missing')} in the run"
             )
 
+    def _check_tensors(self, shard: Shard, buffers: dict[str, list[int]]) -> None:
+        wanted = {BUFFER + name: shape for name, shape in buffers.items()}
+        for name, _, numel in shard.fragments:
+            for state in self.manifest.states[name]:
+                wanted[state] = [wanted.get(state, [0])[0] + numel]
+        file = self._open(shard)
+        stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # not a dict
+        for name, shape in wanted.items():
+            if stored.get(name) != shape:
+                raise CheckpointError(
+                    f"{self.path / shard.file}: {name} is {stored.get(name, 'missing')}, the manifest says {shape}: "
+                    "one of the two is damaged"
+                )
+
     def _open(self, shard: Shard) -> Any:
         try:
             return safe_open(self.path / shard.file, framework="pt")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.path / shard.file}: damaged: {error}") from error
-
-    def _check_coverage(self) -> None:
-        held: dict[str, list[tuple[int, int]]] = {}
-        for shard in self.manifest.shards:
-            for name, start, numel in shard.fragments:
-                held.setdefault(name, []).append((start, numel))
-        for name, shape in self.manifest.shapes.items():
-            end = 0
-            for start, numel in sorted(held.get(name, [])):
-                if start != end:
-                    break
-                end += numel
-            if end != math.prod(shape):
-                raise CheckpointError(f"{self.path}: incomplete: {name} is not covered from element {end}")
-
-
-def complete(root: Path) -> list[Path]:
-    """Directories with a manifest, newest step first."""
-    return sorted((m.parent for m in root.glob("step-*/manifest.json")), key=step_of, reverse=True)
 
 
 def newest(root: Path, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -250,7 +245,7 @@ def newest(root: Path, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint 
     Raises:
         CheckpointError: checkpoints are there, but every one is damaged.
     """
-    paths = ranks.broadcast(complete(root) if ranks.is_first else None)
+    paths = ranks.together(lambda: complete(root, warn), only_first=True)
     damage = []
     for path in paths:
         try:
@@ -264,23 +259,6 @@ def newest(root: Path, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint 
             "restore one from a copy, or start a new run with another run.name"
         )
     return None
-
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint: first what makes it one, then the rest."""
-    (path / "manifest.json").unlink(missing_ok=True)
-    sync_folder(path)
-    shutil.rmtree(path)
-
-
-def step_path(root: Path, step: int) -> Path:
-    """Directory of a step's checkpoint."""
-    return root / f"step-{step:09d}"
-
-
-def step_of(path: Path) -> int:
-    """The step that a checkpoint's directory is named after."""
-    return int(path.name.removeprefix("step-"))
 
 
 def _verified(path: Path, ranks: Ranks) -> Checkpoint:

@@ -5,6 +5,7 @@ from typing import Any
 
 from data_pipeline.errors import ConfigError, RunError
 from pretrain.changes import IN_FORK, refused, told
+from pretrain.checkpoint_folder import step_path
 from pretrain.config import Config
 from pretrain.run import RunFolder
 from pretrain.schedule import decay_start
@@ -40,11 +41,18 @@ def resolve(config: Config) -> Config:
     return config.model_copy(update={"run": run})
 
 
+def folder(config: Config) -> RunFolder:
+    """That of the run that a run of this (resolved) configuration begins with."""
+    assert config.run.start_from is not None
+    return RunFolder(parse(config.run.start_from)[0])
+
+
 def checkpoint_folder(config: Config) -> Path:
     """Where the checkpoint lies that a run of this (resolved) configuration begins with."""
     assert config.run.start_from is not None
-    path, step = parse(config.run.start_from)
-    return RunFolder(path).checkpoints / f"step-{step:09d}"
+    step = parse(config.run.start_from)[1]
+    assert step is not None
+    return step_path(folder(config).checkpoints, step)
 
 
 def check(config: Config, dataset: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from model.attention import CausalAttention
 from model.config import ModelConfig, Objective
 from model.language_model import LanguageModel
 from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint_folder import MANIFEST
 from pretrain.config import Config
 from pretrain.shard import write_tensors
 from pretrain.trained import Trained, tokenizer_of
@@ -95,7 +96,10 @@ def write_export(checkpoint: Checkpoint, config: Config, folder: Path, dtype: Li
 
 def is_export(folder: Path) -> bool:
     """Whether it looks like one."""
-    return (folder / CONFIG).is_file() and not (folder / "manifest.json").exists()
+    try:
+        return (folder / CONFIG).is_file() and not os.path.lexists(folder / MANIFEST)
+    except OSError:  # it may not be looked into
+        return False
 
 
 def load_export(folder: Path) -> Trained:

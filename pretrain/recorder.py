@@ -16,7 +16,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.secret import redact
 from model.bistability import warnings_for
 from pretrain import provenance, report
-from pretrain.checkpoint import complete
+from pretrain.checkpoint_folder import complete
 from pretrain.config import Config
 from pretrain.console import Console
 from pretrain.distributed import Ranks

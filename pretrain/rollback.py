@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import CheckpointError
-from pretrain import checkpoint
+from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint_folder import complete, remove
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.journal import Record
+from pretrain.ownership import check_own
 from pretrain.report_data import LOSS
+from pretrain.run import RunFolder
 from pretrain.sections import HealthConfig
 from pretrain.spikes import Spikes, StepLoss
 
@@ -52,19 +55,21 @@ def read_past(records: Iterable[Record], step: int, config: HealthConfig) -> Pas
     return past
 
 
-def load_older(root: Path, back: int, engine: Engine, ranks: Ranks, warn: Callable[[str], None]) -> int | None:
+def load_older(folder: RunFolder, back: int, engine: Engine, ranks: Ranks, warn: Callable[[str], None]) -> int | None:
     """Load the checkpoint `back` places from the newest (1), or the oldest, into a live engine; a collective.
 
-    Those after it are removed, since they lead to where the run must not go again. A damaged one is passed over.
+    Those after it are removed, since they lead to where the run must not go again. A damaged one is passed over, and
+    one of another run.
 
     Returns:
         the step of the checkpoint; None when there is no whole one, and nothing has changed then.
     """
-    paths = ranks.broadcast(checkpoint.complete(root) if ranks.is_first else None)
+    paths = ranks.together(lambda: complete(folder.checkpoints), only_first=True)
     for path in paths[min(back, len(paths)) - 1 :] if paths else []:
 
         def load(path: Path = path) -> int:
-            found = checkpoint.Checkpoint(path)
+            found = Checkpoint(path)
+            check_own(found, folder)
             found.verify()
             found.load(engine)
             return found.manifest.step
@@ -74,8 +79,10 @@ def load_older(root: Path, back: int, engine: Engine, ranks: Ranks, warn: Callab
         except CheckpointError as error:
             warn(f"damaged checkpoint passed over: {error}")
             continue
-        if ranks.is_first:
-            for newer in paths[: paths.index(path)]:
-                checkpoint.remove(newer)
+        for newer in paths[: paths.index(path)] if ranks.is_first else []:
+            try:
+                remove(newer)
+            except OSError as error:
+                warn(f"{newer}: could not be removed: {error}; remove it, since a start would go on from there")
         return step
     return None

@@ -5,6 +5,8 @@ config.yaml  run.json  metrics.jsonl  attempts/  checkpoints/  logs/  report.htm
 
 import json
 import shlex
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
         self.report = path / "report.html"
+        self.id: str | None = None
+        """Of the run, once it is claimed: made once, and kept by a folder that is moved or copied."""
 
     def claim(self, config: Config, dataset: dict[str, Any]) -> None:
         """Write the run's identity, or check that the folder belongs to this very run.
@@ -45,14 +49,15 @@ class RunFolder:
         Raises:
             RunError: the folder belongs to another configuration or another dataset; names the keys.
         """
+        self.id = self._known_id() or uuid.uuid4().hex
         if self.has_trained():
             self.check(config, dataset)
         else:
-            self._write(config, {"name": config.run.name, "dataset": dataset})
+            self._write(config, {"name": config.run.name, "dataset": dataset, "id": self.id})
 
     def went_on(self, config: Config, dataset: dict[str, Any]) -> None:
         """The run goes on with this configuration and dataset, which `check` has let pass."""
-        self._write(config, self.facts() | {"name": config.run.name, "dataset": dataset})
+        self._write(config, self.facts() | {"name": config.run.name, "dataset": dataset, "id": self.id})
 
     def saved_steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
@@ -162,6 +167,11 @@ class RunFolder:
         content = facts | {"format": FORMAT, "config": config.model_dump(mode="json")}
         write_atomic(self.config_file, dump(config))
         write_json(self.run_file, sealed(content))  # last: what it stands for is whole
+
+    def _known_id(self) -> str | None:
+        with suppress(RunError):  # none yet, or damaged: then `claim` makes it anew, or refuses the folder
+            return self.facts().get("id")
+        return None
 
     def _steps_may_change(self, ours: Config, config: Config) -> bool:
         """Whether the steps up to the newest checkpoint had the learning rate that the new `train.steps` gives them.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import RunError
+from pretrain.checkpoint_folder import complete, step_of
 from pretrain.journal import Record, read_from
 from pretrain.lease import alive, attempt_path, latest_attempt, read_owner
 
@@ -111,9 +112,12 @@ def recorded_end(run_dir: Path, **owner: Any) -> End | None:
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """Steps of a run's complete checkpoints, in order."""
-    found = run_dir.glob("checkpoints/step-*/manifest.json")
-    return sorted(int(manifest.parent.name.removeprefix("step-")) for manifest in found)
+    """Steps of a run's complete checkpoints, in order.
+
+    Raises:
+        CheckpointError: the folder that holds them cannot be listed.
+    """
+    return sorted(step for path in complete(run_dir / "checkpoints") if (step := step_of(path)) is not None)
 
 
 def _is_run(path: Path) -> bool:

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.atomic import sync_folder, write_atomic
-from pretrain.checkpoint import BUFFER, RNG, Manifest, remove, step_path
+from data_pipeline.errors import CheckpointError
+from pretrain.checkpoint import BUFFER, RNG, Manifest
+from pretrain.checkpoint_folder import MANIFEST, make_room, step_path
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine, Fragment
 from pretrain.rng import rng_states
@@ -61,14 +63,16 @@ class Saver:
         ranks: Ranks,
         *,
         still_ours: Callable[[], None],
-        prune: Callable[[], object],
+        prune: Callable[[int], object],
+        warn: Callable[[str], None],
         published: Callable[[int, Path, float], None],
     ) -> None:
         """Starts nothing yet.
 
         Args:
             still_ours: on rank 0's thread, right before the manifest is written; raises when the folder was taken over.
-            prune: on rank 0's thread, when the manifest is written.
+            prune: on rank 0's thread, when the manifest of a step is written. What it cannot do is a warning.
+            warn: on rank 0, also on its thread: what could not be cleared away, once.
             published: on every rank's main thread, after that: step, directory, how many seconds training waited.
         """
         self._engine = engine
@@ -76,6 +80,8 @@ class Saver:
         self._ranks = ranks
         self._still_ours = still_ours
         self._prune = prune
+        self._warn = warn
+        self._warned: set[str] = set()
         self._published = published
         self._buffers: dict[str, Tensor] = {}
         self._save: _Save | None = None
@@ -104,8 +110,7 @@ class Saver:
         def prepare() -> None:
             self._still_ours()  # else another's folder would get it, or one that was renamed would be made again
             try:
-                if path.exists():  # left by a crash, or damaged
-                    remove(path)
+                make_room(path, self._warn)
                 self._root.mkdir(exist_ok=True)
                 path.mkdir()
             except OSError as error:
@@ -186,14 +191,22 @@ class Saver:
             return
         self._still_ours()
         manifest = Manifest(**save.content, shards=shards)
-        file = save.path / "manifest.json"
+        file = save.path / MANIFEST
         try:
             sync_folder(save.path)
-            write_atomic(file, manifest.model_dump_json(indent=1))
+            write_atomic(file, manifest.sealed())
             sync_folder(self._root)
         except OSError as error:
             raise write_error(file, error) from error
-        self._prune()
+        try:
+            self._prune(manifest.step)
+        except (CheckpointError, OSError) as error:  # the run has what it needs to go on
+            self._warn_once(f"old checkpoints stay: {error}")
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self._warn(text)
 
     def _begin_copy(self, fragments: list[Fragment]) -> Blocks:
         """Into a flat tensor for each kind of state, in memory that is allocated once: the save before has ended.

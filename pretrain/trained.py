@@ -1,5 +1,6 @@
 """A trained model and what belongs to it, from a checkpoint."""
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,10 @@ from model.config import ModelConfig, Objective
 from model.generate import check_continues
 from model.language_model import LanguageModel
 from pretrain.buffers import persistent_buffers
-from pretrain.checkpoint import Checkpoint, complete, step_path
+from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint_folder import complete, is_checkpoint, step_of, step_path
 from pretrain.config import Config
+from pretrain.ownership import check_own
 from pretrain.run import RunFolder
 
 
@@ -57,13 +60,14 @@ def find_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpoint, Co
         CheckpointError: no such checkpoint, or it is damaged.
         ConfigError: `step` of what is not a run folder.
     """
-    if (path / "manifest.json").is_file():
+    if is_checkpoint(path):
         if step is not None:
             raise ConfigError(f"{path} is one checkpoint, which has one step; leave step {step} out")
         checkpoint = Checkpoint(path)
         config = saved_config(checkpoint)
     else:
         checkpoint = Checkpoint(_checkpoint_of(path, step))
+        check_own(checkpoint, RunFolder(path))
         config = RunFolder(path).config()
     checkpoint.verify()
     return checkpoint, config
@@ -115,11 +119,11 @@ def _checkpoint_of(run: Path, step: int | None) -> Path:
     folder = RunFolder(run)
     if not folder.run_file.is_file():
         raise RunError(f"{run}: not a run folder (no run.json), and not a checkpoint or an export either")
-    found = complete(folder.checkpoints)
+    found = complete(folder.checkpoints, lambda text: print(f"warning: {text}", file=sys.stderr))
     if not found:
         raise CheckpointError(f"{run}: no complete checkpoint yet")
     path = found[0] if step is None else step_path(folder.checkpoints, step)
-    if path not in found:
-        steps = ", ".join(str(int(p.name.removeprefix("step-"))) for p in found)
+    if path not in found and not is_checkpoint(path):  # what is wrong with one that is there, it says when it is opened
+        steps = ", ".join(str(step_of(p)) for p in found)
         raise CheckpointError(f"{run}: no complete checkpoint of step {step}; there are: {steps}")
     return path

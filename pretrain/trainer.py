@@ -39,6 +39,7 @@ from pretrain.lease import Lease, still_there
 from pretrain.life import Life, Stopped
 from pretrain.metrics import Meter
 from pretrain.mirror_state import State, state_path
+from pretrain.ownership import check_own
 from pretrain.probe import Probe
 from pretrain.profiling import Profile
 from pretrain.recorder import Recorder
@@ -131,7 +132,10 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
             folder.checkpoints,
             ranks,
             still_ours=lease.check if lease else lambda: None,
-            prune=partial(prune, folder.checkpoints, config.train.keep_checkpoints, config.train.keep_every),
+            prune=lambda step: prune(
+                folder.checkpoints, config.train.keep_checkpoints, config.train.keep_every, folder.id, upto=step
+            ),
+            warn=recorder.warning,
             published=lambda step, path, seconds: life.published(step, path, seconds),
         )
         life = Life(folder.path, ranks, stop, lease, saver, recorder)
@@ -289,6 +293,7 @@ def save_checkpoint(session: Session, step: int, data: DataState, validation_los
     if session.ranks.is_first:
         state = {
             "data": data.model_dump(),
+            "run": session.folder.id,
             "tokenizer": session.dataset.manifest.tokenizer.sha256,
             "attempt": session.recorder.attempt,
             "types": session.engine.types,
@@ -318,7 +323,7 @@ def roll_back(session: Session, step: int, data: DataState) -> int | None:
     ranks, health, back = session.ranks, session.health, session.config.health.rollback_checkpoints
     health.check_may_roll_back()
     session.saver.join()
-    older = load_older(session.folder.checkpoints, back, session.engine, ranks, session.recorder.warning)
+    older = load_older(session.folder, back, session.engine, ranks, session.recorder.warning)
     health.rolled_back(step, older, data)
     if older is not None:
         goodput, path = session.goodput, session.folder.journal
@@ -379,24 +384,28 @@ def _restore(
         CheckpointError: none is whole, or those that the journal tells of are gone.
         DataError: it was trained on other data, or they do not last until the end.
     """
-    found = checkpoint.newest(folder.checkpoints, ranks, recorder.warning)
+    found, owner = checkpoint.newest(folder.checkpoints, ranks, recorder.warning), folder
     if not found:
         ranks.together(folder.check_never_saved)
         if config.run.start_from is not None:
+            owner = origin.folder(config)
             found = ranks.together(lambda: checkpoint.Checkpoint(origin.checkpoint_folder(config)))
             ranks.together(lambda: found.verify(ranks.rank, ranks.world_size))
     step = found.manifest.step if found else 0
 
     def load() -> DataState:
         fresh = DataState(fingerprint=dataset.manifest.fingerprint, seed=config.run.seed)
-        data = go_on(found.data_state(config.run.seed) if found else fresh, dataset, config.data, config.model.context)
+        stood = found.data_state(config.run.seed) if found else fresh
+        if found:
+            check_own(found, owner)
+        data = go_on(stood, dataset, config.data, config.model.context)
         left = (config.train.steps - step) * config.global_batch
         Plan(dataset, data.phases[-1], data.seed).schedule.check(data.samples_seen + left)
         if found:
             found.load(engine)
             found.restore_rng(ranks)
             for state, now in engine.types.items():
-                if (saved := found.manifest.state["types"].get(state)) != now:
+                if (saved := found.manifest.state.get("types", {}).get(state)) != now:
                     recorder.warning(f"{found.path}: {state} was saved as {saved} and is {now} now: it was converted")
         return data
 

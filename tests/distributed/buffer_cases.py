@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from model.interface import Batch, ModelOutput
-from pretrain.checkpoint import Checkpoint, step_path
+from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint_folder import step_path
 from pretrain.config import Config, load
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine

@@ -104,7 +104,12 @@ def save(engine: Engine, root: Path, step: int, ranks: Ranks) -> None:
 
 
 def a_saver(
-    engine: Engine, root: Path, ranks: Ranks, keep: int = 10, still_ours: Callable[[], None] = lambda: None
+    engine: Engine,
+    root: Path,
+    ranks: Ranks,
+    keep: int = 10,
+    still_ours: Callable[[], None] = lambda: None,
+    warn: Callable[[str], None] = print,
 ) -> Saver:
     def published(step: int, path: Path, seconds: float) -> None:
         assert (path / "manifest.json").is_file(), "told too early"
@@ -115,7 +120,8 @@ def a_saver(
         root,
         ranks,
         still_ours=still_ours,
-        prune=lambda: prune(root, keep, None),
+        prune=lambda step: prune(root, keep, None, upto=step),
+        warn=warn,
         published=published,
     )
 

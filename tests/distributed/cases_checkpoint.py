@@ -20,6 +20,7 @@ from data_pipeline.errors import CheckpointError
 from model import registry
 from pretrain import checkpoint, retention, saver, shard
 from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint_folder import complete, step_path
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.lease import LeaseLost
@@ -164,7 +165,7 @@ def snapshots(ranks: Ranks, root: str) -> dict[str, Any]:
         pointers.append({state: buffer.data_ptr() for state, buffer in subject._buffers.items()})
     loaded = []
     for step in (2, 5):
-        Checkpoint(checkpoint.step_path(Path(root), step)).load(engine)
+        Checkpoint(step_path(Path(root), step)).load(engine)
         loaded.append(digest(engine, ranks))
     return {"saved": saved, "loaded": loaded, "polls": polls, "pointers": pointers}
 
@@ -207,8 +208,24 @@ def taken_over(ranks: Ranks, root: str) -> dict[str, Any]:
         try:
             subject.join()
         except LeaseLost as error:
-            return {"error": str(error), "complete": [path.name for path in checkpoint.complete(Path(root))]}
+            return {"error": str(error), "complete": [path.name for path in complete(Path(root))]}
     raise AssertionError("it was published")
+
+
+def clean_up_fails(ranks: Ranks, root: str) -> dict[str, Any]:
+    """No old checkpoint can be removed while two more are saved."""
+
+    def refuse(path: Path) -> None:
+        raise OSError(39, "Directory not empty", str(path))
+
+    retention.remove = refuse
+    engine = make_engine(ranks, small_config(1, "fp32"))
+    warnings: list[str] = []
+    with a_saver(engine, Path(root), ranks, keep=1, warn=warnings.append) as subject:
+        for step in (1, 2, 3):
+            subject.start(step, {})
+            subject.join()
+    return {"warnings": warnings, "complete": len(complete(Path(root)))}
 
 
 PHASES = ["no save", "before the shards", "in a shard", "between shards", "before the manifest", "after the manifest"]
@@ -255,7 +272,7 @@ def die_while_saving(
             if number == 3:
                 enter("in a shard")
 
-    def watched_manifest(file: Path, content: str) -> None:
+    def watched_manifest(file: Path, content: bytes) -> None:
         enter("before the manifest")
         write_atomic(file, content)
         enter("after the manifest")

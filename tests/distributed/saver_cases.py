@@ -10,7 +10,8 @@ import torch
 import xxhash
 
 from pretrain import saver
-from pretrain.checkpoint import Checkpoint, complete, step_path
+from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint_folder import complete, step_path
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from tests.distributed.cases import a_saver, make_engine, save, train_steps
@@ -109,7 +110,8 @@ def wait_at_the_gate(ranks: Ranks, root: str) -> list[float]:
         Path(root),
         ranks,
         still_ours=lambda: None,
-        prune=lambda: None,
+        prune=lambda step: None,
+        warn=print,
         published=lambda step, path, seconds: told.append(seconds),
     )
     with subject:

@@ -1,6 +1,5 @@
 """What a model carries beside its parameters: the same on all ranks, saved and loaded, left alone by a skipped step."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ import pytest
 from data_pipeline.errors import CheckpointError
 from model import registry
 from pretrain.buffers import persistent_buffers
-from pretrain.checkpoint import Checkpoint, step_path
+from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint_folder import step_path
 from pretrain.differences import shape_differences, tensor_differences
+from tests.checkpoints import manifest_of, write_manifest
 from tests.distributed.buffer_cases import SAVED, STAGES, config_of
 
 Ranks = Callable[..., list[Any]]
@@ -91,22 +92,23 @@ def test_what_differs_is_told_and_what_is_missing_is_an_error(
     assert all(d.largest == 0 for d in tensor_differences(one, alike))
     assert shape_differences(one, two) == {}
     assert any(d.largest > 0 for d in tensor_differences(one, two) if d.state == "buffer")
-    file = one.path / "manifest.json"
-    content = json.loads(file.read_text())
-    assert content["format"] == 3
+    content = manifest_of(one.path)
+    assert content["format"] == 4
     old = tmp_path / "old"
     old.mkdir()
     for shard in content["shards"]:
         (old / shard["file"]).symlink_to(one.path / shard["file"])
     name = min(BUFFERS)
     buffers = content.pop("buffers")
-    (old / "manifest.json").write_text(json.dumps(content | {"format": 2}))
+    write_manifest(old, content | {"format": 2})
     bare = Checkpoint(old)
     model = registry.build(config_of(1).model)
     with pytest.raises(CheckpointError, match=f"first difference: buffer {name} is missing here, .* in the run"):
         bare.check_buffers(persistent_buffers(model))
     assert shape_differences(bare, one) == {name: ("missing", f"{shape} buffer") for name, shape in buffers.items()}
     bare.check_buffers({})
-    (old / "manifest.json").write_text(json.dumps(content | {"buffers": buffers | {"other": [3]}}))
+    write_manifest(old, content | {"buffers": buffers | {"other": [3]}})
     with pytest.raises(CheckpointError, match=r"shard-00000.safetensors: damaged: .*buffer/other"):
         Checkpoint(old).buffers()
+    with pytest.raises(CheckpointError, match="buffer/other is missing, the manifest says"):
+        Checkpoint(old).verify()

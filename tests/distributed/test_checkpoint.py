@@ -1,15 +1,18 @@
 """Checkpoints: exact at any stage and number of ranks, and never torn."""
 
-import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pretrain.checkpoint_folder import complete, step_of, step_path
+from tests.checkpoints import manifest_of, write_manifest
 from tests.conftest import RanksFailed
 from tests.distributed.cases_checkpoint import LAST, SAVED
+from tests.runs import SMALL, attempts
 
 Ranks = Callable[..., list[Any]]
 CASES = "tests.distributed.cases:"
@@ -171,12 +174,12 @@ def test_when_all_are_damaged_the_run_does_not_start_over(ranks: Ranks, tmp_path
 def test_manifests_of_older_formats_without_buffers_and_without_states_are_read(ranks: Ranks, tmp_path: Path) -> None:
     arguments = {"root": str(tmp_path), "stage": 1, "precision": "fp32"}
     [saved, *_] = ranks(f"{CASES}train_and_save", 2, **arguments, save_at=2, until=2)
-    [file] = tmp_path.glob("*/manifest.json")
-    manifest = json.loads(file.read_text())
-    for number, absent in ((2, ["buffers"]), (1, ["states", "validation_loss", "saved"])):
+    [folder] = tmp_path.iterdir()
+    manifest = manifest_of(folder)
+    for number, absent in ((3, []), (2, ["buffers"]), (1, ["states", "validation_loss", "saved"])):
         for name in absent:
             del manifest[name]
-        file.write_text(json.dumps(manifest | {"format": number}))
+        write_manifest(folder, manifest | {"format": number})
         [resumed, *_] = ranks(f"{CASES}resume", 1, **arguments, until=2)
         assert resumed["loaded"] == saved["saved"]
 
@@ -200,6 +203,45 @@ def test_a_full_disk_is_an_error_on_every_rank_and_the_previous_checkpoint_stays
 def test_a_run_that_was_taken_over_publishes_and_removes_nothing(ranks: Ranks, tmp_path: Path) -> None:
     for result in ranks(f"{HERE}taken_over", 2, root=str(tmp_path)):
         assert result == {"error": "taken over", "complete": ["step-000000001"]}
+
+
+def test_a_clean_up_that_fails_is_a_warning(ranks: Ranks, tmp_path: Path) -> None:
+    [first, second] = ranks(f"{HERE}clean_up_fails", 2, root=str(tmp_path))
+    assert first["complete"] == 3
+    assert len(first["warnings"]) == 2, "of the saves at steps 2 and 3: each has more to say"
+    assert all("step-000000001: could not be removed" in text for text in first["warnings"])
+    assert second["warnings"] == []
+
+
+def test_a_start_among_copies_archives_and_damage_goes_on_and_a_foreign_checkpoint_ends_it(
+    ranks: Ranks, dataset: Path, tmp_path: Path
+) -> None:
+    run_dir, root, archive = tmp_path / "run", tmp_path / "run" / "checkpoints", tmp_path / "archive"
+    args = [*SMALL, f"data.path={dataset}", "train.checkpoint_every=2", "train.keep_checkpoints=9", "train.steps=8"]
+    ranks(f"{CASES}train_run", 1, args=[*args, f"run.dir={run_dir}", "run.name=one"])
+    shutil.move(step_path(root, 2), archive)
+    step_path(root, 2).symlink_to(archive)
+    shutil.copytree(step_path(root, 4), step_path(root, 10))
+    shutil.copytree(step_path(root, 4), root / "step-000000008.bak")
+    (root / "step-000000012.tar").touch()
+    manifest = step_path(root, 8) / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"samples_seen": 64', b'"samples_seen": 72'))
+    again = [*args, f"run.dir={run_dir}", "run.name=one", "train.keep_checkpoints=1"]
+    ranks(f"{CASES}train_run", 1, args=again)
+    [first, second] = attempts(run_dir / "metrics.jsonl")
+    assert second[0] == 6, "the one before the damaged one"
+    assert all(metrics["loss/train"] == first[1][step]["loss/train"] for step, metrics in second[1].items())
+    assert [step_of(path) for path in complete(root)] == [8]
+    assert sorted(path.name for path in root.iterdir() if step_of(path) != 8) == [
+        "step-000000008.bak",
+        "step-000000010",
+        "step-000000012.tar",
+    ]
+    assert {path.name for path in archive.iterdir()} == {"manifest.json", "shard-00000.safetensors"}
+    ranks(f"{CASES}train_run", 1, args=[*args, f"run.dir={tmp_path / 'two'}", "run.name=two", "train.steps=2"])
+    shutil.copytree(step_path(root, 8), step_path(tmp_path / "two" / "checkpoints", 8))
+    with pytest.raises(RanksFailed, match=r"step-000000008: of another run .* duet train --from RUN@8"):
+        ranks(f"{CASES}train_run", 1, args=[*args, f"run.dir={tmp_path / 'two'}", "run.name=two", "train.steps=2"])
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

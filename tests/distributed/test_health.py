@@ -1,7 +1,6 @@
 """What goes wrong in a run is seen, said and answered by all ranks alike."""
 
 import hashlib
-import json
 import platform
 import shutil
 from collections.abc import Callable
@@ -12,10 +11,12 @@ import pytest
 from safetensors.torch import load_file
 
 from pretrain.checkpoint import RNG
+from pretrain.checkpoint_folder import step_path
 from pretrain.journal import Record, read, series
 from pretrain.report import write_report
 from pretrain.report_data import load, verdict
 from pretrain.tracking import sync
+from tests.checkpoints import manifest_of, write_manifest
 from tests.conftest import RanksFailed
 from tests.faults.tracked import assert_mirrors, run_of
 from tests.runs import SMALL, attempts, duet
@@ -186,10 +187,10 @@ def continued_by_hand(run_dir: Path, step: int, samples_seen: int) -> None:
     for path in (run_dir / "checkpoints").iterdir():
         if path.name != f"step-{step:09d}":
             shutil.rmtree(path)
-    file = run_dir / "checkpoints" / f"step-{step:09d}" / "manifest.json"
-    manifest = json.loads(file.read_text())
+    folder = step_path(run_dir / "checkpoints", step)
+    manifest = manifest_of(folder)
     manifest["state"]["data"] |= {"samples_seen": samples_seen, "tokens_seen": samples_seen * 16}
-    file.write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
 
 
 @pytest.mark.parametrize(("stage", "precision"), QUICK_AND_DRILL)

@@ -11,11 +11,15 @@ from typer.testing import CliRunner
 
 from data_pipeline.errors import CheckpointError, RunError
 from launch.cli import app
-from pretrain.checkpoint import Checkpoint, step_path
+from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint_folder import step_path
 from pretrain.config import load
 from pretrain.differences import tensor_differences
 from pretrain.lease import Lease
 from pretrain.run import RunFolder
+from pretrain.trained import find_checkpoint
+from pretrain.use import open_trained
+from tests.checkpoints import age, manifest_of, write_manifest
 from tests.runs import SMALL, duet
 
 Ranks = Callable[..., list[Any]]
@@ -118,6 +122,102 @@ def test_prune_touches_neither_a_run_that_trains_nor_the_last_good_one(run: Path
     with pytest.raises(CheckpointError, match="shard-00000.safetensors: altered"):
         checkpoint("prune", copy, "--keep", "1")
     assert len(checkpoint("ls", copy).splitlines()) == 3
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], object], older: bool = False) -> None:
+    """Edit a manifest as if the program had written it; `older`: in the format that had no hash and named no run."""
+    content = manifest_of(folder)
+    edit(content)
+    write_manifest(folder, content)
+    if older:
+        age(folder)
+
+
+def another_run(content: dict[str, Any]) -> None:
+    content["state"]["run"] = "0" * 32
+
+
+def another_rate(content: dict[str, Any]) -> None:
+    content["state"]["config"]["optimizer"]["lr"] = 0.5
+
+
+@pytest.mark.parametrize(("edit", "older"), [(another_run, False), (another_rate, True)])
+def test_a_checkpoint_of_another_run_is_refused_with_the_way_on(
+    run: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], object], older: bool
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    newest = step_path(copy / "checkpoints", 12)
+    assert find_checkpoint(copy)[0].manifest.step == 12, "a run folder may be copied"
+    change(newest, edit, older)
+    for words in (["verify", copy], ["prune", copy, "--keep", "1"], ["export", copy, "--to", tmp_path / "new"]):
+        with pytest.raises(CheckpointError, match=r"step-000000012: of another run .* duet train --from RUN@12"):
+            checkpoint(*words)
+    assert find_checkpoint(newest)[0].manifest.step == 12, "by its own name it is read"
+    assert find_checkpoint(copy, 8)[0].manifest.step == 8
+    assert not (tmp_path / "new").exists()
+    if not older:
+        assert checkpoint("ls", copy).splitlines()[0].endswith("of another run")
+
+
+def test_a_checkpoint_of_an_older_format_is_its_runs_when_their_configurations_agree(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    age(step_path(copy / "checkpoints", 12))
+    assert find_checkpoint(copy)[0].manifest.format == 3
+    assert f"{step_path(copy / 'checkpoints', 12)}: whole" in checkpoint("verify", copy)
+
+
+ODD: dict[str, Callable[[dict[str, Any]], object]] = {
+    "samples": lambda c: c["state"]["data"].update(samples_seen=c["state"]["data"]["samples_seen"] + 8),
+    "no position": lambda c: c["state"]["data"].pop("samples_seen"),
+    "updates": lambda c: c.update(optimizer_steps=3000),
+    "states": lambda c: c["states"].pop("token_embed.weight"),
+    "fewer states": lambda c: c["states"].update({"token_embed.weight": ["fp32"]}),
+    "another state": lambda c: c["states"].update({"token_embed.weight": ["fp32", "exp_avg", "other"]}),
+    "a fragment": lambda c: c["shards"][0]["fragments"][0].__setitem__(0, "nobody"),
+    "a shape": lambda c: c["shapes"].update({"token_embed.weight": [10**15, 10**15]}),
+    "a shard less": lambda c: c["shards"].pop(),
+    "another file": lambda c: c["shards"][0].update(file="../../../etc/passwd"),
+    "data": lambda c: c["state"].update(data=[]),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_older_formats_are_checked_for_what_does_not_fit_together(run: Path, tmp_path: Path, what: str) -> None:
+    folder = shutil.copytree(step_path(run / "checkpoints", 12), tmp_path / "step-000000012")
+    change(folder, ODD[what], older=True)
+    with pytest.raises(CheckpointError, match=r"step-000000012/(manifest\.json: damaged|shard-0000\d)"):
+        checkpoint("verify", folder)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_whatever_a_manifest_lacks_what_reads_weights_says_it(run: Path, tmp_path: Path, older: bool) -> None:
+    """A clear error for each key, never a KeyError."""
+    folder = shutil.copytree(step_path(run / "checkpoints", 12), tmp_path / "one")
+    if older:
+        age(folder)
+    raw = (folder / "manifest.json").read_text()
+    for key in ("step", "states", "shapes", "shards", "fragments", "fp32", "state", "token_embed.weight", "config"):
+        assert f'"{key}"' in raw
+        (folder / "manifest.json").write_text(raw.replace(f'"{key}"', '"other"', 1))
+        with pytest.raises(CheckpointError, match=r"one"):
+            open_trained(folder)
+        if key != "config":  # which a comparison does without
+            with pytest.raises(CheckpointError, match=r"one"):
+                checkpoint("diff", folder, run)
+
+
+def test_verify_goes_on_after_a_damaged_one_and_diff_reads_nothing_that_was_altered(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    folder = step_path(copy / "checkpoints", 12)
+    shard = folder / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    done = CliRunner().invoke(app, ["checkpoint", "verify", str(copy)])
+    assert done.output.splitlines() == [f"{step_path(copy / 'checkpoints', step)}: whole" for step in (8, 4)]
+    assert "shard-00001.safetensors: altered" in str(done.exception)
+    with pytest.raises(CheckpointError, match=r"shard-00001.safetensors: altered"):
+        checkpoint("diff", folder, run)
 
 
 @pytest.mark.drill

@@ -20,7 +20,8 @@ from data_pipeline.tokenizer import train_tokenizer
 from launch.cli import app
 from model.sampling import Sampling
 from pretrain import shard
-from pretrain.checkpoint import Checkpoint, step_path
+from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint_folder import step_path
 from pretrain.config import load
 from pretrain.continuation import Continuation, Settings
 from pretrain.run import RunFolder

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import CheckpointError
 from pretrain import retention
-from pretrain.checkpoint import Manifest, complete, step_of, step_path
+from pretrain.checkpoint import Manifest
+from pretrain.checkpoint_folder import complete, step_of, step_path
 from pretrain.retention import prune, reasons
 
 
@@ -19,7 +20,7 @@ def make(root: Path, step: int, loss: float | None = None) -> Path:
     manifest = Manifest(
         step=step,
         optimizer_steps=step,
-        world_size=1,
+        world_size=0,
         zero_stage=1,
         shapes={},
         states={},
@@ -27,12 +28,12 @@ def make(root: Path, step: int, loss: float | None = None) -> Path:
         state={},
         validation_loss=loss,
     )
-    (path / "manifest.json").write_text(manifest.model_dump_json())
+    (path / "manifest.json").write_bytes(manifest.sealed())
     return path
 
 
 def steps(root: Path) -> list[int]:
-    return sorted(step_of(path) for path in root.glob("step-*"))
+    return sorted(int(path.name[5:]) for path in root.glob("step-*"))
 
 
 def test_the_newest_each_kth_and_the_best(tmp_path: Path) -> None:
