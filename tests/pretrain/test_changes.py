@@ -11,9 +11,10 @@ import pytest
 from pydantic import BaseModel
 
 from data_pipeline.errors import RunError
+from pretrain import report_data
 from pretrain.changes import IN_FORK, ON_RESUME
 from pretrain.config import differences, load
-from pretrain.journal import Journal
+from pretrain.journal import Journal, read
 from pretrain.run import RunFolder
 from tests.conftest import RanksFailed
 from tests.runs import SMALL, attempts
@@ -145,3 +146,23 @@ def test_what_may_not_change_is_named_and_leaves_the_run_as_it_was(
         go_on(ranks, stopped, tmp_path / "run", [change])
     for name in ("config.yaml", "run.json"):
         assert (tmp_path / "run" / name).read_bytes() == (stopped / "stopped" / name).read_bytes()
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 4096, b"\xff{}", b"[]", b"[" * 100_000])
+def test_a_damaged_line_of_the_journal_keeps_no_run_from_going_on(
+    ranks: Callable[..., list[Any]], stopped: Path, tmp_path: Path, damage: bytes
+) -> None:
+    """It is named in a warning, and what is learned is what it would have been."""
+    run = shutil.copytree(stopped / "stopped", tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    number = next(i for i, line in enumerate(lines) if b'"step": 3,' in line and b"loss/train" in line)
+    lines[number] = damage + b"\n"
+    (run / "metrics.jsonl").write_bytes(b"".join(lines))
+    ranks(TRAIN, 1, args=[str(run / "config.yaml")])
+    [(_, whole)] = attempts(stopped / "whole" / "metrics.jsonl")
+    taken = dict(pair for _, steps in attempts(run / "metrics.jsonl") for pair in steps.items())
+    assert sorted(whole.keys() - taken.keys()) == [3]
+    assert all(taken[step]["loss/total"] == whole[step]["loss/total"] for step in taken)
+    told = [record.fields["text"] for record in read(run / "metrics.jsonl") if record.kind == "warning"]
+    assert len([text for text in told if text.startswith(f"metrics.jsonl:{number + 1}: ")]) == 1
+    assert [w.fields["text"] for w in report_data.load(run).warnings if w.kind == "damaged"]
