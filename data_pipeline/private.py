@@ -33,4 +33,4 @@ def own_folder(path: Path, kind: type[UserError] = DataError, given: bool = Fals
         what = "open to others, who can write there (chmod go-w closes it, once you have looked at what is in it)"
     else:
         return path
-    raise kind(f"{path} is {what}: name a folder of your own instead")
+    raise kind(f"{path} is {what}: name a folder of your own instead (TMPDIR, DUET_CACHE, data.cache)")

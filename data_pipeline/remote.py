@@ -77,7 +77,9 @@ class RemoteShards:
         name = f"{shard.xxh3_128}.arrow"
         while True:
             found = self.cache.get(name, shard.bytes, lambda out: self._fetch(shard, out), wait)
-            if found is None or name in self._whole or _hash(found.path) == shard.xxh3_128:
+            if found is None or name in self._whole:
+                return found
+            if _hash(found.path) == shard.xxh3_128:
                 self._whole.add(name)
                 return found
             found.lease.close()
@@ -128,6 +130,7 @@ class RemoteShards:
             try:
                 out.seek(0)
                 self._copy(shard, out)
+                self._whole.add(f"{shard.xxh3_128}.arrow")
                 return
             except (OSError, _DamagedError) as error:
                 if attempt == _ATTEMPTS:

@@ -173,3 +173,38 @@ def test_no_flipped_bit_makes_another_dataset(packed: Path, count: int) -> None:
     print(found)
     assert found["different"] == 0
     assert found["refused"] > count * 0.8  # the others are of padding, in plans
+
+
+def test_a_damaged_plan_is_made_anew_and_a_line_says_so(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = Dataset.open(packed)
+    for file in sorted((packed / "packing").glob("*.arrow")):
+        whole = file.read_bytes()
+        heads = whole.index(b"windows"), whole.rindex(b"xxh3") + 20
+        for at in (*heads, len(whole) // 3, len(whole) // 2, len(whole) - 30):
+            for content in (whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :], whole[:at]):
+                file.write_bytes(content)
+                prepare(dataset, 32)
+                assert file.read_bytes() == whole or file.read_bytes() == content
+                if file.read_bytes() == content:  # padding
+                    assert contents_of(dataset)
+                else:
+                    assert str(file) in capsys.readouterr().err
+        file.write_bytes(whole)
+    prepare(dataset, 32)
+    assert capsys.readouterr().err == ""
+
+
+def test_plans_of_the_first_format_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(FORMATS / "format2" / "text", tmp_path / "d")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "d" / "packing").glob("*.arrow")}
+    dataset = Dataset.open(tmp_path / "d")
+    prepare(dataset, 64)
+    windows = {name: dataset.packed_windows("train", 64, name) for name in dataset.sources()}
+    old = {name: found.read(np.arange(len(found))) for name, found in windows.items()}
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "d" / "packing").glob("*.arrow")}
+    shutil.rmtree(tmp_path / "d" / "packing")
+    prepare(dataset, 64)
+    for name, rows in old.items():
+        found = dataset.packed_windows("train", 64, name)
+        assert np.array_equal(found.read(np.arange(len(found))), rows)
+    assert capsys.readouterr().err == ""
