@@ -90,7 +90,7 @@ class Mirror:
     def begin_anew(self) -> None:
         """From now on the folder has a run of its own, that no other folder's journal is in."""
         before = self._state
-        self._state = State(before.uri, before.experiment, self._run_dir.name, before.created, adopt=False)
+        self._state = State(before.uri, before.experiment, text(self._run_dir.name), before.created, adopt=False)
         self._state.save(self._run_dir)
 
     def compare(self) -> None:

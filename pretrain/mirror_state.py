@@ -74,7 +74,7 @@ class State:
 
     def save(self, run_dir: Path) -> None:
         """Replace the file as a whole."""
-        self.folder = str(run_dir.resolve())
+        self.folder = str(run_dir.resolve()).encode("utf-8", "backslashreplace").decode()
         content = {"format": FORMAT} | asdict(self)
         write_json(state_path(run_dir), {"hash": _hash(content)} | content)
 

@@ -197,7 +197,7 @@ class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     """`offline`: `duet track sync` sends it later; `off`: the journal only, no MLflow."""
     uri: str | None = None
     """Tracking server or store; the sqlite file `mlflow.db` beside the run folder unless given."""
-    experiment: str = "duet"
+    experiment: str = Field(default="duet", min_length=1, max_length=500)
     """Name of the MLflow experiment."""
 
     @field_validator("uri")

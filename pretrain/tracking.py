@@ -91,30 +91,29 @@ class Tracker:
         return self._complete and not self._thread.is_alive()
 
     def _run(self) -> None:
-        pause, failures = POLL_SECONDS, 0
+        pause, failures, told = POLL_SECONDS, 0, False
         while True:
             last = self._closing.is_set()
             try:
                 self._mirror.ship()
                 if last:
                     self._mirror.send_verdict()
-                if (
-                    last or self._mirror.files_due
-                ):  # after the metrics: a store that refuses files must not hold them up
+                # After the metrics: a store that refuses files must not hold them up.
+                if last or self._mirror.files_due:
                     self._mirror.send_files()
             except Exception as error:  # whatever it is, training goes on
-                failures += 1
-                slow = is_slow(error) and wait_longer()
-                if failures == 2:  # once is no more than a connection that was closed
-                    place = self._mirror.place
+                failures, pause = failures + 1, min(2 * pause, LONGEST_PAUSE_SECONDS)
+                mistake, slow = isinstance(error, RunError), is_slow(error) and wait_longer()
+                # Once may be no more than a connection that was closed; what the user has to mend is told at once.
+                if not told and (mistake or failures > 1):
+                    told, place = True, self._mirror.place
                     self._say(f"MLflow at {place} failed and is tried again; the journal keeps all: {brief(error)}")
-                if last and (slow or failures == 1):
+                if last and not mistake and (slow or failures == 1):
                     continue
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             else:
-                if failures > 1:
+                if told:
                     self._say(f"MLflow at {self._mirror.place} is back and has all")
-                pause, failures = POLL_SECONDS, 0
+                pause, failures, told = POLL_SECONDS, 0, False
             if last:
                 self._complete = not failures
                 return

@@ -176,6 +176,11 @@ def test_a_copied_run_folder_becomes_a_run_of_its_own_when_its_owner_says_so(run
     journal.metrics(6, {"loss/train": 0.1})
     with pytest.raises(RunError, match=f"a copy of {run.path}.*duet track sync {copy} --new-run"):
         sync(copy)
+    said: list[str] = []
+    tracker = Tracker(copy, said.append)
+    tracker.start()
+    assert not tracker.close(60.0)
+    assert [f"duet track sync {copy} --new-run" in text for text in said] == [True]
     done = sync(copy, new_run=True)
     assert (done.run_id != original, done.num_metrics) == (True, 5 * 3 + 2)
     assert assert_mirrors(copy) == 5 * 3 + 2
