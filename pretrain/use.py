@@ -1,5 +1,6 @@
 """A trained model after the run: where it is read from, and its validation."""
 
+import sys
 from pathlib import Path
 
 from data_pipeline.dataset import Dataset
@@ -35,8 +36,13 @@ def open_trained(path: Path, step: int | None = None) -> Trained:
 def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> dict[str, float]:
     """Validation metrics of a checkpoint over all held-out text, as `evaluate` gives them.
 
+    Says on standard error when that text is of another dataset than the checkpoint's.
+
     Args:
         rounding: of learned dropout's masks, one of EVAL_ROUNDINGS; the run's own unless given.
+
+    Raises:
+        DataError: the dataset is missing, or has another tokenizer.
     """
     if is_export(run):
         raise ConfigError(f"{run} is an export, and does not say where its held-out text lies; name the run folder")
@@ -44,7 +50,15 @@ def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> di
     if rounding:
         config = _rounded(run, config, rounding)
     model = read_model(checkpoint, config)
+    tokenizer_of(checkpoint, config)  # as many pieces may be others
     dataset = Dataset.of(config.data)
+    trained_on = checkpoint.manifest.state.get("data", {}).get("fingerprint", dataset.manifest.fingerprint)
+    if trained_on != dataset.manifest.fingerprint:
+        print(
+            f"warning: {config.data.path} is dataset {dataset.manifest.fingerprint[:12]}, and {checkpoint.path} was "
+            f"trained on {trained_on[:12]}: its held-out text may be another, and may have been trained on",
+            file=sys.stderr,
+        )
     windows = held_out(dataset, config)
     with join(config.engine.timeout_minutes) as ranks:
         batch = max(1, 8192 // config.model.context)
