@@ -17,7 +17,7 @@ def write_report(run_dirs: list[Path], out: Path | None) -> Path:
     """Read the runs and write a page about them, with pictures, as `write` does.
 
     Args:
-        run_dirs: run folders; several are laid over each other and sorted by validation loss.
+        run_dirs: run folders; several are laid over each other and sorted by validation.
         out: the page; without it `report.html` in the run folder, or beside it for several.
 
     Returns:
@@ -42,8 +42,12 @@ def write_report(run_dirs: list[Path], out: Path | None) -> Path:
 
 
 def write(runs: list[RunData], out: Path) -> None:
-    """Write the page `out`, a picture of all of it ending in .png, and each plot into a folder ending in -plots."""
-    runs = sorted(runs, key=_validation_loss)
+    """Write the page `out`, a picture of all of it ending in .png, and each plot into a folder ending in -plots.
+
+    Runs of one dataset are sorted by their loss, others by bits per byte: tokens are not the same there.
+    """
+    measure = VALIDATION if len(_datasets(runs)) == 1 else BITS_PER_BYTE
+    runs = sorted(runs, key=lambda run: _value(run, measure))
     plots = out.with_name(f"{out.stem}-plots")
     plots.mkdir(parents=True, exist_ok=True)
     pictures = [html.Picture(panel.title, panel_png(panel, runs), panel.wide) for panel in panels(runs)]
@@ -103,8 +107,7 @@ def _several_runs(runs: list[RunData], pictures: list[html.Picture]) -> str:
         ]
         for run in runs
     ]
-    best = f"Lowest validation loss: {runs[0].name}, {_number(runs[0].last(VALIDATION))} nats per token."
-    lines = (best,) if runs[0].last(VALIDATION) is not None else ()
+    lines = _best(runs)
     body = [html.heading(f"{len(runs)} runs", None, lines), html.section("Runs", html.table(columns, rows))]
     if pictures:
         body.append(html.section("Course", html.plots(pictures)))
@@ -115,9 +118,27 @@ def _several_runs(runs: list[RunData], pictures: list[html.Picture]) -> str:
     return html.page(f"{len(runs)} runs: training report", body)
 
 
-def _validation_loss(run: RunData) -> float:
-    loss = run.last(VALIDATION)
-    return loss if loss is not None and not math.isnan(loss) else math.inf
+def _best(runs: list[RunData]) -> tuple[str, ...]:
+    """The first of the sorted runs, and what its lead means."""
+    loss, bits = runs[0].last(VALIDATION), runs[0].last(BITS_PER_BYTE)
+    if len(_datasets(runs)) == 1:
+        return () if loss is None else (f"Lowest validation loss: {runs[0].name}, {_number(loss)} nats per token.",)
+    differ = (
+        "These runs were trained on different datasets: nats per token do not compare, and bits per byte do only where "
+        "the held-out text is the same."
+    )
+    return (differ,) if bits is None else (differ, f"Fewest bits per byte: {runs[0].name}, {_number(bits)}.")
+
+
+def _datasets(runs: list[RunData]) -> set[str]:
+    """Fingerprints; runs that do not tell theirs count as of one."""
+    found = (run.facts.get("dataset") for run in runs)
+    return {str(dataset.get("fingerprint")) for dataset in found if isinstance(dataset, dict)} or {""}
+
+
+def _value(run: RunData, measure: str) -> float:
+    value = run.last(measure)
+    return value if value is not None and not math.isnan(value) else math.inf
 
 
 def _status(run: RunData) -> str:

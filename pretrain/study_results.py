@@ -14,7 +14,7 @@ from pathlib import Path
 from data_pipeline.atomic import write_atomic
 from data_pipeline.errors import RunError
 from model.flops import training_flops_per_token
-from pretrain.config import Config
+from pretrain.config import Config, differences
 from pretrain.journal import FORMAT, Point, Record, line_of, read, series
 from pretrain.report_data import BITS_PER_BYTE, VALIDATION
 from pretrain.study import Study, StudyRun
@@ -26,6 +26,8 @@ ROUNDINGS = "roundings.json"
 KEPT = ("loss/", "gate/", "penalty/", "data/", "optim/", "time/tokens_per_second")
 """What the names of the metrics that are kept begin with: what was learned, not how the machine fared."""
 SPEED = "time/tokens_per_second"
+LEARNED = ("batch.tokens", "data.objective", "model.", "optimizer.", "run.seed", "schedule.", "train.steps")
+"""What the names of the settings begin with that decide what is learned; the vocabulary is the dataset's."""
 
 
 def keep(run: StudyRun, folder: Path) -> bool:
@@ -150,11 +152,19 @@ def _read(run: StudyRun, folder: Path) -> Result:
     start = next((record.fields for record in records if record.kind == "start" and "config" in record.fields), None)
     if start is None:
         raise RunError(f"{place / JOURNAL}: its beginning is damaged; collect it again from its run")
+    config = Config.model_validate(start["config"])
+    changed = [
+        f"{key}: {kept} in the run, {now} in the study"
+        for key, (kept, now) in differences(config, run.config()).items()
+        if key.startswith(LEARNED) and key != "model.vocab_size"
+    ]
+    if changed:
+        raise RunError(f"{place}: kept of a run of other settings: {'; '.join(changed)}; remove it, and train it again")
     roundings = place / ROUNDINGS
     return Result(
         run=run,
         points=series(records),
-        config=Config.model_validate(start["config"]),
+        config=config,
         parameters=start["parameters"],
         roundings=json.loads(roundings.read_text()) if roundings.is_file() else {},
     )

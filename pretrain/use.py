@@ -38,6 +38,8 @@ def open_trained(path: Path, step: int | None = None) -> Trained:
 def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> dict[str, float]:
     """Validation metrics of a checkpoint over all held-out text, as `evaluate` gives them.
 
+    Says on standard error when that text is of another dataset than the checkpoint's.
+
     Args:
         rounding: of learned dropout's masks, one of EVAL_ROUNDINGS; the run's own unless given.
 
@@ -51,13 +53,13 @@ def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> di
         config = _rounded(run, config, rounding)
     model = read_model(checkpoint, config)
     own_caches()
+    tokenizer_of(checkpoint, config)  # as many pieces may be others
     dataset = Dataset.of(config.data)
-    tokenizer_of(checkpoint, config)
-    trained_on = checkpoint.manifest.state["data"]["fingerprint"]
-    if dataset.manifest.fingerprint != trained_on:
+    trained_on = checkpoint.manifest.state.get("data", {}).get("fingerprint", dataset.manifest.fingerprint)
+    if trained_on != dataset.manifest.fingerprint:
         print(
-            f"warning: {dataset.name} is dataset {dataset.manifest.fingerprint[:12]}, {checkpoint.path} was trained on "
-            f"{trained_on[:12]}: its held-out text may be another",
+            f"warning: {config.data.path} is dataset {dataset.manifest.fingerprint[:12]}, and {checkpoint.path} was "
+            f"trained on {trained_on[:12]}: its held-out text may be another, and may have been trained on",
             file=sys.stderr,
         )
     windows = held_out(dataset, config)

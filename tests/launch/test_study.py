@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, RunError
 from pretrain.journal import read
 from pretrain.study import load_study
+from pretrain.study_results import Results
 from tests.runs import CHARACTERS, ROOT, SMALL, build_dataset, duet, start_duet, wait_for_step
 
 MASKS = ["model.learned_dropout.enabled=true", "model.learned_dropout.entropy.ramp_steps=0"]
@@ -110,6 +111,8 @@ def test_a_study_is_stopped_and_goes_on_and_its_page_follows_from_what_it_kept(f
     )
     refused = duet("study", "run", "small.yaml", cwd=folder)
     assert refused.returncode == 2 and "train.steps: 60 in the run, 61 now" in refused.stderr
+    untold = duet("study", "report", "small.yaml", cwd=folder)
+    assert untold.returncode == 2 and "train.steps: 60 in the run, 61 in the study" in untold.stderr
 
 
 def loss(folder: Path, place: str) -> float:
@@ -151,6 +154,18 @@ def test_a_file_that_is_no_study_is_told(tmp_path: Path, content: bytes, said: s
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(ConfigError, match="pipe.yaml: no such file"):
         load_study(tmp_path / "pipe.yaml")
+
+
+def test_what_was_kept_of_other_settings_is_not_told(tmp_path: Path) -> None:
+    """Neither by an arm whose settings were changed, nor by one that took the name of another."""
+    study = load_study(ROOT / "docs" / "experiments" / "learned-dropout.yaml")
+    run = study.runs()[0]
+    kept = ROOT / "docs" / "experiments" / "learned-dropout" / "journals"
+    assert Results(study, kept).of(run.section, run.arm, run.setting)
+    arm = study.sections[run.section].arms[run.arm]
+    arm.config.append("optimizer.weight_decay=0.5")
+    with pytest.raises(RunError, match=r"optimizer.weight_decay: [0-9.]+ in the run, 0.5 in the study"):
+        Results(study, kept).of(run.section, run.arm, run.setting)
 
 
 def test_arms_that_are_to_be_equal_and_are_not(folder: Path) -> None:

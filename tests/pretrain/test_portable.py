@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import CheckpointError, ConfigError, DataError, RunError
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.tokenizer import TOKENIZER, model_file, train_tokenizer
 from launch.cli import app
 from model.sampling import Sampling
 from pretrain import shard
@@ -26,8 +26,8 @@ from pretrain.config import load
 from pretrain.continuation import Continuation, Settings
 from pretrain.run import RunFolder
 from pretrain.trained import find_checkpoint, read_model
-from pretrain.use import open_trained
-from tests.runs import ROOT
+from pretrain.use import evaluate_run, open_trained
+from tests.runs import CHARACTERS, ROOT
 
 Ranks = Callable[..., list[Any]]
 
@@ -233,3 +233,24 @@ def test_the_documented_lines_of_plain_torch(
     names: dict[str, Any] = {}
     exec(program, names)
     assert torch.equal(names["logits"], open_trained(exported).model(names["ids"]))
+
+
+def test_a_run_is_evaluated_on_its_own_dataset(
+    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another one behind the same path is told, and refused if its tokens mean other text."""
+    moved, data = shutil.copytree(run, tmp_path / "run"), tmp_path / "data"
+    config = (run / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(config.replace(str(dataset), str(data)))
+    data.symlink_to(dataset)
+    evaluate_run(moved, None)
+    assert "warning" not in capsys.readouterr().err
+    data.unlink()
+    tokenizer = f"data.tokenizer.model={model_file(dataset / TOKENIZER)}"
+    duet("data", "build", CHARACTERS, tokenizer, f"data.sources.text.paths=[{ROOT / 'README.md'}]", f"data.path={data}")
+    capsys.readouterr()
+    evaluate_run(moved, None)
+    assert "its held-out text may be another" in capsys.readouterr().err
+    model_file(data / TOKENIZER).write_bytes(train_tokenizer(["other text"], TokenizerConfig(type="char"), 0))
+    with pytest.raises(DataError, match="wrong tokenizer"):
+        evaluate_run(moved, None)

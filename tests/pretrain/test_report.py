@@ -166,6 +166,24 @@ def test_several_runs_are_sorted_by_validation_loss(run_dir: Path, monkeypatch: 
     assert rows == ["tiny &lt;&amp;&gt; run", "b", "c"]
 
 
+def test_runs_of_different_datasets_are_sorted_by_bits_per_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_plots, "PANELS", PANELS[:1])
+    for name, loss, bits in (("coarse", 1.0, 2.0), ("fine", 2.0, 1.0)):
+        (tmp_path / name).mkdir()
+        facts = FACTS | {"name": name, "dataset": {"path": "d", "fingerprint": name * 8, "order0_entropy": 4.0}}
+        (tmp_path / name / "run.json").write_text(json.dumps(facts))
+        journal = Journal(tmp_path / name / "metrics.jsonl", 1)
+        journal.metrics(1, {"loss/val": loss, "loss/val_bits_per_byte": bits})
+        journal.close()
+    text = write_report([tmp_path / "coarse", tmp_path / "fine"], None).read_text()
+    assert re.findall(r"<tr><td>(.*?)</td>", text) == ["fine", "coarse"]
+    assert "nats per token do not compare" in text
+    assert "Fewest bits per byte: fine, 1.0000." in text
+    assert "Lowest validation loss" not in text
+
+
 def test_what_is_not_a_run_folder_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no such folder; expected a run folder, with metrics\.jsonl"):
         write_report([tmp_path / "nowhere"], None)
