@@ -122,7 +122,7 @@ def reporting(ranks: Ranks, args: list[str], what: str, at_end: bool) -> list[in
     Engine.train_step = interrupt  # type: ignore[method-assign,assignment]
     report.write = write
     if what == "journal":
-        recorder.load = load_data
+        recorder.load = load_data  # type: ignore[assignment]
     request = trainer.train(load(args), ranks, stop, time.time(), FailureFile(ranks.rank))
     return [request, stop.code]
 
@@ -133,7 +133,7 @@ def sampling(ranks: Ranks, args: list[str]) -> int:
     def fail(*given: Any) -> str:
         raise MemoryError("no room for a cache")
 
-    trainer.sample_text = fail
+    trainer.sample_text = fail  # type: ignore[assignment]
     return run(ranks, args)
 
 
