@@ -26,8 +26,8 @@ from pretrain.engine import ADAM_STATES, Engine, Fragment
 from pretrain.rng import restore_rng_states
 from pretrain.shard import Shard, hash_file
 
-FORMAT = 3
-"""The second had no buffers."""
+FORMAT = 4
+"""The second had no buffers. Up to the third, labels weighed alike within a micro-batch only."""
 OLDEST_FORMAT = 1
 """Which had AdamW only and did not name the states."""
 

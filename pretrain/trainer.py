@@ -348,9 +348,12 @@ def _restore(
     Raises:
         CheckpointError: none is whole, or those that the journal tells of are gone.
         DataError: it was trained on other data, or they do not last until the end.
+        RunError: labels weighed otherwise when it was trained.
     """
     found = checkpoint.newest(folder.checkpoints, ranks, recorder.warning)
-    if not found:
+    if found:
+        _check_weighing(found.manifest, config, folder)
+    else:
         ranks.together(folder.check_never_saved)
         if config.run.start_from is not None:
             found = ranks.together(lambda: checkpoint.Checkpoint(origin.checkpoint_folder(config)))
@@ -373,6 +376,18 @@ def _restore(
     data = ranks.together(load)
     ranks.together(lambda: folder.describe(dataset=identity(config, dataset)), only_first=True)
     return step, data
+
+
+def _check_weighing(manifest: checkpoint.Manifest, config: Config, folder: RunFolder) -> None:
+    """Whether the rest of the run would weigh labels as its beginning did. Raises RunError."""
+    if manifest.format >= 4 or not config.labels_vary or manifest.step >= config.train.steps:
+        return
+    new = "run.dir=NEW" if config.run.dir else "run.name=NEW"
+    raise RunError(
+        f"{folder.path}: an older version has trained this run, in which labels weighed alike within a micro-batch; "
+        "now they do over the whole step. Here micro-batches hold unequal numbers of labels, so it would go on as "
+        f"another run; begin a new one with its checkpoint: duet train --from {folder.path}@{manifest.step} {new}"
+    )
 
 
 def _facts(config: Config, ranks: Ranks, dataset: Dataset, parameters: int) -> dict[str, Any]:
