@@ -69,8 +69,9 @@ def prefix(tokens: np.ndarray, positions: np.ndarray, seed: int) -> tuple[np.nda
     return inputs, labels, lengths
 
 
-def joined_pairs(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs int64 [B, 2 T] for a decoder alone: inputs [B, T], labels [B, T], prefix lengths int64 [B].
+def joined_pairs(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs int64 [B, 2 T] for a decoder alone: inputs [B, T], labels [B, T], prefix lengths int64 [B], and which
+    inputs are padding, bool [B, T].
 
     The source is the prefix, which may be seen whole; labels are the target's. Of pairs of more than T + 1 tokens the
     source is cut to what the target leaves, but not below half of them, and then the target.
@@ -87,7 +88,7 @@ def joined_pairs(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
         joined[row, prefix : prefix + target] = targets[row, :target]
     inputs, labels = causal(joined)
     labels[np.arange(context) < prefixes[:, None] - 1] = IGNORE
-    return inputs, labels, prefixes
+    return inputs, labels, prefixes, joined[:, :-1] < 0
 
 
 def masked(

@@ -26,7 +26,9 @@ class TokenLoss(NamedTuple):
     """[B, T]: cross entropy of each label, 0 where it is IGNORE; None while gradients are recorded."""
 
 
-def token_loss(x: Tensor, table: Tensor, labels: Tensor, smoothing: float, z_weight: float) -> TokenLoss:
+def token_loss(
+    x: Tensor, table: Tensor, labels: Tensor, smoothing: float, z_weight: float, count: Tensor | None = None
+) -> TokenLoss:
     """Loss of the logits x · table^T against the labels.
 
     With p = softmax(logits), Z = sum of exp(logits) and smoothing ε it is, for each token,
@@ -42,12 +44,13 @@ def token_loss(x: Tensor, table: Tensor, labels: Tensor, smoothing: float, z_wei
         labels: [B, T] int64.
         smoothing: in [0, 1).
         z_weight: at least 0.
+        count: 0-d, what the sums are divided by; the number of labels that are not IGNORE unless given.
     """
     chunk = chunk_tokens(labels.numel(), *table.shape)
     loss, cross_entropy, z_loss, by_token = _ChunkedLoss.apply(
         x.flatten(0, -2), table, labels.flatten(), smoothing, z_weight, chunk, torch.is_grad_enabled()
     )
-    count = (labels != IGNORE).sum().clamp(min=1)
+    count = (labels != IGNORE).sum().clamp(min=1) if count is None else count.to(loss.dtype)
     by_token = None if by_token is None else by_token.view_as(labels)
     return TokenLoss(loss / count, cross_entropy / count, z_loss / count, by_token)
 

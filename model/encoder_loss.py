@@ -5,6 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import ModelConfig
+from model.means import mean
+from model.telemetry import MOMENTS, moments
+from model.visibility import CAUSAL, Visible
 
 _EPS = 1e-6
 
@@ -27,17 +30,18 @@ class EncoderLoss(nn.Module):
         self.embedding_norm = nn.Identity() if loss.embedding_norm == "none" else norm()
         self.output_norm = norm() if loss.output_norm else nn.Identity()
 
-    def forward(self, embedded: Tensor, output: Tensor, positions: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, embedded: Tensor, output: Tensor, visible: Visible = CAUSAL) -> dict[str, Tensor]:
         """Compare the embedded tokens with the encoder's output, both [B, T, C].
 
-        `positions` [B, T]: place of each token in its document, at whose start the running mean begins anew.
+        `visible` says where padding is, and which place each token has in its document, at whose start the running
+        mean begins anew.
 
         Returns:
-            0-d float32: `encoder_loss`, without its weight, and of both sides of the comparison (`_embedding` and
-            `_output`) `encoder_loss_…_std` over all elements, which goes to 0 when a side shrinks, and
-            `encoder_loss_…_spread`, the standard deviation over tokens (root mean square over channels), which goes
-            to 0 when all tokens become alike.
+            `encoder_loss`, 0-d float32, without its weight, and the `telemetry.moments` of both sides of the
+            comparison, `encoder_loss_embedding_moments` and `encoder_loss_output_moments`: of these `telemetry.told`
+            makes `…_std`, which goes to 0 when a side shrinks, and `…_spread`, which does when all tokens become alike.
         """
+        positions = visible.positions
         detach, norm = self._config.detach, self._config.embedding_norm
         embedded = embedded.detach() if detach == "embedding" else embedded
         output = output.detach() if detach == "encoder_output" else output
@@ -56,19 +60,16 @@ class EncoderLoss(nn.Module):
             average = self.embedding_norm(average.to(embedded.dtype)).to(exact)
         target = self.output_norm(output).to(exact)
         return {
-            "encoder_loss": self._distance(average, target),
-            "encoder_loss_embedding_std": average.detach().std(correction=0),
-            "encoder_loss_output_std": target.detach().std(correction=0),
-            "encoder_loss_embedding_spread": _spread(average),
-            "encoder_loss_output_spread": _spread(target),
+            "encoder_loss": self._distance(average, target, visible),
+            f"encoder_loss_embedding{MOMENTS}": moments(average, visible),
+            f"encoder_loss_output{MOMENTS}": moments(target, visible),
         }
 
-    def _distance(self, average: Tensor, target: Tensor) -> Tensor:
+    def _distance(self, average: Tensor, target: Tensor, visible: Visible) -> Tensor:
         if self._config.kind == "mse":
-            return functional.mse_loss(average, target)
+            if visible.padding is None:  # in one go, which rounds otherwise
+                return functional.mse_loss(average, target)
+            return mean(functional.mse_loss(average, target, reduction="none"), visible)
         likeness = (functional.cosine_similarity(average, target, dim=-1) + 1.0) / 2.0
-        return (1.0 - likeness).mean() if self._config.kind == "cosine" else -likeness.clamp(min=_EPS).log().mean()
-
-
-def _spread(x: Tensor) -> Tensor:
-    return x.detach().flatten(0, 1).var(dim=0, correction=0).mean().sqrt()
+        distance = 1.0 - likeness if self._config.kind == "cosine" else -likeness.clamp(min=_EPS).log()
+        return mean(distance, visible)

@@ -3,10 +3,20 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 IGNORE = -100
 """A label that counts for nothing."""
+
+
+class Counts(NamedTuple):
+    """What sums over a micro-batch are divided by, to become means. 0-d, above 0."""
+
+    labels: Tensor
+    """Of all that is said of labels, and of the positions of a decoder that reads padded targets."""
+    tokens: Tensor
+    """Of all that is said of the inputs' positions, where some are padding."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class Batch:
     """Of the run; keys the noise."""
     segment_ids: Tensor | None = None
     """[B, T]: number of each token's document in its row, which attention does not leave; padding has a number
-    of its own, and -1 where a norm may ask. None: a row is one document. The decoder of an `encoder_decoder` reads
+    of its own. None: a row is one document. The decoder of an `encoder_decoder` reads
     segment 0 alone."""
     position_ids: Tensor | None = None
     """[B, T] int64: place of each token in its document; its place in the row unless given."""
@@ -33,14 +43,30 @@ class Batch:
     """[B] int64: so many tokens at the start of each row are seen by all of it."""
     decoder_input_ids: Tensor | None = None
     """[B, U] int64: what the decoder of an `encoder_decoder` reads, U <= N; `labels` are [B, U] then."""
+    padding: Tensor | None = None
+    """[B, T] bool: True where a position of the inputs holds no token and counts for nothing; nowhere unless given.
+    The decoder of an `encoder_decoder` then has padding where the labels are IGNORE."""
+    counts: Counts | None = None
+    """The batch's own numbers unless given. Where the micro-batches of a step hold unequal numbers, the means of these:
+    then the mean over the micro-batches is the mean over all labels, or tokens, of the step."""
+
+    def num_labels(self) -> Tensor:
+        """Labels that are not IGNORE, 0-d int64."""
+        return (self.labels != IGNORE).sum()
+
+    def num_tokens(self) -> Tensor:
+        """Positions of the inputs that are not padding, 0-d int64."""
+        holds = torch.ones_like(self.input_ids, dtype=torch.bool) if self.padding is None else ~self.padding
+        return holds.sum()
 
 
 class ModelOutput(NamedTuple):
     """Result of a forward pass. A tuple, so that ZeRO-3's hooks find the loss inside."""
 
     loss: Tensor
-    """0-d: the objective, penalties included."""
+    """0-d: the objective, penalties included. Of a step it is the mean over the micro-batches of all ranks."""
     metrics: dict[str, Tensor]
-    """Detached 0-d tensors by name; `cross_entropy` (nats, mean over labels that count) is always there."""
+    """Detached tensors by name, of a step the means over the micro-batches of all ranks; 0-d, but for moments, of which
+    `telemetry.told` makes numbers. `cross_entropy` (nats, mean over labels that count) is always there."""
     by_token: Tensor | None = None
     """[B, T]: cross entropy of each label in nats, 0 where it is IGNORE; None while gradients are recorded."""

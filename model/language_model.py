@@ -84,7 +84,8 @@ class LanguageModel(Cached):
             raise ValueError("model.document_mask is on, and the batch does not say where documents are")
         x, statistics, encoder_loss = self.hidden(inputs.input_ids, keys, inputs)
         smoothing, z_weight = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
-        tokens = self.token_embed(x, inputs.labels, smoothing, z_weight)
+        count = None if inputs.counts is None else inputs.counts.labels
+        tokens = self.token_embed(x, inputs.labels, smoothing, z_weight, count)
         return objective(tokens, inputs, statistics, encoder_loss, self.config, self.training)
 
     def predict(

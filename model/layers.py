@@ -48,9 +48,16 @@ class TiedEmbedding(Embedding):
     @overload
     def forward(self, inputs: Tensor) -> Tensor: ...
     @overload
-    def forward(self, inputs: Tensor, labels: Tensor, smoothing: float, z_weight: float) -> TokenLoss: ...
     def forward(
-        self, inputs: Tensor, labels: Tensor | None = None, smoothing: float = 0.0, z_weight: float = 0.0
+        self, inputs: Tensor, labels: Tensor, smoothing: float, z_weight: float, count: Tensor | None
+    ) -> TokenLoss: ...
+    def forward(
+        self,
+        inputs: Tensor,
+        labels: Tensor | None = None,
+        smoothing: float = 0.0,
+        z_weight: float = 0.0,
+        count: Tensor | None = None,
     ) -> Tensor | TokenLoss:
         """ids [B, T] int64 -> vectors [B, T, C]; vectors [B, T, C] -> logits [B, T, V], or their loss.
 
@@ -60,7 +67,7 @@ class TiedEmbedding(Embedding):
             return super().forward(inputs)
         if labels is None:
             return functional.linear(inputs, self.weight)
-        return token_loss(inputs, self.weight, labels, smoothing, z_weight)
+        return token_loss(inputs, self.weight, labels, smoothing, z_weight, count)
 
 
 def stream_norm(config: ModelConfig, *, both_ways: bool = False) -> nn.LayerNorm | nn.RMSNorm | BatchNorm:

@@ -13,6 +13,7 @@ from model.dropout import SiteDropout, Statistics, noise_site
 from model.layers import INIT_STD, Linear
 from model.losses import entropy, l1
 from model.mask_config import Site
+from model.means import mean
 from model.noise import sample_keys, uniform, uniform_at
 from model.telemetry import mask_statistics
 from model.visibility import CAUSAL, Visible
@@ -35,7 +36,8 @@ class LearnedDropout(SiteDropout, Cached):
     """x -> x * m, with m = 0.5 cos(angle(x) + shift) + 0.5 rounded as configured (docs/model.md B1-B3)."""
 
     sides: list[Tensor] | None = None
-    """While it is a list, each forward pass adds which elements of m are at least 0.5: [B, T, C] bool."""
+    """While it is a list, each forward pass adds which elements of m are at least 0.5: [B, T, C] bool,
+    or, where there is padding, [tokens, C]."""
 
     def __init__(self, config: ModelConfig, site: Site, layer: int) -> None:
         """`layer` counts from 0 in its stream."""
@@ -55,9 +57,9 @@ class LearnedDropout(SiteDropout, Cached):
         """Mask x; see `SiteDropout.forward`."""
         mask = self._mask(x, source, visible)
         if self.sides is not None:
-            self.sides.append(mask >= 0.5)
+            self.sides.append(mask >= 0.5 if visible.padding is None else (mask >= 0.5)[~visible.padding])
         used = self._round(mask, keys, visible.positions)
-        statistics = {self.name: self._statistics(mask, used)} if self.cache is None else {}
+        statistics = {self.name: self._statistics(mask, used, visible)} if self.cache is None else {}
         return x * used.to(x.dtype), statistics
 
     def kept(self, x: Tensor, source: Tensor | None, visible: Visible) -> Tensor:
@@ -99,14 +101,14 @@ class LearnedDropout(SiteDropout, Cached):
     def _noise(self, keys: Tensor, mask: Tensor) -> Tensor:
         return uniform(keys, self._noise_site, (mask.shape[1], mask.shape[2]))
 
-    def _statistics(self, mask: Tensor, used: Tensor) -> dict[str, Tensor]:
+    def _statistics(self, mask: Tensor, used: Tensor, visible: Visible) -> dict[str, Tensor]:
         """`entropy` and `l1`, as penalised, carry gradients; `mask_slope` is the mean |dm/dangle|, at most 0.5."""
         m = mask.detach()
         return {
-            "entropy": entropy(mask, self.config.entropy.kind),
-            "l1": l1(mask, self.config.l1.kind),
-            "mask_slope": (m * (1.0 - m)).sqrt().mean(),
-        } | mask_statistics(m, used.detach() >= 0.5)
+            "entropy": entropy(mask, self.config.entropy.kind, visible),
+            "l1": l1(mask, self.config.l1.kind, visible),
+            "mask_slope": mean((m * (1.0 - m)).sqrt(), visible),
+        } | mask_statistics(m, used.detach() >= 0.5, visible)
 
 
 class MaskSource(nn.Module):

@@ -6,18 +6,20 @@ import torch
 from torch import Tensor
 
 from model.mask_config import PenaltyConfig
+from model.means import mean
+from model.visibility import CAUSAL, Visible
 
 _EPS = 1e-6
 
 
-def entropy(mask: Tensor, kind: Literal["shannon", "complement", "binary"]) -> Tensor:
+def entropy(mask: Tensor, kind: Literal["shannon", "complement", "binary"], visible: Visible = CAUSAL) -> Tensor:
     """Mean entropy in bits of mask values in [0, 1], before rounding (docs/model.md B4).
 
     `shannon` is -m log2 m, `complement` the same of 1 - m, `binary` their sum. Gradients are finite at 0 and 1,
     where they vanish.
 
     Args:
-        mask: any shape, float32.
+        mask: any shape, float32; [B, T, C] where `visible` knows of padding, which is left out.
 
     Returns:
         0-d float32.
@@ -25,15 +27,15 @@ def entropy(mask: Tensor, kind: Literal["shannon", "complement", "binary"]) -> T
     m = mask.clamp(_EPS, 1.0 - _EPS)
     bits = torch.zeros((), device=m.device)
     if kind in ("shannon", "binary"):
-        bits = bits - (m * m.log2()).mean()
+        bits = bits - mean(m * m.log2(), visible)
     if kind in ("complement", "binary"):
-        bits = bits - ((1.0 - m) * (1.0 - m).log2()).mean()
+        bits = bits - mean((1.0 - m) * (1.0 - m).log2(), visible)
     return bits
 
 
-def l1(mask: Tensor, kind: Literal["linear", "squared"]) -> Tensor:
-    """Mean of m, or of m²/2, over mask values before rounding (docs/model.md B5). Any shape -> 0-d float32."""
-    return mask.mean() if kind == "linear" else mask.square().mean() / 2
+def l1(mask: Tensor, kind: Literal["linear", "squared"], visible: Visible = CAUSAL) -> Tensor:
+    """Mean of m, or of m²/2, over mask values before rounding (docs/model.md B5). Shapes as above -> 0-d float32."""
+    return mean(mask, visible) if kind == "linear" else mean(mask.square(), visible) / 2
 
 
 def weight_at(step: Tensor, penalty: PenaltyConfig) -> Tensor:

@@ -30,13 +30,14 @@ def objective(
         metrics["z_loss"] = tokens.z_loss
     if statistics:
         masks = list(statistics.values())
-        mean = {name: torch.stack([mask[name] for mask in masks]).mean() for name in masks[0]}
+        numbers = [name for name, value in masks[0].items() if not value.ndim]
+        mean = {name: torch.stack([mask[name] for mask in masks]).mean() for name in numbers}
         for name, penalty in _penalties(config).items():
             weight = metrics[f"{name}_weight"] = weight_at(batch.step, penalty)
             if training:
                 loss = loss + weight * mean[name]
         metrics |= mean
-        metrics |= {f"{name}/{mask}": values[name] for name in mean for mask, values in statistics.items()}
+        metrics |= {f"{name}/{mask}": values[name] for name in masks[0] for mask, values in statistics.items()}
     if encoder_loss:
         loss = loss + config.encoder_loss.weight * encoder_loss["encoder_loss"]
         metrics |= encoder_loss

@@ -8,7 +8,7 @@ from model.blocks import DecoderLayer, EncoderLayer, Residual
 from model.config import ModelConfig
 from model.dropout import Statistics
 from model.layers import FeedForward, activate
-from model.visibility import CAUSAL
+from model.visibility import CAUSAL, Visible
 
 
 class Pair(nn.Module):
@@ -24,7 +24,7 @@ class Pair(nn.Module):
         self._layers = (encoder, decoder)  # in a tuple: else their parameters would have a second name
 
     def forward(
-        self, encoded: Tensor, x: Tensor, keys: Tensor | None, source: Tensor | None
+        self, encoded: Tensor, x: Tensor, keys: Tensor | None, source: Tensor | None, visible: Visible = CAUSAL
     ) -> tuple[Tensor, Tensor, Statistics]:
         """Both streams one layer on.
 
@@ -33,6 +33,7 @@ class Pair(nn.Module):
             x: [B, T, C], what enters the decoder layer.
             keys: of the noise, [B], or None in evaluation.
             source: of masks that share one, [B, T, C].
+            visible: plainly causal; tells the masks of padding.
 
         Returns:
             both streams [B, T, C], and mask statistics.
@@ -40,7 +41,7 @@ class Pair(nn.Module):
         encoder, decoder = self._layers
         layers: list[EncoderLayer | DecoderLayer] = [encoder, decoder]
         post_norm = self._config.norm_position == "post"
-        streams = [Residual(start, keys, source, CAUSAL, post_norm) for start in (encoded, x)]
+        streams = [Residual(start, keys, source, visible, post_norm) for start in (encoded, x)]
         cross_first = self._config.decoder_order == "cross_self_ff"
         if cross_first:
             decoder.cross(streams[1], encoded, keys)

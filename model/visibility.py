@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from model.config import ModelConfig
-from model.interface import Batch
+from model.interface import IGNORE, Batch
 
 _SMALLEST_HEAD = 16
 """Channels of a head that FlexAttention's kernels need at least."""
@@ -27,7 +27,10 @@ class Visible(NamedTuple):
     aligned: bool = True
     """Queries and keys stand at the same positions; else their distance means nothing."""
     padding: Tensor | None = None
-    """[B, T] bool, True where a position counts for nothing in a norm over the batch; nowhere unless given."""
+    """[B, T] bool, True where a position counts for nothing, in a norm over the batch or in what is told of positions;
+    nowhere unless given."""
+    num_tokens: Tensor | None = None
+    """0-d: what sums over positions are divided by where there is padding; the number of the others unless given."""
 
 
 CAUSAL = Visible()
@@ -43,25 +46,34 @@ def visible_in(batch: Batch, config: ModelConfig) -> Visible:
     its kernels cannot be had (heads of less than 16 channels, dropout of the weights), a dense mask.
     """
     if batch.segment_ids is None and batch.prefix_lengths is None:
-        return CAUSAL._replace(causal=config.causal, positions=batch.position_ids)
+        return _counting(CAUSAL._replace(causal=config.causal, positions=batch.position_ids), batch)
     smallest = config.width // max(config.heads, config.num_cross_heads if config.num_decoder_layers else 1)
     in_blocks = batch.input_ids.is_cuda and smallest >= _SMALLEST_HEAD and not config.needs_weights
     mask = block_mask(batch, config.causal) if in_blocks else dense_mask(batch, config.causal)
-    padding = None
-    if config.norm == "batchnorm" and batch.segment_ids is not None:
-        padding = batch.segment_ids < 0
-    return Visible(mask=mask, positions=batch.position_ids, padding=padding)
+    return _counting(Visible(mask=mask, positions=batch.position_ids), batch)
+
+
+def _counting(visible: Visible, batch: Batch) -> Visible:
+    return visible._replace(padding=batch.padding, num_tokens=None if batch.counts is None else batch.counts.tokens)
+
+
+def visible_target(batch: Batch) -> Visible:
+    """What the decoder of two sequences may see of what it has written."""
+    if batch.padding is None:
+        return CAUSAL
+    count = None if batch.counts is None else batch.counts.labels
+    return CAUSAL._replace(padding=batch.labels == IGNORE, num_tokens=count)
 
 
 def visible_source(batch: Batch) -> tuple[Visible, Visible]:
     """What the encoder of two sequences may see of its inputs, and the decoder of them: all but padding."""
     if batch.segment_ids is None:
-        return EVERYTHING, ACROSS
+        return _counting(EVERYTHING, batch), ACROSS
     keys = (batch.segment_ids == 0)[:, None, None]
     assert batch.decoder_input_ids is not None
     across = keys.expand(-1, 1, batch.decoder_input_ids.shape[1], -1)
-    padding = batch.segment_ids < 0
-    return EVERYTHING._replace(mask=dense_mask(batch, causal=False), padding=padding), ACROSS._replace(mask=across)
+    within = EVERYTHING._replace(mask=dense_mask(batch, causal=False))
+    return _counting(within, batch), ACROSS._replace(mask=across)
 
 
 def dense_mask(batch: Batch, causal: bool) -> Tensor:

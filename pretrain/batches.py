@@ -102,7 +102,7 @@ class Batches:
             if starts is not None:
                 first, last = np.searchsorted(starts, [number * size, (number + 1) * size])
                 starts = starts[first:last] - number * size
-            made.append(self._batch(tokens, positions, starts, step, seed))
+            made.append(self._batch(tokens, positions, starts, step, seed, padded=self._packed))
         return made
 
     def of_validation(self, windows: AnyWindows, indices: np.ndarray) -> Batch:
@@ -114,7 +114,8 @@ class Batches:
                 batches, offsets = windows.places(indices)
                 starts = windows.document_starts(batches.tolist(), offsets.tolist(), range(len(indices)))
         positions = torch.from_numpy(indices if len(indices) else np.zeros(1, np.int64))
-        return self._batch(torch.from_numpy(tokens), positions, starts, 0, _VALIDATION_SEED)
+        padded = self._packed or bool((tokens[:, :-1] < 0).any())
+        return self._batch(torch.from_numpy(tokens), positions, starts, 0, _VALIDATION_SEED, padded=padded)
 
     def sources_of_labels(self, windows: AnyWindows, indices: np.ndarray) -> np.ndarray:
         """Number in `windows.sources` of the source that each label of `of_validation` is of, int64 [B, labels].
@@ -126,12 +127,16 @@ class Batches:
             return sources[:, :1]
         return sources[:, :-1] if self._objective == "masked" else sources[:, 1:]
 
-    def _batch(self, tokens: Tensor, positions: Tensor, starts: np.ndarray | None, step: int, seed: int) -> Batch:
+    def _batch(
+        self, tokens: Tensor, positions: Tensor, starts: np.ndarray | None, step: int, seed: int, *, padded: bool
+    ) -> Batch:
         """Windows int64 [B, T + 1] or pairs [B, 2 T], -1 where there is no token; `starts` of documents as a reader
-        gives them."""
+        gives them. `padded`: the windows may have padding; pairs always may."""
         if self._objective == "pairs":
             return self._of_pairs(tokens, positions, step, seed)
         batch = to_batch(tokens, positions, step, seed, self._device)
+        if padded:
+            batch = replace(batch, padding=self._put(tokens.numpy()[:, :-1] < 0))
         if self._is_plain:
             return batch
         window, where = tokens.numpy(), positions.numpy()
@@ -155,9 +160,11 @@ class Batches:
             return self._masked(batch, window, where, seed)
         inputs, labels = self._cut_out(np.maximum(window, 0), where, seed)
         written = np.concatenate([np.full((len(labels), 1), self._eos_id), labels[:, :-1]], axis=1)
-        labels[(window[:, :-1] < 0).any(axis=1)] = IGNORE  # spans are cut out of whole windows
+        short = np.any(window[:, :-1] < 0, axis=1)  # spans are cut out of whole windows
+        labels[short] = IGNORE
         return replace(
             batch,
+            padding=self._put(np.repeat(short, inputs.shape[1]).reshape(inputs.shape)) if padded else None,
             input_ids=self._put(inputs),
             labels=self._put(labels),
             decoder_input_ids=self._put(written),
@@ -168,8 +175,16 @@ class Batches:
         samples = positions.to(self._device, non_blocking=True)
         at = torch.full((), step, device=self._device)
         if not self._two_sequences:
-            inputs, labels, lengths = collate.joined_pairs(tokens.numpy())
-            return Batch(self._put(inputs), self._put(labels), samples, at, seed, prefix_lengths=self._put(lengths))
+            inputs, labels, lengths, behind = collate.joined_pairs(tokens.numpy())
+            return Batch(
+                self._put(inputs),
+                self._put(labels),
+                samples,
+                at,
+                seed,
+                prefix_lengths=self._put(lengths),
+                padding=self._put(behind),
+            )
         sources, targets = tokens.to(self._device, non_blocking=True).chunk(2, dim=1)
         written = torch.cat([torch.full_like(targets[:, :1], self._eos_id), targets[:, :-1].clamp(min=0)], dim=1)
         return Batch(
@@ -180,6 +195,7 @@ class Batches:
             seed,
             segment_ids=torch.where(sources < 0, -1, 0),
             decoder_input_ids=written,
+            padding=sources < 0,
         )
 
     def _masked(self, batch: Batch, window: np.ndarray, where: np.ndarray, seed: int) -> Batch:

@@ -189,6 +189,13 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         return self.batch.tokens // self.model.context
 
     @property
+    def labels_vary(self) -> bool:
+        """Whether micro-batches of a step may hold unequal numbers of labels, so that ranks have to add them up."""
+        data = self.data
+        uneven = data.objective in ("prefix", "masked", "pairs") or data.packing == "best_fit"
+        return uneven or data.mask_boundaries or self.model.document_mask
+
+    @property
     def run_dir(self) -> Path:
         """The run folder."""
         return Path(self.run.dir or f"runs/{self.run.name}")

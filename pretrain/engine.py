@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from model.interface import Batch, ModelOutput
+from model.interface import Batch, Counts, ModelOutput
 from model.language_model import LanguageModel
 from pretrain import fragments
 from pretrain.adam8 import SIGNED
@@ -72,6 +73,7 @@ class Engine:
         self.stage = config.engine.zero_stage
         self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         self._ranks = ranks
+        self._uneven = config.labels_vary
         self._optimizer = config.optimizer
         self._peaks = peak_rates(model, config.optimizer)
         self._offloads = config.engine.offload != "none"
@@ -127,7 +129,7 @@ class Engine:
         return model
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> tuple[list[dict[str, Tensor]], Tensor, bool]:
-        """One optimizer step over all micro-batches of this rank.
+        """One optimizer step over all micro-batches of this rank, in which every label of all ranks weighs alike.
 
         Laps of the stopwatch: `forward`, `backward` up to the last gradient, `reduce` until the backward pass returns,
         `optimizer`. At stages 0 and 1 the first two wait for no other rank; at stage 2 only when gradients fill a
@@ -135,13 +137,17 @@ class Engine:
         norm; at the other stages only DeepSpeed does.
 
         Returns:
-            metrics of each micro-batch (0-d tensors), the global gradient norm before clipping (0-d), and whether
-            the update was applied: DeepSpeed skips it on all ranks when a gradient is not finite.
+            metrics of each micro-batch, whose means over all ranks are the step's; the global gradient norm before
+            clipping (0-d); and whether the update was applied: DeepSpeed skips it on all ranks when a gradient is not
+            finite.
         """
         self._deepspeed.train()
         self.buffers.before_step()
         self._lr = lr
         set_learning_rate(self._deepspeed.optimizer.param_groups, lr, self._optimizer)
+        if self._uneven:
+            micro_batches = self._weighed(micro_batches)
+            self.stopwatch.start()  # no part of the forward pass: ranks wait for each other here
         metrics: list[dict[str, Tensor]] = []
         for batch in micro_batches:
             output: ModelOutput = self._deepspeed(batch)
@@ -265,6 +271,17 @@ class Engine:
             return list(pieces)
         shares = (fragments.share(f, self._ranks.rank, self._ranks.world_size) for f in pieces)
         return [share for share in shares if share.numel]
+
+    def _weighed(self, micro_batches: Sequence[Batch]) -> list[Batch]:
+        """The same, with the step's numbers of labels and tokens a micro-batch; a collective, on the device.
+
+        DeepSpeed averages over micro-batches and ranks, so each one's sums are to be divided by the mean number.
+        """
+        numbers = torch.stack([torch.stack([b.num_labels(), b.num_tokens()]) for b in micro_batches]).sum(0)
+        dist.all_reduce(numbers)
+        means = numbers.clamp(min=1).double() / (len(micro_batches) * self._ranks.world_size)
+        counts = Counts(*means.unbind())
+        return [replace(batch, counts=counts) for batch in micro_batches]
 
     def _gradient_norm(self) -> Tensor:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]

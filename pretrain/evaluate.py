@@ -9,14 +9,18 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data_pipeline.dataset import AnyWindows, Dataset
 from data_pipeline.errors import DataError
 from model.interface import IGNORE, ModelOutput
+from model.telemetry import KEPT
 from pretrain.batches import Batches
 from pretrain.config import Config
 from pretrain.distributed import Ranks
+
+GATES = ("density", "mask_mean")
+"""What validation tells of the masks."""
 
 
 def held_out(dataset: Dataset, config: Config) -> AnyWindows:
@@ -47,7 +51,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Predict what `batches` asks for of the held-out text, in non-overlapping windows: every token but the first.
 
-    The gates are averaged over windows; in the last one what lies behind the end of the text counts, too.
+    The gates are averaged over tokens, of a decoder that reads another sequence over labels, and then over the masks.
 
     Args:
         text_bytes: UTF-8 bytes of that text by source, for bits per byte.
@@ -68,8 +72,8 @@ def evaluate(
     model.eval()
     # Every rank makes the same number of forward passes (ZeRO-3 gathers in each); what is missing counts for nothing.
     rounds = math.ceil(len(windows) / (batch * ranks.world_size))
-    totals: dict[str, float] = {}
-    count = 0
+    nats, count = 0.0, 0
+    gates: dict[str, np.ndarray] = {}
     sources = windows.sources if len(windows.sources) > 1 else []
     by_source = np.zeros((2, len(sources)))
     for index in range(rounds):
@@ -81,30 +85,42 @@ def evaluate(
         counts = inputs.labels != IGNORE
         predicted = int(counts.sum())
         count += predicted
-        for name, value in output.metrics.items():
-            totals[name] = totals.get(name, 0.0) + float(value) * predicted
+        nats += float(output.metrics["cross_entropy"]) * predicted
+        for name, sums_and_number in _gates(output.metrics).items():
+            gates[name] = gates.get(name, 0.0) + sums_and_number
         if sources and predicted:
             assert output.by_token is not None
-            nats, kept = output.by_token.double().cpu().numpy(), counts.cpu().numpy()
+            of_labels, kept = output.by_token.double().cpu().numpy(), counts.cpu().numpy()
             which = np.broadcast_to(batches.sources_of_labels(windows, indices), kept.shape)[kept]
-            by_source += [np.bincount(which, of_label, len(sources)) for of_label in (nats[kept], None)]
-    names = sorted(totals)
-    over_labels = np.array([[totals[name] for name in names], [count] * len(names)], np.float64)
-    sums, labels = ranks.sum(torch.from_numpy(np.hstack([over_labels, by_source]))).tolist()
-    if not labels[0]:
+            by_source += [np.bincount(which, of_label, len(sources)) for of_label in (of_labels[kept], None)]
+    columns = [np.array([[nats], [count]]), *gates.values(), by_source]
+    sums, numbers = ranks.sum(torch.from_numpy(np.hstack(columns))).numpy()
+    if not numbers[0]:
         raise DataError("the held-out text is too short: nothing in it is to be predicted; hold out more")
-    means = {name: total / labels[0] for name, total in zip(names, sums, strict=False)}
-    nats_per_label = means["cross_entropy"]
-    result = {"loss/val": nats_per_label}
+    result = {"loss/val": float(sums[0] / numbers[0])}
     if batches.predicts_every_token:
-        result["loss/val_bits_per_byte"] = _bits(nats_per_label * labels[0]) / sum(text_bytes.values())
-    result |= {f"gate/val_{name}": means[name] for name in ("density", "mask_mean") if name in means}
-    for name, total, number in zip(sources, sums[len(names) :], labels[len(names) :], strict=True):
+        result["loss/val_bits_per_byte"] = _bits(result["loss/val"] * float(numbers[0])) / sum(text_bytes.values())
+    means = dict(zip(gates, sums[1:] / numbers[1:], strict=False))
+    for gate in GATES:
+        if of_masks := [float(value) for name, value in means.items() if name.startswith(f"{gate}/")]:
+            result[f"gate/val_{gate}"] = sum(of_masks) / len(of_masks)
+    for name, total, number in zip(sources, sums[1 + len(gates) :], numbers[1 + len(gates) :], strict=True):
         if number:
-            result[f"loss/val/{name}"] = total / number
+            result[f"loss/val/{name}"] = float(total / number)
             if batches.predicts_every_token and text_bytes[name]:
-                result[f"loss/val_bits_per_byte/{name}"] = _bits(total) / text_bytes[name]
+                result[f"loss/val_bits_per_byte/{name}"] = _bits(float(total)) / text_bytes[name]
     return result
+
+
+def _gates(metrics: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Of each mask in a batch, such as `density/enc_ff/00`: the sum over positions, and their number, [2, 1]."""
+    found = {}
+    for name, value in metrics.items():
+        gate, _, mask = name.partition("/")
+        if mask and gate in GATES:
+            positions = float(metrics[f"{KEPT}/{mask}"][-1])
+            found[name] = np.array([[float(value) * positions], [positions]])
+    return found
 
 
 def _bits(nats: float) -> float:

@@ -3,7 +3,7 @@
 import platform
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.flops import utilisation_per_token
+from model.telemetry import told
 from pretrain.config import Config
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
@@ -66,15 +67,23 @@ class Meter:
         pairs = config.data.objective == "pairs"
         self._utilisation_per_token = utilisation_per_token(config.model, device_name, ranks.world_size, pairs)
         self._hosts = ranks.gather(platform.node())
-        self._names: list[str] = []
+        self._shapes: dict[str, torch.Size] = {}
         self._steps: list[tuple[int, Tensor, Mapping[str, Any]]] = []
         self._since = time.perf_counter()
 
     def add(self, step: int, micro_batches: list[dict[str, Tensor]], known: Mapping[str, Any]) -> None:
-        """Take one step: the model's metrics of each micro-batch, and numbers (or 0-d tensors) that all ranks share."""
-        self._names = list(micro_batches[0])
-        table = torch.stack([metrics[name].float() for name in self._names for metrics in micro_batches])
-        self._steps.append((step, table.view(len(self._names), -1).mean(dim=-1), known))
+        """Take one step: the model's metrics of each micro-batch, and numbers (or 0-d tensors) that all ranks share.
+
+        The model gives what is a mean over the step once it is averaged over micro-batches and ranks; `told` makes
+        numbers of the moments among it, which are in float64.
+        """
+        numbers = [name for name, value in micro_batches[0].items() if not value.ndim]
+        moments = [name for name, value in micro_batches[0].items() if value.ndim]
+        self._shapes = {name: micro_batches[0][name].shape for name in (*numbers, *moments)}
+        table = torch.stack([metrics[name].float() for name in numbers for metrics in micro_batches])
+        means = [table.view(len(numbers), -1).mean(dim=-1).double()]
+        means += [torch.stack([metrics[name] for metrics in micro_batches]).mean(dim=0) for name in moments]
+        self._steps.append((step, torch.cat(means), known))
 
     def flush(self) -> list[StepMetrics]:
         """All steps since the last flush, averaged over the ranks; the last one carries what is told of them all.
@@ -86,13 +95,17 @@ class Meter:
         if not self._steps:
             return []
         table = self._ranks.sum(torch.stack([means for _, means, _ in self._steps])) / self._ranks.world_size
+        columns = table.split([shape.numel() for shape in self._shapes.values()], dim=1)
+        shaped = zip(self._shapes.items(), columns, strict=True)
+        found = told({name: column.reshape(-1, *shape) for (name, shape), column in shaped})
+        table = torch.stack(list(found.values()), dim=1)
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         lines = [
             StepMetrics(step, _named(row, of_a_mask=False) | {name: float(value) for name, value in known.items()})
-            for (step, _, known), row in zip(self._steps, self._rows(table), strict=True)
+            for (step, _, known), row in zip(self._steps, _rows(found, table), strict=True)
         ]
-        [masks] = self._rows(table.mean(dim=0, keepdim=True))
+        [masks] = _rows(found, table.mean(dim=0, keepdim=True))
         self._steps.clear()
         last, parts = lines[-1], self._engine.stopwatch.read()
         about_ranks, slowest = self._compare_ranks(parts)
@@ -111,9 +124,6 @@ class Meter:
     def resume_clock(self) -> None:
         """Leave out of the speed what happened since the last flush: validation, a checkpoint."""
         self._since = time.perf_counter()
-
-    def _rows(self, table: Tensor) -> list[dict[str, float]]:
-        return [dict(zip(self._names, row, strict=True)) for row in table.tolist()]
 
     def _times(self, seconds: float, steps: int, parts: dict[str, float]) -> dict[str, float]:
         """Speed, means over the window's steps, and shares.
@@ -168,6 +178,10 @@ class Meter:
         if skipped := step - self._engine.optimizer_steps:
             values["health/skipped"] = float(skipped)
         return values
+
+
+def _rows(names: Iterable[str], table: Tensor) -> list[dict[str, float]]:
+    return [dict(zip(names, row, strict=True)) for row in table.tolist()]
 
 
 def _named(row: dict[str, float], *, of_a_mask: bool) -> dict[str, float]:

@@ -1,45 +1,39 @@
 """The training run of one rank: everything is opened in `train`, and the loop below reads top to bottom."""
 
 import os
-import platform
 import sys
 import time
 import traceback
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from data_pipeline import packing_plan
 from data_pipeline.atomic import disk_errors
 from data_pipeline.dataset import Dataset
-from data_pipeline.errors import DataError, RunError
+from data_pipeline.errors import RunError
 from data_pipeline.files import is_uri
 from data_pipeline.loader import Loader, Reader
 from data_pipeline.manifest import Manifest
 from data_pipeline.mapped import explained, told
-from data_pipeline.plan import Plan, go_on, told_shares, wanted_phase
+from data_pipeline.plan import Plan, told_shares
 from data_pipeline.state import DataState
 from model import registry
-from pretrain import checkpoint, journal, origin
+from pretrain import begin, journal
 from pretrain.batches import Batches
 from pretrain.config import Config
-from pretrain.console import Console, slow_progress
-from pretrain.dataset_identity import complete, identity
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.evaluate import evaluate, held_out, held_out_bytes
 from pretrain.goodput import Goodput, earlier_goodput
 from pretrain.health import Health
 from pretrain.job import FailureFile
-from pretrain.lease import Lease, still_there
+from pretrain.lease import still_there
 from pretrain.life import Life, Stopped
 from pretrain.metrics import Meter
 from pretrain.mirror_state import State, state_path
-from pretrain.ownership import check_own
 from pretrain.probe import Probe
 from pretrain.profiling import Profile
 from pretrain.recorder import Recorder
@@ -51,9 +45,6 @@ from pretrain.saver import Saver
 from pretrain.schedule import learning_rate
 from pretrain.signals import StopRequest
 from pretrain.system import SystemSampler
-
-VERIFY_UP_TO_BYTES = 10 * 2**30
-"""A dataset up to this size is hashed in full at each start of a run; the ranks share the work."""
 
 
 @dataclass
@@ -99,27 +90,27 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
         manifest = ranks.together(lambda: Manifest.load(source.path), only_first=True) if remote else None
         check = ranks.is_first if remote else first_of_node
         dataset = ranks.together(lambda: Dataset.of(source, check, manifest))
-        lease = ranks.together(lambda: _own(folder, stack) if ranks.is_first else None)
+        lease = ranks.together(lambda: begin.own(folder, stack) if ranks.is_first else None)
         attempt = ranks.broadcast(lease.attempt if lease else None)
         # Ranks that read the same copy share the work.
         part, parts = (local_rank, local_ranks) if staged else (ranks.rank, ranks.world_size)
-        ranks.together(lambda: _verify(dataset, part, parts, config.data.path))
-        config = ranks.together(lambda: _claim(folder, config, dataset), only_first=True)
-        if staged and config.data.packing == "best_fit":  # `_claim` has packed the first node's copy
-            ranks.together(lambda: _pack(config, dataset) if first_of_node else None)
+        ranks.together(lambda: begin.verify(dataset, part, parts, config.data.path))
+        config = ranks.together(lambda: begin.claim(folder, config, dataset), only_first=True)
+        if staged and config.data.packing == "best_fit":  # `claim` has packed the first node's copy
+            ranks.together(lambda: begin.pack(config, dataset) if first_of_node else None)
         batches = ranks.together(lambda: Batches.of(config, dataset, ranks.device))
         torch.manual_seed(config.run.seed)
         model = registry.build(config.model)
         parameters = sum(p.numel() for p in model.parameters())
         engine = Engine(model, config, ranks)
         recorder = stack.enter_context(Recorder(config, folder, ranks, attempt))
-        step, data = _restore(config, ranks, folder, dataset, engine, recorder)
+        step, data = begin.restore(config, ranks, folder, dataset, engine, recorder)
         damaged: list[str] = []
         records = partial(journal.noting, journal.read(folder.journal), damaged)
         goodput = ranks.together(lambda: earlier_goodput(records(), step, started), only_first=True)
         past = ranks.together(lambda: read_past(journal.read(folder.journal), step, config.health), only_first=True)
         data = DataState.model_validate(past.data) if past.data else data
-        facts = _facts(config, ranks, dataset, parameters) | {"started": started}
+        facts = begin.facts(config, ranks, dataset, parameters) | {"started": started}
         recorder.start(step, facts, past.num_rollbacks)
         if shares := told_shares(dataset, config.data, data.phases[-1]):
             recorder.note(shares)
@@ -335,93 +326,3 @@ def roll_back(session: Session, step: int, data: DataState) -> int | None:
 def _warn_in_log(text: str) -> None:
     """The recorder is silent on this rank."""
     print(f"warning: {text}", file=sys.stderr)
-
-
-def _pack(config: Config, dataset: Dataset) -> None:
-    packing_plan.prepare(dataset, config.model.context, slow_progress())
-
-
-def _own(folder: RunFolder, stack: ExitStack) -> Lease:
-    folder.path.mkdir(parents=True, exist_ok=True)
-    return stack.enter_context(Lease.acquire(folder.path, Console(1).note))
-
-
-def _verify(dataset: Dataset, part: int, parts: int, path: str) -> None:
-    """Compares a dataset, or a node's copy of that at `path`, with its hashes, as far as that is quick; record batches
-    are when they are first touched, and remote shards as they come."""
-    try:
-        if not dataset.is_remote and sum(shard.bytes for shard in dataset.manifest.shards) <= VERIFY_UP_TO_BYTES:
-            dataset.verify(part=part, parts=parts)
-        elif part == 0:
-            dataset.tokenizer()
-    except DataError as error:
-        if dataset.name == path:
-            raise
-        raise DataError(f"{error}. It is in this node's copy of {path}: remove {dataset.name}") from error
-
-
-def _claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
-    """Complete the configuration by the dataset's vocabulary and tie the run folder to both."""
-    config = origin.resolve(complete(config, dataset))
-    if config.data.packing == "best_fit":
-        _pack(config, dataset)
-    # Both splits must be large enough for one window.
-    Plan(dataset, wanted_phase(dataset, config.data, config.model.context), config.run.seed)
-    held_out(dataset, config)
-    origin.check(config, identity(config, dataset))
-    folder.claim(config, identity(config, dataset))
-    return config
-
-
-def _restore(
-    config: Config, ranks: Ranks, folder: RunFolder, dataset: Dataset, engine: Engine, recorder: Recorder
-) -> tuple[int, DataState]:
-    """Load the newest checkpoint: the step it was made at and where the data stand. Step 0 when there never was one.
-
-    A run without one begins with that of `run.start_from`, if it has an origin.
-
-    Raises:
-        CheckpointError: none is whole, or those that the journal tells of are gone.
-        DataError: it was trained on other data, or they do not last until the end.
-    """
-    found, owner = checkpoint.newest(folder.checkpoints, ranks, recorder.warning), folder
-    if not found:
-        ranks.together(folder.check_never_saved)
-        if config.run.start_from is not None:
-            owner = origin.folder(config)
-            found = ranks.together(lambda: checkpoint.Checkpoint(origin.checkpoint_folder(config)))
-            ranks.together(lambda: found.verify(ranks.rank, ranks.world_size))
-    step = found.manifest.step if found else 0
-
-    def load() -> DataState:
-        fresh = DataState(fingerprint=dataset.manifest.fingerprint, seed=config.run.seed)
-        stood = found.data_state(config.run.seed) if found else fresh
-        if found:
-            check_own(found, owner)
-        data = go_on(stood, dataset, config.data, config.model.context)
-        left = (config.train.steps - step) * config.global_batch
-        Plan(dataset, data.phases[-1], data.seed).schedule.check(data.samples_seen + left)
-        if found:
-            found.load(engine)
-            found.restore_rng(ranks)
-            for state, now in engine.types.items():
-                if (saved := found.manifest.state.get("types", {}).get(state)) != now:
-                    recorder.warning(f"{found.path}: {state} was saved as {saved} and is {now} now: it was converted")
-        return data
-
-    data = ranks.together(load)
-    ranks.together(lambda: folder.went_on(config, identity(config, dataset)), only_first=True)
-    return step, data
-
-
-def _facts(config: Config, ranks: Ranks, dataset: Dataset, parameters: int) -> dict[str, Any]:
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or "CPU"
-    return {
-        "parameters": parameters,
-        "world_size": ranks.world_size,
-        "device": device,
-        "host": platform.node(),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "start_from": config.run.start_from,
-        "versions": {name: version(name) for name in ("torch", "deepspeed", "mlflow", "pyarrow", "sentencepiece")},
-    }

@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.interface import Batch
 from model.language_model import LanguageModel, Transformed
 from model.sites import dropout_at
-from model.visibility import CAUSAL, visible_source
+from model.visibility import visible_source, visible_target
 
 
 class EncoderDecoder(LanguageModel):
@@ -40,9 +40,10 @@ class EncoderDecoder(LanguageModel):
         for layer in self.encoder:
             read, masks = layer(read, keys, source.mask_source, within)
             statistics = statistics | masks
-        target = self.embed(batch.decoder_input_ids, keys, CAUSAL, self.target_dropout)
+        written = visible_target(batch)
+        target = self.embed(batch.decoder_input_ids, keys, written, self.target_dropout)
         statistics, x = statistics | target.statistics, target.tokens
         for layer in self.decoder:
-            x, masks = layer(x, read, keys, target.mask_source, CAUSAL, across)
+            x, masks = layer(x, read, keys, target.mask_source, written, across)
             statistics = statistics | masks
         return Transformed(self.final_norm(x), statistics, {})

@@ -65,12 +65,12 @@ class ParallelEncoderDecoder(LanguageModel):
         encoded, source, statistics = embedded.tokens, embedded.mask_source, Statistics()
         x = self._decoder_start(encoded, embedded)
         for layer in self.encoder[: self._lead]:
-            encoded, masks = layer(encoded, keys, source)
+            encoded, masks = layer(encoded, keys, source, embedded.visible)
             statistics |= masks
         for pair in self.pairs:
-            encoded, x, masks = pair(encoded, x, keys, source)
+            encoded, x, masks = pair(encoded, x, keys, source, embedded.visible)
             statistics |= masks
-        x, masks = self.decoder[-1](x, encoded, keys, source)
+        x, masks = self.decoder[-1](x, encoded, keys, source, embedded.visible)
         return self._transformed(x, statistics | masks, embedded, encoded, keys)
 
     def _decoder_start(self, first: Tensor, embedded: Embedded) -> Tensor:
@@ -85,7 +85,7 @@ class ParallelEncoderDecoder(LanguageModel):
     ) -> Transformed:
         if keys is None or self.encoder_loss is None:
             return Transformed(x, statistics, {})
-        return Transformed(x, statistics, self.encoder_loss(embedded.tokens, output, embedded.visible.positions))
+        return Transformed(x, statistics, self.encoder_loss(embedded.tokens, output, embedded.visible))
 
     def _encode(self, embedded: Embedded, keys: Tensor | None, statistics: Statistics) -> Iterator[Tensor]:
         """The embedded tokens, then the output of each encoder layer, computed when it is asked for."""

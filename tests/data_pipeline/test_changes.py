@@ -22,10 +22,10 @@ STEPS = ["train.eval_every=100", "schedule.kind=constant"]
 
 def start(ranks: Any, args: list[str], limit: int | None = None, staged: str | None = None) -> int:
     """A start of which `limit` bytes of the dataset are hashed at once; `staged`: a copy on this node."""
-    from pretrain import trainer
+    from pretrain import begin
 
     if limit is not None:
-        trainer.VERIFY_UP_TO_BYTES = limit
+        begin.VERIFY_UP_TO_BYTES = limit
     if staged is not None:
         os.environ["DUET_DATA"] = staged
     return train_run(ranks, args)

@@ -177,7 +177,7 @@ def test_a_decoder_alone_reads_source_and_target_on_end(context: int, sizes: lis
     for row, (source, target) in enumerate(sizes):
         rows[row, : min(source, context)] = 100 + np.arange(min(source, context))
         rows[row, context : context + min(target, context)] = 200 + np.arange(min(target, context))
-    inputs, labels, prefixes = joined_pairs(rows)
+    inputs, labels, prefixes, padding = joined_pairs(rows)
     for row, (source, target) in enumerate(sizes):
         source, target = min(source, context), min(target, context)
         kept = labels[row][labels[row] != IGNORE].tolist()
@@ -186,8 +186,10 @@ def test_a_decoder_alone_reads_source_and_target_on_end(context: int, sizes: lis
         assert labels[row, prefixes[row] - 1] == 200
         if source + target <= context + 1:
             assert (prefixes[row], len(kept)) == (source, target)
+            assert padding[row].tolist() == [place >= source + target for place in range(context)]
         else:
             assert prefixes[row] + len(kept) == context + 1
+            assert not padding[row].any()
 
 
 def test_padding_makes_no_difference_to_two_sequences(paired: Dataset) -> None:
@@ -213,6 +215,7 @@ def test_padding_makes_no_difference_to_two_sequences(paired: Dataset) -> None:
             decoder_input_ids=batch.decoder_input_ids[row : row + 1, : len(target)],
             samples=batch.samples[row : row + 1],
             segment_ids=None,
+            padding=None,
         )
         one = replace(batch, **{key: getattr(batch, key)[row : row + 1] for key in FIELDS})
         torch.testing.assert_close(model(alone).loss, model(one).loss, rtol=1e-4, atol=1e-5)

@@ -56,7 +56,7 @@ def test_padding_does_not_enter_the_statistics(name: str, monkeypatch: pytest.Mo
     batch = batch_of(config)
     segments = torch.zeros_like(batch.input_ids).index_fill(1, torch.arange(9, 12), -1)
     short = replace(batch, input_ids=batch.input_ids[:, :9])
-    padded = replace(batch, segment_ids=segments)
+    padded = replace(batch, segment_ids=segments, padding=segments < 0)
     if batch.decoder_input_ids is None:  # else the labels are of another sequence
         short = replace(short, labels=batch.labels[:, :9])
         padded = replace(padded, labels=batch.labels.index_fill(1, torch.arange(9, 12), IGNORE))

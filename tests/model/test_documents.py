@@ -164,7 +164,7 @@ def test_blocks_and_dense_masks_give_the_same(name: str, monkeypatch: pytest.Mon
 def test_the_encoder_loss_begins_anew_with_each_document() -> None:
     loss = EncoderLoss(small(encoder_loss={"kind": "mse"}))
     embedded, output = torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(0)).double()
-    together = loss(embedded, output, packed(small()).position_ids)["encoder_loss"]
+    together = loss(embedded, output, Visible(positions=packed(small()).position_ids))["encoder_loss"]
     alone = [
         loss(embedded[row : row + 1, place], output[row : row + 1, place])["encoder_loss"] * (place.stop - place.start)
         for row, place in documents()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model.encoder_loss import EncoderLoss
 from model.interface import Batch
+from model.telemetry import told
 from tests.model.helpers import VOCABULARY, build, small, without_dropout
 
 KINDS = ("mse", "cosine", "log_cosine")
@@ -103,7 +104,7 @@ def trained(steps: int, lr: float, **options: Any) -> dict[str, float]:
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-    return {name: value.item() for name, value in output.metrics.items()}
+    return {name: value.item() for name, value in told(output.metrics).items()}
 
 
 def stds(metrics: dict[str, float]) -> tuple[float, float]:

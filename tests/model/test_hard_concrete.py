@@ -9,6 +9,7 @@ from model.hard_concrete import HardConcreteGates
 from model.interface import Batch
 from model.mask_config import L0Config
 from model.noise import sample_keys
+from model.telemetry import told
 from tests.model.helpers import batch_of, build, small, without_dropout
 
 KEYS = sample_keys(0, torch.tensor(1), torch.arange(4000))
@@ -45,7 +46,9 @@ def test_evaluation_is_the_formula() -> None:
     expected = [min(1.0, max(0.0, 1.2 / (1 + math.exp(-a)) - 0.1)) for a in values.tolist()]
     z, statistics = module(torch.ones(1, 3, 16), None)
     assert z[0, 2].tolist() == pytest.approx(expected, abs=1e-6)
-    assert statistics["dec_ff/00"]["always_off"].item() == sum(e == 0 for e in expected)
+    assert told({"kept/dec_ff/00": statistics["dec_ff/00"]["kept"]})["always_off"].item() == sum(
+        e == 0 for e in expected
+    )
 
 
 def test_the_penalty_and_its_gradient_are_finite_far_out() -> None:
@@ -73,5 +76,5 @@ def test_a_large_penalty_closes_all_gates() -> None:
     assert output.metrics["l0"] < 0.1
     evaluated = model.eval()(batch)
     assert evaluated.metrics["density"] == 0
-    assert evaluated.metrics["always_off/enc_ff/00"] == 16
+    assert told(evaluated.metrics)["always_off/enc_ff/00"] == 16
     assert evaluated.loss == evaluated.metrics["cross_entropy"]

@@ -9,7 +9,8 @@ from model.dropout import SiteDropout
 from model.learned_dropout import LearnedDropout, cosine_mask, straight_through
 from model.mask_config import LearnedDropoutConfig
 from model.noise import sample_keys, uniform
-from model.telemetry import mask_statistics
+from model.telemetry import mask_statistics, told
+from model.visibility import Visible
 from tests.model.helpers import VARIANTS, batch_of, build, open_masks, small, variant
 
 KINDS = (
@@ -94,16 +95,21 @@ def test_statistics_of_a_mask() -> None:
     mask = torch.tensor([0.05, 0.95, 0.5, 0.5]).expand(2, 3, 4)
     kept = torch.tensor([[False, True, True, False]]).repeat(2, 3, 1)
     kept[1, 2, 2] = False
-    assert {name: value.item() for name, value in mask_statistics(mask, kept).items()} == pytest.approx(
-        {
-            "density": 11 / 24,
-            "mask_mean": 0.5,
-            "mask_near_zero": 0.25,
-            "mask_near_one": 0.25,
-            "always_on": 1.0,
-            "always_off": 2.0,
-        }
-    )
+    expected = {
+        "density": 11 / 24,
+        "mask_mean": 0.5,
+        "mask_near_zero": 0.25,
+        "mask_near_one": 0.25,
+        "always_on": 1.0,
+        "always_off": 2.0,
+    }
+    alone, longer = mask_statistics(mask, kept), torch.cat([kept, ~kept[:, :1]], 1)
+    padding = torch.zeros(2, 4, dtype=torch.bool).index_fill(1, torch.tensor(3), True)
+    padded = mask_statistics(torch.cat([mask, mask[:, :1] ** 2], 1), longer, Visible(padding=padding))
+    for found in (alone, padded):
+        named = {f"{name}/x" if name == "kept" else name: value for name, value in found.items()}
+        numbers = {name: value.item() for name, value in told(named).items() if "/" not in name}
+        assert numbers == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("source", ["attention", "embed", "elementwise"])
@@ -159,7 +165,7 @@ def test_a_site_has_the_same_noise_whatever_other_sites_there_are() -> None:
 def test_training_adds_the_weighted_penalties_averaged_over_masks() -> None:
     config = small()
     output = open_masks(build(config))(batch_of(config, step=1500))
-    metrics = output.metrics
+    metrics = told(output.metrics)
     expected = metrics["cross_entropy"] + 0.01 * metrics["entropy"] + 0.01 * metrics["l1"]
     torch.testing.assert_close(output.loss.detach(), expected)
     sites = [value for name, value in metrics.items() if name.startswith("density/")]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,26 @@ def test_exactly_the_masks_that_moved_have_flips(dataset: Path) -> None:
         }
     )
     assert all(module.sides is None for module in model.modules() if isinstance(module, LearnedDropout))
+
+
+def test_padding_has_no_flips(dataset: Path) -> None:
+    """The share is that of the tokens, however long the windows are that hold them."""
+    windows = Dataset.open(dataset).windows("validation", 16)
+    rows = windows.read(np.arange(8))
+    found = []
+    for behind in (0, 6):
+        torch.manual_seed(0)
+        model = registry.build(config(dataset, enabled=True))
+        shown = np.concatenate([rows[:, :10], np.full((8, behind), -1)], axis=1)
+        windows.read = lambda indices, shown=shown: shown[indices % 8]  # type: ignore[method-assign,misc]
+        probe = Probe(windows, Batches(CPU), compiled=False)
+        probe.flips(model)
+        for module in model.modules():
+            if isinstance(module, LearnedDropout):
+                torch.nn.init.normal_(module.qkv.weight, std=0.5)
+        found.append(probe.flips(model))
+    assert found[0] == found[1]
+    assert 0.01 < found[0]["gate/flips"] < 0.99
 
 
 def test_a_model_without_masks_has_none(dataset: Path) -> None:
