@@ -126,7 +126,7 @@ def read_facts(folder: Path) -> Facts:
     file = folder / CONFIG
     try:
         raw = json.loads(file.read_text())["duet"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: missing, damaged, or not of an export of Duet: {error!r}") from None
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != FORMAT:

@@ -198,6 +198,7 @@ def test_a_damaged_export_is_named(exported: Path, tmp_path: Path) -> None:
         ("model.safetensors", Path.unlink, "model.safetensors: missing"),
         ("spm.model", Path.unlink, "no tokenizer"),
         ("config.json", lambda file: file.write_text("{"), "config.json: missing, damaged"),
+        ("config.json", lambda file: file.write_text("[" * 200_000), "config.json: missing, damaged"),
         ("config.json", lambda file: file.write_text('{"model_type": "gpt2"}'), "not of an export of Duet"),
         ("config.json", lambda file: file.write_text(json.dumps(newer)), "format 2 is not known here"),
         ("config.json", lambda file: file.write_text(json.dumps(other)), "of another model: .*Missing key"),
