@@ -224,9 +224,6 @@ def main(args: list[str]) -> int:
     parser.add_argument("--max-crashes", type=int, default=3)
     parser.add_argument("--log", type=Path, help="where srun's own words went")
     given = parser.parse_args(args)
-    if not given.run_dir.is_dir():
-        print(f"policy: stop: {given.run_dir}: the run folder was renamed or removed while the job ran", flush=True)
-        return Action.STOP
     job, restart = this_job()
     folder = JobFolder(given.run_dir)
     words = _words(given.log, job, restart)

@@ -139,7 +139,6 @@ class JobFolder:
 
     def submitted(self, job: str, cluster: str, nodes: str, command: list[str], array: str | None = None) -> None:
         """Record a submission; `nodes` as Slurm was asked for them."""
-        self.path.mkdir(parents=True, exist_ok=True)
         record = {"job": job, "submitted": time.time(), "cluster": cluster, "nodes": nodes, "command": command}
         self._append(self._jobs, record | ({"array": array} if array else {}))
 
@@ -186,8 +185,7 @@ class JobFolder:
 
     def rank_failed(self, failure: RankFailure) -> None:
         """Record why a rank ended."""
-        self.path.mkdir(exist_ok=True)
-        self._of_ranks.mkdir(exist_ok=True)
+        self._of_ranks.mkdir(parents=True, exist_ok=True)
         name = f"{failure.job}-{failure.restart}-rank-{failure.rank}.json"
         write_json(self._of_ranks / name, sealed(asdict(failure)))
 
@@ -202,7 +200,7 @@ class JobFolder:
 
     def _append(self, file: Path, record: dict[str, Any]) -> None:
         """One write, on disk when this returns; what a crash tore off before becomes a line of its own."""
-        self.path.mkdir(exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         with open(file, "a+b", buffering=0) as out:
             size = out.seek(0, os.SEEK_END)
             torn = size > 0 and os.pread(out.fileno(), 1, size - 1) != b"\n"
@@ -277,6 +275,8 @@ class FailureFile:
         mistake = isinstance(error, UserError)
         # Further out an error may be known for a mistake, such as a disk that is full.
         known = self._written is not None and (self._written or not mistake)
+        if self._step is not None and run_dir and not Path(run_dir).is_dir():
+            return  # the run folder was renamed or removed: it is not made anew
         if not isinstance(error, Exception) or known or not job or not run_dir:
             return
         self._written = mistake
