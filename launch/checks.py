@@ -3,12 +3,14 @@
 A mistake that would end the run raises; what may be meant becomes a warning.
 """
 
+import itertools
 import math
 import os
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import ConfigError, DataError, RunError
 from data_pipeline.files import absolute, is_uri
@@ -19,10 +21,11 @@ from model.size import num_parameters
 from pretrain import origin
 from pretrain.config import Config
 from pretrain.console import duration
+from pretrain.costs import changed, fitting
 from pretrain.dataset_identity import Built, complete
 from pretrain.journal import Record
 from pretrain.lease import check_unowned
-from pretrain.memory import activation_bytes, state_bytes
+from pretrain.memory import memory, state_bytes
 from pretrain.run import RunFolder
 from pretrain.runs import tail
 
@@ -148,11 +151,10 @@ def check_memory(config: Config, cluster: Cluster) -> list[Finding]:
     least, most = node_range(cluster.nodes)
     ranks = next(n for n in range(least, most + 1) if _shares(config, n * cluster.ranks_per_node))
     ranks *= cluster.ranks_per_node
-    state = state_bytes(config, parameters, ranks)
-    activations = activation_bytes(config, config.micro_batches(ranks)[0])
+    state, step = state_bytes(config, parameters, ranks), memory(config, ranks)
     told = (
         f"{parameters:,} parameters at ZeRO {config.engine.zero_stage} over {ranks} ranks: {state / GIB:.1f} GiB of "
-        f"state, some {activations / GIB:.1f} GiB of activations (an estimate)"
+        f"state, some {step.total / GIB:.1f} GiB in all at the fullest moment of a step ({step.moment})"
     )
     if cluster.gpu_memory_gib is None:
         return [Finding("memory", f"{told}; gpu_memory_gib of the site is not known", warning=True)]
@@ -162,9 +164,10 @@ def check_memory(config: Config, cluster: Cluster) -> list[Finding]:
             f"{told}; a GPU has {cluster.gpu_memory_gib:g} GiB. What would hold the state: "
             f"{', '.join(_what_fits(config, parameters, ranks, size)) or 'a smaller model only'}"
         )
-    if state + activations >= size:
-        told += f"; a GPU has {cluster.gpu_memory_gib:g} GiB: lower batch.micro_batch, or set "
-        return [Finding("memory", f"{told}engine.activation_checkpointing=true", warning=True)]
+    if step.total > size:
+        fits = ", ".join(fitting(config, ranks, size)) or "a smaller model, or more GPUs"
+        told += f"; a GPU has {cluster.gpu_memory_gib:g} GiB. What would fit: {fits}"
+        return [Finding("memory", told, warning=True)]
     return [Finding("memory", f"{told}; a GPU has {cluster.gpu_memory_gib:g} GiB")]
 
 
@@ -262,19 +265,22 @@ def _shares(config: Config, ranks: int) -> bool:
 
 
 def _what_fits(config: Config, parameters: int, ranks: int, size: float) -> Iterator[str]:
-    for stage in range(config.engine.zero_stage + 1, 4):
-        engine = config.engine.model_copy(update={"zero_stage": stage})
-        if state_bytes(config.model_copy(update={"engine": engine}), parameters, ranks) < size:
-            yield f"engine.zero_stage={stage}"
-            break
+    """Only what the configuration allows."""
+
+    def holds(key: str, value: Any) -> bool:
+        try:
+            return state_bytes(changed(config, {key: value}), parameters, ranks) < size
+        except ConfigError:
+            return False
+
+    stages = (stage for stage in range(config.engine.zero_stage + 1, 4) if holds("engine.zero_stage", stage))
+    yield from (f"engine.zero_stage={stage}" for stage in itertools.islice(stages, 1))
     for factor in (2, 4, 8, 16, 32):
         if _shares(config, factor * ranks) and state_bytes(config, parameters, factor * ranks) < size:
             yield f"{factor} times the nodes"
             break
-    if config.engine.zero_stage and config.engine.offload == "none":
-        engine = config.engine.model_copy(update={"offload": "cpu"})
-        if state_bytes(config.model_copy(update={"engine": engine}), parameters, ranks) < size:
-            yield "engine.offload=cpu"
+    if config.engine.offload == "none" and holds("engine.offload", "cpu"):
+        yield "engine.offload=cpu"
 
 
 def _measured(records: list[Record], name: str) -> list[float]:

@@ -112,6 +112,23 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         return self
 
     @model_validator(mode="after")
+    def _the_stage_can_do_it(self) -> "Config":
+        engine = self.engine
+        if engine.zero_stage == 0 and engine.precision != "fp32":
+            lowest = 2 if self.optimizer.kind == "muon" else 1
+            raise ValueError(
+                f"DeepSpeed cannot accumulate {engine.precision} gradients in fp32 at zero_stage=0; "
+                f"use engine.zero_stage={lowest}, or engine.precision=fp32"
+            )
+        if engine.hpz_partition_size > 1 and engine.zero_stage != 3:
+            other = "" if self.model.streams == "batched" else ", or engine.zero_stage=3"
+            raise ValueError(
+                f"engine.hpz_partition_size={engine.hpz_partition_size} divides the parameters of ZeRO 3; use "
+                f"engine.hpz_partition_size=1{other}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _muon_has_an_engine(self) -> "Config":
         if self.optimizer.kind != "muon":
             return self

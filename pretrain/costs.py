@@ -77,7 +77,7 @@ def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> Costs:
         run_seconds=seconds * config.train.steps,
         checkpoint_bytes=checkpoint_bytes(config),
         checkpoints=_checkpoints(config),
-        fitting=list(_fitting(config, gpus, size)) if own.total > size else [],
+        fitting=[*fitting(config, gpus, size), *_more_gpus(config, gpus, size)] if own.total > size else [],
     )
 
 
@@ -127,8 +127,11 @@ def _stage(config: Config, stage: int, gpus: int, size: float) -> Stage:
     return Stage(None, memory(other, gpus), largest_micro_batch(other, gpus, size))
 
 
-def _fitting(config: Config, gpus: int, size: float) -> Iterator[str]:
-    """Single changes first, then those with the smallest micro-batch that they need beside them."""
+def fitting(config: Config, gpus: int, size: float) -> Iterator[str]:
+    """Changes that the configuration allows, and with which it fits into `size` bytes of each GPU, nearest first.
+
+    Some need a smaller micro-batch, which is named beside them.
+    """
     engine = config.engine
     single: list[dict[str, Any]] = [{}]
     single += [{"engine.activation_checkpointing": True}] if not engine.activation_checkpointing else []
@@ -145,6 +148,9 @@ def _fitting(config: Config, gpus: int, size: float) -> Iterator[str]:
             yield named
         elif micro_batch := largest_micro_batch(other, gpus, size):
             yield f"{named} batch.micro_batch={micro_batch}".strip()
+
+
+def _more_gpus(config: Config, gpus: int, size: float) -> Iterator[str]:
     for factor in _MORE_GPUS:
         if config.global_batch % (factor * gpus) == 0:
             micro_batch = largest_micro_batch(config, factor * gpus, size)

@@ -130,13 +130,6 @@ def state_bytes(config: Config, parameters: int, world_size: int) -> float:
     return sum(state(config, parameters, world_size))
 
 
-def activation_bytes(config: Config, micro_batch: int) -> float:
-    """What a micro-batch keeps for the backward pass, with what its loss takes."""
-    kept = _activations(config, micro_batch, "cuda")
-    again = kept.largest_layer if config.engine.activation_checkpointing else 0
-    return kept.kept(config.engine.activation_checkpointing) + kept.loss + max(again, kept.logits)
-
-
 def element_size(config: Config) -> int:
     """Bytes of a weight in the model."""
     return 4 if config.engine.precision == "fp32" else 2

@@ -21,15 +21,13 @@ from data_pipeline.atomic import disk_errors
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import RunError, UserError
-from model.parameters import parameters_by_part
 from pretrain import preflight_gpu
 from pretrain.config import Config
+from pretrain.costs import checkpoint_bytes
 from pretrain.dataset_identity import complete
 from pretrain.preflight_verdict import Finding, Report, brief
 
 PROBE_BYTES = 8 * 2**20
-STATE_BYTES = {"adamw": 12, "muon": 12, "adamw8bit": 6}
-"""Of a checkpoint, for each parameter: fp32 weights and what the optimizer keeps."""
 SHM, MIN_SHM_MIB = "/dev/shm", 512  # noqa: S108
 """Free on a node with GPUs: containers often have 64 MiB, and NCCL fails in the first large collective."""
 MIN_TEMPORARY_MIB = 1024
@@ -196,13 +194,12 @@ def _probe_writing(place: Path, report: Report) -> Iterator[Finding]:
     return iter(())
 
 
-def _checkpoint_bytes(config: Config) -> int:
-    """About; 0 when the data, which know the vocabulary, cannot be read: that is told elsewhere."""
+def _checkpoint_bytes(config: Config) -> float:
+    """As `duet plan` counts it; 0 when the data, which know the vocabulary, cannot be read: that is told elsewhere."""
     try:
-        model = complete(config, Dataset.of(_data(config), check=False)).model
+        return checkpoint_bytes(complete(config, Dataset.of(_data(config), check=False)))
     except (OSError, UserError):
         return 0
-    return sum(parameters_by_part(model).values()) * STATE_BYTES[config.optimizer.kind]
 
 
 def _look_at_tracking(config: Config) -> Iterator[Finding]:

@@ -155,15 +155,8 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
 
     @model_validator(mode="after")
     def _the_stage_can_do_it(self) -> "EngineConfig":
-        if self.zero_stage == 0 and self.precision != "fp32":
-            raise ValueError(
-                f"DeepSpeed cannot accumulate {self.precision} gradients in fp32 at zero_stage=0; "
-                "use engine.zero_stage=1, or engine.precision=fp32"
-            )
         if self.zero_stage == 0 and self.offload != "none":
             raise ValueError("offload moves what ZeRO has divided, and zero_stage=0 divides nothing; use 1, 2 or 3")
-        if self.hpz_partition_size > 1 and self.zero_stage != 3:
-            raise ValueError(f"hpz_partition_size={self.hpz_partition_size} divides parameters; use zero_stage=3")
         return self
 
 

@@ -6,6 +6,10 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.manifest import Manifest
+from pretrain import preflight_node
+from pretrain.config import load
+
 _OF_SIZE = ["model.heads=8", "model.vocab_size=8192"]
 _OFF = "model.learned_dropout.enabled=false"
 MODELS = {
@@ -81,9 +85,19 @@ def test_memory_grows_by_what_is_counted_elsewhere(ranks: RunRanks, case: Case) 
 
 
 @pytest.mark.parametrize(
-    "more", [["optimizer.kind=adamw8bit"], ["optimizer.kind=muon", "optimizer.clip=0", "engine.zero_stage=2"]], ids=str
+    "more",
+    [
+        ["optimizer.kind=adamw"],
+        ["optimizer.kind=adamw8bit"],
+        ["optimizer.kind=muon", "optimizer.clip=0", "engine.zero_stage=2"],
+        ["optimizer.kind=muon", "optimizer.clip=0", "engine.zero_stage=0", "engine.precision=fp32"],
+    ],
+    ids=str,
 )
-def test_a_checkpoint_is_as_large_as_counted(ranks: RunRanks, tmp_path: Path, more: list[str]) -> None:
-    args = ["model.vocab_size=512", "model.width=256", "model.layers=2", *more]
+def test_a_checkpoint_is_as_large_as_counted(ranks: RunRanks, dataset: Path, tmp_path: Path, more: list[str]) -> None:
+    """By `duet plan` and by the preflight."""
+    vocabulary = Manifest.load(str(dataset)).tokenizer.vocab_size
+    args = [f"model.vocab_size={vocabulary}", "model.width=256", "model.layers=2", f"data.path={dataset}", *more]
     [(found, counted)] = ranks("tests.distributed.memory_cases:checkpoint_bytes", 1, root=str(tmp_path), args=args)
-    assert counted == pytest.approx(found, rel=0.1)
+    assert counted == pytest.approx(found, rel=0.01)
+    assert preflight_node._checkpoint_bytes(load(args)) == counted

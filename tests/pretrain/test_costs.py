@@ -8,7 +8,7 @@ from model.gpus import GPUS
 from model.size import num_parameters
 from pretrain.config import Config, load
 from pretrain.costs import changed, costs, largest_micro_batch
-from pretrain.memory import activation_bytes, memory, state
+from pretrain.memory import memory, state
 
 GPU = GPUS["h100"]
 SIZE = GPU.memory_gb * 1e9
@@ -81,12 +81,6 @@ def test_state_is_divided_as_zero_says() -> None:
 def test_checkpoints_that_stay(steps: int, every: int, keep: int, for_ever: int | None, expected: int) -> None:
     config = config_of(f"train.steps={steps}", f"train.checkpoint_every={every}", f"train.keep_checkpoints={keep}")
     assert costs(changed(config, {"train.keep_every": for_ever}), 64, GPU, 0.4).checkpoints == expected
-
-
-def test_less_is_kept_of_a_smaller_micro_batch_and_with_checkpointing() -> None:
-    plain, again = config_of(), config_of("engine.activation_checkpointing=true")
-    assert activation_bytes(again, 4) < activation_bytes(plain, 4) / 4
-    assert activation_bytes(plain, 2) < activation_bytes(plain, 4)
 
 
 def test_gpus_that_cannot_share_the_batch() -> None:
