@@ -368,8 +368,8 @@ def test_a_continuation_is_scored_by_its_own_text(exported: Path, options: dict[
         assert found[0] == pytest.approx(float(logits[range(len(follows)), follows].sum()), abs=1e-5)
         assert found[0] < -0.5
         assert alone == (tokenizer.encode([context + continuation])[0].tolist()[: len(given)] != given)
-    alone = sum(model._encoded(*pair)[2] for pair in pairs)
-    assert f"each encoded by itself: {alone}" in "".join(model.warnings())
+    number = sum(model._encoded(*pair)[2] for pair in pairs)
+    assert f"each encoded by itself: {number}" in "".join(model.warnings())
 
 
 def test_what_has_no_likelihood_is_refused(exported: Path) -> None:
