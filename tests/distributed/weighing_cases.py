@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -35,16 +36,20 @@ def learn(ranks: Ranks, runs: list[list[str]], sabotage: str | None = None) -> l
     """
     weighed, add = Engine._weighed, Meter.add
     if sabotage == "weights":
-        Engine._weighed = lambda self, batches: batches  # type: ignore[method-assign,assignment]
+        Engine._weighed = lambda self, batches: list(batches)  # type: ignore[method-assign,assignment]
     elif sabotage == "tokens":
 
         def own_tokens(engine: Engine, batches: Sequence[Batch]) -> list[Batch]:
             made = [(batch, batch.counts) for batch in weighed(engine, batches)]
             return [replace(b, counts=c._replace(tokens=b.num_tokens())) for b, c in made if c is not None]
 
-        Engine._weighed = own_tokens  # type: ignore[method-assign]
+        Engine._weighed = own_tokens  # type: ignore[method-assign,assignment]
     elif sabotage == "moments":
-        Meter.add = lambda self, step, metrics, known: add(self, step, [told(one) for one in metrics], known)  # type: ignore[method-assign]
+
+        def told_of_each(meter: Meter, step: int, metrics: Any, known: Any) -> None:
+            add(meter, step, [told(one) for one in metrics], known)
+
+        Meter.add = told_of_each  # type: ignore[method-assign,assignment]
     return [learned(ranks, args) for args in runs]
 
 
