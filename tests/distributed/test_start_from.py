@@ -165,3 +165,29 @@ def test_the_command_says_what_it_would_do(stable: Path, tmp_path: Path, monkeyp
     ):
         assert message in plan(*args)
     assert not list(tmp_path.iterdir())
+
+
+def older_version(run_dir: Path) -> None:
+    """As if the checkpoints had been saved when labels weighed alike within a micro-batch only."""
+    for file in run_dir.glob("checkpoints/*/manifest.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 3}))
+
+
+def test_a_run_of_an_older_version_goes_on_only_where_labels_weigh_as_they_did(
+    ranks: Ranks, dataset: Path, tmp_path: Path
+) -> None:
+    """With unequal numbers of labels it is refused, and a new run may begin with it."""
+    plain, uneven, new = (tmp_path / name for name in ("plain", "uneven", "new"))
+    for run_dir, more in ((plain, []), (uneven, ["data.mask_boundaries=true"])):
+        args = arguments(dataset, run_dir, "schedule.kind=wsd", *more)
+        ranks(TRAIN, 1, args=[*args, "train.steps=4"])
+        older_version(run_dir)
+        args = [*args, "train.steps=6"]
+        if run_dir == plain:
+            ranks(TRAIN, 1, args=args)
+            assert losses(plain).keys() == {*range(1, 7)}
+        else:
+            with pytest.raises(RanksFailed, match=rf"RunError.*--from {uneven}@4 run.dir=NEW"):
+                ranks(TRAIN, 1, args=args)
+            ranks(TRAIN, 1, args=[*args, f"run.dir={new}", f"run.start_from={uneven}@4"])
+            assert losses(new).keys() == {5, 6}

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -44,7 +45,11 @@ def learn(ranks: Ranks, runs: list[list[str]], sabotage: str | None = None) -> l
 
         Engine._weighed = own_tokens  # type: ignore[method-assign,assignment]
     elif sabotage == "moments":
-        Meter.add = lambda self, step, metrics, known: add(self, step, [told(one) for one in metrics], known)  # type: ignore[method-assign,assignment]
+
+        def told_of_each(meter: Meter, step: int, metrics: Any, known: Any) -> None:
+            add(meter, step, [told(one) for one in metrics], known)
+
+        Meter.add = told_of_each  # type: ignore[method-assign,assignment]
     return [learned(ranks, args) for args in runs]
 
 
