@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from model import registry
-from model.flops import training_flops_per_token
-from model.interface import Batch
-from pretrain.study import load_study
+from model.architectures import registry
+from model.batch import Batch
+from model.costs.flops import training_flops_per_token
+from pretrain.study.spec import load_study
 
 STUDY = Path(__file__).resolve().parent.parent / "docs" / "experiments" / "learned-dropout.yaml"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 
-from data_pipeline.atomic import sync_folder
-from model import registry
-from model.interface import Batch
-from pretrain.checkpoint import Checkpoint
-from pretrain.checkpoint_folder import complete, step_path
-from pretrain.config import load
-from pretrain.distributed import Ranks, join
-from pretrain.engine import Engine
-from pretrain.saver import Saver
-from pretrain.shard import BLOCK
+from data_pipeline.files.atomic import sync_folder
+from model.architectures import registry
+from model.batch import Batch
+from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.shard_file import BLOCK
+from pretrain.config.schema import load
+from pretrain.engine.distributed import Ranks, join
+from pretrain.engine.engine import Engine
+from pretrain.run.checkpoint_folder import complete, step_path
 
 MODELS = {  # parameters in millions: layers, width, vocabulary
     10: (4, 256, 4096),

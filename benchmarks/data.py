@@ -24,12 +24,12 @@ from reading.peers import BATCH, CONTEXT
 from torch.utils.data import DataLoader, IterableDataset
 
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Dataset
-from data_pipeline.loader import Loader, Reader
-from data_pipeline.manifest import Manifest, ShardFacts, SourceFacts, SplitFacts, TokenizerFacts
-from data_pipeline.packing_plan import prepare
-from data_pipeline.plan import Plan, wanted_phase
-from data_pipeline.shards import BATCH_TOKENS, ShardWriter
+from data_pipeline.loading.loader import Loader, Reader
+from data_pipeline.sampling.packing_plan import prepare
+from data_pipeline.sampling.sample_plan import Plan, wanted_phase
+from data_pipeline.storage.dataset import Dataset
+from data_pipeline.storage.manifest import Manifest, ShardFacts, SourceFacts, SplitFacts, TokenizerFacts
+from data_pipeline.storage.shards import BATCH_TOKENS, ShardWriter
 
 TOKENS = 64 * 2**20
 ROUNDS = 27

@@ -27,8 +27,8 @@ from typing import Any, Literal
 import zstandard
 
 from data_pipeline.config import DataConfig, TokenizerConfig
-from data_pipeline.tokenizer import train_tokenizer
-from launch.python_docs import collect
+from data_pipeline.tokenize.tokenizer import train_tokenizer
+from launch.commands.python_docs import collect
 
 ROUNDS = 3
 CLOCK_ROUNDS = 5
@@ -58,8 +58,8 @@ def serve(build):
 OURS = (
     f"UNIT_BYTES = {UNIT_BYTES}"
     + """
-from data_pipeline import sources, tokenizer
-from data_pipeline.build import build
+from data_pipeline.ingest import sources; from data_pipeline.tokenize import tokenizer
+from data_pipeline.building.api import build
 from data_pipeline.config import DataConfig
 
 def ours(config, processes):

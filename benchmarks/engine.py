@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.dataset import Dataset
-from model import registry
-from model.interface import Batch
+from data_pipeline.storage.dataset import Dataset
+from model.architectures import registry
+from model.batch import Batch
 from pretrain import trainer
-from pretrain.config import Config, load
-from pretrain.dataset_identity import complete
-from pretrain.distributed import join
-from pretrain.engine import bootstrap
-from pretrain.job import FailureFile
-from pretrain.signals import StopRequest
+from pretrain.config.dataset_identity import complete
+from pretrain.config.schema import Config, load
+from pretrain.engine.distributed import join
+from pretrain.engine.engine import bootstrap
+from pretrain.run.job_records import FailureFile
+from pretrain.run.signals import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP, PAIRS = 10, 200

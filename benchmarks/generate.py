@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from model import registry
-from model.cache import Cache
-from model.config import ModelConfig
-from model.generate import Generation
-from model.language_model import LanguageModel
-from model.sampling import Sampling
+from model.architectures import registry
+from model.architectures.token_model import LanguageModel
+from model.attention.cache import Cache
+from model.config.model_config import ModelConfig
+from model.generation.generate import Generation
+from model.generation.sampling import Sampling
 
 CONTEXT, PROMPT = 256, 16
 TARGET = 2.0

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from model.chunked_loss import token_loss
+from model.layers.chunked_loss import token_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REPEATS = 9

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from model import registry
-from model.config import ModelConfig
-from model.interface import Batch
-from model.language_model import LanguageModel
-from model.mask_config import LearnedDropoutConfig
+from model.architectures import registry
+from model.architectures.token_model import LanguageModel
+from model.batch import Batch
+from model.config.mask_config import LearnedDropoutConfig
+from model.config.model_config import ModelConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS, TOKENS = (64, 128, 256, 512, 1024, 2048), (16, 64, 512, 2048, 8192, 65536)

@@ -23,9 +23,9 @@ import mlflow
 import torch
 from mlflow.entities import Metric
 
-from pretrain.journal import Journal
-from pretrain.mirror_store import connect
-from pretrain.tracking import Tracker, assign
+from pretrain.run.journal import Journal
+from pretrain.tracking.mlflow_follower import Tracker, assign
+from pretrain.tracking.mlflow_store import connect
 
 METRICS = {f"loss/metric_{i:02d}": 1.0 / (i + 1) for i in range(20)}
 STEPS_A_BLOCK = 20

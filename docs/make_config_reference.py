@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
 
 OUT = Path(__file__).with_name("config.md")
 HEAD = """# Configuration reference

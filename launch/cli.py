@@ -9,27 +9,14 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.atomic import DISK_ERRORS
 from data_pipeline.errors import ConfigError, UserError
-from data_pipeline.mapped import told
+from data_pipeline.files.atomic import DISK_ERRORS
+from data_pipeline.files.mapped import told
 from data_pipeline.secret import WAY_ON, argument_of_secret
-from launch import (
-    checkpoint,
-    data,
-    jobs,
-    logs,
-    model,
-    plan_command,
-    preflight,
-    runs,
-    status,
-    study,
-    submit_command,
-    tracking,
-)
+from launch.commands import checkpoint, data, jobs, logs, model, plan, preflight, runs, status, study, submit, track
+from launch.commands.generate import generate
 from launch.completion import complete_configs, complete_runs
-from launch.generate import generate
-from pretrain.provenance import check_code
+from pretrain.run.provenance import check_code
 
 ConfigArgs = Annotated[
     list[str],
@@ -57,9 +44,9 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(model.app, name="model")
 app.add_typer(runs.app, name="runs")
 app.add_typer(study.app, name="study")
-app.add_typer(tracking.app, name="track")
-app.command("plan")(plan_command.plan)
-app.command("submit")(submit_command.submit)
+app.add_typer(track.app, name="track")
+app.command("plan")(plan.plan)
+app.command("submit")(submit.submit)
 app.command("preflight")(preflight.preflight)
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
@@ -83,11 +70,11 @@ def train(
     With --from it is a new run of the other's configuration, changed by what is given: for instance
     `duet train --from runs/a@9000 run.name=a-cooled schedule.kind=wsd schedule.cooldown=1000 train.steps=10000`.
     """
-    from pretrain.config import load
+    from pretrain.config.schema import load
 
     if start_from:
-        from pretrain.origin import parse
-        from pretrain.run import RunFolder
+        from pretrain.run.origin import parse
+        from pretrain.run.run_folder import RunFolder
 
         origin = RunFolder(parse(start_from)[0])
         origin.facts()  # a run folder
@@ -95,11 +82,11 @@ def train(
     loaded = load(config)
     loaded.micro_batches(ranks)
     if dry_run:
-        from launch.dry_run import describe
+        from launch.local.dry_run import describe
 
         typer.echo(describe(loaded, ranks))
         return
-    from launch.local import run_ranks
+    from launch.local.local_ranks import run_ranks
 
     raise typer.Exit(run_ranks(config, ranks, loaded.run_dir / "logs", verbose=verbose))
 
@@ -127,7 +114,7 @@ def evaluate(
     Examples: `duet eval runs/quickstart`, `duet eval exported --tasks mine.yaml,lambada_openai`
     """
     if tasks is None:
-        from pretrain.use import evaluate_run
+        from pretrain.export.use import evaluate_run
 
         found = evaluate_run(run, step, rounding)
         width = max(28, *map(len, found))
@@ -135,7 +122,7 @@ def evaluate(
             typer.echo(f"{name:<{width}} {value:.6f}")
         return
     with wanted("lm_eval", "lm-eval", "--tasks"):
-        from pretrain.harness import evaluate_tasks
+        from pretrain.export.harness import evaluate_tasks
 
     for task, metrics in evaluate_tasks(run, step, tasks.split(",")).items():
         for name, value in metrics.items():
@@ -154,7 +141,7 @@ def report(
 
     Example: `duet report runs/quickstart`
     """
-    from pretrain.report import write_report
+    from pretrain.report.report import write_report
 
     typer.echo(str(write_report(runs, out)))
 
@@ -168,7 +155,7 @@ def quickstart(
 
     Example: `duet quickstart --dir /tmp/first`
     """
-    from launch.quickstart import run
+    from launch.commands.quickstart import run
 
     raise typer.Exit(run(folder, ranks))
 
@@ -179,7 +166,7 @@ def config_show(config: ConfigArgs) -> None:
 
     Example: `duet config show model/tiny run/quickstart optimizer.lr=3e-4`
     """
-    from pretrain.config import dump, load
+    from pretrain.config.schema import dump, load
 
     typer.echo(dump(load(config)), nl=False)
 
@@ -190,8 +177,8 @@ def config_presets() -> None:
 
     Example: `duet config presets`
     """
-    from launch.cluster import shipped
-    from pretrain.config import presets
+    from launch.slurm.site import shipped
+    from pretrain.config.schema import presets
 
     for name in sorted([*presets(), *(f"cluster/{name}" for name in shipped())]):
         typer.echo(name)

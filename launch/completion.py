@@ -6,7 +6,7 @@ from pathlib import Path
 
 def complete_runs(incomplete: str) -> list[str]:
     """Run folders, and folders on the way to one."""
-    from launch.run_files import is_run
+    from launch.slurm.run_files import is_run
 
     folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
     if not folder.is_dir():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from data_pipeline.corpus import Progress
+    from data_pipeline.ingest.splits import Progress
 
 _LINE_SECONDS = 10.0
 _NOTHING_TO_DO = "already built from this text and these settings: nothing to do"

@@ -27,17 +27,17 @@ def main(args: list[str]) -> int:
     if parent := os.environ.pop("DUET_PARENT", None):
         die_with(int(parent))
 
-    from pretrain.signals import EXIT_CODES, StopRequest, exit_code
+    from pretrain.run.signals import EXIT_CODES, StopRequest, exit_code
 
     stop = StopRequest()  # first of all: Ctrl-C during the imports below is a request, too
 
-    from data_pipeline.atomic import disk_errors
     from data_pipeline.errors import RunError, UserError
-    from data_pipeline.mapped import told
-    from pretrain.config import load
-    from pretrain.console import fail, take_over
-    from pretrain.job import FailureFile
-    from pretrain.provenance import check_code
+    from data_pipeline.files.atomic import disk_errors
+    from data_pipeline.files.mapped import told
+    from pretrain.config.schema import load
+    from pretrain.run.job_records import FailureFile
+    from pretrain.run.provenance import check_code
+    from pretrain.tracking.console import fail, take_over
 
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     try:
@@ -47,7 +47,7 @@ def main(args: list[str]) -> int:
             with disk_errors(config.run_dir, RunError):
                 take_over(config.run_dir / "logs", rank, verbose=bool(os.environ.get("DUET_VERBOSE")))
 
-            from pretrain.distributed import join
+            from pretrain.engine.distributed import join
             from pretrain.trainer import train
 
             try:

@@ -8,22 +8,23 @@ from typing import Any
 
 import torch
 
-from data_pipeline import packing_plan
-from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError, RunError
-from data_pipeline.plan import Plan, go_on, wanted_phase
-from data_pipeline.state import DataState
-from pretrain import checkpoint, origin
-from pretrain.config import Config
-from pretrain.console import Console, slow_progress
-from pretrain.dataset_identity import complete, identity
-from pretrain.distributed import Ranks
-from pretrain.engine import Engine
-from pretrain.evaluate import held_out
-from pretrain.lease import Lease
-from pretrain.ownership import check_own
-from pretrain.recorder import Recorder
-from pretrain.run import RunFolder
+from data_pipeline.sampling import packing_plan
+from data_pipeline.sampling.data_state import DataState
+from data_pipeline.sampling.sample_plan import Plan, go_on, wanted_phase
+from data_pipeline.storage.dataset import Dataset
+from pretrain.checkpoint import checkpoint
+from pretrain.checkpoint.ownership import check_own
+from pretrain.config.dataset_identity import complete, identity
+from pretrain.config.schema import Config
+from pretrain.engine.distributed import Ranks
+from pretrain.engine.engine import Engine
+from pretrain.evaluation.evaluate import held_out
+from pretrain.run import origin
+from pretrain.run.lease import Lease
+from pretrain.run.run_folder import RunFolder
+from pretrain.tracking.console import Console, slow_progress
+from pretrain.tracking.recorder import Recorder
 
 VERIFY_UP_TO_BYTES = 10 * 2**30
 """A dataset up to this size is hashed in full at each start of a run; the ranks share the work."""

@@ -8,14 +8,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain.distributed import Ranks
-from pretrain.job import Heartbeat, JobFolder, Pulse, this_job
-from pretrain.lease import LOST_FOLDER, Lease, LeaseLost
-from pretrain.metrics import StepMetrics
-from pretrain.recorder import Recorder
-from pretrain.report_data import LOSS
-from pretrain.saver import Saver
-from pretrain.signals import KILL_SWITCH, StopRequest
+from pretrain.checkpoint.saver import Saver
+from pretrain.engine.distributed import Ranks
+from pretrain.run.job_records import Heartbeat, JobFolder, Pulse, this_job
+from pretrain.run.lease import LOST_FOLDER, Lease, LeaseLost
+from pretrain.run.run_summary import LOSS
+from pretrain.run.signals import KILL_SWITCH, StopRequest
+from pretrain.tracking.metrics import StepMetrics
+from pretrain.tracking.recorder import Recorder
 
 LOST = 255
 """Greater than any request: what rank 0 reports when the run folder is no longer its own."""

@@ -11,40 +11,41 @@ from typing import Any
 
 import torch
 
-from data_pipeline.atomic import disk_errors
-from data_pipeline.dataset import Dataset
 from data_pipeline.errors import RunError
-from data_pipeline.files import is_uri
-from data_pipeline.loader import Loader, Reader
-from data_pipeline.manifest import Manifest
-from data_pipeline.mapped import explained, told
-from data_pipeline.plan import Plan, told_shares
-from data_pipeline.state import DataState
-from model import registry
-from pretrain import begin, journal
-from pretrain.batches import Batches
-from pretrain.config import Config
-from pretrain.distributed import Ranks
-from pretrain.engine import Engine
-from pretrain.evaluate import evaluate, held_out, held_out_bytes
-from pretrain.goodput import Goodput, earlier_goodput
-from pretrain.health import Health
-from pretrain.job import FailureFile
-from pretrain.lease import still_there
+from data_pipeline.files.atomic import disk_errors
+from data_pipeline.files.filesystem import is_uri
+from data_pipeline.files.mapped import explained, told
+from data_pipeline.loading.loader import Loader, Reader
+from data_pipeline.sampling.data_state import DataState
+from data_pipeline.sampling.sample_plan import Plan, told_shares
+from data_pipeline.storage.dataset import Dataset
+from data_pipeline.storage.manifest import Manifest
+from model.architectures import registry
+from pretrain import begin
+from pretrain.checkpoint.retention import prune
+from pretrain.checkpoint.saver import Saver
+from pretrain.config.schedule import learning_rate
+from pretrain.config.schema import Config
+from pretrain.engine.distributed import Ranks
+from pretrain.engine.engine import Engine
+from pretrain.engine.profiling import Profile
+from pretrain.evaluation.batches import Batches
+from pretrain.evaluation.evaluate import evaluate, held_out, held_out_bytes
+from pretrain.evaluation.probe import Probe
+from pretrain.evaluation.sample import sample_text
+from pretrain.health.monitor import Health
+from pretrain.health.rollback import load_older, read_past
 from pretrain.life import Life, Stopped
-from pretrain.metrics import Meter
-from pretrain.mirror_state import State, state_path
-from pretrain.probe import Probe
-from pretrain.profiling import Profile
-from pretrain.recorder import Recorder
-from pretrain.retention import prune
-from pretrain.rollback import load_older, read_past
-from pretrain.run import RunFolder
-from pretrain.sample import sample_text
-from pretrain.saver import Saver
-from pretrain.schedule import learning_rate
-from pretrain.signals import StopRequest
-from pretrain.system import SystemSampler
+from pretrain.run import journal
+from pretrain.run.goodput import Goodput, earlier_goodput
+from pretrain.run.job_records import FailureFile
+from pretrain.run.lease import still_there
+from pretrain.run.run_folder import RunFolder
+from pretrain.run.signals import StopRequest
+from pretrain.tracking.metrics import Meter
+from pretrain.tracking.mlflow_state import State, state_path
+from pretrain.tracking.recorder import Recorder
+from pretrain.tracking.system_metrics import SystemSampler
 
 
 @dataclass
@@ -73,7 +74,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
     `started` is when the program began (`time.time()`), for the summary and the goodput.
 
     Returns:
-        the request (`pretrain.signals`) that ended the run early, else 0.
+        the request (`pretrain.run.signals`) that ended the run early, else 0.
 
     Raises:
         UserError: on every rank, with the same message.

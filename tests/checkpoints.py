@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint_folder import HASH, MANIFEST, UNSEALED_FORMATS, seal
+from pretrain.run.checkpoint_folder import HASH, MANIFEST, UNSEALED_FORMATS, seal
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

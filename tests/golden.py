@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.dataset import Dataset
-from data_pipeline.loader import StepSamples
-from data_pipeline.order import SampleOrder
-from model import registry
-from pretrain.batches import Batches
-from pretrain.config import Config, load, presets
-from pretrain.dataset_identity import complete
-from pretrain.distributed import Ranks, join
-from pretrain.engine import Engine
+from data_pipeline.loading.loader import StepSamples
+from data_pipeline.sampling.shuffle import SampleOrder
+from data_pipeline.storage.dataset import Dataset
+from model.architectures import registry
+from pretrain.config.dataset_identity import complete
+from pretrain.config.schema import Config, load, presets
+from pretrain.engine.distributed import Ranks, join
+from pretrain.engine.engine import Engine
+from pretrain.evaluation.batches import Batches
 from tests.runs import CHARACTERS, MARKED, ROOT, build_dataset
 
 FOLDER = ROOT / "tests" / "golden"

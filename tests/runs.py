@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from pretrain.journal import Record, read
+from pretrain.run.journal import Record, read
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -16,7 +16,7 @@ SMALL = [
     "model.width=16",
     "model.heads=2",
     "model.context=16",
-    "model.learned_dropout.entropy.start_step=0",
+    "model.masks.learned_dropout.entropy.start_step=0",
     "batch.tokens=128",
     "schedule.warmup_steps=3",
     "optimizer.lr=0.01",

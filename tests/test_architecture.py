@@ -18,10 +18,10 @@ MAY_IMPORT = {
     "launch": {"launch", "pretrain", "model", "data_pipeline"},
 }
 ONLY_IN = {
-    "deepspeed": ("pretrain/engine.py",),
-    "mlflow": ("pretrain/mirror.py", "pretrain/mirror_store.py"),
-    "transformers": ("pretrain/modeling_duet.py",),
-    "lm_eval": ("pretrain/harness.py",),
+    "deepspeed": ("pretrain/engine/engine.py",),
+    "mlflow": ("pretrain/tracking/mlflow_sync.py", "pretrain/tracking/mlflow_store.py"),
+    "transformers": ("pretrain/export/modeling_duet.py",),
+    "lm_eval": ("pretrain/export/harness.py",),
     "pyarrow": ("data_pipeline/",),
     "sentencepiece": ("data_pipeline/",),
 }
@@ -58,8 +58,8 @@ def test_imports_keep_to_the_rules(file: Path) -> None:
 
 def test_the_rules_see_a_breach(tmp_path: Path) -> None:
     breach = tmp_path / "breach.py"
-    breach.write_text("def f():\n    from pretrain import engine\n    import deepspeed.comm\n")
-    assert {"pretrain", "pretrain.engine", "deepspeed.comm"} <= set(imports(breach))
+    breach.write_text("def f():\n    from pretrain.engine import engine\n    import deepspeed.comm\n")
+    assert {"pretrain", "pretrain.engine.engine", "deepspeed.comm"} <= set(imports(breach))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_login_node_commands_need_no_heavy_library(arguments: list[str]) -> None
 
 def test_commands_that_read_a_checkpoint_load_neither_compiler_nor_engine() -> None:
     """Each takes longer to import than all else that they need."""
-    program = "import sys, pretrain.continuation, pretrain.portable, launch.checkpoint\n"
+    program = "import sys, pretrain.inference.continuation, pretrain.export.portable, launch.commands.checkpoint\n"
     program += "assert 'torch' in sys.modules\nassert not {'torch._dynamo', 'deepspeed'} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ import typer
 from pydantic import BaseModel
 
 from launch.cli import app
-from pretrain.config import Config
+from pretrain.config.schema import Config
 from tests.runs import ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -39,7 +39,7 @@ RUN_ELSEWHERE = {
     "git clone REPOSITORY duet && cd duet": "before anything else",
     ".venv/bin/pre-commit install": "writes into .git",
     "pytest tests/test_architecture.py": "this session",
-    "pytest tests/model/test_losses.py": "this session",
+    "pytest tests/model/masks/test_losses.py": "this session",
     "pytest tests/pretrain -k lease": "this session",
     "python docs/make_config_reference.py": "test_the_configuration_reference_is_up_to_date",
     "duet quickstart": ".ci/run",
@@ -50,7 +50,7 @@ RUN_ELSEWHERE = {
     "torchrun --nproc-per-node 8 -m pretrain model/tiny run/quickstart data.path=data/mine run.name=wide": "8 GPUs",
     "srun --kill-on-bad-exit=1 python -m pretrain model/tiny run/quickstart data.path=data/mine run.name=wide": "Slurm",
     "bash slurm/tokenize.sbatch 32 mine.yaml data.path=data/shared": "tests/slurm/test_tokenize.py",
-    "duet data upload data/mine s3://bucket/mine": "tests/data_pipeline/test_remote.py",
+    "duet data upload data/mine s3://bucket/mine": "tests/data_pipeline/storage/test_remote.py",
     "duet cancel runs/first": "tests/slurm/test_status.py",
     "duet requeue runs/first": "tests/slurm/test_status.py",
     "duet resume runs/first --nodes 4": "tests/slurm/test_status.py",

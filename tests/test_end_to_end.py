@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.cli import app
-from pretrain.journal import read
+from pretrain.run.journal import read
 from tests.conftest import RanksFailed
 from tests.runs import (
     SMALL,

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from data_pipeline.errors import ConfigError
-from model.sampling import Sampling
-from pretrain.buffers import persistent_buffers
-from pretrain.continuation import Continuation, Settings
-from pretrain.journal import read
-from pretrain.portable import load_export, write_export
-from pretrain.trained import find_checkpoint
-from pretrain.use import open_trained
+from model.generation.sampling import Sampling
+from pretrain.engine.buffers import persistent_buffers
+from pretrain.export.portable import load_export, write_export
+from pretrain.export.use import open_trained
+from pretrain.inference.continuation import Continuation, Settings
+from pretrain.inference.trained import find_checkpoint
+from pretrain.run.journal import read
 from tests.runs import SMALL, attempts, duet
 
 STEPS = ["train.steps=4", "train.eval_every=2", "train.checkpoint_every=2", "train.sample_tokens=5"]

@@ -24,7 +24,7 @@ GRACE = 30.0
 def serve() -> None:
     """Answer requests until the input ends."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    from pretrain.engine import bootstrap
+    from pretrain.engine.engine import bootstrap
 
     bootstrap()
     for name in (  # else each rank imports them
@@ -75,7 +75,7 @@ def _fork(rank: int, request: dict[str, Any], folder: Path) -> int:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # as StopRequest does, before there are threads
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["world"])}
         os.environ["DUET_RENDEZVOUS"] = f"file://{folder}/store"
-        from pretrain.distributed import join
+        from pretrain.engine.distributed import join
 
         module, function = request["target"].split(":")
         with join(timeout_minutes=2) as ranks:

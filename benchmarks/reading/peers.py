@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.order import SampleOrder
+from data_pipeline.sampling.shuffle import SampleOrder
 
 Batches = Iterator[Any]
 CONTEXT, BATCH = 2048, 8

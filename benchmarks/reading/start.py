@@ -14,13 +14,13 @@ import numpy as np
 import torch  # noqa: F401 - imported before the clock starts, as a run has it
 
 from data_pipeline.config import DataConfig
-from data_pipeline.corpus import Split
-from data_pipeline.dataset import Dataset
-from data_pipeline.loader import Reader
-from data_pipeline.manifest import Manifest, ShardFacts, SourceFacts, SplitFacts, TokenizerFacts
-from data_pipeline.plan import Plan, go_on
-from data_pipeline.shards import BATCH_TOKENS, ShardWriter
-from data_pipeline.state import DataState
+from data_pipeline.ingest.splits import Split
+from data_pipeline.loading.loader import Reader
+from data_pipeline.sampling.data_state import DataState
+from data_pipeline.sampling.sample_plan import Plan, go_on
+from data_pipeline.storage.dataset import Dataset
+from data_pipeline.storage.manifest import Manifest, ShardFacts, SourceFacts, SplitFacts, TokenizerFacts
+from data_pipeline.storage.shards import BATCH_TOKENS, ShardWriter
 
 SHARDS = 64_000
 SOURCES = 8

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from model.blocks import EncoderLayer
-from model.config import ModelConfig
-from model.language_model import Embedded, LanguageModel, Transformed, one_stream
+from model.architectures.blocks import EncoderLayer
+from model.architectures.token_model import Embedded, LanguageModel, Transformed, one_stream
+from model.config.model_config import ModelConfig
 
 
 class DecoderOnly(LanguageModel):

@@ -7,12 +7,12 @@ the first, or the target of a pair.
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError
-from model.blocks import DecoderLayer, EncoderLayer
-from model.config import ModelConfig
-from model.interface import Batch
-from model.language_model import LanguageModel, Transformed
-from model.sites import dropout_at
-from model.visibility import visible_source, visible_target
+from model.architectures.blocks import DecoderLayer, EncoderLayer
+from model.architectures.token_model import LanguageModel, Transformed
+from model.attention.visibility import visible_source, visible_target
+from model.batch import Batch
+from model.config.model_config import ModelConfig
+from model.masks.sites import dropout_at
 
 
 class EncoderDecoder(LanguageModel):

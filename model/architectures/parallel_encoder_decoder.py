@@ -10,13 +10,13 @@ from itertools import chain, repeat
 
 from torch import Tensor, nn
 
-from model.blocks import DecoderLayer, EncoderLayer
-from model.config import ModelConfig
-from model.dropout import Statistics
-from model.encoder_loss import EncoderLoss
-from model.language_model import Embedded, LanguageModel, Transformed
-from model.layers import Linear, stream_norm
-from model.pair import Pair
+from model.architectures.blocks import DecoderLayer, EncoderLayer
+from model.architectures.encoder_loss import EncoderLoss
+from model.architectures.pair import Pair
+from model.architectures.token_model import Embedded, LanguageModel, Transformed
+from model.config.model_config import ModelConfig
+from model.layers.layers import Linear, stream_norm
+from model.masks.dropout import Statistics
 
 
 class ParallelEncoderDecoder(LanguageModel):

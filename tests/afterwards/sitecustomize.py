@@ -38,7 +38,7 @@ def _hasty(local: ModuleType) -> None:
     local.GRACE_SECONDS = float(os.environ.get("GRACE", "15"))  # type: ignore[attr-defined]
 
 
-CHANGES = {"pretrain.report": _slow, "launch.local": _hasty}
+CHANGES = {"pretrain.report.report": _slow, "launch.local.local_ranks": _hasty}
 
 
 class Finder(importlib.abc.MetaPathFinder):

@@ -5,10 +5,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from model.sampling import Sampling
-from pretrain.continuation import Continuation, Settings
-from pretrain.text_page import records, write_page
-from pretrain.use import open_trained
+from model.generation.sampling import Sampling
+from pretrain.export.use import open_trained
+from pretrain.inference.continuation import Continuation, Settings
+from pretrain.inference.text_page import records, write_page
 from tests.browser.conftest import opened
 from tests.runs import ROOT
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.inspection import inspect
-from model.sampling import Sampling
-from pretrain.continuation import Continuation, Settings
-from pretrain.report_data import load, verdict
-from pretrain.text_page import records, write_page
-from pretrain.trained import Trained
-from pretrain.use import open_trained
+from model.generation.inspection import inspect
+from model.generation.sampling import Sampling
+from pretrain.export.use import open_trained
+from pretrain.inference.continuation import Continuation, Settings
+from pretrain.inference.text_page import records, write_page
+from pretrain.inference.trained import Trained
+from pretrain.run.run_summary import load, verdict
 from tests.browser.conftest import Browser
 from tests.model.helpers import build, open_masks, small
 from tests.ports import free_port

@@ -8,16 +8,16 @@ from typing import Any
 
 import xxhash
 
-from data_pipeline.atomic import write_atomic
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Dataset
-from data_pipeline.loader import Loader, Reader
-from data_pipeline.manifest import ShardFacts
-from data_pipeline.packing_plan import prepare
-from data_pipeline.plan import Plan, go_on, wanted_phase
-from data_pipeline.remote import RemoteShards
-from data_pipeline.state import DataState
-from pretrain.distributed import Ranks
+from data_pipeline.files.atomic import write_atomic
+from data_pipeline.loading.loader import Loader, Reader
+from data_pipeline.sampling.data_state import DataState
+from data_pipeline.sampling.packing_plan import prepare
+from data_pipeline.sampling.sample_plan import Plan, go_on, wanted_phase
+from data_pipeline.storage.dataset import Dataset
+from data_pipeline.storage.manifest import ShardFacts
+from data_pipeline.storage.remote_shards import RemoteShards
+from pretrain.engine.distributed import Ranks
 
 SAVE_EVERY = 3
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.build import build
+from data_pipeline.building.api import build
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Dataset
-from data_pipeline.files import resolve
-from data_pipeline.windows import Windows
+from data_pipeline.files.filesystem import resolve
+from data_pipeline.sampling.windows import Windows
+from data_pipeline.storage.dataset import Dataset
 from tests.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.interface import Batch, ModelOutput
-from pretrain.checkpoint import Checkpoint
-from pretrain.checkpoint_folder import step_path
-from pretrain.config import Config, load
-from pretrain.distributed import Ranks
-from pretrain.engine import Engine
+from model.batch import Batch, ModelOutput
+from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.config.schema import Config, load
+from pretrain.engine.distributed import Ranks
+from pretrain.engine.engine import Engine
+from pretrain.run.checkpoint_folder import step_path
 from tests.distributed.cases import VOCABULARY, digest, make_engine, save, train_steps
 
 STAGES = (0, 1, 3)

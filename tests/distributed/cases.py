@@ -14,20 +14,21 @@ from typing import Any
 
 import torch
 
-from data_pipeline.dataset import Dataset
-from model import registry
-from model.interface import Batch
-from model.language_model import LanguageModel
-from pretrain import checkpoint, report
-from pretrain.config import Config, load
-from pretrain.distributed import Ranks
-from pretrain.engine import Engine
-from pretrain.evaluate import evaluate
-from pretrain.job import FailureFile
-from pretrain.retention import prune
-from pretrain.run import RunFolder
-from pretrain.saver import Saver
-from pretrain.signals import StopRequest
+from data_pipeline.storage.dataset import Dataset
+from model.architectures import registry
+from model.architectures.token_model import LanguageModel
+from model.batch import Batch
+from pretrain.checkpoint import checkpoint
+from pretrain.checkpoint.retention import prune
+from pretrain.checkpoint.saver import Saver
+from pretrain.config.schema import Config, load
+from pretrain.engine.distributed import Ranks
+from pretrain.engine.engine import Engine
+from pretrain.evaluation.evaluate import evaluate
+from pretrain.report import report
+from pretrain.run.job_records import FailureFile
+from pretrain.run.run_folder import RunFolder
+from pretrain.run.signals import StopRequest
 
 VOCABULARY = 41
 
@@ -208,7 +209,8 @@ def train_run(
     reported: bool = False,
 ) -> int:
     """A whole training run, but for its report; rank 1 can be killed or get a signal in the middle of a step."""
-    from pretrain import lease, trainer
+    from pretrain import trainer
+    from pretrain.run import lease
 
     if not reported:
         without_report()
@@ -263,7 +265,7 @@ def train_run(
 
 def validate_in_batches_of(ranks: Ranks, run: str, sizes: list[int]) -> list[dict[str, float]]:
     """Validation of a run's newest checkpoint, with several numbers of windows a forward pass."""
-    from pretrain.trained import find_checkpoint, read_model
+    from pretrain.inference.trained import find_checkpoint, read_model
 
     checkpoint, config = find_checkpoint(Path(run))
     model = read_model(checkpoint, config)

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from data_pipeline.errors import CheckpointError
-from model import registry
-from pretrain import checkpoint, retention, saver, shard
-from pretrain.checkpoint import Checkpoint
-from pretrain.checkpoint_folder import complete, step_path
-from pretrain.distributed import Ranks
-from pretrain.engine import Engine
-from pretrain.lease import LeaseLost
-from pretrain.trained import saved_config
+from model.architectures import registry
+from pretrain.checkpoint import checkpoint, retention, saver, shard_file
+from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.engine.distributed import Ranks
+from pretrain.engine.engine import Engine
+from pretrain.inference.trained import saved_config
+from pretrain.run.checkpoint_folder import complete, step_path
+from pretrain.run.lease import LeaseLost
 from tests.distributed.cases import a_saver, digest, make_engine, save, small_config, train_steps
 
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
@@ -130,14 +130,14 @@ def snapshots(ranks: Ranks, root: str) -> dict[str, Any]:
     config = small_config(2, "bf16")
     engine = make_engine(ranks, config)
     release = threading.Event()
-    blocks, join = shard._blocks, saver.Saver.join
+    blocks, join = shard_file._blocks, saver.Saver.join
     manifest = Path(root) / "step-000000002" / "manifest.json"
 
     def held_up(*args: Any) -> Iterator[Any]:
         assert release.wait(60)
         yield from blocks(*args)
 
-    shard._blocks = held_up  # type: ignore[assignment]
+    shard_file._blocks = held_up  # type: ignore[assignment]
     train_steps(engine, ranks, config, 1, 2)
     saved = [digest(engine, ranks)]
     with a_saver(engine, Path(root), ranks) as subject:
@@ -258,7 +258,7 @@ def die_while_saving(
         if after is not None:
             time.sleep(0.02)  # so that a kill at a random time finds each phase
 
-    write, blocks, write_atomic, remove = saver.write_tensors, shard._blocks, saver.write_atomic, retention.remove
+    write, blocks, write_atomic, remove = saver.write_tensors, shard_file._blocks, saver.write_atomic, retention.remove
 
     def watched_write(*args: Any) -> Any:
         enter("before the shards")
@@ -284,10 +284,10 @@ def die_while_saving(
         remove(folder)
         os.pwrite(phases, bytes([0]), ranks.rank)
 
-    shard.BLOCK = 1000
+    shard_file.BLOCK = 1000
     for module, name, watched in (
         (saver, "write_tensors", watched_write),
-        (shard, "_blocks", watched_blocks),
+        (shard_file, "_blocks", watched_blocks),
         (saver, "write_atomic", watched_manifest),
         (retention, "remove", watched_remove),
     ):

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch._dynamo
 
-from pretrain import checkpoint, fragments
-from pretrain.adam8 import SIGNED, AdamW8bit, dynamic_map
-from pretrain.caches import CACHES
-from pretrain.config import Config, load
-from pretrain.distributed import Ranks
-from pretrain.engine import Engine
+from pretrain.checkpoint import checkpoint
+from pretrain.config.schema import Config, load
+from pretrain.engine import fragments
+from pretrain.engine.adamw8bit import SIGNED, AdamW8bit, dynamic_map
+from pretrain.engine.caches import CACHES
+from pretrain.engine.distributed import Ranks
+from pretrain.engine.engine import Engine
 from tests.distributed.cases import VOCABULARY, make_engine, save, train_run, train_steps
 
 SMALL = [

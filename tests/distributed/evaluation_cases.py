@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline import packing_plan
-from data_pipeline.dataset import AnyWindows, Dataset
-from model import registry
-from model.language_model import LanguageModel
-from pretrain.batches import Batches
-from pretrain.config import Config, load
-from pretrain.dataset_identity import complete
-from pretrain.distributed import Ranks
-from pretrain.engine import Engine
-from pretrain.evaluate import evaluate, held_out, held_out_bytes
-from pretrain.use import open_trained
+from data_pipeline.sampling import packing_plan
+from data_pipeline.storage.dataset import AnyWindows, Dataset
+from model.architectures import registry
+from model.architectures.token_model import LanguageModel
+from pretrain.config.dataset_identity import complete
+from pretrain.config.schema import Config, load
+from pretrain.engine.distributed import Ranks
+from pretrain.engine.engine import Engine
+from pretrain.evaluation.batches import Batches
+from pretrain.evaluation.evaluate import evaluate, held_out, held_out_bytes
+from pretrain.export.use import open_trained
 
 BATCH = 4
 

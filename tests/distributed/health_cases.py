@@ -13,15 +13,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.interface import Batch
-from model.language_model import LanguageModel
-from pretrain import health, recorder, trainer, trends
-from pretrain.config import load
-from pretrain.distributed import Ranks
-from pretrain.job import FailureFile
-from pretrain.nonfinite import Diagnosis
-from pretrain.signals import StopRequest
-from pretrain.watchdog import Watchdog
+from model.architectures.token_model import LanguageModel
+from model.batch import Batch
+from pretrain import trainer
+from pretrain.config.schema import load
+from pretrain.engine.distributed import Ranks
+from pretrain.health import monitor, trends
+from pretrain.health.nonfinite import Diagnosis
+from pretrain.health.watchdog import Watchdog
+from pretrain.run.job_records import FailureFile
+from pretrain.run.signals import StopRequest
+from pretrain.tracking import recorder
 from tests.distributed.cases import without_report
 
 
@@ -78,7 +80,7 @@ def run(
 
     trainer.registry.build = build_poisoned
     if sabotage == "look at nothing again":
-        health.diagnose = lambda step, *rest: Diagnosis(step, [], ranks.world_size)
+        monitor.diagnose = lambda step, *rest: Diagnosis(step, [], ranks.world_size)
     elif sabotage == "go back but keep the weights":
         trainer.load_older = lambda root, back, *rest: int(
             sorted(root.glob("step-*"))[-back].name.removeprefix("step-")
@@ -89,7 +91,7 @@ def run(
 def collections(ranks: Ranks, args: list[str]) -> dict[str, Any]:
     """At which steps garbage was collected, however that came about, and the collector's state before and after."""
     steps: list[int] = []
-    after_step = health.Health.after_step
+    after_step = monitor.Health.after_step
     now = 0
     inside = False
 
@@ -97,12 +99,12 @@ def collections(ranks: Ranks, args: list[str]) -> dict[str, Any]:
         if phase == "start" and inside:
             steps.append(now)
 
-    def noted(self: health.Health, step: int, *rest: Any) -> None:
+    def noted(self: monitor.Health, step: int, *rest: Any) -> None:
         nonlocal now, inside
         now, inside = step, step < 12
         after_step(self, step, *rest)
 
-    health.Health.after_step = noted  # type: ignore[method-assign,assignment]
+    monitor.Health.after_step = noted  # type: ignore[method-assign,assignment]
     gc.callbacks.append(note)
     before = gc.isenabled()
     train(ranks, args)
@@ -119,9 +121,9 @@ def frozen(ranks: Ranks, args: list[str], at: int, thaw: bool) -> str:
     """
     pids = ranks.gather(os.getpid())
     logs = load(args).run_dir / "logs"
-    after_step = health.Health.after_step
+    after_step = monitor.Health.after_step
 
-    def stop(self: health.Health, step: int, *rest: Any) -> None:
+    def stop(self: monitor.Health, step: int, *rest: Any) -> None:
         after_step(self, step, *rest)
         if step == at and not thaw:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)
@@ -139,7 +141,7 @@ def frozen(ranks: Ranks, args: list[str], at: int, thaw: bool) -> str:
             time.sleep(0.02)
         os.kill(pids[1], signal.SIGCONT)
 
-    health.Health.after_step = stop  # type: ignore[method-assign,assignment]
+    monitor.Health.after_step = stop  # type: ignore[method-assign,assignment]
     if thaw and ranks.rank == 0:
         threading.Thread(target=wait_and_thaw, daemon=True).start()
     try:
@@ -166,9 +168,9 @@ def never_gives_the_lock_away(ranks: Ranks, logs: str) -> list[str]:
 def leaking(ranks: Ranks, args: list[str], slow: float, leak_mib: int) -> list[tuple[str, str]]:
     """Rank 1 takes `slow` seconds more for each forward pass and keeps some memory after each step."""
     kept: list[bytes] = []
-    after_step, original = health.Health.after_step, LanguageModel.hidden
+    after_step, original = monitor.Health.after_step, LanguageModel.hidden
 
-    def leak(self: health.Health, *rest: Any) -> None:
+    def leak(self: monitor.Health, *rest: Any) -> None:
         after_step(self, *rest)
         kept.append(os.urandom(1 << 20) * leak_mib if ranks.rank == 1 else b"")
 
@@ -177,6 +179,6 @@ def leaking(ranks: Ranks, args: list[str], slow: float, leak_mib: int) -> list[t
         return original(model, *rest)
 
     trends.SLOW_SECONDS = 0.0
-    health.Health.after_step = leak  # type: ignore[method-assign,assignment]
+    monitor.Health.after_step = leak  # type: ignore[method-assign,assignment]
     LanguageModel.hidden = hidden  # type: ignore[method-assign,assignment]
     return train(ranks, args)

@@ -10,14 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from data_pipeline import loader
 from data_pipeline.errors import DataError, RunError
-from pretrain import life, recorder, report, trainer
-from pretrain.config import load
-from pretrain.distributed import Ranks
-from pretrain.engine import Engine
-from pretrain.job import FailureFile, JobFolder
-from pretrain.signals import StopRequest
+from data_pipeline.loading import loader
+from pretrain import life, trainer
+from pretrain.config.schema import load
+from pretrain.engine.distributed import Ranks
+from pretrain.engine.engine import Engine
+from pretrain.report import report
+from pretrain.run.job_records import FailureFile, JobFolder
+from pretrain.run.signals import StopRequest
+from pretrain.tracking import recorder
 from tests.distributed.cases import without_report
 
 

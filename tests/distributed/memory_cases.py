@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
+from model.batch import Batch
 from model.gpus import GPUS
-from model.interface import Batch
-from pretrain.config import Config, load
-from pretrain.costs import costs
-from pretrain.distributed import Ranks
-from pretrain.memory import memory
+from pretrain.config.schema import Config, load
+from pretrain.engine.distributed import Ranks
+from pretrain.planning.costs import costs
+from pretrain.planning.memory import memory
 from tests.distributed.cases import make_engine, save, small_config
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import model.parameters  # noqa: F401 - else each rank imports it
-from pretrain import preflight_exchange, preflight_node
-from pretrain.config import load
-from pretrain.distributed import Ranks
-from pretrain.preflight_exchange import Exchange, Place
-from pretrain.preflight_group import STAGES, Limits, Meeting, NoLeader, preflight
+import model.costs.parameters  # noqa: F401 - else each rank imports it
+from pretrain.config.schema import load
+from pretrain.engine.distributed import Ranks
+from pretrain.preflight import exchange, node
+from pretrain.preflight.exchange import Exchange, Place
+from pretrain.preflight.group import STAGES, Limits, Meeting, NoLeader, preflight
 
 HANGS_IN = {"hanging": "compute", "late": "network", "mute": "network", "stopped": "network", "killed": "network"}
 """The stage that does not end."""
@@ -120,7 +120,7 @@ def miscalculating() -> None:
 
 
 def outdated() -> None:
-    put(preflight_node, "version", lambda package: {"torch": "2.9.0", "deepspeed": "0.19.8"}[package])
+    put(node, "version", lambda package: {"torch": "2.9.0", "deepspeed": "0.19.8"}[package])
 
 
 def full() -> None:
@@ -129,14 +129,14 @@ def full() -> None:
 
 def ahead() -> None:
     put(
-        preflight_exchange,
+        exchange,
         "time",
         SimpleNamespace(time=lambda: time.time() + 7, perf_counter=time.perf_counter),
     )
 
 
 def hanging() -> None:
-    put(preflight_node, "multiply", striking(lambda device: threading.Event().wait()))
+    put(node, "multiply", striking(lambda device: threading.Event().wait()))
 
 
 def late() -> None:

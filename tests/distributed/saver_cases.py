@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import xxhash
 
-from pretrain import saver
-from pretrain.checkpoint import Checkpoint
-from pretrain.checkpoint_folder import complete, step_path
-from pretrain.distributed import Ranks
-from pretrain.engine import Engine
+from pretrain.checkpoint import saver
+from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.engine.distributed import Ranks
+from pretrain.engine.engine import Engine
+from pretrain.run.checkpoint_folder import complete, step_path
 from tests.distributed.cases import a_saver, make_engine, save, train_steps
 from tests.distributed.engine_cases import small
 

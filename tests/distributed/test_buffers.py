@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import CheckpointError
-from model import registry
-from pretrain.buffers import persistent_buffers
-from pretrain.checkpoint import Checkpoint
-from pretrain.checkpoint_folder import step_path
-from pretrain.differences import shape_differences, tensor_differences
+from model.architectures import registry
+from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.checkpoint.differences import shape_differences, tensor_differences
+from pretrain.engine.buffers import persistent_buffers
+from pretrain.run.checkpoint_folder import step_path
 from tests.checkpoints import manifest_of, write_manifest
 from tests.distributed.buffer_cases import SAVED, STAGES, config_of
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint_folder import complete, step_of, step_path
+from pretrain.run.checkpoint_folder import complete, step_of, step_path
 from tests.checkpoints import manifest_of, write_manifest
 from tests.conftest import RanksFailed
 from tests.distributed.cases_checkpoint import LAST, SAVED

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import ConfigError
-from pretrain.config import load
-from pretrain.journal import read
+from pretrain.config.schema import load
+from pretrain.run.journal import read
 from tests.conftest import RanksFailed
 from tests.runs import SMALL
 

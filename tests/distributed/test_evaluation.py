@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.build import build
+from data_pipeline.building.api import build
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Dataset
-from data_pipeline.windows import Windows
-from model.interface import IGNORE
-from pretrain.batches import Batches
+from data_pipeline.sampling.windows import Windows
+from data_pipeline.storage.dataset import Dataset
+from model.batch import IGNORE
+from pretrain.evaluation.batches import Batches
 from tests.distributed.evaluation_cases import opened
 from tests.runs import SMALL
 

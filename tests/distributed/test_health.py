@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from pretrain.checkpoint import RNG
-from pretrain.checkpoint_folder import step_path
-from pretrain.journal import Record, read, series
-from pretrain.report import write_report
-from pretrain.report_data import load, verdict
-from pretrain.tracking import sync
+from pretrain.checkpoint.checkpoint import RNG
+from pretrain.report.report import write_report
+from pretrain.run.checkpoint_folder import step_path
+from pretrain.run.journal import Record, read, series
+from pretrain.run.run_summary import load, verdict
+from pretrain.tracking.mlflow_follower import sync
 from tests.checkpoints import manifest_of, write_manifest
 from tests.conftest import RanksFailed
 from tests.faults.tracked import assert_mirrors, run_of

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from pretrain.job import JobFolder
-from pretrain.journal import read
-from pretrain.runs import recorded_end
-from pretrain.signals import KILL_SWITCH
+from pretrain.run.job_records import JobFolder
+from pretrain.run.journal import read
+from pretrain.run.run_listing import recorded_end
+from pretrain.run.signals import KILL_SWITCH
 from tests.conftest import RanksFailed
 from tests.runs import ROOT, SMALL, attempts, newest_on_disk
 
@@ -173,7 +173,7 @@ def test_the_children_of_a_rank_survive_the_planned_signal() -> None:
     """srun sends it to all processes of a step: a compiler that dies of it would be a crash."""
     program = (
         "import os, signal, subprocess, threading\n"
-        "from pretrain.signals import StopRequest\n"
+        "from pretrain.run.signals import StopRequest\n"
         "stop = StopRequest()\n"
         "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
         "child = subprocess.Popen(['sleep', '100'])\n"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.manifest import Manifest
-from pretrain import preflight_node
-from pretrain.config import load
+from data_pipeline.storage.manifest import Manifest
+from pretrain.config.schema import load
+from pretrain.preflight import node
 
 _OF_SIZE = ["model.heads=8", "model.vocab_size=8192"]
 _OFF = "model.learned_dropout.enabled=false"
@@ -100,4 +100,4 @@ def test_a_checkpoint_is_as_large_as_counted(ranks: RunRanks, dataset: Path, tmp
     args = [f"model.vocab_size={vocabulary}", "model.width=256", "model.layers=2", f"data.path={dataset}", *more]
     [(found, counted)] = ranks("tests.distributed.memory_cases:checkpoint_bytes", 1, root=str(tmp_path), args=args)
     assert counted == pytest.approx(found, rel=0.01)
-    assert preflight_node._checkpoint_bytes(load(args)) == counted
+    assert node._checkpoint_bytes(load(args)) == counted

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.dataset import Dataset
-from pretrain.journal import Record, read
-from pretrain.metrics import SLOW
+from data_pipeline.storage.dataset import Dataset
+from pretrain.run.journal import Record, read
+from pretrain.tracking.metrics import SLOW
 from tests.conftest import RanksFailed
 from tests.runs import SMALL
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.manifest import Manifest
+from data_pipeline.storage.manifest import Manifest
 from tests.runs import SMALL
 
 CASE = "tests.distributed.preflight_cases:run"

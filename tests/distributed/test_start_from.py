@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 from data_pipeline.errors import UserError
 from launch.cli import app
-from pretrain import origin
-from pretrain.config import load
-from pretrain.journal import read
-from pretrain.run import RunFolder
+from pretrain.config.schema import load
+from pretrain.run import origin
+from pretrain.run.journal import read
+from pretrain.run.run_folder import RunFolder
 from tests.conftest import RanksFailed
 from tests.runs import SMALL, attempts
 

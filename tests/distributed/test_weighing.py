@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.build import build
+from data_pipeline.building.api import build
 from data_pipeline.config import DataConfig
 from tests.runs import ROOT, SMALL
 

@@ -2,10 +2,11 @@
 
 import torch
 
-from model import chunked_loss, registry
-from pretrain.config import load
-from pretrain.distributed import Ranks
-from pretrain.engine import Engine
+from model.architectures import registry
+from model.layers import chunked_loss
+from pretrain.config.schema import load
+from pretrain.engine.distributed import Ranks
+from pretrain.engine.engine import Engine
 from tests.distributed.cases import train_steps
 from tests.model.helpers import VARIANTS
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from data_pipeline.loader import Reader
-from data_pipeline.plan import Plan, wanted_phase
-from model.interface import IGNORE, Batch
-from model.telemetry import told
-from pretrain.batches import Batches
-from pretrain.distributed import Ranks
-from pretrain.engine import Engine
-from pretrain.evaluate import evaluate, held_out_bytes
-from pretrain.goodput import Goodput
-from pretrain.metrics import Meter
+from data_pipeline.loading.loader import Reader
+from data_pipeline.sampling.sample_plan import Plan, wanted_phase
+from model.batch import IGNORE, Batch
+from model.masks.telemetry import told
+from pretrain.engine.distributed import Ranks
+from pretrain.engine.engine import Engine
+from pretrain.evaluation.batches import Batches
+from pretrain.evaluation.evaluate import evaluate, held_out_bytes
+from pretrain.run.goodput import Goodput
+from pretrain.tracking.metrics import Meter
 from tests.distributed.cases import make_engine
 from tests.distributed.engine_cases import small
 from tests.distributed.evaluation_cases import opened

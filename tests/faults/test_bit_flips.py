@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from data_pipeline.errors import CheckpointError
-from pretrain.checkpoint import Checkpoint, newest
-from pretrain.checkpoint_folder import step_path
-from pretrain.distributed import Ranks
+from pretrain.checkpoint.checkpoint import Checkpoint, newest
+from pretrain.engine.distributed import Ranks
+from pretrain.run.checkpoint_folder import step_path
 from tests.checkpoints import manifest_of, write_manifest
 from tests.flips import flip_each
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pretrain.mirror_state import State, default_uri
-from pretrain.mirror_store import connect
+from pretrain.tracking.mlflow_state import State, default_uri
+from pretrain.tracking.mlflow_store import connect
 from tests.conftest import ROOT
 from tests.ports import free_port
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from model import registry
-from model.config import Architecture, ModelConfig
-from model.interface import Batch
-from model.language_model import LanguageModel
-from model.mask_config import LearnedDropoutConfig
+from model.architectures import registry
+from model.architectures.token_model import LanguageModel
+from model.batch import Batch
+from model.config.mask_config import LearnedDropoutConfig
+from model.config.model_config import Architecture, ModelConfig
 
 torch.set_num_threads(1)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.portable import write_export
-from pretrain.trained import find_checkpoint
+from pretrain.export.portable import write_export
+from pretrain.inference.trained import find_checkpoint
 from tests.runs import SMALL
 
 SHAPE = ["model.learned_dropout.sites=[enc_ff,dec_sa,embed]", "model.learned_dropout.source=embed", "model.bias=true"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pretrain.journal import read
+from pretrain.run.journal import read
 from tests.runs import ROOT, SMALL, attempts, check_resumed, newest_on_disk
 from tests.slurm.cluster import Cluster
 from tests.slurm.faulty import PLACE

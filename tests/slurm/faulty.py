@@ -27,7 +27,9 @@ stops: list[Any] = []
 
 def main() -> None:
     """Arms the faults when the trainer reads its configuration: signals are handled by then, torch is not there yet."""
-    from pretrain import config, report, signals
+    from pretrain.config import schema as config
+    from pretrain.report import report
+    from pretrain.run import signals
 
     load, remember = config.load, signals.StopRequest.__init__
 
@@ -58,7 +60,7 @@ def main() -> None:
 def stand(fault: dict[str, Any]) -> None:
     """Hold the rank in a step, or end it there with an error."""
     from pretrain import trainer
-    from pretrain.engine import Engine
+    from pretrain.engine.engine import Engine
 
     train_step, learning_rate = Engine.train_step, trainer.learning_rate
     now = 0
@@ -86,7 +88,7 @@ def stand(fault: dict[str, Any]) -> None:
 
 def die(fault: dict[str, Any]) -> None:
     """End the rank in a phase of a save."""
-    from pretrain import retention, saver
+    from pretrain.checkpoint import retention, saver
 
     saving = None
     start, write, write_atomic, remove = saver.Saver.start, saver.write_tensors, saver.write_atomic, retention.remove

@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from pretrain.job import Heartbeat, JobFolder, Pulse
-from pretrain.journal import Journal
-from pretrain.lease import Lease
-from pretrain.runs import saved_steps
+from pretrain.run.job_records import Heartbeat, JobFolder, Pulse
+from pretrain.run.journal import Journal
+from pretrain.run.lease import Lease
+from pretrain.run.run_listing import saved_steps
 
 
 def main() -> int:

@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from pretrain.job import Heartbeat, JobFolder, Pulse, RankFailure, this_job
-from pretrain.runs import saved_steps
+from pretrain.run.job_records import Heartbeat, JobFolder, Pulse, RankFailure, this_job
+from pretrain.run.run_listing import saved_steps
 
 USR1, TERM = signal.SIGUSR1, signal.SIGTERM
 

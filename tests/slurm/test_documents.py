@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import Cluster as Site
-from pretrain.job import JobFolder
-from pretrain.journal import read
-from pretrain.run import RunFolder
+from launch.slurm.site import Cluster as Site
+from pretrain.run.job_records import JobFolder
+from pretrain.run.journal import read
+from pretrain.run.run_folder import RunFolder
 from tests.runs import ROOT
 from tests.slurm.cluster import Cluster
 from tests.slurm.processes import wait_until

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.runs import recorded_end
+from pretrain.run.run_listing import recorded_end
 from tests.ports import free_port
 from tests.runs import ROOT, attempts
 from tests.slurm.cluster import Cluster

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from pretrain.job import JobFolder
+from pretrain.run.job_records import JobFolder
 from tests.runs import ROOT
 from tests.slurm.cluster import Cluster
 from tests.slurm.processes import wait_until
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 PYTHON = """#!/bin/bash
-[ "$3" != launch.preflight ] || [ -z "$PREFLIGHT" ] || exec {python} -c "$PREFLIGHT" "$4"
-[ "$3" != launch.exclude ] || [ -z "$CANCEL" ] || scancel "$SLURM_JOB_ID"
-[ "$3" != launch.exclude ] || until [ -z "$CANCEL" ] || [ -e "$CANCEL" ]; do sleep 0.05; done
+[ "$3" != launch.commands.preflight ] || [ -z "$PREFLIGHT" ] || exec {python} -c "$PREFLIGHT" "$4"
+[ "$3" != launch.slurm.exclude ] || [ -z "$CANCEL" ] || scancel "$SLURM_JOB_ID"
+[ "$3" != launch.slurm.exclude ] || until [ -z "$CANCEL" ] || [ -e "$CANCEL" ]; do sleep 0.05; done
 [ "$3" != pretrain ] || exec {python} -m tests.slurm.standin
 exec {python} "$@"
 """
@@ -38,7 +38,7 @@ sleep() { command sleep 0.05; }
 PREFLIGHT = """
 import os, sys
 from pathlib import Path
-from pretrain.job import JobFolder
+from pretrain.run.job_records import JobFolder
 if os.environ["SLURMD_NODENAME"] == "n1":
     JobFolder(Path(sys.argv[1])).exclude("n1", "no memory")
     sys.exit(11)

@@ -1,14 +1,14 @@
-"""`launch.preflight` on a real Slurm, as the batch script starts it."""
+"""`launch.commands.preflight` on a real Slurm, as the batch script starts it."""
 
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from data_pipeline.manifest import Manifest
-from launch.exclude import avoided
-from launch.preflight import AVOID, GOOD
-from pretrain.job import JobFolder
+from data_pipeline.storage.manifest import Manifest
+from launch.commands.preflight import AVOID, GOOD
+from launch.slurm.exclude import avoided
+from pretrain.run.job_records import JobFolder
 from tests.ports import free_port
 from tests.runs import ROOT, SMALL
 from tests.slurm.cluster import Cluster
@@ -19,7 +19,7 @@ ON_EACH_NODE = '[ "$SLURMD_NODENAME" != n2 ] || export DUET_DATA="$0"; exec "$@"
 
 def preflight(cluster: Cluster, run_dir: Path, data: Path, of_n2: Path, *options: str) -> tuple[int, str]:
     port = free_port()
-    rank = [sys.executable, "-P", "-m", "launch.preflight", str(run_dir), *SMALL]
+    rank = [sys.executable, "-P", "-m", "launch.commands.preflight", str(run_dir), *SMALL]
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=150", *options]
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from data_pipeline.errors import RunError
 from launch.cli import app
-from launch.logs import _log
-from launch.run_status import status as status_of
-from pretrain.config import dump, load
-from pretrain.job import JobFolder
+from launch.commands.logs import _log
+from launch.slurm.run_status import status as status_of
+from pretrain.config.schema import dump, load
+from pretrain.run.job_records import JobFolder
 from tests.runs import CHARACTERS, ROOT, SMALL
 from tests.slurm.cluster import Cluster
 from tests.slurm.processes import wait_until
@@ -90,7 +90,9 @@ def follow(tmp_path: Path) -> Iterator[Callable[[], "tuple[subprocess.Popen[byte
     """Starts `duet logs -f` on a run whose job waits; the process, and what it shows."""
     out = tmp_path / "followed"
     started = []
-    program = "import sys\nfrom launch import cli, logs\nlogs.STATUS_SECONDS = 0.5\ncli.main()"
+    program = (
+        "import sys\nfrom launch import cli; from launch.commands import logs\nlogs.STATUS_SECONDS = 0.5\ncli.main()"
+    )
 
     def start() -> "tuple[subprocess.Popen[bytes], Path]":
         with open(out, "wb") as file:

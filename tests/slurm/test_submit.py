@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from data_pipeline.errors import RunError, UserError
 from launch.cli import app
-from launch.submit import resubmit
-from pretrain.job import JobFolder
-from pretrain.provenance import PACKAGES
+from launch.slurm.submit import resubmit
+from pretrain.run.job_records import JobFolder
+from pretrain.run.provenance import PACKAGES
 from tests.runs import CHARACTERS, ROOT, SMALL
 from tests.slurm.cluster import Cluster
 from tests.slurm.processes import wait_until
@@ -32,9 +32,9 @@ import sys
 import time
 from pathlib import Path
 
-from pretrain import provenance
-from pretrain.config import load
-from pretrain.run import RunFolder
+from pretrain.run import provenance
+from pretrain.config.schema import load
+from pretrain.run.run_folder import RunFolder
 
 VERSION = "first"
 config = load(sys.argv[1:])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.journal import read
-from pretrain.provenance import PACKAGES
-from pretrain.tracking import sync
+from pretrain.run.journal import read
+from pretrain.run.provenance import PACKAGES
+from pretrain.tracking.mlflow_follower import sync
 from tests.faults.tracked import Server, assert_mirrors
 from tests.runs import ROOT, newest_on_disk
 from tests.slurm.cluster import Cluster

@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data_pipeline.build import build
-from data_pipeline.manifest import Manifest
+from data_pipeline.building.api import build
+from data_pipeline.storage.manifest import Manifest
 from tests.data_pipeline.conftest import config, contents, prose
 from tests.runs import ROOT
 from tests.slurm.cluster import Cluster

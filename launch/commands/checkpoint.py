@@ -1,0 +1,216 @@
+"""`duet checkpoint`: look at what a run has saved, and keep it in order."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, thin them out, export them.")
+PathArg = Annotated[Path, typer.Argument(metavar="PATH", help="A run folder or one checkpoint.")]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+@app.command("ls")
+def ls(run: RunArg) -> None:
+    """List the complete checkpoints of a run, newest first: size, age, validation loss, and why each stays.
+
+    Example: `duet checkpoint ls runs/quickstart`
+    """
+    from data_pipeline.errors import CheckpointError
+    from pretrain.checkpoint.checkpoint import Checkpoint
+    from pretrain.checkpoint.retention import reasons
+    from pretrain.run.checkpoint_folder import complete
+    from pretrain.run.run_folder import RunFolder
+
+    folder = RunFolder(run)
+    train = folder.config().train
+    complete(folder.checkpoints, _warn)
+    found = reasons(folder.checkpoints, train.keep_checkpoints, train.keep_every, folder.facts().get("id"))
+    if not found:
+        raise CheckpointError(f"{run}: no complete checkpoint yet")
+    for path, why in found.items():
+        try:
+            manifest = Checkpoint(path).manifest
+        except CheckpointError as error:
+            typer.echo(f"{path}  DAMAGED: {error}")
+            continue
+        size = sum(shard.bytes for shard in manifest.shards) / 2**20
+        age = f"{_age(time.time() - manifest.saved)} old" if manifest.saved else "age unknown"
+        loss = "not validated" if manifest.validation_loss is None else f"validation {manifest.validation_loss:.4f}"
+        typer.echo(f"{path}  step {manifest.step}  {size:.1f} MiB  {age}  {loss}  {', '.join(why) or 'may go'}")
+
+
+@app.command("inspect")
+def inspect(path: PathArg) -> None:
+    """Say what a checkpoint (of a run: the newest) holds.
+
+    Example: `duet checkpoint inspect runs/quickstart`
+    """
+    checkpoint = _newest(path)
+    manifest = checkpoint.manifest
+    typer.echo(f"{checkpoint.path}")
+    typer.echo(
+        f"step {manifest.step}, written by {manifest.world_size} rank(s) at ZeRO {manifest.zero_stage}, "
+        f"{manifest.optimizer_steps} updates applied"
+    )
+    if manifest.validation_loss is not None:
+        typer.echo(f"validation loss: {manifest.validation_loss}")
+    for key, value in manifest.state.items():
+        typer.echo(f"{key}: {value}")
+    for shard in manifest.shards:
+        typer.echo(f"{shard.file}: {shard.bytes} bytes, {len(shard.fragments)} fragments, xxh3_128 {shard.xxh3_128}")
+    for name, shape in manifest.shapes.items():
+        typer.echo(f"{name:<60} {shape!s:<16} {' '.join(manifest.states[name])}")
+    for name, shape in manifest.buffers.items():
+        typer.echo(f"{name:<60} {shape!s:<16} buffer")
+
+
+@app.command("verify")
+def verify(path: PathArg) -> None:
+    """Compare manifest and shards with their hashes; of a run: in all its checkpoints.
+
+    Exit code 2 when one is damaged, or of another run.
+
+    Example: `duet checkpoint verify runs/quickstart`
+    """
+    from data_pipeline.errors import CheckpointError
+    from pretrain.checkpoint.checkpoint import Checkpoint
+    from pretrain.checkpoint.ownership import check_own
+    from pretrain.run.checkpoint_folder import complete, is_checkpoint
+    from pretrain.run.run_folder import RunFolder
+
+    wrong: list[str] = []
+    folder = None if is_checkpoint(path) else RunFolder(path)
+    paths = complete(folder.checkpoints, _warn) if folder else [path]
+    for found in paths:
+        try:
+            checkpoint = Checkpoint(found)
+            if folder:
+                check_own(checkpoint, folder)
+            checkpoint.verify()
+            typer.echo(f"{found}: whole")
+        except CheckpointError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise CheckpointError("\n".join(wrong))
+    if not paths:
+        raise CheckpointError(f"{path}: neither a checkpoint nor a run folder with one")
+
+
+@app.command("diff")
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A run folder (its newest checkpoint) or one checkpoint.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+) -> None:
+    """Say how two checkpoints differ: metadata, and of each parameter's states the largest and the relative change.
+
+    Relative: norm of the difference over the norm in A. States that agree bit for bit are only counted. A buffer of the
+    model, such as a running statistic, counts as a state.
+
+    Example: `duet checkpoint diff runs/quickstart runs/quickstart/checkpoints/step-000000200`
+    """
+    from pretrain.checkpoint.differences import metadata_differences, shape_differences, tensor_differences
+
+    one, other = _newest(a), _newest(b)
+    one.verify()
+    other.verify()
+    for key, (left, right) in metadata_differences(one, other).items():
+        typer.echo(f"{key}: {left} | {right}")
+    for key, (left, right) in shape_differences(one, other).items():
+        typer.echo(f"{key}: {left} | {right}")
+    equal = 0
+    for found in tensor_differences(one, other):
+        if found.largest == 0:
+            equal += 1
+        else:
+            typer.echo(f"{found.name:<50} {found.state:<12} max {found.largest:.3e}  relative {found.relative:.3e}")
+    typer.echo(f"{equal} state(s) are equal")
+
+
+@app.command("prune")
+def prune(
+    run: RunArg,
+    keep: Annotated[int, typer.Option(min=1, help="Newest checkpoints that stay.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+) -> None:
+    """Remove all but the newest checkpoints of a run, those of `train.keep_every`, and the best by validation loss.
+
+    The newest one is compared with its hashes before anything goes.
+
+    Example: `duet checkpoint prune runs/quickstart --keep 1 --dry-run`
+    """
+    from pretrain.checkpoint import retention
+    from pretrain.checkpoint.ownership import check_own
+    from pretrain.run.lease import await_unowned
+    from pretrain.run.run_folder import RunFolder
+
+    folder = RunFolder(run)
+    every = folder.config().train.keep_every
+    await_unowned(run)
+    newest = _newest(run)
+    check_own(newest, folder)
+    newest.verify()
+    for path in retention.prune(folder.checkpoints, keep, every, folder.facts().get("id"), dry_run=dry_run):
+        typer.echo(f"{path}: {'would be removed' if dry_run else 'removed'}")
+
+
+@app.command("export")
+def export(
+    path: Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="A run folder (its newest checkpoint), or one.")],
+    to: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A new folder: weights in one safetensors file, tokenizer.")
+    ] = None,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights in --to.")] = "fp32",
+    deepspeed: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A new folder, in DeepSpeed's own layout.")
+    ] = None,
+) -> None:
+    """Export a checkpoint: for `duet generate`, plain torch and Hugging Face, or as DeepSpeed would have saved it.
+
+    Example: `duet checkpoint export runs/quickstart --to exported`
+    """
+    from data_pipeline.errors import ConfigError
+    from pretrain.inference.trained import find_checkpoint
+    from pretrain.run.origin import parse
+
+    if (to is None) == (deepspeed is None):
+        raise ConfigError("name one new folder: --to FOLDER, or --deepspeed FOLDER for DeepSpeed's own layout")
+    if deepspeed and dtype != "fp32":
+        raise ConfigError("--dtype is for --to; --deepspeed saves in the run's precision")
+    checkpoint, config = find_checkpoint(*parse(path))
+    if to:
+        from pretrain.export.portable import write_export
+
+        write_export(checkpoint, config, to, dtype)
+    if deepspeed:
+        from pretrain.export.deepspeed_export import export_deepspeed
+
+        export_deepspeed(checkpoint, deepspeed)
+    typer.echo(f"{checkpoint.path}: exported to {to or deepspeed}")
+
+
+def _warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _newest(path: Path):  # type: ignore[no-untyped-def]  # naming the type would import torch
+    """A checkpoint by its folder, or the newest of a run."""
+    from data_pipeline.errors import CheckpointError
+    from pretrain.checkpoint.checkpoint import Checkpoint
+    from pretrain.run.checkpoint_folder import complete, is_checkpoint
+    from pretrain.run.run_folder import RunFolder
+
+    if is_checkpoint(path):
+        return Checkpoint(path)
+    found = complete(RunFolder(path).checkpoints, _warn)
+    if not found:
+        raise CheckpointError(f"{path}: neither a checkpoint nor a run folder with one")
+    return Checkpoint(found[0])

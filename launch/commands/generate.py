@@ -1,0 +1,121 @@
+"""`duet generate`: texts while they grow, as JSON, as a page, or one prompt after the other."""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_pipeline.errors import ConfigError
+
+
+def generate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint or an export.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given several times.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts to continue, one on each line; empty lines are left out.")
+    ] = None,
+    step: Annotated[int | None, typer.Option("--step", help="Use the checkpoint of this step, not the newest.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most, for each text.")] = 200,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="Divides the logits; 0 is --greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0: among all.")] = 50,
+    top_p: Annotated[
+        float, typer.Option(max=1.0, help="Choose among the fewest tokens that have this probability together.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Leave out tokens less likely than this share of the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that the text holds already become less likely.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End a text before this string; may be given several times.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="A line of JSON for each text: tokens, probabilities, gates.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page that shows gates and attention of each token.")
+    ] = None,
+) -> None:
+    """Continue texts; several are computed side by side, and the first is shown while it grows.
+
+    Without a prompt it is read from standard input; on a terminal you are asked for one after the other.
+
+    Examples: `duet generate runs/quickstart --prompt "Return the "`,
+    `duet generate runs/quickstart --prompts prompts.txt --top-k 0 --top-p 0.9 --stop "."`,
+    `duet generate runs/quickstart --prompt "Return the " --html text.html`
+    """
+    from model.generation.sampling import Sampling
+    from pretrain.export.use import open_trained
+    from pretrain.inference.continuation import Continuation, Settings
+    from pretrain.inference.text import read_prompts
+    from pretrain.inference.text_page import prepare, records, write_page
+
+    sampling = Sampling(repetition_penalty, 0.0 if greedy else temperature, top_k or None, top_p, min_p)
+    settings = Settings(sampling, tokens, tuple(stop or []), seed)
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    if not texts and _is_terminal() and not as_json and not html:
+        from launch.commands.prompt_loop import ask
+
+        ask(open_trained(run, step), settings)
+        return
+    continuation_of = texts or [_standard_input()]
+    trained = open_trained(run, step)
+    continuation = Continuation(trained, continuation_of, settings, recorded=as_json or html is not None)
+    if html:
+        prepare(html, continuation)
+    if as_json:
+        for _ in continuation.pieces():
+            pass
+    else:
+        _show(continuation_of, continuation.pieces())
+    if not as_json and not html:
+        return
+    found = records(trained, continuation, attention=html is not None)
+    if as_json:
+        for one in found:
+            told = {name: value for name, value in one.items() if name != "attention"}
+            typer.echo(json.dumps(told, allow_nan=False))
+    if html:
+        write_page(html, found)
+        typer.echo(str(html), err=as_json)
+
+
+def _show(prompts: list[str], pieces: Iterable[tuple[int, str]]) -> None:
+    """The first text while it grows, then the others."""
+    later = list(prompts)
+    if len(prompts) > 1:
+        typer.echo(f"== 1 of {len(prompts)} ==")
+    typer.echo(prompts[0], nl=False)
+    for number, piece in pieces:
+        if number:
+            later[number] += piece
+        else:
+            typer.echo(piece, nl=False)
+    typer.echo()
+    for number, text in enumerate(later[1:], 2):
+        typer.echo(f"== {number} of {len(prompts)} ==\n{text}")
+
+
+def _is_terminal() -> bool:
+    """Somebody can be asked, and sees what comes."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+
+
+def _standard_input() -> str:
+    """All of it, but for the newline at its end, which `echo` adds, and a byte order mark; nothing from a terminal.
+
+    Raises:
+        ConfigError: not UTF-8.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removeprefix("\ufeff").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input: not UTF-8 at byte {error.start}") from error

@@ -1,0 +1,65 @@
+"""`duet runs`: what runs there are."""
+
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pretrain.run.run_listing import RunState
+
+app = typer.Typer(no_args_is_help=True, help="Look at runs.")
+COLUMNS = ("RUN", "STATE", "STEP", "LOSS", "TOKENS/S", "JOB", "AGE")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `ls` a word of its own."""
+
+
+@app.command("ls")
+def ls(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where the run folders are.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> None:
+    """List the runs in a folder, the newest first.
+
+    Example: `duet runs ls runs`
+    """
+    from pretrain.run.run_listing import list_runs
+
+    runs = list_runs(folder)
+    if as_json:
+        typer.echo(json.dumps([_strict(asdict(run)) for run in runs], indent=1))
+        return
+    for line in aligned([COLUMNS, *(_row(run) for run in runs)]):
+        typer.echo(line)
+
+
+def aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """The rows of a table as lines."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _row(run: "RunState") -> tuple[str, ...]:
+    from pretrain.tracking.console import duration
+
+    return (
+        run.path,
+        run.state,
+        "-" if run.step is None else str(run.step),
+        "-" if run.loss is None else f"{run.loss:.4f}",
+        "-" if run.tokens_per_second is None else f"{run.tokens_per_second:.0f}",
+        run.job or "-",
+        duration(max(0.0, time.time() - run.started)),
+    )
+
+
+def _strict(fields: dict[str, object]) -> dict[str, object]:
+    """JSON knows no nan."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}

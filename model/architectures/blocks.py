@@ -1,0 +1,118 @@
+"""The layers of the streams (docs/model.md A3): each sublayer adds an update to the residual stream."""
+
+from torch import Tensor, nn
+
+from model.attention.attention import CrossAttention, SelfAttention
+from model.attention.visibility import CAUSAL, Visible
+from model.config.model_config import ModelConfig
+from model.layers.batch_norm import apply_norm
+from model.layers.layers import FeedForward, residual_std, stream_norm
+from model.masks.dropout import SiteDropout, Statistics
+from model.masks.sites import dropout_at
+
+
+class Residual:
+    """A stream on its way through a layer: x grows by updates that each pass their site; statistics are collected."""
+
+    def __init__(
+        self, x: Tensor, keys: Tensor | None, source: Tensor | None, visible: Visible, post_norm: bool
+    ) -> None:
+        """x [B, T, C]; noise keys [B] or None in evaluation; source [B, T, C] of masks that share one.
+
+        `visible`: to the stream's own attention, and so to that of its masks.
+        """
+        self.x = x
+        self.statistics: Statistics = {}
+        self._keys = keys
+        self._source = source
+        self._visible = visible
+        self._post_norm = post_norm
+
+    def normed(self, norm: nn.Module) -> Tensor:
+        """What a sublayer reads: x after its norm, or x itself where the norm comes after the addition."""
+        return self.x if self._post_norm else self._norm(norm, self.x)
+
+    def add(self, update: Tensor, dropout: SiteDropout, norm: nn.Module) -> None:
+        """x + dropout(update); normed where the norm comes after the addition."""
+        update, statistics = dropout(update, self._keys, self._source, self._visible)
+        self.statistics |= statistics
+        self.x = self._norm(norm, self.x + update) if self._post_norm else self.x + update
+
+    def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return apply_norm(norm, x, self._keys, self._visible.padding)
+
+
+class EncoderLayer(nn.Module):
+    """Self attention, then feed forward. A decoder-only model is made of these, too."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, alone: bool = False) -> None:
+        """`layer` counts from 0 in its stream; `alone`: the only stream, whose sites are called the decoder's."""
+        super().__init__()
+        self._post_norm = config.norm_position == "post"
+        std = residual_std(config)
+        self.attention_norm = stream_norm(config, both_ways=not config.causal)
+        self.attention = SelfAttention(config, f"{'dec' if alone else 'enc'}_sa/{layer:02d}", std)
+        self.attention_dropout = dropout_at(config, "dec_sa" if alone else "enc_sa", layer)
+        self.ff_norm = stream_norm(config, both_ways=not config.causal)
+        self.ff = FeedForward(config, std)
+        self.ff_dropout = dropout_at(config, "dec_ff" if alone else "enc_ff", layer)
+
+    def forward(
+        self, x: Tensor, keys: Tensor | None, source: Tensor | None, visible: Visible = CAUSAL
+    ) -> tuple[Tensor, Statistics]:
+        """x and source [B, T, C], noise keys [B] or None in evaluation -> x [B, T, C] and mask statistics."""
+        stream = Residual(x, keys, source, visible, self._post_norm)
+        update = self.attention(stream.normed(self.attention_norm), keys, visible)
+        stream.add(update, self.attention_dropout, self.attention_norm)
+        stream.add(self.ff(stream.normed(self.ff_norm)), self.ff_dropout, self.ff_norm)
+        return stream.x, stream.statistics
+
+
+class DecoderLayer(nn.Module):
+    """Self attention, cross attention to the encoder, feed forward.
+
+    Cross attention sees of the encoder what self attention sees of the stream, or `across`.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        """`layer` counts from 0 in its stream."""
+        super().__init__()
+        self._post_norm = config.norm_position == "post"
+        self._cross_first = config.decoder_order == "cross_self_ff"
+        std = residual_std(config, config.decoder_residual_writes)
+        self.attention_norm = stream_norm(config)
+        self.attention = SelfAttention(config, f"dec_sa/{layer:02d}", std)
+        self.attention_dropout = dropout_at(config, "dec_sa", layer)
+        self.cross_norm = stream_norm(config)
+        # The encoder's stream is normed already where norms come after the additions.
+        self.encoder_norm = nn.Identity() if self._post_norm else stream_norm(config)
+        self.cross_attention = CrossAttention(config, f"cross/{layer:02d}", std)
+        self.cross_dropout = dropout_at(config, "cross", layer)
+        self.ff_norm = stream_norm(config)
+        self.ff = FeedForward(config, std)
+        self.ff_dropout = dropout_at(config, "dec_ff", layer)
+
+    def forward(
+        self,
+        x: Tensor,
+        encoder: Tensor,
+        keys: Tensor | None,
+        source: Tensor | None,
+        visible: Visible = CAUSAL,
+        across: Visible | None = None,
+    ) -> tuple[Tensor, Statistics]:
+        """x and source [B, T, C], encoder [B, S, C], noise keys [B] or None in evaluation -> x, mask statistics."""
+        stream = Residual(x, keys, source, visible, self._post_norm)
+        for cross in (self._cross_first, not self._cross_first):
+            if cross:
+                self.cross(stream, encoder, keys, across or visible)
+            else:
+                update = self.attention(stream.normed(self.attention_norm), keys, visible)
+                stream.add(update, self.attention_dropout, self.attention_norm)
+        stream.add(self.ff(stream.normed(self.ff_norm)), self.ff_dropout, self.ff_norm)
+        return stream.x, stream.statistics
+
+    def cross(self, stream: Residual, encoder: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> None:
+        """Cross attention of the stream to encoder [B, S, C]."""
+        update = self.cross_attention(stream.normed(self.cross_norm), self.encoder_norm(encoder), keys, visible)
+        stream.add(update, self.cross_dropout, self.cross_norm)

@@ -1,0 +1,52 @@
+"""The number that training lowers, and what is told about it."""
+
+import torch
+from torch import Tensor
+
+from model.batch import Batch, ModelOutput
+from model.config.mask_config import PenaltyConfig
+from model.config.model_config import ModelConfig
+from model.layers.chunked_loss import TokenLoss
+from model.masks.dropout import Statistics
+from model.masks.penalties import weight_at
+
+
+def objective(
+    tokens: TokenLoss,
+    batch: Batch,
+    statistics: Statistics,
+    encoder_loss: dict[str, Tensor],
+    config: ModelConfig,
+    training: bool,
+) -> ModelOutput:
+    """The loss of the tokens; in training plus the penalties, averaged over the masks.
+
+    Every mask counts alike. In evaluation the penalties are told but do not enter the loss. `encoder_loss` is what
+    `EncoderLoss` gives, in training where it is on; else empty.
+    """
+    loss = tokens.loss
+    metrics = {"cross_entropy": tokens.cross_entropy}
+    if config.z_loss:
+        metrics["z_loss"] = tokens.z_loss
+    if statistics:
+        masks = list(statistics.values())
+        numbers = [name for name, value in masks[0].items() if not value.ndim]
+        mean = {name: torch.stack([mask[name] for mask in masks]).mean() for name in numbers}
+        for name, penalty in _penalties(config).items():
+            weight = metrics[f"{name}_weight"] = weight_at(batch.step, penalty)
+            if training:
+                loss = loss + weight * mean[name]
+        metrics |= mean
+        metrics |= {f"{name}/{mask}": values[name] for name in masks[0] for mask, values in statistics.items()}
+    if encoder_loss:
+        loss = loss + config.encoder_loss.weight * encoder_loss["encoder_loss"]
+        metrics |= encoder_loss
+    metrics["loss"] = loss
+    return ModelOutput(loss, {name: value.detach() for name, value in metrics.items()}, tokens.by_token)
+
+
+def _penalties(config: ModelConfig) -> dict[str, PenaltyConfig]:
+    """By the statistic that they penalise."""
+    if config.l0.enabled:
+        return {"l0": config.l0}
+    return {"entropy": config.learned_dropout.entropy, "l1": config.learned_dropout.l1}

@@ -1,0 +1,96 @@
+"""What a model does with each token of a finished text: its gates, and what it attends to.
+
+One pass over the whole text, beside the one that made it: hooks compute again, from what goes into each site and each
+attention, what the pass itself does not form. Without them nothing is computed and nothing is kept.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.architectures.token_model import LanguageModel
+from model.attention.attention import CausalAttention
+from model.batch import Batch
+from model.masks.dropout import SiteDropout
+
+Look = Callable[[str, Tensor], None]
+"""Gets the name of an attention, for example `enc_sa/00`, and its weights [H, T, T]: row t is what token t sees."""
+
+
+class Inspection(NamedTuple):
+    """Of a text of T tokens. Vectors of token t are those from which token t + 1 is predicted."""
+
+    states: Tensor
+    """[T, C], what the head reads."""
+    density: dict[str, Tensor]
+    """By mask, for example `enc_ff/00`: the share of elements that it keeps of each token, [T] float32."""
+
+
+class Scores(NamedTuple):
+    """Of tokens [T] under the model, whatever they were drawn by."""
+
+    log_probability: Tensor
+    """[T] float32, in nats, at temperature 1."""
+    rank: Tensor
+    """[T] int64: 1 for the likeliest token."""
+    likeliest: Tensor
+    """[T, n] int64, from the likeliest on."""
+    likeliest_log_probability: Tensor
+    """[T, n] float32."""
+
+
+@torch.no_grad()
+def inspect(model: LanguageModel, ids: Tensor, look: Look | None = None) -> Inspection:
+    """Read a text once more, in evaluation.
+
+    Args:
+        model: causal, in evaluation mode.
+        ids: [T] int64, T <= context, on the model's device.
+        look: gets the weights of each attention of a stream, in the order in which they are used; those of masks are
+            left out. They are the largest there is, so what is to be kept of them is for it to say.
+    """
+    density: dict[str, Tensor] = {}
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, SiteDropout):
+            hooks.append(module.register_forward_hook(partial(_density, density)))
+        elif isinstance(module, CausalAttention) and module.name and look:
+            hooks.append(module.register_forward_hook(partial(_weights, look)))
+    try:
+        return Inspection(model.hidden(ids[None], None, _alone(ids)).x[0], density)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def score(logits: Tensor, tokens: Tensor, count: int) -> Scores:
+    """Tokens [T] under the logits [T, V] that predict them, beside the `count` likeliest."""
+    log_probabilities = logits.float().log_softmax(-1)
+    own = log_probabilities.gather(-1, tokens[:, None])
+    rank = (log_probabilities > own).sum(-1) + 1
+    likeliest = log_probabilities.topk(min(count, logits.shape[-1]))
+    return Scores(own[:, 0], rank, likeliest.indices, likeliest.values)
+
+
+def _alone(ids: Tensor) -> Batch:
+    """One sequence. Its positions are given, so that no two streams go through one attention (docs/model.md A13)."""
+    zero = torch.zeros(1, dtype=torch.int64, device=ids.device)
+    positions = torch.arange(len(ids), device=ids.device)
+    return Batch(ids[None], ids[None], zero, zero[0], 0, position_ids=positions[None])
+
+
+def _density(found: dict[str, Tensor], module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
+    x, _, source, visible = inputs
+    assert isinstance(module, SiteDropout)
+    kept = module.kept(x, source, visible)
+    if kept is not None:
+        found[module.name] = kept[0].float().mean(-1)
+
+
+def _weights(look: Look, module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
+    query, key, _, _, visible = inputs
+    assert isinstance(module, CausalAttention)
+    look(module.name, module.weights(query, key, visible)[0])

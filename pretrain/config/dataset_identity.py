@@ -1,0 +1,57 @@
+"""What ties a run to its dataset: the vocabulary in its configuration and the fingerprint in its folder.
+
+Free of torch and pyarrow.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_pipeline.errors import RunError
+from data_pipeline.files.filesystem import is_uri
+from data_pipeline.storage.manifest import Manifest
+from pretrain.config.schema import Config
+
+
+class Dataset(Protocol):
+    """A `data_pipeline.storage.dataset.Dataset`, or as much of it as a login node has."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is in it."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """As much of a dataset as a login node reads."""
+
+    manifest: Manifest
+
+
+def complete(config: Config, dataset: Dataset) -> Config:
+    """The configuration with the dataset's vocabulary, and with its place as an absolute path.
+
+    Raises:
+        RunError: the configuration asks for another vocabulary.
+    """
+    vocabulary = dataset.manifest.tokenizer.vocab_size
+    if config.model.vocab_size not in (None, vocabulary):
+        raise RunError(
+            f"model.vocab_size={config.model.vocab_size}, but the tokenizer of {config.data.path} has {vocabulary} "
+            "pieces; leave model.vocab_size out"
+        )
+    model = config.model.model_copy(update={"vocab_size": vocabulary})
+    path = config.data.path
+    data = config.data.model_copy(update={"path": path if is_uri(path) else str(Path(path).resolve())})
+    return config.model_copy(update={"model": model, "data": data})
+
+
+def identity(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What a run folder records of its dataset; `order0_entropy` in bits per byte of the validation text."""
+    manifest = dataset.manifest
+    return {
+        "path": config.data.path,  # not that of a copy on a node's disk
+        "fingerprint": manifest.fingerprint,
+        "tokens": manifest.splits["train"].tokens,
+        "order0_entropy": manifest.splits["validation"].order0_entropy(),
+    }

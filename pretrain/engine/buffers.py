@@ -1,0 +1,53 @@
+"""What a model carries from step to step beside its parameters: persistent buffers, such as BatchNorm's statistics."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.engine.distributed import Ranks
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those that belong into a checkpoint, by name."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+class Buffers:
+    """The persistent buffers of a model in training: between steps they are the same on all ranks.
+
+    So whichever step a checkpoint is made at, one rank's are everybody's, and the run goes on as if there had been
+    none; a mean made at each save would be rounded once more at each. Nothing is done for a model without buffers.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        """`model` is on its device, with the same buffers on all ranks."""
+        self.tensors = persistent_buffers(model)
+        self._ranks = ranks
+        self._before = {name: buffer.clone() for name, buffer in self.tensors.items()}
+
+    def before_step(self) -> None:
+        """Remember them."""
+        for name, buffer in self.tensors.items():
+            self._before[name].copy_(buffer)
+
+    def after_step(self, applied: bool) -> None:
+        """Agree on them; after a step that was not `applied` they are what they were before it. A collective.
+
+        Floating-point buffers become their mean over the ranks. Others are counts: all ranks compute as many
+        micro-batches.
+        """
+        if not applied:
+            self.load(self._before)
+            return
+        averaged = [buffer for buffer in self.tensors.values() if buffer.is_floating_point()]
+        if averaged and self._ranks.world_size > 1:
+            mean = self._ranks.mean_on_device(torch.cat([buffer.flatten() for buffer in averaged]))
+            for buffer, part in zip(averaged, mean.split([buffer.numel() for buffer in averaged]), strict=True):
+                buffer.copy_(part.view_as(buffer))
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Set each to its value, in its own type."""
+        for name, buffer in self.tensors.items():
+            buffer.copy_(values[name])

@@ -1,0 +1,100 @@
+"""Which parameter gets which update, in torch's own terms. DeepSpeed's Muon is named here and built by the engine."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.masks.learned_dropout import LearnedDropout, MaskSource
+from pretrain.config.sections import OptimizerConfig
+from pretrain.engine.adamw8bit import AdamW8bit
+
+ADAM_STATES = ("fp32", "exp_avg", "exp_avg_sq")
+"""What a parameter under AdamW is made of: the fp32 master weight and the two moments."""
+MUON_STATES = ("fp32", "momentum_buffer")
+"""What a parameter under Muon is made of."""
+CHUNK = 2**24
+"""Elements whose update is recomputed at once: 64 MiB for each temporary tensor."""
+
+
+def peak_rates(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
+    """Peak learning rate under AdamW of each parameter, by its name."""
+    masks = [module for module in model.modules() if isinstance(module, LearnedDropout | MaskSource)]
+    own = {id(parameter) for module in masks for parameter in module.parameters()}
+    of_masks = min(config.lr, config.mask_lr or config.lr)
+    return {name: of_masks if id(parameter) in own else config.lr for name, parameter in model.named_parameters()}
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Tensors of two and more dimensions, with weight decay, and the others, without; by peak learning rate."""
+    peaks = peak_rates(model, config)
+    groups = [
+        {
+            "params": [p for name, p in model.named_parameters() if peaks[name] == peak and (p.ndim >= 2) == decayed],
+            "weight_decay": config.weight_decay if decayed else 0.0,
+            **({} if peak == config.lr else {"peak": peak}),
+        }
+        for peak in dict.fromkeys(peaks.values())
+        for decayed in (True, False)
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    """torch's AdamW, on CUDA in one fused kernel; or ours with moments in 8 bits."""
+    groups = parameter_groups(model, config)
+    if config.kind == "adamw8bit":
+        return AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    fused = True if device.type == "cuda" else None
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def muon_settings(config: OptimizerConfig) -> dict[str, Any]:
+    """DeepSpeed's block for Muon on the hidden matrices, with torch's AdamW for all else (no compiler needed)."""
+    return {
+        "type": "Muon",
+        "params": {
+            "muon_lr": config.muon_lr,
+            "momentum": config.muon_momentum,
+            "adam_lr": config.lr,
+            "betas": config.betas,
+            "eps": config.eps,
+            "torch_adam": True,
+        },
+    }
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float, config: OptimizerConfig) -> None:
+    """`lr` for most groups; for those with a peak of their own, Muon's and the masks', the same share of it."""
+    for group in groups:
+        peak = config.muon_lr if group.get("use_muon") else group.get("peak", config.lr)
+        group["lr"] = lr * (peak / config.lr)
+
+
+def adamw_update_norms(
+    states: dict[str, Tensor], lr: float, weight_decay: float, steps: int, config: OptimizerConfig
+) -> list[Tensor]:
+    """Norms (0-d), over parts of a tensor, of the last update that AdamW made to it.
+
+    The update is found from the parameter θ and the moments m, v after step t ("Decoupled Weight Decay
+    Regularization", arXiv:1711.05101, algorithm 2):
+
+        a = lr · m / (1 - β₁ᵗ) / (sqrt(v / (1 - β₂ᵗ)) + eps)
+        Δθ = -(a + lr · λ · θ) / (1 - lr · λ)
+
+    since θ = (1 - lr · λ) θ_before - a, with weight decay λ.
+
+    Args:
+        states: by ADAM_STATES, each [n].
+        lr: of that step, with its `weight_decay`.
+        steps: t.
+    """
+    beta_1, beta_2 = config.betas
+    decay = lr * weight_decay
+    norms = []
+    for theta, m, v in zip(*(states[state].split(CHUNK) for state in ADAM_STATES), strict=True):
+        root = v.sqrt().div_((1 - beta_2**steps) ** 0.5).add_(config.eps)
+        update = torch.addcdiv(theta * decay, m, root, value=lr / (1 - beta_1**steps))
+        norms.append(torch.linalg.vector_norm(update) / (1 - decay))
+    return norms

@@ -1,0 +1,127 @@
+"""Validation over the whole held-out text: the same batches, whatever the number of ranks.
+
+The text is one stream, and a window may begin in one source and end in the next; what a source comes to is told by
+its labels, so it costs no pass of its own.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.errors import DataError
+from data_pipeline.storage.dataset import AnyWindows, Dataset
+from model.batch import IGNORE, ModelOutput
+from model.masks.telemetry import KEPT
+from pretrain.config.schema import Config
+from pretrain.engine.distributed import Ranks
+from pretrain.evaluation.batches import Batches
+
+GATES = ("density", "mask_mean")
+"""What validation tells of the masks."""
+
+
+def held_out(dataset: Dataset, config: Config) -> AnyWindows:
+    """The windows that are validated on. Raises DataError when the held-out text is too short."""
+    if config.data.packing == "best_fit":
+        return dataset.packed_windows("validation", config.model.context)
+    if dataset.manifest.pairs:
+        return dataset.pairs("validation", config.model.context)
+    # Spans are cut out of whole windows.
+    partial = config.data.objective != "span_corruption"
+    return dataset.windows("validation", config.model.context, partial=partial)
+
+
+def held_out_bytes(dataset: Dataset) -> dict[str, int]:
+    """UTF-8 bytes of the held-out text of each source, for bits per byte."""
+    return {source.name: source.split_bytes["validation"] for source in dataset.manifest.sources}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    windows: AnyWindows,
+    text_bytes: Mapping[str, int],
+    batch: int,
+    ranks: Ranks,
+    batches: Batches | None = None,
+    edge: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Predict what `batches` asks for of the held-out text, in non-overlapping windows: every token but the first.
+
+    The gates are averaged over tokens, of a decoder that reads another sequence over labels, and then over the masks.
+
+    Args:
+        text_bytes: UTF-8 bytes of that text by source, for bits per byte.
+        batch: windows of a forward pass on each rank.
+        batches: makes them; for causal models, unless given.
+        edge: called before each batch, as often on every rank; may raise to break off.
+
+    Returns:
+        `loss/val` (nats a label), `loss/val_bits_per_byte` if every token is predicted, and the gates' means under
+        evaluation rounding as `gate/val_…`. Where the text is of several sources, of each that has labels, too:
+        `loss/val/NAME` and `loss/val_bits_per_byte/NAME`, of which the first two are the means, weighted by labels
+        and by bytes.
+
+    Raises:
+        DataError: there is nothing to predict.
+    """
+    batches = batches or Batches(ranks.device)
+    model.eval()
+    # Every rank makes the same number of forward passes (ZeRO-3 gathers in each); what is missing counts for nothing.
+    rounds = math.ceil(len(windows) / (batch * ranks.world_size))
+    nats, count = 0.0, 0
+    gates: dict[str, np.ndarray] = {}
+    sources = windows.sources if len(windows.sources) > 1 else []
+    by_source = np.zeros((2, len(sources)))
+    for index in range(rounds):
+        edge()
+        first = (index * ranks.world_size + ranks.rank) * batch
+        indices = np.arange(first, min(first + batch, len(windows)))
+        inputs = batches.of_validation(windows, indices)
+        output: ModelOutput = model(inputs)
+        counts = inputs.labels != IGNORE
+        predicted = int(counts.sum())
+        count += predicted
+        nats += float(output.metrics["cross_entropy"]) * predicted
+        for name, sums_and_number in _gates(output.metrics).items():
+            gates[name] = gates.get(name, 0.0) + sums_and_number
+        if sources and predicted:
+            assert output.by_token is not None
+            of_labels, kept = output.by_token.double().cpu().numpy(), counts.cpu().numpy()
+            which = np.broadcast_to(batches.sources_of_labels(windows, indices), kept.shape)[kept]
+            by_source += [np.bincount(which, of_label, len(sources)) for of_label in (of_labels[kept], None)]
+    columns = [np.array([[nats], [count]]), *gates.values(), by_source]
+    sums, numbers = ranks.sum(torch.from_numpy(np.hstack(columns))).numpy()
+    if not numbers[0]:
+        raise DataError("the held-out text is too short: nothing in it is to be predicted; hold out more")
+    result = {"loss/val": float(sums[0] / numbers[0])}
+    if batches.predicts_every_token:
+        result["loss/val_bits_per_byte"] = _bits(result["loss/val"] * float(numbers[0])) / sum(text_bytes.values())
+    means = dict(zip(gates, sums[1:] / numbers[1:], strict=False))
+    for gate in GATES:
+        if of_masks := [float(value) for name, value in means.items() if name.startswith(f"{gate}/")]:
+            result[f"gate/val_{gate}"] = sum(of_masks) / len(of_masks)
+    for name, total, number in zip(sources, sums[1 + len(gates) :], numbers[1 + len(gates) :], strict=True):
+        if number:
+            result[f"loss/val/{name}"] = float(total / number)
+            if batches.predicts_every_token and text_bytes[name]:
+                result[f"loss/val_bits_per_byte/{name}"] = _bits(float(total)) / text_bytes[name]
+    return result
+
+
+def _gates(metrics: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Of each mask in a batch, such as `density/enc_ff/00`: the sum over positions, and their number, [2, 1]."""
+    found = {}
+    for name, value in metrics.items():
+        gate, _, mask = name.partition("/")
+        if mask and gate in GATES:
+            positions = float(metrics[f"{KEPT}/{mask}"][-1])
+            found[name] = np.array([[float(value) * positions], [positions]])
+    return found
+
+
+def _bits(nats: float) -> float:
+    return nats / math.log(2)

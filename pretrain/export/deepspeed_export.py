@@ -1,0 +1,40 @@
+"""A checkpoint in DeepSpeed's own layout. Duet does not read it."""
+
+from pathlib import Path
+
+from data_pipeline.errors import CheckpointError
+from data_pipeline.files.atomic import disk_errors, write_atomic
+from model.architectures import registry
+from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.engine.distributed import join
+from pretrain.engine.engine import Engine
+from pretrain.inference.trained import saved_config
+
+NOTE = """An export of Duet's checkpoint {source}
+in DeepSpeed's own layout, as of one rank at ZeRO stage {stage}. Duet does not read this folder.
+The files are pickles: let nobody load one that does not trust whoever made it.
+"""
+
+
+def export_deepspeed(checkpoint: Checkpoint, folder: Path) -> None:
+    """Load a checkpoint into an engine on this process alone, and let DeepSpeed save it into a new folder.
+
+    Its hashes are not compared here.
+    Stage and precision are the run's; from stage 1 on, DeepSpeed's own tools apply to the folder (`zero_to_fp32`).
+    Moments that the run keeps in 8 bits are exported in fp32.
+
+    Raises:
+        CheckpointError: the manifest does not hold the run's configuration, or the folder is there already.
+    """
+    config = saved_config(checkpoint)
+    if config.optimizer.kind == "adamw8bit":
+        optimizer = config.optimizer.model_copy(update={"kind": "adamw"})
+        config = config.model_copy(update={"optimizer": optimizer})
+    if folder.exists():
+        raise CheckpointError(f"{folder}: is there already; name a new folder")
+    with join(config.engine.timeout_minutes) as ranks, disk_errors(folder, CheckpointError):
+        engine = Engine(registry.build(config.model), config, ranks)
+        checkpoint.load(engine)
+        folder.mkdir(parents=True)
+        engine.export_deepspeed(folder)
+        write_atomic(folder / "EXPORT.txt", NOTE.format(source=checkpoint.path, stage=engine.stage))

@@ -1,0 +1,187 @@
+"""An export: a trained model in one folder that needs neither the run nor its data.
+
+model.safetensors  config.json  tokenizer_config.json  spm.model or tokenizer.json  modeling_duet.py  EXPORT.txt
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from data_pipeline.errors import CheckpointError
+from data_pipeline.files.atomic import disk_errors, sync_folder, write_atomic, write_json
+from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer, model_file
+from model.architectures import registry
+from model.architectures.token_model import LanguageModel
+from model.attention.attention import CausalAttention
+from model.config.model_config import ModelConfig, Objective
+from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.checkpoint.shard_file import write_tensors
+from pretrain.config.schema import Config
+from pretrain.inference.trained import Trained, tokenizer_of
+from pretrain.run.checkpoint_folder import MANIFEST
+
+FORMAT = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NOTE = """A model trained with Duet: run {run}, step {step}.
+Weights in {dtype} (model.safetensors), configuration (config.json), tokenizer ({tokenizer}).
+
+duet generate FOLDER --prompt "..."
+transformers, with duet-pretrain[hf] installed: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+"""
+
+
+class Facts(BaseModel, extra="forbid", frozen=True):
+    """What Duet reads of config.json, under `duet`."""
+
+    format: int = FORMAT
+    model: ModelConfig
+    objective: Objective
+    run: str
+    step: int
+    commit: str | None
+    """Of the program that trained it."""
+    dataset: str | None
+    """Fingerprint of the data it was trained on."""
+
+
+def write_export(checkpoint: Checkpoint, config: Config, folder: Path, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
+    """Write a checkpoint's model into a new folder, which is there whole or not at all.
+
+    The same weights give the same bytes, whatever wrote the checkpoint. Parameters are rounded to `dtype`, buffers are
+    not; the tied head is the token table, which is in the file once.
+
+    Raises:
+        CheckpointError: the folder is there already or cannot be written; the checkpoint is of another model.
+        DataError: the run's dataset has no tokenizer, or another one.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder}: is there already; name a new folder")
+    file, tokenizer = tokenizer_of(checkpoint, config)
+    weights, state = checkpoint.weights(), checkpoint.manifest.state
+    with torch.device("meta"):
+        model = registry.build(config.model)
+    checkpoint.check_shapes({name: list(values.shape) for name, values in model.named_parameters()})
+    facts = Facts(
+        model=config.model,
+        objective=config.data.objective,
+        run=config.run.name,
+        step=checkpoint.manifest.step,
+        commit=state.get("commit"),
+        dataset=state.get("data", {}).get("fingerprint"),
+    )
+    tensors = {name: values.to(DTYPES[dtype]) for name, values in weights.items()} | checkpoint.buffers()
+    metadata = {"format": "pt"} | {name: str(getattr(facts, name)) for name in ("run", "step", "commit", "dataset")}
+    with _new_folder(folder) as new:
+        write_tensors(new / WEIGHTS, dict(sorted(tensors.items())), Event(), metadata)
+        write_json(
+            new / CONFIG, _hugging_face(facts, model, tokenizer, dtype) | {"duet": facts.model_dump(mode="json")}
+        )
+        write_json(new / "tokenizer_config.json", _tokenizer_config(facts, tokenizer))
+        write_atomic(new / file.name, file.read_bytes())
+        write_atomic(new / "modeling_duet.py", Path(__file__).with_name("modeling_duet.py").read_bytes())
+        note = NOTE.format(run=facts.run, step=facts.step, dtype=dtype, tokenizer=file.name)
+        write_atomic(new / "EXPORT.txt", note)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether it looks like one."""
+    try:
+        return (folder / CONFIG).is_file() and not os.path.lexists(folder / MANIFEST)
+    except OSError:  # it may not be looked into
+        return False
+
+
+def load_export(folder: Path) -> Trained:
+    """What `write_export` wrote.
+
+    Raises:
+        CheckpointError: not an export, of a newer version, or damaged.
+        DataError: the tokenizer is missing or damaged.
+    """
+    facts = read_facts(folder)
+    model = registry.build(facts.model)
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: missing, damaged, or of another model: {error}") from error
+    file = model_file(folder)
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: no tokenizer ({MODEL} or {JSON}); export it again")
+    return Trained(model.eval(), Tokenizer.load(file), facts.objective, facts.run, facts.step)
+
+
+def read_facts(folder: Path) -> Facts:
+    """Of an export. Raises CheckpointError as `load_export` does."""
+    file = folder / CONFIG
+    try:
+        raw = json.loads(file.read_text())["duet"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: missing, damaged, or not of an export of Duet: {error!r}") from None
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{file}: format {found} is not known here; this version reads {FORMAT}")
+    try:
+        return Facts.model_validate(raw)
+    except ValidationError as error:
+        raise CheckpointError(f"{file}: damaged: {error}") from None
+
+
+def num_attentions(model: LanguageModel) -> int:
+    """How many of its modules keep keys and values."""
+    return sum(isinstance(module, CausalAttention) for module in model.modules())
+
+
+def _hugging_face(facts: Facts, model: LanguageModel, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+    """What transformers reads of config.json."""
+    return {
+        "model_type": "duet",
+        "architectures": ["DuetForCausalLM"],
+        "auto_map": {"AutoConfig": "modeling_duet.DuetConfig", "AutoModelForCausalLM": "modeling_duet.DuetForCausalLM"},
+        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+        "vocab_size": facts.model.vocab_size,
+        "hidden_size": facts.model.width,
+        # As many as there are pairs of keys and values: its caches read this, and nothing else does.
+        "num_hidden_layers": num_attentions(model),
+        "num_attention_heads": facts.model.heads,
+        "max_position_embeddings": facts.model.context,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.eos_id,
+    }
+
+
+def _tokenizer_config(facts: Facts, tokenizer: Tokenizer) -> dict[str, Any]:
+    end = tokenizer.piece(tokenizer.eos_id)
+    return {
+        "tokenizer_class": "DuetTokenizer",
+        "auto_map": {"AutoTokenizer": ["modeling_duet.DuetTokenizer", None]},
+        "model_max_length": facts.model.context,
+        "padding_side": "left",
+        "eos_token": end,
+        "pad_token": end,
+    }
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside it, which takes its name when all is in it."""
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    with disk_errors(folder, CheckpointError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new.mkdir()
+        try:
+            yield new
+            new.rename(folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        sync_folder(folder.parent)

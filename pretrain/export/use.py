@@ -1,0 +1,79 @@
+"""A trained model after the run: where it is read from, and its validation."""
+
+import sys
+from pathlib import Path
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.storage.dataset import Dataset
+from model.config.mask_config import EVAL_ROUNDINGS
+from pretrain.config.schema import Config
+from pretrain.engine.caches import own_caches
+from pretrain.engine.distributed import join
+from pretrain.evaluation.batches import Batches
+from pretrain.evaluation.evaluate import evaluate, held_out, held_out_bytes
+from pretrain.export.portable import is_export, load_export
+from pretrain.inference.trained import Trained, find_checkpoint, read_model, tokenizer_of
+
+
+def open_trained(path: Path, step: int | None = None) -> Trained:
+    """The model of a run folder (its newest checkpoint, or that of `step`), of a checkpoint or of an export.
+
+    Raises:
+        RunError: none of them.
+        CheckpointError: no such checkpoint, or it is damaged.
+        ConfigError: `step` of what is not a run folder.
+        DataError: the tokenizer is missing, or another one.
+    """
+    own_caches()
+    if is_export(path):
+        if step is not None:
+            raise ConfigError(f"{path} is an export, which has one step; leave step {step} out")
+        return load_export(path)
+    checkpoint, config = find_checkpoint(path, step)
+    tokenizer = tokenizer_of(checkpoint, config)[1]
+    step = checkpoint.manifest.step
+    return Trained(read_model(checkpoint, config), tokenizer, config.data.objective, config.run.name, step)
+
+
+def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> dict[str, float]:
+    """Validation metrics of a checkpoint over all held-out text, as `evaluate` gives them.
+
+    Says on standard error when that text is of another dataset than the checkpoint's.
+
+    Args:
+        rounding: of learned dropout's masks, one of EVAL_ROUNDINGS; the run's own unless given.
+
+    Raises:
+        DataError: the dataset is damaged, or its tokenizer another one than the model was trained with.
+    """
+    if is_export(run):
+        raise ConfigError(f"{run} is an export, and does not say where its held-out text lies; name the run folder")
+    checkpoint, config = find_checkpoint(run, step)
+    if rounding:
+        config = _rounded(run, config, rounding)
+    model = read_model(checkpoint, config)
+    own_caches()
+    tokenizer_of(checkpoint, config)  # as many pieces may be others
+    dataset = Dataset.of(config.data)
+    trained_on = checkpoint.manifest.state.get("data", {}).get("fingerprint", dataset.manifest.fingerprint)
+    if trained_on != dataset.manifest.fingerprint:
+        print(
+            f"warning: {config.data.path} is dataset {dataset.manifest.fingerprint[:12]}, and {checkpoint.path} was "
+            f"trained on {trained_on[:12]}: its held-out text may be another, and may have been trained on",
+            file=sys.stderr,
+        )
+    windows = held_out(dataset, config)
+    with join(config.engine.timeout_minutes) as ranks:
+        batch = max(1, 8192 // config.model.context)
+        batches = Batches.of(config, dataset, ranks.device)
+        return evaluate(model.to(ranks.device), windows, held_out_bytes(dataset), batch, ranks, batches)
+
+
+def _rounded(run: Path, config: Config, rounding: str) -> Config:
+    masks = config.model.learned_dropout
+    if not masks.enabled:
+        raise ConfigError(f"{run} was trained without learned dropout: it has no masks to round")
+    if rounding not in EVAL_ROUNDINGS:
+        raise ConfigError(f"no rounding {rounding}; there are {', '.join(EVAL_ROUNDINGS)}")
+    masks = masks.model_copy(update={"eval_rounding": rounding})
+    return config.model_copy(update={"model": config.model.model_copy(update={"learned_dropout": masks})})

@@ -1,0 +1,88 @@
+"""Back to an older checkpoint in a live run, and what a later attempt must know of it."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import CheckpointError
+from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.checkpoint.ownership import check_own
+from pretrain.config.sections import HealthConfig
+from pretrain.engine.distributed import Ranks
+from pretrain.engine.engine import Engine
+from pretrain.health.spikes import Spikes, StepLoss
+from pretrain.run.checkpoint_folder import complete, remove
+from pretrain.run.journal import Record
+from pretrain.run.run_folder import RunFolder
+from pretrain.run.run_summary import LOSS
+
+
+@dataclass
+class Past:
+    """What a run's journal says about its health up to the step that an attempt goes on from."""
+
+    spikes: Spikes
+    num_spikes: int = 0
+    num_rollbacks: int = 0
+    data: dict[str, Any] | None = None
+    """Where the data stand when the run was rolled back to this very step and has saved nothing since."""
+
+
+def read_past(records: Iterable[Record], step: int, config: HealthConfig) -> Past:
+    """Of an attempt that goes on from `step`; `records` is the journal without its own start."""
+    past = Past(Spikes(config.spike_z, config.spike_window))
+    window: list[StepLoss] = []
+    for record in records:
+        if record.kind in ("start", "rollback"):
+            back_to = record.fields.get("resumed_from") or 0
+            past.spikes.rewind(back_to)
+            window.clear()
+            if record.kind == "rollback":
+                past.num_rollbacks += 1
+                if back_to <= step:
+                    past.data = record.fields["data"] if back_to == step else None
+        elif record.kind == "checkpoint" and record.step == step:
+            past.data = None
+        elif record.kind == "spike":
+            past.num_spikes += len(record.fields["spikes"])
+        elif record.step is not None and LOSS in record.metrics:
+            window.append(StepLoss(record.step, record.metrics[LOSS], "optim/skipped" not in record.metrics))
+            if "time/step_ms" in record.metrics:  # the window ends here
+                past.spikes.judge(window)
+                window.clear()
+    past.spikes.rewind(step)
+    return past
+
+
+def load_older(folder: RunFolder, back: int, engine: Engine, ranks: Ranks, warn: Callable[[str], None]) -> int | None:
+    """Load the checkpoint `back` places from the newest (1), or the oldest, into a live engine; a collective.
+
+    Those after it are removed, since they lead to where the run must not go again. A damaged one is passed over, and
+    one of another run.
+
+    Returns:
+        the step of the checkpoint; None when there is no whole one, and nothing has changed then.
+    """
+    paths = ranks.together(lambda: complete(folder.checkpoints), only_first=True)
+    for path in paths[min(back, len(paths)) - 1 :] if paths else []:
+
+        def load(path: Path = path) -> int:
+            found = Checkpoint(path)
+            check_own(found, folder)
+            found.verify()
+            found.load(engine)
+            return found.manifest.step
+
+        try:
+            step = ranks.together(load)
+        except CheckpointError as error:
+            warn(f"damaged checkpoint passed over: {error}")
+            continue
+        for newer in paths[: paths.index(path)] if ranks.is_first else []:
+            try:
+                remove(newer)
+            except OSError as error:
+                warn(f"{newer}: could not be removed: {error}; remove it, since a start would go on from there")
+        return step
+    return None

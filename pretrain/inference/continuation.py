@@ -1,0 +1,155 @@
+"""Texts that a model continues: their pieces as they grow, and, where asked for, what each token was drawn from."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.generation.generate import Drawn, Generation
+from model.generation.inspection import score
+from model.generation.sampling import Sampling
+from pretrain.inference.text import GrowingText, check_text
+from pretrain.inference.trained import Trained
+
+LIKELIEST = 5
+"""Tokens that are told beside each one."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How texts are continued."""
+
+    sampling: Sampling
+    tokens: int = 200
+    """At most, for each text."""
+    stops: tuple[str, ...] = ()
+    """A text ends before the first of them that it holds."""
+    seed: int = 0
+    """Text number n draws from seed + n."""
+
+
+class Token(NamedTuple):
+    """What was drawn, or what a prompt holds, and how likely it was; None where the model did not predict it."""
+
+    id: int
+    log_probability: float | None = None
+    """In nats, under the model at temperature 1."""
+    sampling_log_probability: float | None = None
+    """Under what it was drawn from; 0 where the likeliest is always taken."""
+    rank: int | None = None
+    """Among all tokens under the model, from 1."""
+    likeliest: tuple[tuple[int, float], ...] = ()
+    """The first ranks: tokens and their log-probabilities."""
+
+
+@dataclass
+class Text:
+    """One of them."""
+
+    prompt: str
+    prompt_ids: list[int]
+    """The end token alone where the prompt is empty."""
+    growing: GrowingText
+    continuation: str = ""
+    """As shown: it ends before a stop string."""
+    drawn: list[Token] = field(default_factory=list)
+    """Those of a stop string included; only where recorded."""
+    finish: Literal["stop", "end", "length"] = "length"
+    """Why it ended: a stop string, the end token, or there were enough tokens."""
+
+
+class Continuation:
+    """Prompts continued side by side, each as it would be alone."""
+
+    def __init__(
+        self,
+        trained: Trained,
+        prompts: Sequence[str],
+        settings: Settings,
+        *,
+        recorded: bool = False,
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            trained: its model goes to the GPU if there is one.
+            recorded: keep of each token how likely it was.
+
+        Raises:
+            ConfigError: the model was not trained to continue a text, a stop string is empty, or one is no UTF-8.
+        """
+        trained.check_continues()
+        self.settings = settings
+        self._recorded = recorded
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = trained.tokenizer
+        texts = [check_text(prompt, "a prompt") for prompt in prompts]
+        encoded = [ids.tolist() if len(ids) else [tokenizer.eos_id] for ids in tokenizer.encode(texts)]
+        self.texts = [
+            Text(prompt, ids, GrowingText(tokenizer.decode, settings.stops, ids))
+            for prompt, ids in zip(prompts, encoded, strict=True)
+        ]
+        self._generation = Generation(
+            trained.model.to(device),
+            [torch.tensor(ids, device=device) for ids in encoded],
+            settings.sampling,
+            eos_id=tokenizer.eos_id,
+            generators=[torch.Generator(device).manual_seed(settings.seed + number) for number in range(len(prompts))],
+        )
+
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        """(number of the text, piece of it) as soon as a piece is certain; without the prompts."""
+        going = list(range(len(self.texts)))
+        for _ in range(self.settings.tokens):
+            if not going:
+                break
+            found = self._generation.step()
+            if self._recorded:
+                self._record(found)
+            for number in going:
+                text = self.texts[number]
+                if number not in found:
+                    text.finish = "end"
+                    continue
+                yield self._shown(number, text.growing.add(found[number]))
+                if text.growing.ended:
+                    text.finish = "stop"
+                    self._generation.end(number)
+            going = [number for number in found if not self.texts[number].growing.ended]
+        for number, text in enumerate(self.texts):
+            yield self._shown(number, text.growing.finish())
+
+    def _record(self, found: dict[int, int]) -> None:
+        assert self._generation.drawn is not None
+        for number, token in recorded(self._generation.drawn, self.settings.sampling).items():
+            if number in found:  # the end token is no part of the text
+                self.texts[number].drawn.append(token)
+
+    def _shown(self, number: int, piece: str) -> tuple[int, str]:
+        self.texts[number].continuation += piece
+        return number, piece
+
+
+def recorded(drawn: Drawn, sampling: Sampling) -> dict[int, Token]:
+    """How likely each token of a step was, by the number of its text."""
+    sampled: list[float] = [0.0] * len(drawn.texts)
+    if sampling.temperature:
+        probabilities = sampling.probabilities(drawn.logits, drawn.present)
+        sampled = probabilities.gather(-1, drawn.tokens[:, None])[:, 0].log().tolist()
+    tokens = scored(drawn.tokens, drawn.logits)
+    return {
+        number: token._replace(sampling_log_probability=own)
+        for number, token, own in zip(drawn.texts, tokens, sampled, strict=True)
+    }
+
+
+def scored(ids: Tensor, logits: Tensor) -> list[Token]:
+    """Tokens [T] with how likely they were by the logits [T, V] that predict them."""
+    found = score(logits, ids, LIKELIEST)
+    columns = (ids, found.log_probability, found.rank, found.likeliest, found.likeliest_log_probability)
+    return [
+        Token(token, log_probability, None, rank, tuple(zip(others, theirs, strict=True)))
+        for token, log_probability, rank, others, theirs in zip(*(c.tolist() for c in columns), strict=True)
+    ]

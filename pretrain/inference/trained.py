@@ -1,0 +1,129 @@
+"""A trained model and what belongs to it, from a checkpoint."""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
+from data_pipeline.errors import CheckpointError, ConfigError, DataError, RunError
+from data_pipeline.files.filesystem import is_uri
+from data_pipeline.storage.dataset import Dataset
+from data_pipeline.tokenize.tokenizer import TOKENIZER, Tokenizer, model_file
+from model.architectures import registry
+from model.architectures.token_model import LanguageModel
+from model.config.model_config import ModelConfig, Objective
+from model.generation.generate import check_continues
+from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.checkpoint.ownership import check_own
+from pretrain.config.schema import Config
+from pretrain.engine.buffers import persistent_buffers
+from pretrain.run.checkpoint_folder import complete, is_checkpoint, step_of, step_path
+from pretrain.run.run_folder import RunFolder
+
+
+class Trained(NamedTuple):
+    """What is needed to use a model."""
+
+    model: LanguageModel
+    """In fp32 and evaluation mode, on the CPU; its shape is `model.config`."""
+    tokenizer: Tokenizer
+    objective: Objective
+    """What it learned from."""
+    run: str
+    """Name of the run that trained it."""
+    step: int
+
+    def check_continues(self) -> None:
+        """Raises ConfigError for a model that was not trained to continue a text."""
+        check_objective(self.model.config, self.objective)
+
+
+def check_objective(config: ModelConfig, objective: Objective) -> None:
+    """Raises ConfigError unless a model of this shape and objective continues texts."""
+    check_continues(config)
+    if objective != "causal":
+        raise ConfigError(
+            f"the model was trained with data.objective={objective}, where a prompt is read both ways; it is not "
+            "generated from"
+        )
+
+
+def find_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpoint, Config]:
+    """A checkpoint by its folder or by that of its run, compared with its hashes, and the configuration.
+
+    Args:
+        path: of a checkpoint, or of a run: then its newest one, or that of `step`.
+
+    Raises:
+        RunError: neither the one nor the other.
+        CheckpointError: no such checkpoint, or it is damaged.
+        ConfigError: `step` of what is not a run folder.
+    """
+    if is_checkpoint(path):
+        if step is not None:
+            raise ConfigError(f"{path} is one checkpoint, which has one step; leave step {step} out")
+        checkpoint = Checkpoint(path)
+        config = saved_config(checkpoint)
+    else:
+        checkpoint = Checkpoint(_checkpoint_of(path, step))
+        check_own(checkpoint, RunFolder(path))
+        config = RunFolder(path).config()
+    checkpoint.verify()
+    return checkpoint, config
+
+
+def saved_config(checkpoint: Checkpoint) -> Config:
+    """The configuration in a checkpoint's manifest. Raises CheckpointError if it is not there."""
+    try:
+        return Config.model_validate(checkpoint.manifest.state["config"])
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(f"{checkpoint.path}: the manifest does not hold the configuration: {error!r}") from None
+
+
+def read_model(checkpoint: Checkpoint, config: Config) -> LanguageModel:
+    """The model of a checkpoint, in fp32 and evaluation mode. Raises CheckpointError if it is another model's."""
+    model = registry.build(config.model)
+    checkpoint.check_shapes({name: list(weights.shape) for name, weights in model.named_parameters()})
+    checkpoint.check_buffers(persistent_buffers(model))
+    model.load_state_dict(checkpoint.weights() | checkpoint.buffers())
+    return model.eval()
+
+
+def tokenizer_of(checkpoint: Checkpoint, config: Config) -> tuple[Path, Tokenizer]:
+    """The tokenizer that a checkpoint's model was trained with, and its file, from the run's dataset.
+
+    Raises:
+        DataError: the dataset has no tokenizer, or another one.
+    """
+    if is_uri(config.data.path):
+        file = Dataset.of(config.data, check=False).tokenizer_file()
+    else:
+        file = model_file(Path(config.data.path) / TOKENIZER)
+    if not file.is_file():
+        raise DataError(
+            f"{file} is missing, and {checkpoint.path} was trained with data.path={config.data.path}: go to the folder "
+            "that it starts from, or restore the dataset"
+        )
+    tokenizer = Tokenizer.load(file)
+    wanted = checkpoint.manifest.state.get("tokenizer", tokenizer.sha256)
+    if tokenizer.sha256 != wanted:
+        raise DataError(
+            f"wrong tokenizer: {file} has sha256 {tokenizer.sha256[:12]}, {checkpoint.path} was trained with "
+            f"{wanted[:12]}; restore that dataset"
+        )
+    return file, tokenizer
+
+
+def _checkpoint_of(run: Path, step: int | None) -> Path:
+    folder = RunFolder(run)
+    if not folder.run_file.is_file():
+        raise RunError(f"{run}: not a run folder (no run.json), and not a checkpoint or an export either")
+    found = complete(folder.checkpoints, lambda text: print(f"warning: {text}", file=sys.stderr))
+    if not found:
+        raise CheckpointError(f"{run}: no complete checkpoint yet")
+    path = found[0] if step is None else step_path(folder.checkpoints, step)
+    if path not in found and not is_checkpoint(path):  # what is wrong with one that is there, it says when it is opened
+        steps = ", ".join(str(step_of(p)) for p in found)
+        raise CheckpointError(f"{run}: no complete checkpoint of step {step}; there are: {steps}")
+    return path

@@ -1,0 +1,169 @@
+"""What a run costs before it starts: memory by ZeRO stage, time, checkpoints (docs/plan.md). Free of torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from data_pipeline.errors import ConfigError
+from model.costs.flops import training_flops_per_token
+from model.costs.size import num_parameters
+from model.gpus import Gpu
+from pretrain.config.schema import Config
+from pretrain.planning.memory import Memory, memory
+
+_MORE_GPUS = (2, 4, 8, 16, 32)
+
+
+class Stage(NamedTuple):
+    """A ZeRO stage, with all else as configured."""
+
+    refused: str | None
+    """Why the configuration cannot have it."""
+    memory: Memory | None
+    """At the configured micro-batch."""
+    largest_micro_batch: int | None
+    """Sequences that fit and divide a rank's share of the batch; None: not even one does."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a run; bytes, seconds and FLOPs."""
+
+    parameters: int
+    micro_batch: int
+    accumulation: int
+    stages: dict[int, Stage]
+    gpu_bytes: float
+    flops_per_step: float
+    step_seconds: float
+    tokens_per_second: float
+    run_seconds: float
+    checkpoint_bytes: float
+    checkpoints: int
+    """On disk at the end of the run, with the one of the lowest validation loss; one more while one is written."""
+    fitting: list[str]
+    """Where the configuration itself does not fit: changes with which it does, nearest first."""
+
+
+def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> Costs:
+    """Count for a number of GPUs.
+
+    Args:
+        utilisation: share of the GPUs' peak that the model's own FLOPs reach ("MFU", PaLM, arXiv:2204.02311, section
+            4.1); activation checkpointing computes a third more, which does not count.
+
+    Raises:
+        ConfigError: the vocabulary is not known, or the GPUs cannot share the batch.
+    """
+    size = gpu.memory_gb * 1e9
+    micro_batch, accumulation = config.micro_batches(gpus)
+    stages = {stage: _stage(config, stage, gpus, size) for stage in range(4)}
+    own = stages[config.engine.zero_stage].memory
+    assert own is not None
+    flops = training_flops_per_token(config.model, config.data.objective == "pairs") * config.batch.tokens
+    seconds = flops / (gpu.peak_flops * utilisation * gpus)
+    parameters = num_parameters(config.model)
+    return Costs(
+        parameters=parameters,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        stages=stages,
+        gpu_bytes=size,
+        flops_per_step=flops,
+        step_seconds=seconds,
+        tokens_per_second=config.batch.tokens / seconds,
+        run_seconds=seconds * config.train.steps,
+        checkpoint_bytes=checkpoint_bytes(config),
+        checkpoints=_checkpoints(config),
+        fitting=[*fitting(config, gpus, size), *_more_gpus(config, gpus, size)] if own.total > size else [],
+    )
+
+
+def largest_micro_batch(config: Config, gpus: int, size: float) -> int | None:
+    """Sequences of the largest micro-batch that fits into `size` bytes and divides a rank's share of the batch."""
+    _, share = changed(config, {"batch.micro_batch": 1}).micro_batches(gpus)
+    divisors = (n for n in range(share, 0, -1) if share % n == 0)
+    fitting = (n for n in divisors if memory(changed(config, {"batch.micro_batch": n}), gpus).total <= size)
+    return next(fitting, None)
+
+
+def checkpoint_bytes(config: Config) -> float:
+    """For each parameter 4 bytes of weight and 8 of moments, which are in fp32 also where AdamW keeps them in 8 bits.
+
+    Muon keeps of matrices one moment, in bf16 or fp32; norms and biases, which have two, are counted as matrices.
+    """
+    model, parameters = config.model, num_parameters(config.model)
+    if config.optimizer.kind != "muon":
+        return 12.0 * parameters
+    assert model.vocab_size is not None
+    tables = (model.vocab_size + (model.context if model.positions == "learned" else 0)) * model.width
+    momentum = 2 if config.engine.precision == "bf16" else 4
+    return 12.0 * tables + (4 + momentum) * (parameters - tables)
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """The configuration with other values of dotted keys, checked as a whole.
+
+    Raises:
+        ConfigError: these values do not go together.
+    """
+    tree = config.model_dump()
+    for key, value in changes.items():
+        section, name = key.split(".")
+        tree[section][name] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+
+
+def _stage(config: Config, stage: int, gpus: int, size: float) -> Stage:
+    try:
+        other = changed(config, {"engine.zero_stage": stage})
+    except ConfigError as error:
+        return Stage(str(error), None, None)
+    return Stage(None, memory(other, gpus), largest_micro_batch(other, gpus, size))
+
+
+def fitting(config: Config, gpus: int, size: float) -> Iterator[str]:
+    """Changes that the configuration allows, and with which it fits into `size` bytes of each GPU, nearest first.
+
+    Some need a smaller micro-batch, which is named beside them.
+    """
+    engine = config.engine
+    single: list[dict[str, Any]] = [{}]
+    single += [{"engine.activation_checkpointing": True}] if not engine.activation_checkpointing else []
+    single += [{"engine.zero_stage": stage} for stage in range(engine.zero_stage + 1, 4)]
+    single += [{"engine.zero_stage": 3, "engine.activation_checkpointing": True}]
+    single += [{"engine.offload": "cpu"}] if engine.zero_stage and engine.offload == "none" else []
+    for changes in single:
+        try:
+            other = changed(config, changes)
+        except ConfigError:
+            continue
+        named = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+        if memory(other, gpus).total <= size:
+            yield named
+        elif micro_batch := largest_micro_batch(other, gpus, size):
+            yield f"{named} batch.micro_batch={micro_batch}".strip()
+
+
+def _more_gpus(config: Config, gpus: int, size: float) -> Iterator[str]:
+    for factor in _MORE_GPUS:
+        if config.global_batch % (factor * gpus) == 0:
+            micro_batch = largest_micro_batch(config, factor * gpus, size)
+            if micro_batch:
+                yield f"--gpus {factor * gpus} batch.micro_batch={micro_batch}"
+                return
+
+
+def _checkpoints(config: Config) -> int:
+    """Those that stay at the end (pretrain/checkpoint/retention.py), the best counted as none of the others."""
+    train = config.train
+    saved = sorted({1, *range(train.checkpoint_every, train.steps + 1, train.checkpoint_every), train.steps})
+    kept = set(saved[-train.keep_checkpoints :])
+    if train.keep_every:
+        kept |= {step for step in saved if step % train.keep_every == 0}
+    return min(len(kept) + 1, len(saved))

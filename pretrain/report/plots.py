@@ -1,0 +1,354 @@
+"""The pictures of a report: one function a panel, drawn by matplotlib without a display or global state."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pretrain.run.journal import Point
+from pretrain.run.run_summary import BITS_PER_BYTE, LOSS, OF_SOURCES, VALIDATION, RunData, verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#06b6d4", "#eab308", "#ec4899")
+INK = "#768390"
+"""Readable on white and on black: the page follows the reader's theme, its pictures are drawn once."""
+TOKENS = "data/tokens_seen"
+STEP_MS = "time/step_ms"
+TIME_PARTS = {
+    "data": "time/data_ms",
+    "forward": "time/forward_ms",
+    "backward": "time/backward_ms",
+    "optimizer": "time/optimizer_ms",
+    "checkpoint": "time/checkpoint_ms",
+}
+HEAT_COLUMNS = 300
+SOURCES_INSIDE = 6
+"""Of more than these the legend is beside the plot."""
+SMOOTH_FROM = 60
+"""Points from which a running mean is drawn over the raw line."""
+
+
+Coloured = list[tuple[RunData, str]]
+"""Runs, each in the colour it has in every panel."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot. `draw` gets only runs that have one of `metrics`; a name that ends in a slash stands for all below it.
+
+    `single`: for a report of one run only. `wide`: as wide as the page. `by_tokens`: against tokens, not steps.
+    """
+
+    title: str
+    metrics: tuple[str, ...]
+    draw: Callable[["Axes", Coloured], None]
+    single: bool = False
+    wide: bool = False
+    by_tokens: bool = False
+
+
+def panels(runs: list[RunData]) -> list[Panel]:
+    """The panels there is something to show in."""
+    return [panel for panel in PANELS if any(_has(run, panel) for run in runs) and not (panel.single and len(runs) > 1)]
+
+
+def panel_png(panel: Panel, runs: list[RunData]) -> bytes:
+    """One panel with a transparent background, for the page."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 3.2) if panel.wide else (5.2, 3.0), layout="constrained")
+    figure.patch.set_alpha(0.0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0.0)
+    _draw(axes, panel, runs, title=False)
+    return png(figure, dpi=180)
+
+
+def overview_png(runs: list[RunData]) -> bytes:
+    """All panels on white with the verdict above them, for a README."""
+    from matplotlib.figure import Figure
+
+    shown = panels(runs)
+    narrow, wide = [p for p in shown if not p.wide], [p for p in shown if p.wide]
+    columns = min(3, max(1, len(narrow)))
+    rows = math.ceil(len(narrow) / columns)
+    height = max(rows + len(wide), 1)
+    figure = Figure(figsize=(5.0 * columns, 3.0 * height + 1.0), facecolor="white", layout="constrained")
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    words = "\n".join(verdict(runs[0])) if len(runs) == 1 else ", ".join(run.name for run in runs)
+    figure.suptitle(_plain(f"{title}\n{words}"), x=0.01, ha="left", fontsize=11, color="#1f2328")
+    grid = figure.add_gridspec(height, columns)
+    places = [grid[divmod(index, columns)] for index in range(len(narrow))]
+    places += [grid[rows + index, :] for index in range(len(wide))]
+    for panel, place in zip(narrow + wide, places, strict=True):
+        _draw(figure.add_subplot(place), panel, runs, title=True)
+    return png(figure, dpi=100)
+
+
+def _draw(axes: "Axes", panel: Panel, runs: list[RunData], *, title: bool) -> None:
+    if title:
+        axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color="#1f2328")
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.grid(color=INK, alpha=0.18, linewidth=0.6)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+    panel.draw(axes, [(run, COLOURS[i % len(COLOURS)]) for i, run in enumerate(runs) if _has(run, panel)])
+    axes.set_xlabel("tokens" if panel.by_tokens else "step", color=INK, fontsize=8)
+    axes.yaxis.label.set_color(INK)
+    axes.yaxis.label.set_fontsize(8)
+    if not panel.wide:
+        axes.margins(x=0.01)
+    if len(runs) == 1:
+        _mark_restarts(axes, runs[0], panel)
+    if axes.get_legend() is None and axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8, labelcolor=INK, frameon=False)
+
+
+def _loss(*, by_tokens: bool) -> Callable[["Axes", Coloured], None]:
+    def draw(axes: "Axes", runs: Coloured) -> None:
+        from matplotlib.ticker import EngFormatter
+
+        several = len(runs) > 1
+        for run, colour in runs:
+            places = partial(_tokens, run) if by_tokens else list
+            name = _plain(run.name) if several else "training"
+            _line(axes, run.points.get(LOSS, []), colour, name, smooth=True, places=places)
+            validation = run.points.get(VALIDATION, [])
+            if validation:
+                steps, values = places([p.step for p in validation]), [p.value for p in validation]
+                accent = colour if several else COLOURS[1]
+                label = None if several else "validation"
+                axes.plot(
+                    steps, values, "o--" if several else "o-", color=accent, markersize=4, linewidth=1.2, label=label
+                )
+        axes.set_ylabel("nats per token" + (" (dashed: validation)" if several else ""))
+        if by_tokens:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+    return draw
+
+
+def _draw_bits(axes: "Axes", runs: Coloured) -> None:
+    for run, colour in runs:
+        points = run.points[BITS_PER_BYTE]
+        steps, values = [p.step for p in points], [p.value for p in points]
+        axes.plot(steps, values, "o-", color=colour, markersize=4, label=_plain(run.name) if len(runs) > 1 else None)
+    for order0 in sorted({run.order0_entropy for run, _ in runs if run.order0_entropy is not None}):
+        axes.axhline(order0, color=INK, linestyle=":", label=f"byte frequencies alone: {order0:.3f}")
+    _from_zero(axes)
+    axes.set_ylabel("bits per byte")
+
+
+def _draw_sources(axes: "Axes", runs: Coloured) -> None:
+    points = runs[0][0].points
+    prefix = next(prefix for prefix in OF_SOURCES if _family(prefix, runs[0][0]))
+    names = sorted(name for name in points if name.startswith(prefix))
+    for index, name in enumerate(names):
+        lap, colour = divmod(index, len(COLOURS))
+        steps, values = [p.step for p in points[name]], [p.value for p in points[name]]
+        style, label = ("o-", "s--", "^:")[lap % 3], _plain(name.removeprefix(prefix))
+        axes.plot(steps, values, style, color=COLOURS[colour], markersize=4, linewidth=1.2, label=label)
+    _from_zero(axes)
+    axes.set_ylabel("bits per byte" if prefix.startswith(BITS_PER_BYTE) else "nats per label")
+    if len(names) > SOURCES_INSIDE:
+        columns = math.ceil(len(names) / 16)
+        axes.legend(
+            loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, labelcolor=INK, frameon=False, ncols=columns
+        )
+
+
+def _metric(
+    name: str, unit: str, *, smooth: bool = False, from_zero: bool = False
+) -> Callable[["Axes", Coloured], None]:
+    def draw(axes: "Axes", runs: Coloured) -> None:
+        for run, colour in runs:
+            _line(axes, run.points[name], colour, _plain(run.name) if len(runs) > 1 else None, smooth=smooth)
+        axes.set_ylabel(unit)
+        if from_zero:
+            _from_zero(axes)
+
+    return draw
+
+
+def _draw_mfu(axes: "Axes", runs: Coloured) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    _metric("time/mfu", "model FLOPs utilisation", smooth=True, from_zero=True)(axes, runs)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _draw_memory(axes: "Axes", runs: Coloured) -> None:
+    for run, colour in runs:
+        several = len(runs) > 1
+        peak = run.points.get("system/peak_memory_gib", [])
+        _line(axes, run.points.get("system/memory_gib", []), colour, _plain(run.name) if several else "in use")
+        _line(axes, peak, colour, "peak" if peak and not several else None, style="--")
+    _from_zero(axes)
+    axes.set_ylabel("GiB a device" + (" (dashed: peak)" if len(runs) > 1 else ""))
+
+
+def _draw_time(axes: "Axes", runs: Coloured) -> None:
+    """The parts of a step on top of each other; what none of them explains is `other`."""
+    import numpy as np
+
+    points = runs[0][0].points
+    whole = points[STEP_MS]
+    steps = [p.step for p in whole]
+    before = 2 * steps[0] - steps[1] if len(steps) > 1 else 0  # each value is a mean over the steps since the last one
+    rows = {}
+    for label, name in TIME_PARTS.items():
+        values = {p.step: p.value for p in points.get(name, [])}
+        rows[label] = np.nan_to_num([values.get(step, 0.0) for step in steps])
+    named = np.sum(list(rows.values()), axis=0)
+    rows["other"] = np.maximum(np.nan_to_num([p.value for p in whole]) - named, 0.0)
+    rows = {label: values for label, values in rows.items() if values.any()}
+    colours = [*COLOURS[: len(rows) - ("other" in rows)], INK]
+    areas = [[values[0], *values] for values in rows.values()]
+    axes.stackplot([before, *steps], areas, labels=list(rows), colors=colours, alpha=0.8, linewidth=0, step="pre")
+    total = np.sum(areas, axis=0)
+    axes.set_ylim(0.0, 1.1 * float(np.percentile(total, 98)) or 1.0)  # the first step's start-up must not hide the rest
+    axes.set_ylabel("ms a step")
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True, fontsize=8, labelcolor=INK, frameon=False
+    )  # beside it: there is no empty place inside
+
+
+def _sites(prefix: str, highest: float | None) -> Callable[["Axes", Coloured], None]:
+    def draw(axes: "Axes", runs: Coloured) -> None:
+        sites(axes, runs[0][0].points, prefix, highest)
+
+    return draw
+
+
+def sites(axes: "Axes", points: dict[str, list[Point]], prefix: str, highest: float | None) -> None:
+    """A heat map: one row a site and layer, one column a step; `highest` is the end of the scale."""
+    import numpy as np
+
+    names = sorted(name for name in points if name.startswith(prefix))
+    steps = sorted({p.step for name in names for p in points[name]})
+    steps = steps[:: max(1, math.ceil(len(steps) / HEAT_COLUMNS))]
+    column = {step: index for index, step in enumerate(steps)}
+    table = np.full((len(names), len(steps)), np.nan)
+    for row, name in enumerate(names):
+        for point in points[name]:
+            if point.step in column:
+                table[row, column[point.step]] = point.value
+    axes.grid(False)
+    mesh = axes.pcolormesh(
+        steps, range(len(names)), table, shading="nearest", cmap="viridis", vmin=0.0, vmax=highest, rasterized=True
+    )
+    stride = math.ceil(len(names) / 24)
+    labels = [name.removeprefix(prefix).replace("/", " ") for name in names[::stride]]
+    axes.set_yticks(range(0, len(names), stride), labels)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=max(4.0, min(8.0, 150 / len(names))))
+    bar = axes.figure.colorbar(mesh, ax=axes, pad=0.01)
+    bar.ax.tick_params(colors=INK, labelsize=7)
+    bar.outline.set_visible(False)
+
+
+PANELS = (
+    Panel("Loss", (LOSS, VALIDATION), _loss(by_tokens=False)),
+    Panel("Loss by tokens", (LOSS, VALIDATION), _loss(by_tokens=True), by_tokens=True),
+    Panel("Validation, bits per byte", (BITS_PER_BYTE,), _draw_bits),
+    Panel("Validation by source", OF_SOURCES, _draw_sources, single=True),
+    Panel("Learning rate", ("optim/lr",), _metric("optim/lr", "learning rate")),
+    Panel("Gradient norm", ("optim/grad_norm",), _metric("optim/grad_norm", "norm before clipping", smooth=True)),
+    Panel("Update ratio", ("optim/update_ratio",), _metric("optim/update_ratio", "update to weight norm", smooth=True)),
+    Panel(
+        "Throughput",
+        ("time/tokens_per_second",),
+        _metric("time/tokens_per_second", "tokens per second", smooth=True, from_zero=True),
+    ),
+    Panel("MFU", ("time/mfu",), _draw_mfu),
+    Panel("Where the time went", (TIME_PARTS["forward"],), _draw_time, single=True),
+    Panel("Goodput", ("time/goodput",), _metric("time/goodput", "share of time that trained", from_zero=True)),
+    Panel("Rank spread", ("time/rank_spread",), _metric("time/rank_spread", "slowest rank over the mean", smooth=True)),
+    Panel("Memory", ("system/memory_gib", "system/peak_memory_gib"), _draw_memory),
+    Panel("Gate density", ("gate/density",), _metric("gate/density", "share of open gates")),
+    Panel("Gate density by site and layer", ("gate/density/",), _sites("gate/density/", 1.0), single=True, wide=True),
+    Panel("Gate entropy by site and layer", ("gate/entropy/",), _sites("gate/entropy/", None), single=True, wide=True),
+)
+
+
+def _has(run: RunData, panel: Panel) -> bool:
+    if panel.by_tokens and TOKENS not in run.points:
+        return False
+    return any(name in run.points or _family(name, run) for name in panel.metrics)
+
+
+def _family(prefix: str, run: RunData) -> bool:
+    return prefix.endswith("/") and any(name.startswith(prefix) for name in run.points)
+
+
+def _line(
+    axes: "Axes",
+    points: list[Point],
+    colour: str,
+    label: str | None,
+    *,
+    smooth: bool = False,
+    style: str = "-",
+    places: Callable[[list[int]], Sequence[float]] = list,
+) -> None:
+    """A curve over `places` of its steps; what is not finite is a red cross on the axis."""
+    import numpy as np
+
+    steps, values = np.array(places([p.step for p in points])), np.array([p.value for p in points])
+    finite = np.isfinite(values)
+    if not finite.all():
+        axes.plot(steps[~finite], np.zeros((~finite).sum()), "x", color="#ef4444", transform=axes.get_xaxis_transform())
+    if not smooth or finite.sum() < SMOOTH_FROM:
+        axes.plot(steps, values, style, color=colour, linewidth=1.4, label=label)
+        return
+    axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
+    steps, values = steps[finite], values[finite]
+    width = max(5, len(values) // 50)
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    index = np.arange(len(values))
+    low, high = np.maximum(index - width // 2, 0), np.minimum(index + width // 2 + 1, len(values))
+    axes.plot(steps, (sums[high] - sums[low]) / (high - low), color=colour, linewidth=1.6, label=label)
+
+
+def _from_zero(axes: "Axes") -> None:
+    top = float(axes.dataLim.y1)
+    axes.set_ylim(0.0, 1.08 * top if 0.0 < top < math.inf else None)
+
+
+def _tokens(run: RunData, steps: list[int]) -> Sequence[float]:
+    """Tokens seen at each step; between recorded ones a straight line."""
+    import numpy as np
+
+    seen = run.points[TOKENS]
+    values: list[float] = np.interp(steps, [p.step for p in seen], [p.value for p in seen]).tolist()
+    return values
+
+
+def _mark_restarts(axes: "Axes", run: RunData, panel: Panel) -> None:
+    resumed = (start.fields.get("resumed_from") for start in run.starts)
+    steps = sorted({step for step in resumed if step is not None})
+    label = "resumed" if LOSS in panel.metrics else None
+    for place in _tokens(run, steps) if panel.by_tokens else steps:
+        axes.axvline(place, color=INK, linestyle="--", linewidth=0.9, alpha=0.8, label=label)
+        label = None
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib must not read as a formula, nor a leading underscore as 'no legend'."""
+    return text.replace("$", r"\$").lstrip("_") or "run"
+
+
+def png(figure: "Figure", dpi: int) -> bytes:
+    """The figure as it is written to a file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()

@@ -1,0 +1,105 @@
+"""A new run that begins with a checkpoint of another one: `run.start_from`, `RUN@STEP`. Free of torch."""
+
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import ConfigError, RunError
+from pretrain.config.changes import IN_FORK, refused, told
+from pretrain.config.schedule import decay_start
+from pretrain.config.schema import Config
+from pretrain.run.checkpoint_folder import step_path
+from pretrain.run.run_folder import RunFolder
+
+
+def parse(start_from: str) -> tuple[Path, int | None]:
+    """The run folder and the step of `RUN@STEP`; None for the newest checkpoint."""
+    run, mark, step = start_from.rpartition("@")
+    return (Path(run), int(step)) if mark and step.isdecimal() else (Path(start_from), None)
+
+
+def resolve(config: Config) -> Config:
+    """The configuration with the origin's absolute path and its step, as the run folder keeps it.
+
+    A run that has begun keeps the step that it began with, even if its origin has newer checkpoints.
+
+    Raises:
+        RunError: the origin is not a run folder, or is this very run; it has no such checkpoint.
+    """
+    if config.run.start_from is None:
+        return config
+    path, step = parse(config.run.start_from)
+    path = path.resolve()
+    folder = RunFolder(config.run_dir)
+    if path == folder.path.resolve():
+        raise RunError(f"run.start_from={config.run.start_from}: the run itself; give the new one a name: run.name=NEW")
+    if step is None and folder.has_trained():
+        begun = folder.config().run.start_from
+        step = parse(begun)[1] if begun and parse(begun)[0] == path else None
+    if step is None:
+        step = _newest(path)
+    run = config.run.model_copy(update={"start_from": f"{path}@{step}"})
+    return config.model_copy(update={"run": run})
+
+
+def folder(config: Config) -> RunFolder:
+    """That of the run that a run of this (resolved) configuration begins with."""
+    assert config.run.start_from is not None
+    return RunFolder(parse(config.run.start_from)[0])
+
+
+def checkpoint_folder(config: Config) -> Path:
+    """Where the checkpoint lies that a run of this (resolved) configuration begins with."""
+    assert config.run.start_from is not None
+    step = parse(config.run.start_from)[1]
+    assert step is not None
+    return step_path(folder(config).checkpoints, step)
+
+
+def check(config: Config, dataset: dict[str, Any]) -> None:
+    """Whether a run of this (resolved) configuration and dataset may begin; one with checkpoints of its own has begun.
+
+    Raises:
+        RunError: it may not: names what differs, or the checkpoints that there are.
+        ConfigError: the run would be over, or its cool-down would begin before the checkpoint.
+    """
+    if config.run.start_from is None or RunFolder(config.run_dir).saved_steps():
+        return
+    path, step = parse(config.run.start_from)
+    origin = RunFolder(path)
+    theirs = origin.facts()["dataset"]
+    assert step is not None
+    if step not in origin.saved_steps():
+        steps = ", ".join(map(str, origin.saved_steps())) or "none"
+        raise RunError(f"{path}: no complete checkpoint of step {step}; there are: {steps}")
+    if theirs["fingerprint"] != dataset["fingerprint"]:
+        raise RunError(
+            f"{path}: that run was trained on dataset {theirs['fingerprint'][:12]} ({theirs['path']}), "
+            f"data.path={config.data.path} is dataset {dataset['fingerprint'][:12]}; a run that begins with its "
+            "checkpoint goes on with its data"
+        )
+    if different := refused(origin.config(), config, IN_FORK):
+        raise RunError(
+            f"{path}: a run that begins with its checkpoint must agree with it in model, batch, seed and optimizer:\n"
+            f"{told(different)}\ngive the run's values, or start from scratch, without run.start_from"
+        )
+    if step >= config.train.steps:
+        raise ConfigError(
+            f"train.steps={config.train.steps} counts from the origin's start, and its checkpoint is of step {step} "
+            f"already; give more, for example train.steps={step + max(config.schedule.cooldown, 1)}"
+        )
+    start = decay_start(config)
+    if config.schedule.kind == "wsd" and start is not None and start < step:
+        raise ConfigError(
+            f"schedule.cooldown={config.schedule.cooldown} of train.steps={config.train.steps} would begin at step "
+            f"{start}, before the checkpoint of step {step}; give train.steps={step + config.schedule.cooldown}, or a "
+            f"cool-down of at most {config.train.steps - step}"
+        )
+
+
+def _newest(path: Path) -> int:
+    origin = RunFolder(path)
+    origin.facts()  # it is a run folder
+    saved = origin.saved_steps()
+    if not saved:
+        raise RunError(f"{path}: no complete checkpoint yet; run.start_from needs one")
+    return saved[-1]

@@ -1,0 +1,198 @@
+"""A study: runs that differ in what is compared, as one YAML file tells them. Free of torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.secret import WAY_ON, key_of_secret
+from pretrain.config import yaml_files
+from pretrain.config.schema import Config, load
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+"""It is that of a folder, too."""
+Counted = Literal["parameters", "training FLOPs"]
+
+
+class Arm(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """One of the things that are compared."""
+
+    about: str
+    """A few words for the tables."""
+    config: list[str]
+    """Presets and overrides, as `duet train` takes them."""
+
+
+class Equal(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """Arms that must not differ in size or cost; a study in which they do is not run."""
+
+    what: Counted
+    arms: list[str] = Field(min_length=2)
+    """Of the section, or SECTION/ARM."""
+    within: float = Field(gt=0.0)
+    """Most that the largest may be above the smallest, as a share."""
+
+
+class Section(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """Arms that are compared in one table."""
+
+    title: str
+    unit: Literal["nats per token", "bits per byte"] = "nats per token"
+    """Of the validation losses in the tables."""
+    config: list[str] = []
+    """Of every run of the section, behind what the study has."""
+    seeds: list[int] = Field(min_length=1)
+    """Values of `run.seed`; each arm is run with each."""
+    arms: dict[Name, Arm] = {}
+    arms_of: str | None = None
+    """Take the arms of this section, each with each of `settings`; their table has a column for each setting."""
+    settings: dict[Name, list[str]] = {}
+    """With `arms_of`: name and overrides."""
+    unchanged: str = "unchanged"
+    """With `arms_of`: what the column of that section's own runs is called."""
+    beside: list[str] = []
+    """SECTION/ARM of other sections to show in the same table, above."""
+    baseline: str | None = None
+    """SECTION/ARM that the others' losses are compared with."""
+    equal: list[Equal] = []
+    on_request: bool = False
+    """Only run when it is named: it needs hardware or data that not everyone has."""
+
+    @model_validator(mode="after")
+    def _arms_are_its_own_or_anothers(self) -> "Section":
+        if bool(self.arms) == bool(self.arms_of):
+            raise ValueError("give either arms or arms_of")
+        if bool(self.settings) != bool(self.arms_of):
+            raise ValueError("arms_of and settings need each other")
+        return self
+
+
+class Study(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """All of a study."""
+
+    name: Name
+    """Of the folder below `runs` that holds its runs, and of the experiment in MLflow."""
+    config: list[str]
+    """Of every run."""
+    sections: dict[Name, Section]
+
+    @model_validator(mode="after")
+    def _references_are_there(self) -> "Study":
+        arms = {f"{name}/{arm}" for name, section in self.sections.items() for arm in section.arms}
+        for name, section in self.sections.items():
+            if section.arms_of and not self.sections.get(section.arms_of, section).arms:
+                raise ValueError(f"sections.{name}.arms_of: {section.arms_of} has no arms")
+            for other in (*section.beside, *([section.baseline] if section.baseline else [])):
+                if other not in arms:
+                    raise ValueError(f"sections.{name}: there is no {other}; there are {', '.join(sorted(arms))}")
+            for equal in section.equal:
+                if missing := {arm if "/" in arm else f"{name}/{arm}" for arm in equal.arms} - arms:
+                    raise ValueError(f"sections.{name}.equal: no arms {', '.join(sorted(missing))}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where its runs are."""
+        return Path("runs") / self.name
+
+    def arms(self, section: str) -> dict[str, Arm]:
+        """Those of a section, its own or another's."""
+        found = self.sections[section]
+        return found.arms or self.sections[found.arms_of or section].arms
+
+    def runs(self, wanted: list[str] | None = None) -> list["StudyRun"]:
+        """All runs but those on request, or those of the `wanted` sections (SECTION) and arms (SECTION/ARM).
+
+        In the order of the sections; in each, all arms with the first seed, then with the second: what is there
+        after a while can be compared.
+
+        Raises:
+            ConfigError: there is no such section or arm.
+        """
+        found = [run for name in self.sections for run in self._of_section(name)]
+        if wanted is None:
+            return [run for run in found if not self.sections[run.section].on_request]
+        for name in wanted:
+            if not any(run.within(name) for run in found):
+                raise ConfigError(f"{name}: no such section or arm; sections: {', '.join(self.sections)}")
+        return [run for run in found if any(run.within(name) for name in wanted)]
+
+    def _of_section(self, name: str) -> Iterator["StudyRun"]:
+        section = self.sections[name]
+        for seed in section.seeds:
+            for setting, overrides in section.settings.items() or [(None, [])]:
+                for arm, what in self.arms(name).items():
+                    args = [*self.config, *section.config, *what.config, *overrides]
+                    yield StudyRun(self, name, setting, arm, seed, tuple(args))
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study."""
+
+    study: Study
+    section: str
+    setting: str | None
+    arm: str
+    seed: int
+    settings: tuple[str, ...]
+    """What it is made of, without name and folder."""
+
+    @property
+    def place(self) -> str:
+        """Its folder, below that of the study."""
+        return "/".join(part for part in (self.section, self.setting, self.arm, f"seed-{self.seed}") if part)
+
+    @property
+    def path(self) -> Path:
+        """Its run folder."""
+        return self.study.folder / self.place
+
+    @property
+    def args(self) -> list[str]:
+        """What `duet train` gets."""
+        own = {"run.name": self.place.replace("/", "-"), "run.dir": str(self.path), "run.seed": str(self.seed)}
+        tracked = {
+            "tracking.experiment": self.study.name,
+            "tracking.uri": f"sqlite:///{self.study.folder / 'mlflow.db'}",
+        }
+        return [*self.settings, *(f"{key}={value}" for key, value in (own | tracked).items())]
+
+    def config(self) -> Config:
+        """As `load` makes it of `args`."""
+        return load(self.args)
+
+    def within(self, name: str) -> bool:
+        """Whether it belongs to a section, or to SECTION/ARM."""
+        return name in (self.section, f"{self.section}/{self.arm}")
+
+
+def load_study(path: Path) -> Study:
+    """Read a study and check the configuration of every run.
+
+    Raises:
+        ConfigError: it is not there, or something in it is wrong; names the place.
+    """
+    try:
+        if not path.is_file():  # a FIFO would be waited for
+            raise ConfigError(f"{path}: no such file; a study is a YAML file")
+        content = yaml_files.parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if key := key_of_secret(content):
+        raise ConfigError(f"{path}: {key}: {WAY_ON}")
+    try:
+        study = Study.model_validate(content)
+    except ValidationError as error:
+        lines = (f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError("\n".join(lines)) from error
+    for run in study.runs(list(study.sections)):
+        try:
+            run.config()
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {run.place}: {error}") from error
+    return study

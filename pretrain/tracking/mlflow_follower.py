@@ -1,0 +1,179 @@
+"""MLflow, a mirror of the journal that may be late and never stops training: who brings it up to date, and when.
+
+A thread of rank 0 follows the journal while the run goes on (`Tracker`); `sync` does the same later, from anywhere.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import RunError
+from pretrain.run.journal import Record, read, read_from
+from pretrain.run.lease import alive, attempt_path, latest_attempt, read_owner
+from pretrain.tracking.mlflow_state import JOURNAL, State, default_uri, from_anywhere, state_path
+from pretrain.tracking.mlflow_store import TIMEOUT, brief, is_slow, wait_longer
+from pretrain.tracking.mlflow_sync import Mirror
+
+POLL_SECONDS = 5.0
+LONGEST_PAUSE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Synced:
+    """Where a run lies in MLflow, its status there, and how many metric values this call sent."""
+
+    uri: str
+    run_id: str
+    status: str
+    num_metrics: int
+
+
+def assign(
+    run_dir: Path, *, uri: str | None, experiment: str, run_name: str, warn: Callable[[str], None] = lambda _: None
+) -> str:
+    """Say where in MLflow a run belongs; one that belongs there already goes on. Makes no call.
+
+    Returns:
+        the URI of the store: `uri`, or the sqlite file beside the run folder.
+
+    Raises:
+        RunError: `tracking.json` was written by a newer version.
+    """
+    state = State(from_anywhere(run_dir, uri), experiment, run_name)
+    before = State.load(run_dir, warn) if state_path(run_dir).exists() else None
+    if before and (before.uri, before.experiment) == (state.uri, state.experiment):
+        state = before
+    if not state.original(run_dir):
+        state.save(run_dir)
+    return state.uri or default_uri(run_dir)
+
+
+def unsent(run_dir: Path) -> str:
+    """What MLflow does not have of a run yet, in a few words."""
+    state = State.load(run_dir)
+    offset = state.offsets.get(JOURNAL, 0) if state else 0
+    steps = (r.step for r, _ in read_from(run_dir / JOURNAL, offset) if r.kind == "metrics" and r.step is not None)
+    first = next(steps, None)
+    return "its end or its files are not there yet" if first is None else f"not there yet: steps from {first} on"
+
+
+class Tracker:
+    """Mirrors a run to MLflow from a daemon thread; the training thread makes no call and waits for none.
+
+    `warn` is called from the thread: once when MLflow fails and once when it is back.
+
+    Raises:
+        RunError: the run was not assigned.
+    """
+
+    def __init__(self, run_dir: Path, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._closing = threading.Event()
+        self._abandoned = threading.Event()
+        self._mirror = Mirror(run_dir, self._say)
+        self._complete = False
+        self._thread = threading.Thread(target=self._run, name="mlflow-mirror", daemon=True)
+
+    def start(self) -> None:
+        """Begin to follow the journal."""
+        self._thread.start()
+
+    def close(self, timeout: float) -> bool:
+        """Send what is left, trying once more at once, for at most `timeout` seconds.
+
+        Returns:
+            whether MLflow has all of it; if not, `sync` sends the rest later.
+        """
+        self._closing.set()
+        self._thread.join(timeout)
+        self._abandoned.set()
+        return self._complete and not self._thread.is_alive()
+
+    def _run(self) -> None:
+        pause, failures, told = POLL_SECONDS, 0, False
+        while True:
+            last = self._closing.is_set()
+            try:
+                self._mirror.ship()
+                if last:
+                    self._mirror.send_verdict()
+                # After the metrics: a store that refuses files must not hold them up.
+                if last or self._mirror.files_due:
+                    self._mirror.send_files()
+            except Exception as error:  # whatever it is, training goes on
+                failures, pause = failures + 1, min(2 * pause, LONGEST_PAUSE_SECONDS)
+                mistake, slow = isinstance(error, RunError), is_slow(error) and wait_longer()
+                # Once may be no more than a connection that was closed; what the user has to mend is told at once.
+                if not told and (mistake or failures > 1):
+                    told, place = True, self._mirror.place
+                    self._say(f"MLflow at {place} failed and is tried again; the journal keeps all: {brief(error)}")
+                if last and not mistake and (slow or failures == 1):
+                    continue
+            else:
+                if told:
+                    self._say(f"MLflow at {self._mirror.place} is back and has all")
+                pause, failures, told = POLL_SECONDS, 0, False
+            if last:
+                self._complete = not failures
+                return
+            self._closing.wait(pause)
+
+    def _say(self, text: str) -> None:
+        if not self._abandoned.is_set():  # the journal and the terminal are gone
+            self._warn(text)
+
+
+def sync(run_dir: Path, warn: Callable[[str], None] = lambda _: None, new_run: bool = False) -> Synced:
+    """Send what MLflow does not have of a run, with its files and its status: KILLED when it died without a word.
+
+    The status of a run that goes on is left alone. With `new_run` the folder gets a run of its own in MLflow.
+
+    Raises:
+        RunError: the run was never tracked, its journal is broken, or MLflow cannot be reached.
+    """
+    mirror = Mirror(run_dir, warn)
+    if new_run:
+        mirror.begin_anew()
+    tries = 0
+    while True:
+        sent = mirror.num_metrics
+        try:
+            _bring_up_to_date(mirror, run_dir)
+            return Synced(mirror.place, mirror.run_id, mirror.status(), mirror.num_metrics)
+        except RunError:
+            raise
+        except Exception as error:
+            tries = tries + 1 if mirror.num_metrics == sent else 1
+            if tries < 2 and (not is_slow(error) or wait_longer()):
+                continue
+            hint = f" (or give it more time: {TIMEOUT}=600)" if is_slow(error) else ""
+            raise RunError(
+                f"MLflow at {mirror.place} did not take all of {run_dir}: {brief(error)}; "
+                f"nothing is lost, try again later{hint}"
+            ) from error
+
+
+def _bring_up_to_date(mirror: Mirror, run_dir: Path) -> None:
+    mirror.compare()
+    attempt = latest_attempt(run_dir)
+    if last := _died_without_a_word(run_dir, attempt):
+        mirror.set_ended("KILLED", "the process is gone and left no word", last.time)
+        if latest_attempt(run_dir) != attempt:  # it has begun in between
+            mirror.set_running()
+    mirror.send_verdict()
+    mirror.send_files()
+
+
+def _died_without_a_word(run_dir: Path, attempt: int) -> Record | None:
+    """The journal's last record, when its newest attempt has no end there and the lease's newest owner is gone."""
+    last, started, ended = None, 0, 0
+    for last in read(run_dir / JOURNAL):
+        if last.kind == "start":
+            started = last.attempt
+        elif last.kind == "end":
+            ended = max(ended, last.attempt)  # a displaced attempt may write its end late
+    if started == ended or not attempt:
+        return None
+    path = attempt_path(run_dir / "attempts", attempt)
+    return None if alive(read_owner(path), path) else last

@@ -1,0 +1,104 @@
+"""The way to MLflow: a client that fails early, the sqlite store, and what MLflow's errors mean."""
+
+import logging
+import os
+import sqlite3
+import uuid
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from data_pipeline.secret import redact
+from pretrain.tracking.mlflow_state import SQLITE
+
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+LONGEST_CALL_SECONDS = 320
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the default blocks a call for four minutes; who calls tries again
+    TIMEOUT: "5",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",  # a file that was put in another's place is seen
+}
+
+
+def connect(uri: str) -> Any:
+    """A client that fails early and says nothing on the terminal; makes the sqlite file when there is none."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for noisy in ("mlflow", "alembic", "urllib3.connectionpool"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    if uri.startswith(SQLITE):
+        _create_store(Path(uri.removeprefix(SQLITE)))
+    return MlflowClient(tracking_uri=uri)
+
+
+def artifacts(uri: str) -> Path:
+    """Where the files of a sqlite store's runs are."""
+    return Path(uri.removeprefix(SQLITE)).parent / "mlartifacts"
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether MLflow itself says that there is no such run, and not something on the way to it."""
+    from mlflow.exceptions import MlflowException, RestException
+
+    if not isinstance(error, MlflowException) or error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        return False
+    return isinstance(error, RestException) or "Response body" not in str(error)
+
+
+def is_refused(error: Exception) -> bool:
+    """Whether MLflow will never take what it was given."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE"
+
+
+def is_slow(error: Exception) -> bool:
+    """Whether an answer did not come in time."""
+    return any(word in str(error).lower() for word in ("timed out", "timeout"))
+
+
+def wait_longer() -> bool:
+    """Give MLflow four times as long for its next answers; whether that was possible."""
+    seconds = int(os.environ.get(TIMEOUT, ENVIRONMENT[TIMEOUT]))
+    os.environ[TIMEOUT] = str(max(seconds, min(4 * seconds, LONGEST_CALL_SECONDS)))
+    return seconds < LONGEST_CALL_SECONDS
+
+
+def brief(error: Exception) -> str:
+    """What went wrong in one line; of bounded length, since MLflow's own messages fill a page."""
+    if isinstance(error, UserError):
+        return str(error)
+    lines = redact(str(error)).strip().splitlines() or [""]
+    damaged = any(words in lines[0] for words in ("disk image is malformed", "file is not a database"))
+    way_on = "; move the file away, and it is made anew from the journals" if damaged else ""
+    return f"{type(error).__name__}: {lines[0][:300]}{way_on}"
+
+
+def _create_store(path: Path) -> None:
+    """Make the database aside and link it into place whole: MLflow's migrations must not run twice or stop half-way."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    if path.exists():
+        if _is_empty(path):  # made by a program that looked for tables, or cut off
+            SqlAlchemyStore(f"{SQLITE}{path}", artifacts(f"{SQLITE}{path}").as_uri()).engine.dispose()
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        SqlAlchemyStore(f"{SQLITE}{temporary}", artifacts(f"{SQLITE}{path}").as_uri()).engine.dispose()
+        os.link(temporary, path)
+    except FileExistsError:
+        return  # another run was faster
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_empty(path: Path) -> bool:
+    with closing(sqlite3.connect(path)) as database:
+        [number] = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    return not number

@@ -1,0 +1,286 @@
+"""All that rank 0 tells the world about a run: journal, MLflow, terminal, report. Silent on the other ranks."""
+
+import shlex
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from data_pipeline.secret import redact
+from data_pipeline.storage.manifest import Manifest
+from model.masks.bistability import warnings_for
+from pretrain.config.schema import Config
+from pretrain.engine.distributed import Ranks
+from pretrain.report import report
+from pretrain.run import provenance
+from pretrain.run.checkpoint_folder import complete
+from pretrain.run.job_records import JobFolder, this_job
+from pretrain.run.journal import Journal
+from pretrain.run.lease import LeaseLost
+from pretrain.run.run_folder import RunFolder
+from pretrain.run.run_summary import RunData, load
+from pretrain.run.signals import BrokenOff, StopRequest, exit_code, told
+from pretrain.tracking.console import Console
+from pretrain.tracking.metrics import StepMetrics
+from pretrain.tracking.mlflow_follower import Tracker, assign, unsent
+
+T = TypeVar("T")
+COUNTED = {"skipped": "steps without an update", "spikes": "loss spikes", "rollbacks": "rollbacks"}
+"""What the summary tells of `health/…`."""
+CLOSE_SECONDS = 10.0
+CLOSE_SECONDS_AFTER_SIGNAL = 2.0
+
+
+class Recorder:
+    """Use as a context: leaving it writes how the attempt ended, also when that was an error."""
+
+    def __init__(self, config: Config, folder: RunFolder, ranks: Ranks, attempt: int) -> None:
+        self.attempt = attempt
+        self.commit: str | None = None
+        """Of the source, on rank 0 from the start on; None outside a checkout."""
+        self._config = config
+        self._folder = folder
+        self._active = ranks.is_first
+        self._world_size = ranks.world_size
+        self._ended = False
+        self._tracker: Tracker | None = None
+        self._mlflow = ""
+        self._sample = ""
+        self._slowest_rank: int | None = None
+        if self._active:
+            self._first_step = 0
+            self._journal = Journal(folder.journal, attempt)
+            self._console = Console(config.train.steps)
+
+    def start(self, step: int, facts: dict[str, Any], num_rollbacks: int = 0) -> None:
+        """The attempt begins after `step` (0: from scratch), and after so many rollbacks of the run."""
+        if not self._active:
+            return
+        config = self._config
+        self._first_step = step
+        self._folder.describe(**facts)
+        self._journal.num_rollbacks = num_rollbacks
+        self._journal.event(
+            "start", resumed_from=step or None, config=config.model_dump(mode="json"), tags=self._tags(), **facts
+        )
+        self._console.note(
+            f"run {config.run.name}: {facts['parameters']:,} parameters, {config.batch.tokens:,} tokens a step, "
+            f"{facts['world_size']} rank(s), ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
+            + (f"resumed from step {step}" if step else "from scratch")
+        )
+        for warning in warnings_for(config.model.learned_dropout, config.optimizer.lr):
+            self.warning(warning)
+        tracking = config.tracking
+        if tracking.mode != "off":
+            self._mlflow = assign(
+                self._folder.path,
+                uri=tracking.uri,
+                experiment=tracking.experiment,
+                run_name=config.run.name,
+                warn=self.warning,
+            )
+        if tracking.mode == "online":
+            self._tracker = Tracker(self._folder.path, self.warning)
+            self._tracker.start()
+
+    def note(self, text: str) -> None:
+        """Something the user may want to know."""
+        if self._active:
+            self._console.note(text)
+
+    def steps(self, lines: list[StepMetrics]) -> None:
+        """Journal each step; show the last one, with losses averaged over all of them."""
+        if not self._active or not lines:
+            return
+        for line in lines:
+            self._journal.metrics(line.step, line.values)
+            if line.slowest and line.slowest.rank != self._slowest_rank:  # news
+                self._slowest_rank = line.slowest.rank
+                self._journal.event("slowest", step=line.step, **asdict(line.slowest))
+        shown = dict(lines[-1].values)
+        for name in shown:
+            if name in lines[0].values and name.startswith(("loss/", "penalty/", "gate/")):
+                shown[name] = sum(line.values[name] for line in lines) / len(lines)
+        self._console.step(lines[-1].step, shown)
+
+    def validation(self, step: int, metrics: dict[str, float]) -> None:
+        """Results of a validation."""
+        if self._active:
+            self._journal.metrics(step, metrics)
+            self._console.validation(step, metrics)
+
+    def sample(self, step: int, text: str) -> None:
+        """A generated text."""
+        if self._active:
+            self._sample = text
+            self._journal.event("sample", step=step, text=text)
+
+    def checkpoint(self, step: int, path: Path, seconds: float) -> None:
+        """A checkpoint is complete, after `seconds`; what the journal says up to here is on disk, too."""
+        if self._active:
+            self._journal.metrics(step, {"time/checkpoint_ms": 1e3 * seconds})
+            self._journal.event("checkpoint", step=step, path=str(path.relative_to(self._folder.path)))
+            self._journal.sync()
+
+    def profile(self, step: int, path: Path) -> None:
+        """A trace, or a memory snapshot, that begins with this step is written."""
+        if self._active:
+            self._journal.event("profile", step=step, path=str(path.relative_to(self._folder.path)))
+
+    def warning(self, text: str) -> None:
+        """Something the user should know."""
+        if self._active:
+            self._journal.event("warning", text=text)
+            self._console.warning(text)
+
+    def health(self, kind: str, step: int, text: str, **facts: Any) -> None:
+        """Something the run noticed about itself: a kind of `journal.HEALTH`, or a rollback; `facts` are JSON."""
+        if self._active:
+            self._journal.event(kind, step=step, text=text, **facts)
+            self._console.warning(text)
+
+    def rollback(self, step: int, to: int, text: str, data: dict[str, Any]) -> None:
+        """Training goes back from `step` to the checkpoint of step `to`, and on with the data at `data`."""
+        if self._active:
+            self.health("rollback", step, text, resumed_from=to, data=data)
+            self._journal.num_rollbacks += 1
+            self._journal.sync()
+
+    def finish(self, step: int, request: int, seconds: float, stop: StopRequest) -> None:
+        """The loop is over: all steps done, or stopped on request (`pretrain.run.signals`) after a save.
+
+        Once the end is recorded, nothing that fails, takes long or is broken off makes a failure of the run.
+        """
+        if not self._active:
+            stop.ended(request)
+            return
+        status, reason = ("KILLED", told(request)) if request else ("FINISHED", "all steps done")
+        try:
+            self._end(status, reason, code=exit_code(request))
+        except OSError as error:  # a full disk; what was learned is saved
+            self._console.warning(f"the run is over and saved, but its end could not be recorded: {error}")
+        stop.ended(request)
+        self._console.summary(self._last_words(step, request, seconds, stop))
+
+    def _last_words(self, step: int, request: int, seconds: float, stop: StopRequest) -> list[tuple[str, str]]:
+        """Write the report, close MLflow; the summary."""
+        path = self._folder.path
+        data = self._afterwards(stop, "its journal", lambda: load(path))
+        # A job that Slurm takes its nodes from has no time for pictures, and none of them waits for these.
+        hurried = request in (signal.SIGUSR1, signal.SIGTERM) and this_job()[0] is not None
+        written = data and not hurried and self._afterwards(stop, "the report", lambda: self._report(data))
+        timeout = 0.0 if stop.broken_off else CLOSE_SECONDS_AFTER_SIGNAL if request else CLOSE_SECONDS
+        shipped = self._afterwards(stop, "MLflow", lambda: self._close_tracker(timeout))
+        if self._sample:
+            self._console.note(f"sample: {self._sample}")
+        again = f"left out; `{_command('duet', 'report', path)}` makes it"
+        made = str(self._folder.report) if written else again
+        rows = None
+        if data:
+            summary = partial(self._summary, data, step, request, seconds, made, bool(shipped))
+            rows = self._afterwards(stop, "the summary", summary)
+        return rows or [("run", f"{self._config.run.name}: step {step}"), ("report", made)]
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._active:
+            return
+        if error is not None and not self._ended and not isinstance(error, LeaseLost):
+            self._end("FAILED", redact(f"{type(error).__name__}: {error}"))
+            if self._mlflow and not self._close_tracker(CLOSE_SECONDS_AFTER_SIGNAL):
+                self._console.note(f"MLflow: {self._late()}")
+        self._journal.close()
+        self._console.close()
+
+    def _end(self, status: str, reason: str, **more: Any) -> None:
+        self._journal.event("end", status=status, reason=reason, **more)
+        self._journal.sync()
+        self._ended = True
+
+    def _report(self, data: RunData) -> bool:
+        report.write([data], self._folder.report)
+        return True
+
+    def _afterwards(self, stop: StopRequest, what: str, work: Callable[[], T]) -> T | None:
+        """Do what may fail, or be broken off, without harm; None when it did."""
+        try:
+            with stop.breakable():
+                return work()
+        except (Exception, BrokenOff) as error:
+            traceback.print_exc()
+            why = str(error) if isinstance(error, BrokenOff) else f"{type(error).__name__}: {error}"
+            self._console.warning(f"the run is over and saved, but {what} was not to be had: {why}")
+            return None
+
+    def _close_tracker(self, timeout: float) -> bool:
+        return self._tracker.close(timeout) if self._tracker else False
+
+    def _late(self) -> str:
+        path = self._folder.path
+        return f"{unsent(path)}; this sends them: {_command('duet', 'track', 'sync', path)}"
+
+    def _tags(self) -> dict[str, str]:
+        """What this attempt is made of, in short."""
+        manifest = Manifest.load(self._config.data.path)
+        source = provenance.record(self._folder.path / "code", self.attempt)
+        self.commit = source.get("git/commit")
+        return {
+            "dataset/fingerprint": manifest.fingerprint,
+            "dataset/tokenizer": manifest.tokenizer.sha256,
+        } | source
+
+    def _summary(
+        self, data: RunData, step: int, request: int, seconds: float, made: str, shipped: bool
+    ) -> list[tuple[str, str]]:
+        config, path = self._config, self._folder.path
+        points = data.points
+        rows = [("run", f"{config.run.name}: step {step} of {config.train.steps}" + (" (stopped)" if request else ""))]
+        if loss := points.get("loss/train"):
+            rows.append(("loss", f"{loss[0].value:.4f} → {loss[-1].value:.4f} nats/token"))
+        if bits := points.get("loss/val_bits_per_byte"):
+            order0 = data.order0_entropy
+            beside = "" if order0 is None else f" (order-0 entropy of that text: {order0:.4f})"
+            rows.append(("validation", f"{bits[-1].value:.4f} bits/byte{beside}"))
+        elif loss := points.get("loss/val"):
+            rows.append(("validation", f"{loss[-1].value:.4f} nats/label"))
+        steps = step - self._first_step
+        if steps:
+            rate = points["time/tokens_per_second"][-1].value
+            rows.append(("speed", f"{rate:,.0f} tokens/s; {steps} steps in {seconds:.0f} s, start-up included"))
+        counts = {name: int(points[f"health/{name}"][-1].value) for name in COUNTED if points.get(f"health/{name}")}
+        if told := [f"{COUNTED[name]}: {count}" for name, count in counts.items() if count]:
+            rows.append(("health", f"{', '.join(told)}; see the report"))
+        if saved := complete(self._folder.checkpoints):
+            rows.append(("checkpoint", str(saved[0])))
+        rows.append(("report", made))
+        if self._mlflow:
+            rows.append(("mlflow", self._mlflow + ("" if shipped else f" ({self._late()})")))
+            if self._mlflow.startswith("sqlite"):
+                rows.append(("open it", _command("mlflow", "ui", "--backend-store-uri", self._mlflow)))
+        submitted = JobFolder(path).submissions()
+        again = ["resume", path] if submitted else ["train", self._folder.config_file, "--ranks", self._world_size]
+        rows.append(("resume", _command("duet", *again)))
+        return rows
+
+
+def _command(name: str, *words: object) -> str:
+    """A call of a program of this environment, for the shell that the user is in."""
+    return shlex.join([_program(name), *map(str, words)])
+
+
+def _program(name: str) -> str:
+    """How to call a program of this environment from the shell the user is in."""
+    if shutil.which(name):
+        return name
+    path = Path(sys.executable).parent / name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,127 @@
+"""What is kept for the backward pass is what torch saves, storage by storage."""
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import ConfigError
+from model.architectures.token_model import LanguageModel
+from model.batch import Batch
+from model.config.model_config import ModelConfig
+from model.costs import activations as model_activations
+from model.costs.activations import activations
+from model.layers import chunked_loss
+from pretrain.engine.layer_transforms import checkpoint_activations, layers
+from tests.model.helpers import EVERY, VOCABULARY, batch_of, build, variant
+
+ROWS = 3
+TYPES = {4: torch.float32, 2: torch.bfloat16}
+ESTIMATES = [name for name in EVERY if name.startswith(("encoder_loss", "batched")) or "l0" in name]
+
+
+class Kept:
+    """A tensor that is saved; dies with the graph that it is of."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # an output that is saved would hold its own graph
+
+
+def saved_bytes(model: LanguageModel, batch: Batch, recomputed: bool = False) -> int:
+    """Of a forward pass in training, each storage once; without parameters, vectors [B] and [C], and scalars.
+
+    `recomputed`: layers are, and so their inputs are kept.
+    """
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: weakref.WeakSet[Kept] = weakref.WeakSet()
+    inputs: list[Tensor] = []
+    for layer in layers(model) if recomputed else ():
+        layer.register_forward_pre_hook(lambda _, given: inputs.extend(x for x in given if isinstance(x, Tensor)))
+
+    def pack(tensor: Tensor) -> Kept:
+        kept = Kept(tensor)
+        found.add(kept)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        output = model(batch)
+    storages = {}
+    for tensor in [*(kept.tensor for kept in found), *inputs]:
+        storage = tensor.untyped_storage()
+        elements = storage.nbytes() // tensor.element_size()
+        if storage.data_ptr() not in parameters and elements > ROWS and elements != model.config.width:
+            storages[storage.data_ptr()] = storage.nbytes()
+    assert output.loss.requires_grad
+    return sum(storages.values())
+
+
+def model_of(config: ModelConfig, size: int) -> LanguageModel:
+    return build(config).to(TYPES[size]).train()
+
+
+def measure(config: ModelConfig, size: int, recomputed: bool = False, documents: bool = False) -> int:
+    batch = batch_of(config, ROWS)
+    batch = replace(batch, input_ids=batch.input_ids.clone())  # a view of more
+    if documents:
+        places = torch.arange(config.context).expand(ROWS, -1).clone()
+        batch = replace(batch, segment_ids=torch.zeros_like(places), position_ids=places)
+    model = build(config).to(TYPES[size]).train()
+    if recomputed:
+        checkpoint_activations(model)
+    return saved_bytes(model, batch, recomputed)
+
+
+def larger(name: str, **changes: Any) -> ModelConfig:
+    return variant(name, width=48, heads=EVERY[name].get("heads", 2), context=40, **changes)
+
+
+@pytest.mark.parametrize("size", TYPES)
+@pytest.mark.parametrize("name", EVERY)
+def test_every_variant(name: str, size: int) -> None:
+    config = larger(name)
+    counted = activations(config, ROWS, size)
+    expected = counted.kept(checkpointing=False) + counted.loss
+    measured = measure(config, size)
+    assert expected == (pytest.approx(measured, rel=0.1) if name in ESTIMATES else measured)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in ESTIMATES and "batchnorm" not in name])
+def test_with_activation_checkpointing_the_inputs_of_layers_are_kept(name: str) -> None:
+    config = larger(name)
+    counted = activations(config, ROWS, 2)
+    assert counted.kept(checkpointing=True) + counted.loss == measure(config, 2, recomputed=True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention": "explicit"}, {"positions": "rotary"}], ids=str)
+@pytest.mark.parametrize("name", ["parallel", "decoder"])
+def test_with_documents_apart(name: str, changes: dict[str, Any]) -> None:
+    config = larger(name, document_mask=True, **changes)
+    counted = activations(config, ROWS, 2, dense_mask=True)
+    assert counted.kept(checkpointing=False) + counted.loss == measure(config, 2, documents=True)
+
+
+@pytest.mark.parametrize("name", ["t5_dropout", "t5_modern"])
+def test_pairs_are_two_full_sequences(name: str) -> None:
+    config = larger(name)
+    ids = torch.ones(ROWS, config.context, dtype=torch.int64)
+    batch = replace(batch_of(config, ROWS), input_ids=ids, labels=ids.clone(), decoder_input_ids=ids.clone())
+    counted = activations(config, ROWS, 2, pairs=True)
+    model = build(config).bfloat16().train()
+    assert counted.kept(checkpointing=False) + counted.loss == saved_bytes(model, batch)
+
+
+def test_a_loss_in_chunks_keeps_the_gradient_of_the_table_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (chunked_loss, model_activations):
+        monkeypatch.setattr(module, "chunk_tokens", lambda *_: 7)
+    config = larger("decoder")
+    counted = activations(config, ROWS, 2)
+    assert counted.loss == ROWS * 40 * 48 * 2 + VOCABULARY * 48 * 4
+    assert counted.kept(checkpointing=False) + counted.loss == measure(config, 2)
+
+
+def test_without_a_vocabulary_there_is_nothing_to_count() -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is not set"):
+        activations(ModelConfig(), 1, 2)

@@ -1,0 +1,126 @@
+"""The formula against what torch counts while the real model runs."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.config.mask_config import LearnedDropoutConfig
+from model.config.model_config import Architecture, ModelConfig
+from model.costs.flops import (
+    forward_flops,
+    forward_flops_per_token,
+    sample_flops_by_part,
+    training_flops_per_token,
+    utilisation_per_token,
+)
+from model.gpus import peak_flops
+from tests.model.helpers import ARCHITECTURES, EVERY, batch_of, build, variant
+
+SHAPES: list[dict[str, Any]] = [
+    {"layers": 3, "width": 64, "heads": 4, "context": 32, "vocab_size": 100},
+    {"layers": 1, "width": 24, "heads": 3, "context": 7, "vocab_size": 31, "bias": True},
+    {"layers": 2, "width": 32, "heads": 2, "context": 48, "vocab_size": 257},
+]
+
+
+def counted(config: ModelConfig, sequences: int, backward: bool) -> int:
+    """In training, where every option is at work and without rounding the masks are in the graph."""
+    model = build(config)
+    batch = batch_of(config, sequences)
+    # The unfused attention: the fused one's backward pass also computes its forward pass again.
+    # Where gradients are wanted, the loss computes some of them in its forward pass.
+    with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(backward), FlopCounterMode(display=False) as counter:
+        output = model(batch)
+        if backward:
+            output.loss.backward()
+    return counter.get_total_flops()
+
+
+def dropout(sites: int, architecture: Architecture) -> LearnedDropoutConfig:
+    chosen: Any = ["enc_ff", "dec_ff"][-sites:] if architecture == "parallel_encoder_decoder" else ["dec_ff"]
+    return LearnedDropoutConfig(enabled=sites > 0, sites=chosen if sites else None)
+
+
+@pytest.mark.parametrize(("architecture", "sites"), [(a, n) for a in ARCHITECTURES for n in (0, 1, 2)][:-1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_formula_is_what_torch_counts(architecture: Architecture, shape: dict[str, Any], sites: int) -> None:
+    config = ModelConfig(architecture=architecture, learned_dropout=dropout(sites, architecture), **shape)
+    tokens = 2 * config.context
+    assert counted(config, 2, backward=False) == forward_flops_per_token(config) * tokens
+    assert counted(config, 2, backward=True) == training_flops_per_token(config) * tokens
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_formula_knows_every_option(name: str) -> None:
+    changes: dict[str, Any] = {"attention": "auto"} if EVERY[name].get("attention") == "flash" else {}
+    config = variant(name, layers=3, **changes)
+    tokens = 2 * config.context
+    forward = 2 * forward_flops(config)
+    assert counted(config, 2, backward=False) == forward == pytest.approx(forward_flops_per_token(config) * tokens)
+    training = 3 * forward
+    if config.learned_dropout.detach_embed:  # no gradient with respect to the one input of its first map
+        training -= 2 * 3 * config.width**2 * tokens
+    assert counted(config, 2, backward=True) == training
+
+
+MODULES = {
+    "token table": "token_embed",
+    "attention": r"(encoder|decoder|layers)\.\d+\.attention",
+    "cross attention": r"decoder\.\d+\.cross_attention",
+    "feed forward": r"(encoder|decoder|layers)\.\d+\.ff",
+    "decoder input": "decoder_input",
+    "masks": r"(\w+\.\d+\.)?\w+_dropout",
+    "mask source": "mask_source",
+}
+"""Where each part is computed."""
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if not name.startswith("batched")])  # computed in no module
+def test_each_part_is_what_torch_counts_in_its_modules(name: str) -> None:
+    config = variant(name, layers=3, attention="explicit")
+    model = build(config)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(batch_of(config, sequences=1))
+    counted = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    parts = sample_flops_by_part(config)
+    for part, flops in parts.items():
+        stream, _, kind = part.rpartition(": ")
+        modules = [n for n in counted if re.fullmatch(MODULES[kind], n) and n.startswith(stream)]
+        assert sum(counted[n] for n in modules) == flops, part
+    assert sum(parts.values()) == forward_flops(config)
+
+
+@pytest.mark.parametrize(("sites", "expected"), [(0, 25_051_136), (2, 31_342_592)])
+def test_known_values(sites: int, expected: int) -> None:
+    config = ModelConfig(learned_dropout=dropout(sites, "parallel_encoder_decoder"), **SHAPES[0])
+    assert forward_flops_per_token(config) * config.context == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("x86_64", None),
+    ],
+)
+def test_an_unknown_device_has_no_peak(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak
+
+
+def test_utilisation() -> None:
+    """10^6 tokens a second of this model on 8 H100 are 0.0297 % of their peak."""
+    config = ModelConfig(learned_dropout=dropout(0, "parallel_encoder_decoder"), **SHAPES[0])
+    share = utilisation_per_token(config, "NVIDIA H100 80GB HBM3", 8)
+    assert share == pytest.approx(3 * 25_051_136 / 32 / (8 * 989e12))
+    assert share is not None
+    assert share * 1e6 == pytest.approx(2.968e-4, rel=1e-3)
+    assert utilisation_per_token(config, "", 1) is None

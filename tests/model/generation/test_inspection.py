@@ -1,0 +1,113 @@
+"""What is told of a text is what the pass over it did: gates, attention, probabilities."""
+
+from math import e, log
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.attention.attention import CausalAttention
+from model.config.model_config import ModelConfig
+from model.generation.generate import Generation
+from model.generation.inspection import inspect, score
+from model.generation.sampling import Sampling
+from tests.model.helpers import VARIANTS, batch_of, build, open_masks, small, variant
+
+
+def expected_attentions(config: ModelConfig) -> list[str]:
+    alone = config.architecture == "decoder_only"
+    encoder = [f"enc_sa/{layer:02d}" for layer in range(config.num_encoder_layers)]
+    decoder = [f"dec_sa/{layer:02d}" for layer in range(config.layers)]
+    cross = [] if alone else [f"cross/{layer:02d}" for layer in range(config.layers)]
+    return sorted([*encoder, *decoder, *cross])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_weights_times_values_are_what_attention_gave(name: str) -> None:
+    """In fp32, where the pass takes torch's own kernels: rotary, grouped, both streams at a time."""
+    model = open_masks(build(variant(name))).eval()
+    ids = batch_of(model.config).input_ids[0]
+    calls: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def remember(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        assert isinstance(module, CausalAttention)
+        calls[module.name] = inputs[2], output
+
+    for module in model.modules():
+        if isinstance(module, CausalAttention) and module.name:
+            module.register_forward_hook(remember)
+    weights: dict[str, Tensor] = {}
+    inspect(model, ids, weights.__setitem__)
+    assert sorted(weights) == expected_attentions(model.config)
+    for place, found in weights.items():
+        value, output = calls[place]
+        heads, length = found.shape[0], len(ids)
+        assert found.shape == (heads, length, length)
+        assert not found.triu(1).any(), "no token sees a later one"
+        torch.testing.assert_close(found.sum(-1), torch.ones(heads, length))
+        value = value[0].view(length, -1, output.shape[2] // heads).transpose(0, 1)
+        value = value.repeat_interleave(heads // len(value), dim=0)
+        again = (found @ value).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(again, output[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_densities_and_states_are_those_of_a_plain_pass(name: str) -> None:
+    model = open_masks(build(variant(name))).double().eval()
+    ids = batch_of(model.config).input_ids[:1]
+    with torch.no_grad():
+        plain = model.hidden(ids, None)
+    found = inspect(model, ids[0])
+    torch.testing.assert_close(found.states, plain.x[0], rtol=0, atol=1e-12)
+    assert found.density.keys() == plain.statistics.keys()
+    for mask, density in found.density.items():
+        assert density.shape == (ids.shape[1],)
+        torch.testing.assert_close(density.mean(), plain.statistics[mask]["density"])
+    if name == "everywhere":
+        assert any(density.unique().numel() > 3 for density in found.density.values()), "tokens differ"
+
+
+def test_looking_leaves_nothing_behind() -> None:
+    model = open_masks(build(small())).eval()
+    ids = torch.arange(12)
+
+    def fail(place: str, weights: Tensor) -> None:
+        raise RuntimeError(place)
+
+    with pytest.raises(RuntimeError, match="enc_sa/00"):
+        inspect(model, ids, fail)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert inspect(model, ids[:3]).states.shape == (3, 16)
+
+
+def test_scores_are_those_of_the_softmax() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 5.0, 5.0]])
+    found = score(logits, torch.tensor([2, 0]), 2)
+    assert found.log_probability.tolist() == pytest.approx([1 - log(1 + e + e * e), -log(3)])
+    assert found.rank.tolist() == [2, 1]
+    assert found.likeliest[0].tolist() == [1, 2]
+    assert found.likeliest_log_probability[0, 1] == found.log_probability[0]
+    assert score(logits, torch.tensor([2, 0]), 9).likeliest.shape == (2, 3)
+
+
+def test_what_was_drawn_from_is_told() -> None:
+    """With a cache and in a moved window alike, up to rounding of fp64 sums."""
+    model = open_masks(build(small())).double().eval()
+    prompts = [torch.tensor([3, 1, 4]), torch.tensor([2])]
+    generation = Generation(model, prompts, Sampling(temperature=0.0))
+    assert generation.drawn is None
+    texts = [prompt.tolist() for prompt in prompts]
+    for step in range(14):
+        if step == 5:
+            generation.end(0)
+        found = generation.step()
+        drawn = generation.drawn
+        assert drawn is not None
+        assert dict(zip(drawn.texts, drawn.tokens.tolist(), strict=True)) == found
+        for row, text in enumerate(drawn.texts):
+            if len(texts[text]) <= model.config.context:
+                again = model.token_embed(inspect(model, torch.tensor(texts[text])).states[-1:])
+                torch.testing.assert_close(drawn.logits[row], again[0], rtol=0, atol=1e-12)
+            assert set(drawn.present[row].nonzero().flatten().tolist()) == set(texts[text])
+            texts[text].append(found[text])

@@ -1,0 +1,88 @@
+"""What `duet plan` counts holds together: micro-batches divide and fit, what is proposed fits."""
+
+import pytest
+
+from data_pipeline.errors import ConfigError
+from model.costs.flops import training_flops_per_token
+from model.costs.size import num_parameters
+from model.gpus import GPUS
+from pretrain.config.schema import Config, load
+from pretrain.planning.costs import changed, costs, largest_micro_batch
+from pretrain.planning.memory import memory, state
+
+GPU = GPUS["h100"]
+SIZE = GPU.memory_gb * 1e9
+
+
+def config_of(*args: str) -> Config:
+    return load(["model/parallel-1b3", "model.vocab_size=50304", "batch.tokens=1572864", *args])
+
+
+@pytest.mark.parametrize("gpus", [1, 6, 64])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("again", [False, True])
+def test_the_largest_micro_batch_divides_the_batch_and_the_next_does_not_fit(
+    gpus: int, stage: int, again: bool
+) -> None:
+    config = config_of(f"engine.zero_stage={stage}", f"engine.activation_checkpointing={again}")
+    largest = largest_micro_batch(config, gpus, SIZE)
+    assert largest
+    share = config.global_batch // gpus
+    assert share % largest == 0
+    for size in (size for size in range(1, share + 1) if share % size == 0 and size >= largest):
+        needed = memory(changed(config, {"batch.micro_batch": size}), gpus)
+        assert (needed.total <= SIZE) == (size == largest)
+
+
+def test_where_nothing_fits_there_is_no_largest_micro_batch() -> None:
+    assert largest_micro_batch(config_of(), 64, 1e9) is None
+    found = costs(load(["model/gpt-3-175b", "model.vocab_size=50304", "batch.tokens=2097152"]), 1, GPU, 0.4)
+    assert found.stages[3].largest_micro_batch is None
+    assert found.fitting == []
+
+
+def test_what_is_proposed_fits() -> None:
+    config = load(["model/gpt-3-6b7", "model.vocab_size=50304", "batch.tokens=2097152"])
+    found = costs(config, 8, GPU, 0.4)
+    assert len(found.fitting) > 3
+    for proposal in found.fitting:
+        gpus, changes = 8, []
+        words = proposal.split()
+        if words[0] == "--gpus":
+            gpus, words = int(words[1]), words[2:]
+        changes = [word for word in words if "=" in word]
+        other = load(["model/gpt-3-6b7", "model.vocab_size=50304", "batch.tokens=2097152", *changes])
+        assert memory(other, gpus).total <= SIZE, proposal
+
+
+def test_time_is_flops_over_what_the_gpus_do() -> None:
+    config = config_of("train.steps=500")
+    found = costs(config, 64, GPU, 0.5)
+    assert found.flops_per_step == training_flops_per_token(config.model) * 1572864
+    assert found.step_seconds == pytest.approx(found.flops_per_step / (64 * 0.5 * 989e12))
+    assert found.run_seconds == 500 * found.step_seconds
+    assert found.tokens_per_second * found.run_seconds == pytest.approx(500 * 1572864)
+
+
+def test_state_is_divided_as_zero_says() -> None:
+    """DeepSpeed's formula for AdamW in mixed precision, with gradients summed in fp32: 2 + 4 + 12 bytes."""
+    config = config_of()
+    count = num_parameters(config.model)
+    by_stage = {
+        stage: sum(state(changed(config, {"engine.zero_stage": stage}), count, 8)) / count for stage in (1, 2, 3)
+    }
+    assert by_stage == pytest.approx({1: 2 + 4 + 2 + 12 / 8, 2: 2 + 4 / 8 + 12 / 8, 3: 2 / 8 + 4 / 8 + 12 / 8})
+
+
+@pytest.mark.parametrize(
+    "steps, every, keep, for_ever, expected",
+    [(1, 200, 3, None, 1), (1000, 200, 3, None, 4), (1000, 200, 3, 400, 5), (400, 200, 10, None, 3)],
+)
+def test_checkpoints_that_stay(steps: int, every: int, keep: int, for_ever: int | None, expected: int) -> None:
+    config = config_of(f"train.steps={steps}", f"train.checkpoint_every={every}", f"train.keep_checkpoints={keep}")
+    assert costs(changed(config, {"train.keep_every": for_ever}), 64, GPU, 0.4).checkpoints == expected
+
+
+def test_gpus_that_cannot_share_the_batch() -> None:
+    with pytest.raises(ConfigError, match="numbers of ranks that can: 64 or 96"):
+        costs(config_of(), 65, GPU, 0.4)
