@@ -28,7 +28,7 @@ import zstandard
 
 from data_pipeline.config import DataConfig, TokenizerConfig
 from data_pipeline.tokenize.tokenizer import train_tokenizer
-from launch.commands.python_docs import collect
+from launch.commands.quickstart import collect
 
 ROUNDS = 3
 CLOCK_ROUNDS = 5

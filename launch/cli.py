@@ -13,7 +13,8 @@ from data_pipeline.errors import ConfigError, UserError
 from data_pipeline.files.atomic import DISK_ERRORS
 from data_pipeline.files.mapped import told
 from data_pipeline.secret import WAY_ON, argument_of_secret
-from launch.commands import checkpoint, data, jobs, logs, model, plan, preflight, runs, status, study, submit, track
+from launch.commands import checkpoint, data, jobs, plan, preflight, runs, status, study, submit
+from launch.commands import runs as track
 from launch.commands.generate import generate
 from launch.completion import complete_configs, complete_runs
 from pretrain.run.provenance import check_code
@@ -41,7 +42,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
-app.add_typer(model.app, name="model")
+app.add_typer(plan.app, name="model")
 app.add_typer(runs.app, name="runs")
 app.add_typer(study.app, name="study")
 app.add_typer(track.app, name="track")
@@ -184,7 +185,7 @@ def config_presets() -> None:
         typer.echo(name)
 
 
-for command in (status.status, logs.logs, jobs.cancel, jobs.requeue, jobs.resume):
+for command in (status.status, jobs.logs, jobs.cancel, jobs.requeue, jobs.resume):
     app.command()(command)
 
 

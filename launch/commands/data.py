@@ -1,16 +1,198 @@
 """`duet data`: from text to a dataset, and a look into one."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.commands.data_build import build, split_lines, tokenizer, weight_line
 from launch.commands.data_plan import locate, plan
 from launch.progress import megabytes, progress_line
 
 if TYPE_CHECKING:
+    from data_pipeline.config import DataConfig
     from data_pipeline.storage.dataset import Dataset
+    from data_pipeline.storage.manifest import Manifest
+
+ConfigArgs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CONFIG… KEY=VALUE…",
+        help="YAML files or presets, then overrides such as data.tokenizer.vocab_size=8192.",
+    ),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Processes that work at once; all CPUs unless given. The result is the same.", show_default=False
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what was built from other data or settings.")]
+
+
+def tokenizer(config: ConfigArgs, overwrite: Overwrite = False, processes: Processes = None) -> None:
+    """Train the tokenizer only, and say how it does on the training text.
+
+    Example: `duet data tokenizer data/python-docs data.tokenizer.type=bpe`
+    """
+    from data_pipeline.building.process_pool import available_cpus
+    from data_pipeline.inspection.tokenizer_report import tokenizer_report
+    from pretrain.config.schema import load
+
+    data = load(config).data
+    with progress_line() as progress:
+        report = tokenizer_report(data, progress, overwrite, processes or available_cpus())
+    typer.echo(f"tokenizer      {Path(data.path) / 'tokenizer'}")
+    kind = data.tokenizer.model or f"type {data.tokenizer.type}"
+    typer.echo(f"vocabulary     {report.vocab_size} pieces, {kind}, sha256 {report.sha256[:12]}")
+    for name, found in report.sources.items():
+        typer.echo(f"\nsource         {name}, a sample of {megabytes(found.sample_bytes)} of training text")
+        typer.echo(f"bytes a token  {found.bytes_per_token:.2f}")
+        typer.echo(f"coverage       {found.coverage:.4%} of the characters are in the vocabulary")
+        typer.echo(f"unknown        {found.unknown_rate:.4%} of the tokens")
+        typer.echo(f"round trip     {found.round_trip:.4%} of the samples come back as they were")
+        typer.echo(f"longest        {'  '.join(map(repr, found.longest_pieces))}")
+
+
+def build(
+    config: ConfigArgs,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and written, and stop.")] = False,
+    processes: Processes = None,
+    list_dropped: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every document that is left out, a line of JSON each.")
+    ] = None,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="On many machines, first: all but the tokenizing, once.")
+    ] = False,
+    task: Annotated[int | None, typer.Option(min=0, help="Then, in each of --tasks: the share of this one.")] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="How many tasks share the tokenizing.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Last: write the shards, publish the manifest.")] = False,
+) -> None:
+    """Build the dataset: train the tokenizer if there is none, write the shards, publish the manifest.
+
+    Built again from the same text and settings it does nothing; interrupted, it leaves the former state, and goes on
+    where it was when it is run again.
+
+    Example: `duet data build data/characters 'data.sources.text.paths=[input.txt]'`
+    """
+    from data_pipeline.building import api as builds
+    from data_pipeline.building.process_pool import available_cpus
+    from pretrain.config.schema import load
+
+    _check_steps(overwrite, list_dropped, prepare, task, tasks, merge)
+    data = load(config).data
+    if dry_run:
+        _plan(data)
+        return
+    started = time.monotonic()
+    cpus = processes or available_cpus()
+    notes: list[str] = []
+    with progress_line() as progress:
+        if prepare:
+            units = builds.prepare(data, progress, cpus, notes.append)
+            _echo(notes)
+            typer.echo(f"{data.path}: the tokenizer is there, and {units} units are to be tokenized")
+            return
+        if task is not None and tasks is not None:
+            units = builds.build_task(data, task, tasks, progress, cpus)
+            typer.echo(f"{data.path}: task {task} of {tasks} is done, {units} units")
+            return
+        if merge:
+            manifest = builds.merge(data, progress, cpus, list_dropped, notes.append)
+        else:
+            manifest = builds.build(data, progress, overwrite, cpus, list_dropped, notes.append)
+    _summary(data.path, manifest, time.monotonic() - started, notes)
+
+
+def _echo(lines: list[str]) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+def _check_steps(
+    overwrite: bool, list_dropped: Path | None, prepare: bool, task: int | None, tasks: int | None, merge: bool
+) -> None:
+    if (task is None) != (tasks is None):
+        raise typer.BadParameter("--task and --tasks need each other")
+    if task is not None and tasks is not None and task >= tasks:
+        raise typer.BadParameter(f"--task={task} is none of --tasks={tasks}: they are 0 to {tasks - 1}")
+    if prepare + merge + (task is not None) > 1:
+        raise typer.BadParameter("--prepare, --task and --merge are three steps, one after the other")
+    if overwrite and (prepare or merge or task is not None):
+        raise typer.BadParameter("--overwrite is for a build at once; for tasks choose another data.path")
+    if list_dropped is not None and (prepare or task is not None):
+        raise typer.BadParameter("--list-dropped belongs to the last step, --merge")
+
+
+def _plan(data: "DataConfig") -> None:
+    from data_pipeline.ingest.sources import named
+    from data_pipeline.ingest.splits import Corpus
+
+    corpus = Corpus(data)
+    for source in corpus.sources:
+        typer.echo(f"read   {source.name}: {len(source.files)} files, {megabytes(source.input_bytes)}")
+        for file in source.files[:10]:
+            typer.echo(f"       {file}")
+        if len(source.files) > 10:
+            typer.echo(f"       and {len(source.files) - 10} more")
+        empty = [file for file, (size, _) in zip(source.files, source.stamps, strict=True) if not size]
+        for what, places in (("left out", source.left_out), ("empty", empty)):
+            if places:
+                typer.echo(named(what, source.name, places))
+    root = Path(data.path)
+    for name, what in {
+        "tokenizer": f"{data.tokenizer.type}, {data.tokenizer.vocab_size} pieces",
+        "train": f"shards of {data.shard_tokens} tokens",
+        "validation": f"split by {data.split.rule}",
+        "manifest.json": "last",
+    }.items():
+        typer.echo(f"write  {root / name} ({what}{'; one is there' if (root / name).exists() else ''})")
+
+
+def _summary(path: str, manifest: "Manifest", seconds: float, notes: list[str]) -> None:
+    size = sum(split.bytes for split in manifest.splits.values())
+    typer.echo(
+        f"{path}: {megabytes(size)} of text, {len(manifest.shards)} shards, "
+        f"vocabulary {manifest.tokenizer.vocab_size}, {manifest.dtype}, {seconds:.1f} s"
+    )
+    split_lines(manifest)
+    _echo(notes)
+    weight_line(manifest)
+    for source in manifest.sources:
+        for reason, count in source.dropped.items():
+            typer.echo(f"dropped      {source.name}: {count} documents ({reason})")
+        if source.replaced:
+            typer.echo(f"replaced     {source.name}: {source.replaced} bytes that are not UTF-8 became U+FFFD")
+    for name, split in manifest.splits.items():
+        if split.unknown:
+            typer.secho(
+                f"WARNING      {name}: {split.unknown} tokens ({split.unknown / split.tokens:.4%}) stand for "
+                "characters not in the vocabulary, which became <unk>: their text is lost. "
+                "Raise data.tokenizer.sample_bytes or "
+                "character_coverage, or add them to data.tokenizer.user_defined_symbols",
+                fg="yellow",
+                err=True,
+            )
+    typer.echo(f"fingerprint  {manifest.fingerprint}")
+
+
+def weight_line(manifest: "Manifest") -> None:
+    """Says how often a run reads each source, if the dataset was built with weights."""
+    if manifest.weights:
+        shares = ", ".join(f"{name} {weight:g}" for name, weight in manifest.weights.items())
+        typer.echo(f"weights      {shares}: a run reads so unless it has weights of its own")
+
+
+def split_lines(manifest: "Manifest") -> None:
+    """Says what each split holds."""
+    for name, split in manifest.splits.items():
+        line = f"{name:<12} {split.tokens} tokens, {split.documents} documents, {split.bytes} bytes"
+        line += f" ({split.bytes / split.tokens:.2f} a token)"
+        if split.byte_counts is not None:
+            line += f", order-0 entropy {split.order0_entropy():.3f} bits a byte"
+        typer.echo(line)
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,7 +218,7 @@ def collect(
     """
     from data_pipeline.errors import DataError
     from data_pipeline.files.atomic import disk_errors
-    from launch.commands.python_docs import collect as collect_docs
+    from launch.commands.quickstart import collect as collect_docs
 
     if not out.name.endswith(".jsonl.zst"):
         raise DataError(f"{out}: the file holds compressed JSON Lines, so its name must end in .jsonl.zst")

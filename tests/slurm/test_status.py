@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from data_pipeline.errors import RunError
 from launch.cli import app
-from launch.commands.logs import _log
+from launch.commands.jobs import _log
 from launch.slurm.run_status import status as status_of
 from pretrain.config.schema import dump, load
 from pretrain.run.job_records import JobFolder

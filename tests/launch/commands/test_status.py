@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.commands.logs import _from_script, _Tail
+from launch.commands.jobs import _from_script, _Tail
 from launch.completion import complete_configs, complete_runs
 from launch.slurm import client
 from launch.slurm.render import directive

@@ -16,7 +16,7 @@ from torch import Tensor
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.tokenize.tokenizer import Tokenizer, train_tokenizer
-from launch.commands.prompt_loop import changed
+from launch.commands.generate import changed
 from model.generation.inspection import inspect
 from model.generation.sampling import Sampling
 from pretrain.inference.attention_rows import AttentionRows
