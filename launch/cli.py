@@ -14,7 +14,6 @@ from data_pipeline.files.atomic import DISK_ERRORS
 from data_pipeline.files.mapped import told
 from data_pipeline.secret import WAY_ON, argument_of_secret
 from launch.commands import checkpoint, data, jobs, plan, preflight, runs, status, study, submit
-from launch.commands import runs as track
 from launch.commands.generate import generate
 from launch.completion import complete_configs, complete_runs
 from pretrain.run.provenance import check_code
@@ -45,7 +44,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(plan.app, name="model")
 app.add_typer(runs.app, name="runs")
 app.add_typer(study.app, name="study")
-app.add_typer(track.app, name="track")
+app.add_typer(runs.track_app, name="track")
 app.command("plan")(plan.plan)
 app.command("submit")(submit.submit)
 app.command("preflight")(preflight.preflight)

@@ -1,1 +1,4 @@
-"""ingest."""
+"""Raw text in: sources, readers by format, filters, duplicates, splits.
+
+It imports files.
+"""

@@ -1,1 +1,4 @@
-"""tokenize."""
+"""Text to ids and back: SentencePiece and imported tokenizers.
+
+It imports ingest and what that may.
+"""

@@ -1,4 +1,4 @@
-"""`duet preflight`, and the same as the first seconds of each job: `python -P -m launch.commands.preflight RUN_DIR CONFIG…`.
+"""`duet preflight`, and the first seconds of each job: `python -P -m launch.commands.preflight RUN_DIR CONFIG…`.
 
 Slurm starts the second on every rank. Rank 0's exit code is the verdict, the others' is 0.
 """

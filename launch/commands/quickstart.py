@@ -18,7 +18,6 @@ def run(folder: Path, ranks: int) -> int:
         the exit code.
     """
     from data_pipeline.building.api import build
-    from launch.commands.quickstart import collect
     from launch.local.local_ranks import run_ranks
     from launch.progress import progress_line
     from pretrain.config.schema import load

@@ -1,1 +1,4 @@
-"""One architecture a file."""
+"""The architectures, what they share, and the objective they are trained for.
+
+It imports masks and what that may.
+"""

@@ -1,1 +1,4 @@
-"""config."""
+"""The options of a model and of its masks. Free of torch.
+
+It imports nothing of the package.
+"""

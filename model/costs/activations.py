@@ -1,7 +1,7 @@
 """What a model in training keeps for the backward pass, by arithmetic. Free of torch: login nodes count, too.
 
-Tensors as torch saves them on a CPU, each storage once; tests/model/costs/test_activations.py counts the real ones. With C
-channels, F of the feed forward, H heads and e bytes an element (2 in bf16, else 4), a token of a layer with the
+Tensors as torch saves them on a CPU, each storage once; tests/model/costs/test_activations.py counts the real ones.
+With C channels, F of the feed forward, H heads and e bytes an element (2 in bf16, else 4), a token of a layer with the
 defaults keeps
 
     norm                its input C e, 2 statistics e

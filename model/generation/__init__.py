@@ -1,1 +1,4 @@
-"""generation."""
+"""Text from a model: sampling, cached decoding, what it did with each token.
+
+It imports architectures and what that may.
+"""

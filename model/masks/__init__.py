@@ -1,1 +1,4 @@
-"""masks."""
+"""Masks on updates: learned dropout, L0 gates, their sites, penalties and statistics.
+
+It imports attention and what that may.
+"""

@@ -36,7 +36,7 @@ LEAD_SHARE = 0.5
 """Of the time between the planned signal and the limit that writing a checkpoint may take; the rest is for a step."""
 TRACKING_SECONDS = 3.0
 PACKAGES = ("torch", "deepspeed")
-SOURCE = Path(__file__).resolve().parent.parent
+SOURCE = Path(__file__).resolve().parents[2]
 ROOMS = ("data_pipeline", "launch", "model", "pretrain")
 MATMUL_SIZE, MATMUL_ROUNDS = {"cuda": 4096, "cpu": 512}, 10
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from data_pipeline.errors import ConfigError
 from data_pipeline.files.atomic import write_atomic, write_json
 
-SOURCE = Path(__file__).resolve().parent.parent
+SOURCE = Path(__file__).resolve().parents[2]
 PACKAGES = ("configs", "data_pipeline", "launch", "model", "pretrain", "slurm")
 """Folders in SOURCE that are ours, wherever that is."""
 SNAPSHOT, SNAPSHOT_DIFF = "snapshot.json", "snapshot.diff"

@@ -88,6 +88,7 @@ def test_every_command_has_an_example(command: str) -> None:
 
 
 def test_login_nodes_need_no_heavy_imports() -> None:
-    program = "import sys, launch.commands.data; print({'torch', 'pyarrow', 'mlflow', 'numpy', 'sentencepiece'} & set(sys.modules))"
+    program = "import sys, launch.commands.data\n"
+    program += "print({'torch', 'pyarrow', 'mlflow', 'numpy', 'sentencepiece'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -13,7 +13,8 @@ import yaml
 from data_pipeline.errors import ConfigError, RunError
 from data_pipeline.secret import has_secret, is_secret_name, redact
 from launch import cli
-from launch.slurm import client, site
+from launch.slurm import client
+from launch.slurm import site as sites
 from launch.slurm.submit import Order, place, site
 from pretrain.config.schema import load
 from pretrain.study.spec import load_study
@@ -158,7 +159,7 @@ def test_a_site_and_a_study_with_a_secret(tmp_path: Path) -> None:
     for tree in ({"container": SECRETS[0]}, {"setup": SECRETS[6]}, {"environment": {"A_TOKEN": [CANARY]}}):
         file.write_text(yaml.safe_dump(tree))
         with pytest.raises(ConfigError, match=next(iter(tree))) as refused:
-            site.load(str(file))
+            sites.load(str(file))
         assert CANARY not in str(refused.value)
     file.write_text(yaml.safe_dump({"name": "x", "config": [f"data.path={SECRETS[0]}"], "sections": {}}))
     with pytest.raises(ConfigError, match="config") as refused:
