@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from data_pipeline.config import DataConfig
 from data_pipeline.loading.loader import Loader, Reader
+from data_pipeline.sampling.packed_windows import PackedWindows
 from data_pipeline.sampling.packing_plan import prepare
 from data_pipeline.sampling.sample_plan import Plan, wanted_phase
 from data_pipeline.storage.dataset import Dataset
@@ -97,7 +98,7 @@ def batches(folder: Path, packages: Path | None) -> list[dict[str, Any]]:
             "one prefetch thread / DataLoader with 2 workers, by the clock", wall["thread"] / wall["workers"], 1.0
         ),
     ]
-    padding = dataset.packed_windows("train", CONTEXT, "text").padding
+    padding = PackedWindows.of(dataset, "train", CONTEXT, "text").padding
     rows.append(
         at_least(f"packed windows ({padding:.2%} padding) / plain windows", speed["packed"] / speed["plain"], 0.2)
     )

@@ -13,6 +13,7 @@ import torch
 
 from data_pipeline.loading.loader import StepSamples
 from data_pipeline.sampling.shuffle import SampleOrder
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from model.architectures import registry
 from pretrain.config.dataset_identity import complete
@@ -75,7 +76,7 @@ def curve(ranks: Ranks, preset: str, dataset: str, seed: int | None = None) -> l
     """Cross entropy of each step, in nats per token; `seed` is that of the first weights, the preset's unless given."""
     config = config_of(preset, Path(dataset))
     opened = Dataset.open(dataset)
-    windows, batches = opened.windows("train", config.model.context), Batches.of(config, opened, ranks.device)
+    windows, batches = Windows.of(opened, "train", config.model.context), Batches.of(config, opened, ranks.device)
     order = SampleOrder("golden", config.run.seed, len(windows))
     torch.manual_seed(config.run.seed if seed is None else seed)
     engine = Engine(registry.build(config.model), config, ranks)

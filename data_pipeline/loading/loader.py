@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from data_pipeline.errors import DataError
+from data_pipeline.sampling.kinds import AnyWindows
 from data_pipeline.sampling.sample_plan import Plan
-from data_pipeline.storage.dataset import AnyWindows
 
 _PREFETCH_GROUPS = 4
 _POLL_SECONDS = 0.05

@@ -1,11 +1,14 @@
 """Windows that hold whole documents: what `packing_plan` says of each is copied together, the rest is padding."""
 
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
+from data_pipeline.ingest.splits import Split
 from data_pipeline.sampling.packing_plan import PackingPlan
 from data_pipeline.sampling.windows import Origin
+from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.token_stream import TokenStream
 
 
@@ -21,6 +24,15 @@ class PackedWindows:
         self.sources = stream.sources
         self._stream = stream
         self._plan = plan
+
+    @classmethod
+    def of(cls, dataset: Dataset, split: Split, context: int, source: str | None = None) -> Self:
+        """Of the stream of `split`, of one source or of all; `packing_plan.prepare` has to come before.
+
+        Raises DataError when it did not, or its plan is damaged.
+        """
+        plan = PackingPlan.of_stream(dataset.path, dataset.stream_fingerprint(source, split), context)
+        return cls(TokenStream(dataset, split, source), plan)
 
     def __len__(self) -> int:
         """Number of windows."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +25,9 @@ from data_pipeline.files.atomic import disk_errors, open_lock, sync_folder
 from data_pipeline.files.mapped import remember
 from data_pipeline.ingest.splits import Split
 from data_pipeline.sampling.best_fit import Packed, pack
+from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.shards import check_inside
 from data_pipeline.storage.token_stream import TokenStream
-
-if TYPE_CHECKING:
-    from data_pipeline.storage.dataset import Dataset
 
 FOLDER = "packing"
 FORMAT = "2"
@@ -185,7 +183,7 @@ def plan_path(root: Path, fingerprint: str, context: int | Literal["*"]) -> Path
     return root / FOLDER / f"{fingerprint[:16]}-{context}-{RULE}.arrow"
 
 
-def prepare(dataset: "Dataset", context: int, progress: Callable[[str, int, int], None] | None = None) -> None:
+def prepare(dataset: Dataset, context: int, progress: Callable[[str, int, int], None] | None = None) -> None:
     """Computes the plans that a run of `context` needs and that are not there: of each source, and of validation.
 
     One process computes, others wait for it. `progress` gets ("pack", bytes done, bytes in all).
@@ -229,13 +227,13 @@ def _is_whole(root: Path, fingerprint: str, context: int) -> bool:
     return True
 
 
-def prepared(dataset: "Dataset", context: int) -> bool:
+def prepared(dataset: Dataset, context: int) -> bool:
     """Whether `prepare` has nothing to do. Raises DataError for a dataset at a URI."""
     _check_local(dataset)
     return all(plan_path(dataset.path, fingerprint, context).exists() for _, _, fingerprint in _streams(dataset))
 
 
-def plans(dataset: "Dataset") -> Iterator[tuple[str, PackingPlan]]:
+def plans(dataset: Dataset) -> Iterator[tuple[str, PackingPlan]]:
     """What is packed of a dataset, whatever the context: source or `validation`, and plan.
 
     Raises DataError for one whose header or footer is damaged.
@@ -243,7 +241,7 @@ def plans(dataset: "Dataset") -> Iterator[tuple[str, PackingPlan]]:
     yield from ((name, PackingPlan(path)) for name, path in _files(dataset))
 
 
-def remove_stale(dataset: "Dataset") -> None:
+def remove_stale(dataset: Dataset) -> None:
     """Removes plans of streams, or by rules, that are no more."""
     wanted = {path for _, path in _files(dataset)}
     for file in (dataset.path / FOLDER).glob("*.arrow"):
@@ -251,7 +249,7 @@ def remove_stale(dataset: "Dataset") -> None:
             file.unlink()
 
 
-def _check_local(dataset: "Dataset") -> None:
+def _check_local(dataset: Dataset) -> None:
     if dataset.is_remote:
         raise DataError(
             f"data.packing=best_fit takes a dataset on a file system, where its plan can lie beside it, and "
@@ -259,13 +257,13 @@ def _check_local(dataset: "Dataset") -> None:
         )
 
 
-def _files(dataset: "Dataset") -> Iterator[tuple[str, Path]]:
+def _files(dataset: Dataset) -> Iterator[tuple[str, Path]]:
     for split, source, fingerprint in _streams(dataset):
         for path in sorted((dataset.path / FOLDER).glob(plan_path(dataset.path, fingerprint, "*").name)):
             yield source or split, path
 
 
-def _streams(dataset: "Dataset") -> Iterator[tuple[Split, str | None, str]]:
+def _streams(dataset: Dataset) -> Iterator[tuple[Split, str | None, str]]:
     """Split, source and fingerprint of what is packed for itself."""
     for source in dataset.sources():
         yield "train", source, dataset.stream_fingerprint(source)

@@ -1,11 +1,14 @@
 """Pairs of source and target: pair i is document i of the stream, two texts that each end with end-of-text."""
 
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.ingest.splits import Split
 from data_pipeline.sampling.windows import Origin
+from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.manifest import ShardFacts
 from data_pipeline.storage.token_stream import TokenStream
 
@@ -24,6 +27,11 @@ class PairWindows:
         self._eos_id = eos_id
         if not len(self):
             raise DataError(f"{stream.name} has no pairs")
+
+    @classmethod
+    def of(cls, dataset: Dataset, split: Split, context: int, source: str | None = None) -> Self:
+        """Of the stream of `split`, of one source or of all. Raises DataError when there are no pairs."""
+        return cls(TokenStream(dataset, split, source), context, dataset.manifest.tokenizer.eos_id)
 
     def __len__(self) -> int:
         """Number of pairs."""

@@ -7,12 +7,13 @@ import numpy as np
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.sampling.data_state import DataState
+from data_pipeline.sampling.kinds import kind_of, open_windows
 from data_pipeline.sampling.mixture import integer_weights
 from data_pipeline.sampling.packed_windows import PackedWindows
 from data_pipeline.sampling.packing_plan import RULE
 from data_pipeline.sampling.phases import Phase, Schedule
-from data_pipeline.sampling.shuffle import BLOCK_SHARDS, SampleOrder
-from data_pipeline.storage.dataset import AnyWindows, Dataset
+from data_pipeline.sampling.shuffle import SampleOrder
+from data_pipeline.storage.dataset import BLOCK_SHARDS, Dataset
 from data_pipeline.storage.manifest import ShardFacts
 
 
@@ -28,11 +29,11 @@ def wanted_phase(dataset: Dataset, config: DataConfig, context: int, recorded: b
     """
     check_kind(dataset, config)
     sources = dataset.sources()
-    packed = config.packing == "best_fit"
-    if dataset.manifest.pairs:
+    kind = kind_of(dataset, config)
+    if kind == "pairs":
         windows = {name: source.split_documents["train"] for name, source in sources.items()}
-    elif packed:
-        windows = {name: len(dataset.packed_windows("train", context, name)) for name in sources}
+    elif kind == "best_fit":
+        windows = {name: len(PackedWindows.of(dataset, "train", context, name)) for name in sources}
     else:
         windows = {name: max(0, source.tokens["train"] - 1) // context for name, source in sources.items()}
     repeats = dict(dataset.manifest.repeats) if recorded else {}
@@ -51,8 +52,11 @@ def wanted_phase(dataset: Dataset, config: DataConfig, context: int, recorded: b
         context=context,
         unit=context,
         order=config.order,
-        packing="pairs" if dataset.manifest.pairs else config.packing,
-        streams={name: dataset.stream_fingerprint(name) + (f" {RULE} {context}" if packed else "") for name in sources},
+        packing=kind,
+        streams={
+            name: dataset.stream_fingerprint(name) + (f" {RULE} {context}" if kind == "best_fit" else "")
+            for name in sources
+        },
     )
 
 
@@ -114,7 +118,9 @@ class Plan:
         self._dataset = dataset
         self.schedule = Schedule(phase, seed)
         self.context = phase.context
-        self.windows = {name: _windows(dataset, phase, name) for name in phase.weights}
+        self.windows = {
+            name: open_windows(dataset, phase.packing, "train", phase.context, name) for name in phase.weights
+        }
         self._parts = phase.unit // phase.context
         in_block = BLOCK_SHARDS * dataset.manifest.shard_tokens
         self._orders = []
@@ -171,14 +177,6 @@ class Plan:
         if len(lengths) > 1:
             metrics |= {f"data/epoch_{name}": counts[name] / length for name, length in lengths.items()}
         return metrics
-
-
-def _windows(dataset: Dataset, phase: Phase, source: str) -> AnyWindows:
-    if phase.packing == "best_fit":
-        return dataset.packed_windows("train", phase.context, source)
-    if phase.packing == "pairs":
-        return dataset.pairs("train", phase.context, source)
-    return dataset.windows("train", phase.context, source=source)
 
 
 def go_on(state: DataState, dataset: Dataset, config: DataConfig, context: int) -> DataState:

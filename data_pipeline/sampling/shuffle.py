@@ -5,8 +5,6 @@ from functools import lru_cache
 
 import numpy as np
 
-BLOCK_SHARDS = 16
-"""Shards in a block of `block` order: a batch comes from this many."""
 _ROUNDS = 6
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 

@@ -2,11 +2,13 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.ingest.splits import Split
+from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.manifest import ShardFacts
 from data_pipeline.storage.token_stream import TokenStream
 
@@ -42,6 +44,13 @@ class Windows:
                 f"{stream.name} has {self.num_tokens} tokens: too few for one window of context {context} (it needs "
                 f"{2 if partial else context + 1}); use a shorter context, or more text"
             )
+
+    @classmethod
+    def of(
+        cls, dataset: Dataset, split: Split, context: int, partial: bool = False, source: str | None = None, **how: bool
+    ) -> Self:
+        """Of the stream of `split`, of one source or of all. Raises as `Windows`."""
+        return cls(TokenStream(dataset, split, source), context, partial)
 
     def __len__(self) -> int:
         """Number of windows."""

@@ -16,18 +16,14 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.files.filesystem import is_uri
 from data_pipeline.ingest.splits import SPLITS, Split
-from data_pipeline.sampling.packed_windows import PackedWindows
-from data_pipeline.sampling.packing_plan import PackingPlan
-from data_pipeline.sampling.pair_windows import PairWindows
-from data_pipeline.sampling.shuffle import BLOCK_SHARDS
-from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.manifest import MANIFEST, Manifest, ShardFacts, SourceFacts
 from data_pipeline.storage.remote_shards import RemoteShards, default_folder
 from data_pipeline.storage.shard_cache import Cache
 from data_pipeline.storage.shards import Shard
-from data_pipeline.storage.token_stream import TokenStream
 from data_pipeline.tokenize.tokenizer import TOKENIZER, Tokenizer, model_file
 
+BLOCK_SHARDS = 16
+"""Shards in a block of `block` order: a batch comes from this many."""
 _MAX_OPEN_SHARDS = 64
 _FOOTERS_AT_START = 1024
 _MEND = "restore it from a copy, or run `duet data build --overwrite`"
@@ -183,25 +179,6 @@ class Dataset:
                 )
         return tokenizer
 
-    def windows(self, split: Split, context: int, partial: bool = False, source: str | None = None) -> Windows:
-        """Windows of `context` predictions over the stream of `split`, of one source or of all; see Windows.
-
-        Raises DataError when the stream is too small for one.
-        """
-        return Windows(TokenStream(self, split, source), context, partial)
-
-    def packed_windows(self, split: Split, context: int, source: str | None = None) -> PackedWindows:
-        """The same with documents that are not cut; see PackedWindows. `packing_plan.prepare` has to come before.
-
-        Raises DataError when it did not, or its plan is damaged.
-        """
-        plan = PackingPlan.of_stream(self.path, self.stream_fingerprint(source, split), context)
-        return PackedWindows(TokenStream(self, split, source), plan)
-
-    def pairs(self, split: Split, context: int, source: str | None = None) -> PairWindows:
-        """The pairs of a dataset that was built of such; see PairWindows. Raises DataError when there are none."""
-        return PairWindows(TokenStream(self, split, source), context, self.manifest.tokenizer.eos_id)
-
     def verify(
         self,
         progress: Callable[[int, int], None] | None = None,
@@ -320,7 +297,3 @@ class Dataset:
     def __getstate__(self) -> dict[str, Any]:
         """Memory maps stay behind: a copy in another process makes its own."""
         return {**self.__dict__, "_open": OrderedDict()}
-
-
-AnyWindows = Windows | PackedWindows | PairWindows
-"""What samples can be; all are read alike."""

@@ -1,17 +1,15 @@
 """The tokens of a split as one stream: record batches of memory-mapped shards, one after the other."""
 
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_pipeline.errors import DataError
 from data_pipeline.ingest.splits import Split
+from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.manifest import ShardFacts
 from data_pipeline.storage.shards import Shard
-
-if TYPE_CHECKING:
-    from data_pipeline.storage.dataset import Dataset
 
 _MAX_OPEN_SHARDS = 512  # Each is a memory map, of which Linux allows a process 65,530, and there may be many sources.
 
@@ -26,7 +24,7 @@ class _Opened(NamedTuple):
 class TokenStream:
     """A source's stream, or those of all sources, one after the other in the order of the manifest."""
 
-    def __init__(self, dataset: "Dataset", split: Split, source: str | None = None) -> None:
+    def __init__(self, dataset: Dataset, split: Split, source: str | None = None) -> None:
         self.name = f"the {split} split{f' of source {source}' if source is not None else ''} of {dataset.name}"
         self._dataset = dataset
         self._shards = dataset.shards_of(split, source)

@@ -7,7 +7,7 @@ from model.attention.visibility import CAUSAL, Visible
 from model.config.model_config import ModelConfig
 from model.layers.batch_norm import apply_norm
 from model.layers.layers import FeedForward, residual_std, stream_norm
-from model.masks.dropout import SiteDropout, Statistics
+from model.masks.site import SiteDropout, Statistics
 from model.masks.sites import dropout_at
 
 

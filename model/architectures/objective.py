@@ -7,8 +7,8 @@ from model.batch import Batch, ModelOutput
 from model.config.mask_config import PenaltyConfig
 from model.config.model_config import ModelConfig
 from model.layers.chunked_loss import TokenLoss
-from model.masks.dropout import Statistics
 from model.masks.penalties import weight_at
+from model.masks.site import Statistics
 
 
 def objective(

@@ -8,7 +8,7 @@ from model.attention.attention import SelfAttention
 from model.attention.visibility import CAUSAL, Visible
 from model.config.model_config import ModelConfig
 from model.layers.layers import FeedForward, activate
-from model.masks.dropout import Statistics
+from model.masks.site import Statistics
 
 
 class Pair(nn.Module):

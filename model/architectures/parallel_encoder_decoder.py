@@ -16,7 +16,7 @@ from model.architectures.pair import Pair
 from model.architectures.token_model import Embedded, LanguageModel, Transformed
 from model.config.model_config import ModelConfig
 from model.layers.layers import Linear, stream_norm
-from model.masks.dropout import Statistics
+from model.masks.site import Statistics
 
 
 class ParallelEncoderDecoder(LanguageModel):

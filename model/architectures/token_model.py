@@ -14,8 +14,8 @@ from model.layers.batch_norm import apply_norm
 from model.layers.layers import INIT_STD, Embedding, TiedEmbedding, stream_norm
 from model.layers.noise import sample_keys
 from model.layers.positions import sinusoid
-from model.masks.dropout import SiteDropout, Statistics
 from model.masks.learned_dropout import MaskSource
+from model.masks.site import SiteDropout, Statistics
 from model.masks.sites import dropout_at
 
 

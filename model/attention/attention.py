@@ -10,9 +10,9 @@ from data_pipeline.errors import ConfigError
 from model.attention.cache import Cached
 from model.attention.visibility import CAUSAL, Visible, attend_in_blocks
 from model.config.model_config import ModelConfig
+from model.layers.dropout import noise_site, weight_dropout
 from model.layers.layers import Linear
 from model.layers.positions import rotate
-from model.masks.dropout import noise_site, weight_dropout
 
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model.architectures.token_model import LanguageModel
 from model.attention.attention import CausalAttention
 from model.batch import Batch
-from model.masks.dropout import SiteDropout
+from model.masks.site import SiteDropout
 
 Look = Callable[[str, Tensor], None]
 """Gets the name of an attention, for example `enc_sa/00`, and its weights [H, T, T]: row t is what token t sees."""

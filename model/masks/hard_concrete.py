@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from model.attention.visibility import Visible
 from model.config.mask_config import Site
 from model.config.model_config import ModelConfig
+from model.layers.dropout import noise_site
 from model.layers.noise import uniform
-from model.masks.dropout import SiteDropout, Statistics, noise_site
+from model.masks.site import SiteDropout, Statistics
 from model.masks.telemetry import mask_statistics
 
 _TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1

@@ -12,10 +12,11 @@ from model.attention.means import mean
 from model.attention.visibility import CAUSAL, Visible
 from model.config.mask_config import Site
 from model.config.model_config import ModelConfig
+from model.layers.dropout import noise_site
 from model.layers.layers import INIT_STD, Linear
 from model.layers.noise import sample_keys, uniform, uniform_at
-from model.masks.dropout import SiteDropout, Statistics, noise_site
 from model.masks.penalties import entropy, l1
+from model.masks.site import SiteDropout, Statistics
 from model.masks.telemetry import mask_statistics
 
 _STEEPNESS = 60.0

@@ -2,9 +2,9 @@
 
 from model.config.mask_config import Site
 from model.config.model_config import ModelConfig
-from model.masks.dropout import SiteDropout
 from model.masks.hard_concrete import HardConcreteGates
 from model.masks.learned_dropout import LearnedDropout
+from model.masks.site import SiteDropout
 
 
 def dropout_at(config: ModelConfig, site: Site, layer: int) -> SiteDropout:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from data_pipeline.loading import collate
 from data_pipeline.loading.loader import StepSamples
+from data_pipeline.sampling.kinds import AnyWindows
 from data_pipeline.sampling.sample_plan import check_kind
-from data_pipeline.storage.dataset import AnyWindows, Dataset
+from data_pipeline.storage.dataset import Dataset
 from data_pipeline.tokenize.tokenizer import Tokenizer
 from model.batch import IGNORE, Batch
 from model.config.model_config import Objective

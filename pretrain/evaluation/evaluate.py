@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import DataError
-from data_pipeline.storage.dataset import AnyWindows, Dataset
+from data_pipeline.sampling.kinds import AnyWindows, kind_of, open_windows
+from data_pipeline.storage.dataset import Dataset
 from model.batch import IGNORE, ModelOutput
 from model.masks.telemetry import KEPT
 from pretrain.config.schema import Config
@@ -25,13 +26,10 @@ GATES = ("density", "mask_mean")
 
 def held_out(dataset: Dataset, config: Config) -> AnyWindows:
     """The windows that are validated on. Raises DataError when the held-out text is too short."""
-    if config.data.packing == "best_fit":
-        return dataset.packed_windows("validation", config.model.context)
-    if dataset.manifest.pairs:
-        return dataset.pairs("validation", config.model.context)
+    kind = kind_of(dataset, config.data)
     # Spans are cut out of whole windows.
     partial = config.data.objective != "span_corruption"
-    return dataset.windows("validation", config.model.context, partial=partial)
+    return open_windows(dataset, kind, "validation", config.model.context, partial=partial)
 
 
 def held_out_bytes(dataset: Dataset) -> dict[str, int]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.storage.dataset import AnyWindows
+from data_pipeline.sampling.kinds import AnyWindows
 from model.masks.learned_dropout import LearnedDropout
 from pretrain.evaluation.batches import Batches
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from model.architectures.token_model import LanguageModel
 from model.generation.generate import generate
@@ -17,7 +18,7 @@ def sample_text(model: LanguageModel, dataset: Dataset, config: Config, device: 
     """Continue the first words of the held-out text by `train.sample_tokens` tokens."""
     model.eval()
     tokenizer = dataset.tokenizer()
-    first = dataset.windows("validation", config.model.context, partial=True).read(
+    first = Windows.of(dataset, "validation", config.model.context, partial=True).read(
         torch.zeros(1, dtype=torch.int64).numpy()
     )[0]
     first = first[first >= 0]  # a very short text ends within the window

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from model.architectures import registry
 from model.architectures.token_model import LanguageModel
@@ -269,7 +270,7 @@ def validate_in_batches_of(ranks: Ranks, run: str, sizes: list[int]) -> list[dic
 
     checkpoint, config = find_checkpoint(Path(run))
     model = read_model(checkpoint, config)
-    windows = Dataset.open(config.data.path).windows("validation", config.model.context, partial=True)
+    windows = Windows.of(Dataset.open(config.data.path), "validation", config.model.context, partial=True)
     return [evaluate(model, windows, {"text": 1000}, size, ranks) for size in sizes]
 
 

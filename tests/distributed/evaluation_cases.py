@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from data_pipeline.sampling import packing_plan
-from data_pipeline.storage.dataset import AnyWindows, Dataset
+from data_pipeline.sampling.kinds import AnyWindows
+from data_pipeline.storage.dataset import Dataset
 from model.architectures import registry
 from model.architectures.token_model import LanguageModel
 from pretrain.config.dataset_identity import complete

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from pretrain.run.journal import Record, read
 from pretrain.tracking.metrics import SLOW
@@ -50,7 +51,7 @@ def flushes_of(run_dir: Path) -> list[Record]:
 
 
 def test_every_step_tells_where_it_is_in_the_data(run: Path, dataset: Path) -> None:
-    windows = len(Dataset.open(dataset).windows("train", CONTEXT))
+    windows = len(Windows.of(Dataset.open(dataset), "train", CONTEXT))
     for record in steps_of(run):
         assert record.step is not None
         metrics = record.metrics

@@ -18,6 +18,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.ingest.splits import SPLITS, Corpus, UnitReader
 from data_pipeline.inspection.statistics import documents
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.manifest import Manifest
 from tests.corpora import corpora
@@ -76,7 +77,7 @@ def test_long_documents_come_back_exactly(tmp_path: Path, jsonl: WriteJsonl) -> 
     shards = dataset.manifest.shards_of("train")
     assert len(shards) > 1
     assert [shard.tokens for shard in shards[:-1]] == [1_500_000] * (len(shards) - 1)
-    assert stream(dataset.windows("train", 1000, partial=True)).size == built.splits["train"].tokens
+    assert stream(Windows.of(dataset, "train", 1000, partial=True)).size == built.splits["train"].tokens
 
 
 def test_the_tail_of_one_file_is_nanogpts(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.ingest import sources
 from data_pipeline.ingest.splits import SPLITS
 from data_pipeline.inspection.statistics import documents
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from tests.data_pipeline.conftest import REPOSITORY, config, contents, prose, stream
 
@@ -112,8 +113,8 @@ def test_a_shuffle_moves_whole_documents_within_their_source(
     assert len(set(places)) > 0.9 * lines
     other = build(settings_of(corpus, tmp_path / "other", shuffle=True, seed=0, shard_tokens=2000))
     assert np.array_equal(
-        stream(Dataset.open(tmp_path / "other").windows("train", 10, partial=True)),
-        stream(second.windows("train", 10, partial=True)),
+        stream(Windows.of(Dataset.open(tmp_path / "other"), "train", 10, partial=True)),
+        stream(Windows.of(second, "train", 10, partial=True)),
     ), "the order depends on the seed alone"
     assert len(other.shards) > len(moved.shards)
 

@@ -24,6 +24,7 @@ from data_pipeline.ingest.readers import ReadCounts
 from data_pipeline.ingest.sources import Source, Unit
 from data_pipeline.ingest.splits import UnitReader
 from data_pipeline.ingest.table_readers import Columns, read_arrow
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from tests.data_pipeline.conftest import config, prose, put, stream
 
@@ -273,7 +274,7 @@ def test_a_dataset_comes_from_a_store_as_from_a_disk(
     build(config(tmp_path / "e", sources=there, split=split, tokenizer={"type": "char"}), processes=2)
     found = Dataset.open(tmp_path / "e")
     assert found.manifest.fingerprint == here.fingerprint
-    assert stream(found.windows("train", 10)).size > 100
+    assert stream(Windows.of(found, "train", 10)).size > 100
 
 
 def test_a_store_that_cannot_be_reached_is_named() -> None:

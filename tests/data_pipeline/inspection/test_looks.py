@@ -12,6 +12,7 @@ from data_pipeline.inspection.locate import locate
 from data_pipeline.inspection.statistics import documents
 from data_pipeline.sampling.mixture import Mixture
 from data_pipeline.sampling.sample_plan import Plan, wanted_phase
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from launch.commands.data_plan import locate_lines, number_of, plan_lines
 from pretrain.config.schema import load
@@ -58,7 +59,7 @@ def test_a_plan_says_how_often_each_source_is_read(mixed: Dataset) -> None:
     args = [f"data.path={mixed.path}", "model.context=64", "batch.tokens=512", "data.weights={large: 3, small: 1}"]
     planned = duet_data("plan", *args, "--tokens", "64K").splitlines()
     assert planned[0] == "64,000 tokens: 1,000 samples of 64, 125 steps"
-    small = len(mixed.windows("train", 64, source="small"))
+    small = len(Windows.of(mixed, "train", 64, source="small"))
     assert f"{250 / small:.2f} epochs" in next(line for line in planned if line.startswith("small"))
     assert any(line.startswith("middle") and line.endswith("not read") for line in planned)
     repeat = [*args, "data.sources.small.paths=[x]", "data.sources.small.repeat=1"]

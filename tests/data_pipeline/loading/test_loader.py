@@ -18,6 +18,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import _PREFETCH_GROUPS, Loader, Reader, StepSamples
 from data_pipeline.sampling.sample_plan import Plan, wanted_phase
 from data_pipeline.sampling.shuffle import SampleOrder
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 
 
@@ -48,7 +49,7 @@ def test_the_order_is_the_same_on_any_world_size_and_after_any_restart(
     """A run that changes world size and batch at every restart sees samples 0, 1, 2, ... and nothing else."""
     monkeypatch.setattr("data_pipeline.loading.loader._GROUP_TOKENS", 2**10)  # less is read ahead in vain
     position = data.draw(st.integers(0, 10**12))
-    plan, windows = plan_of(dataset), dataset.windows("train", 32)
+    plan, windows = plan_of(dataset), Windows.of(dataset, "train", 32)
     order = SampleOrder(dataset.stream_fingerprint("text"), 0, len(windows))
     for _ in range(3):
         global_batch = data.draw(st.sampled_from([1, 6, 12, 24]))
@@ -74,7 +75,7 @@ def test_mixed_sources_come_in_their_shares_whatever_the_ranks(mixed: Dataset, o
     tokens = torch.cat([step.tokens for step in whole]).numpy()
     for number, name in enumerate(("large", "small")):
         rows = source == number
-        assert np.array_equal(tokens[rows], mixed.windows("train", 32, source=name).read(window[rows]))
+        assert np.array_equal(tokens[rows], Windows.of(mixed, "train", 32, source=name).read(window[rows]))
 
 
 @pytest.mark.parametrize("planned", [1, 20, 48])
@@ -133,7 +134,7 @@ def test_errors_of_the_thread_reach_the_consumer(dataset: Dataset) -> None:
 def test_the_last_step_before_the_end_of_the_data_is_read(mixed: Dataset) -> None:
     sources = {name: {"paths": ["x"], "repeat": 0.5} for name in ("large", "middle", "small")}
     plan = plan_of(mixed, sources=sources, weights={"small": 1})
-    cap = len(mixed.windows("train", 32, source="small")) // 2
+    cap = len(Windows.of(mixed, "train", 32, source="small")) // 2
     with Loader(Reader(plan, global_batch=5, rank=0, world_size=1)) as loader:
         seen = [next(loader).positions.tolist() for _ in range(cap // 5)]
         with pytest.raises(DataError, match=rf"the data end at sample {cap} of the run .*: small {cap}\. Train fewer"):
@@ -149,7 +150,7 @@ def test_document_starts_are_those_of_the_rows(mixed: Dataset) -> None:
     from data_pipeline.inspection.statistics import documents
 
     for context in (7, 64, 1000):
-        windows = mixed.windows("train", context)
+        windows = Windows.of(mixed, "train", context)
         lengths = [sum(map(len, rows)) for rows in documents(mixed, "train")]
         begins = np.zeros(sum(lengths) + 1, bool)
         begins[np.cumsum([0, *lengths])] = True

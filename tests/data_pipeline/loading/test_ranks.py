@@ -12,6 +12,7 @@ import xxhash
 from data_pipeline.config import DataConfig
 from data_pipeline.sampling.data_state import DataState
 from data_pipeline.sampling.sample_plan import Plan, go_on
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from launch.commands.data_plan import locate_lines
 from pretrain.run.journal import read
@@ -90,7 +91,7 @@ def test_a_run_changes_its_mixture_in_a_phase_of_its_own(ranks: Ranks, mixed: Da
     with pytest.raises(RanksFailed, match=r"in phase 1 of its data, at sample 32, .*weight of large: 3/4, now 1/2"):
         train(1, "train.steps=8", "data.weights={large: 1, small: 1}")
     train(1, "train.steps=8", "data.weights={large: 1, small: 1}", "data.phase=2")
-    lengths = {name: len(mixed.windows("train", 16, source=name)) for name in ("large", "small")}
+    lengths = {name: len(Windows.of(mixed, "train", 16, source=name)) for name in ("large", "small")}
     last = [record.metrics for record in read(run / "metrics.jsonl") if "data/samples_seen" in record.metrics][-1]
     assert last["data/samples_seen"] == 64
     assert last["data/epoch_large"] == (24 + 16) / lengths["large"]

@@ -23,6 +23,7 @@ from data_pipeline.loading.loader import Reader
 from data_pipeline.sampling import packing_plan
 from data_pipeline.sampling.best_fit import pack
 from data_pipeline.sampling.data_state import DataState
+from data_pipeline.sampling.packed_windows import PackedWindows
 from data_pipeline.sampling.packing_plan import PackingPlan, prepare, prepared
 from data_pipeline.sampling.sample_plan import Plan, go_on, wanted_phase
 from data_pipeline.sampling.shuffle import SampleOrder
@@ -120,7 +121,7 @@ def test_every_token_is_predicted_once_in_windows_as_best_fit_fills_them(
 def test_windows_hold_the_documents_of_the_shards(packed: Dataset, split: Any) -> None:
     cut = 0
     for source in packed.sources() if split == "train" else [None]:
-        windows = packed.packed_windows(split, CONTEXT, source)
+        windows = PackedWindows.of(packed, split, CONTEXT, source)
         rows = windows.read(np.arange(len(windows)))
         batches, offsets = windows.places(np.arange(len(windows)))
         starts = windows.document_starts(batches.tolist(), offsets.tolist(), range(len(windows)))
@@ -165,8 +166,8 @@ def test_a_plan_is_the_same_file_whoever_computes_it(packed: Dataset, monkeypatc
     assert not prepared(packed, CONTEXT)
     with pytest.raises(DataError, match=r"is not packed for model.context=64: `duet data plan`"):
         for source in packed.sources():
-            packed.packed_windows("train", CONTEXT, source)
-        packed.packed_windows("validation", CONTEXT)
+            PackedWindows.of(packed, "train", CONTEXT, source)
+        PackedWindows.of(packed, "validation", CONTEXT)
 
     def replace(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -188,7 +189,7 @@ def test_damaged_plans_are_told_from_sound_ones(packed: Dataset, tmp_path: Path)
     original = packing_plan.plan_path(packed.path, fingerprint, CONTEXT).read_bytes()
     path = packing_plan.plan_path(tmp_path, fingerprint, CONTEXT)
     path.parent.mkdir()
-    reference = packed.packed_windows("train", CONTEXT, "large")
+    reference = PackedWindows.of(packed, "train", CONTEXT, "large")
     wanted = [[place.tolist() for place in reference._plan.batch(n)] for n in range(3)]
     for at in np.random.default_rng(0).integers(0, len(original), 150).tolist():
         path.write_bytes(original[:at] + bytes([original[at] ^ 4]) + original[at + 1 :])
@@ -297,7 +298,7 @@ def test_samples_are_traced_to_the_very_documents(packed: Dataset) -> None:
 def test_the_commands_tell_of_packing(packed: Dataset) -> None:
     args = [f"data.path={packed.path}", f"model.context={CONTEXT}", "batch.tokens=512", "data.packing=best_fit"]
     planned = duet_data("plan", *args, "--tokens", "64K").splitlines()
-    plan = packed.packed_windows("train", CONTEXT, "small")
+    plan = PackedWindows.of(packed, "train", CONTEXT, "small")
     line = next(line for line in planned if line.startswith("small"))
     assert f"{len(plan) * CONTEXT:,} tokens an epoch" in line and f"{plan.padding:.2%} padding" in line
     assert f"small: context {CONTEXT}: {len(plan)} windows, {plan.padding:.2%}" in duet_data(
@@ -337,7 +338,7 @@ def test_a_run_trains_on_packed_windows(ranks: Any, stories: Dataset, tmp_path: 
     records = [record.metrics for record in read(tmp_path / "run" / "metrics.jsonl")]
     last = [metrics for metrics in records if "data/samples_seen" in metrics][-1]
     dataset = Dataset.open(tmp_path / "data")
-    assert last["data/epoch"] == 24 / len(dataset.packed_windows("train", 16, "large"))
+    assert last["data/epoch"] == 24 / len(PackedWindows.of(dataset, "train", 16, "large"))
     assert all(math.isfinite(metrics["loss/train"]) for metrics in records if "loss/train" in metrics)
     assert list(locate_lines([], tmp_path / "run", 3, text=False))[1].startswith("sample 16  large  window ")
     validated = [metrics for metrics in records if "loss/val" in metrics][-1]

@@ -92,7 +92,7 @@ def test_every_pair_comes_back_and_halves_are_dropped(paired: Dataset) -> None:
     assert facts.pairs and len(facts.shards_of("train")) > 10
     assert facts.sources[0].dropped == {"empty": 2}
     for name, expected in (("a", texts(500, 0)), ("b", texts(200, 1))):
-        windows = paired.pairs("train", CONTEXT, name)
+        windows = PairWindows.of(paired, "train", CONTEXT, name)
         train = [whole(paired, windows, index) for index in range(len(windows))]
         assert len(train) == facts.sources[name == "b"].split_documents["train"]
         assert train != [pair for pair in expected if pair in train]  # shuffled
@@ -105,17 +105,17 @@ def test_every_pair_comes_back_and_halves_are_dropped(paired: Dataset) -> None:
         lengths = [np.concatenate(part) for part in zip(*windows.lengths(), strict=True)]
         for side, found in enumerate(lengths):
             assert found.tolist() == [len(windows.origin(i).documents[side][1]) for i in range(len(windows))]
-    held_out = paired.pairs("validation", CONTEXT)
+    held_out = PairWindows.of(paired, "validation", CONTEXT)
     both = [
         whole(paired, windows, index)
-        for windows in (held_out, *(paired.pairs("train", CONTEXT, name) for name in "ab"))
+        for windows in (held_out, *(PairWindows.of(paired, "train", CONTEXT, name) for name in "ab"))
         for index in range(len(windows))
     ]
     assert sorted(both) == sorted(texts(500, 0) + texts(200, 1))
 
 
 def test_the_shards_of_a_range_hold_its_pairs(paired: Dataset) -> None:
-    windows = paired.pairs("train", CONTEXT, "a")
+    windows = PairWindows.of(paired, "train", CONTEXT, "a")
     paths = [shard.path for shard in paired.shards_of("train", "a")]
     assert len(paths) > 4
     at = [paths.index(windows.origin(index).shard) for index in range(len(windows))]
@@ -137,9 +137,9 @@ def test_a_long_pair_is_cut_nowhere_but_at_the_context(tmp_path: Path) -> None:
     sources = {"a": {"paths": [str(tmp_path / "train.jsonl")], **TARGETED}}
     build(config(tmp_path / "d", sources=sources, tokenizer={"type": "char"}, split=split))
     dataset = Dataset.open(tmp_path / "d")
-    windows = dataset.pairs("train", CONTEXT)
+    windows = PairWindows.of(dataset, "train", CONTEXT)
     assert [whole(dataset, windows, index) for index in range(len(windows))] == [("a", "b"), (source, target)]
-    held_out = dataset.pairs("validation", CONTEXT)
+    held_out = PairWindows.of(dataset, "validation", CONTEXT)
     assert [whole(dataset, held_out, index) for index in range(len(held_out))] == [("face", "big")]
 
 
@@ -199,7 +199,7 @@ def test_padding_makes_no_difference_to_two_sequences(paired: Dataset) -> None:
     torch.manual_seed(0)
     model = registry.build(model_config).eval()
     made = Batches(CPU, "pairs", context=CONTEXT, tokenizer=paired.tokenizer(), two_sequences=True)
-    windows = paired.pairs("validation", CONTEXT)
+    windows = PairWindows.of(paired, "validation", CONTEXT)
     batch = made.of_validation(windows, np.arange(8))
     assert batch.segment_ids is not None and batch.decoder_input_ids is not None
     assert (batch.decoder_input_ids[:, 0] == paired.manifest.tokenizer.eos_id).all()
@@ -229,7 +229,9 @@ FIELDS = ("input_ids", "labels", "decoder_input_ids", "samples", "segment_ids")
 
 def test_the_commands_tell_of_pairs(paired: Dataset) -> None:
     args = [f"data.path={paired.path}", f"model.context={CONTEXT}", "batch.tokens=240", "data.objective=pairs"]
-    lengths = np.concatenate([np.stack(part) for part in paired.pairs("train", CONTEXT, "a").lengths()], axis=1)
+    lengths = np.concatenate(
+        [np.stack(part) for part in PairWindows.of(paired, "train", CONTEXT, "a").lengths()], axis=1
+    )
     planned = duet_data("plan", *args)
     long = int((lengths.sum(axis=0) > CONTEXT + 1).sum())
     assert f"{lengths.shape[1]:,} pairs, {long:,} of them longer than the context" in planned and long

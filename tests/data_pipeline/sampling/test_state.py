@@ -15,6 +15,7 @@ from data_pipeline.sampling.data_state import DataState
 from data_pipeline.sampling.phases import Phase, Schedule
 from data_pipeline.sampling.sample_plan import Plan, go_on
 from data_pipeline.sampling.shuffle import SampleOrder
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 
 SEED = 3
@@ -64,7 +65,7 @@ def test_a_run_of_kills_and_changes_reads_the_reference_order(
     """
     monkeypatch.setattr("data_pipeline.loading.loader._PLANNED_SAMPLES", data.draw(st.sampled_from([1, 30, 4096])))
     names = ["large", "middle", "small"]
-    lengths = {name: len(mixed.windows("train", CONTEXT, source=name)) for name in names}
+    lengths = {name: len(Windows.of(mixed, "train", CONTEXT, source=name)) for name in names}
     orders = {name: SampleOrder(mixed.stream_fingerprint(name), SEED, lengths[name]) for name in names}
     state, wanted, phase = fresh(mixed), settings_of(weights={"large": 1}), 1
     kept: list[tuple[str, int]] = []
@@ -123,7 +124,7 @@ def test_states_of_format_1_go_on_in_the_order_they_had() -> None:
         state = go_on(DataState.model_validate(old), dataset, settings_of(sources={}), 16)
         assert (state.format, state.samples_seen, state.tokens_seen, len(state.phases)) == (2, 90, 9, 1)
         plan = Plan(dataset, state.phases[0], state.seed)
-        windows = dataset.windows("train", 16)
+        windows = Windows.of(dataset, "train", 16)
         before = SampleOrder(dataset.manifest.fingerprint, 7, len(windows)).windows(np.arange(90, 190))
         assert plan.at(np.arange(90, 190))[1].tolist() == before.tolist()
         step = next(iter(Reader(plan, global_batch=100, rank=0, world_size=1, start=90)))
@@ -185,7 +186,7 @@ def test_data_that_join_go_on_where_the_others_stand(mixed: Dataset) -> None:
     assert state.phases[1].base_counts == {"a": 30, "b": 0, "new": 0}
     assert state.fingerprint == second.manifest.fingerprint
     plan = Plan(second, state.phases[1], SEED)
-    order = SampleOrder(first.stream_fingerprint("a"), SEED, len(first.windows("train", CONTEXT, source="a")))
+    order = SampleOrder(first.stream_fingerprint("a"), SEED, len(Windows.of(first, "train", CONTEXT, source="a")))
     here = [index for name, index in ids_of(plan, np.arange(60, 120)) if name == "a"]
     assert here == order.windows(np.arange(30, 50)).tolist()
     with pytest.raises(DataError, match=r"dataset: 1{12}, now 3{12}\. Restore"):  # the same training tokens
@@ -251,7 +252,7 @@ def test_a_context_that_divides_the_former_goes_on_exactly(mixed: Dataset) -> No
     halved = go_on(state, mixed, settings_of(**data, phase=2), 16)
     assert halved.phases[1].base_counts == {"large": 80, "middle": 0, "small": 40}
     before = ids_of(Plan(mixed, state.phases[0], SEED), np.arange(30))
-    lengths = {name: len(mixed.windows("train", 64, source=name)) for name in ("large", "small")}
+    lengths = {name: len(Windows.of(mixed, "train", 64, source=name)) for name in ("large", "small")}
     after = Plan(mixed, halved.phases[1], SEED)
     samples = 3 * (4 * lengths["large"] - 80) // 2
     for name in ("large",):  # the rest of its epoch: each token once, and none that was read before

@@ -11,7 +11,10 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.files.sealed import seal
+from data_pipeline.sampling.packed_windows import PackedWindows
 from data_pipeline.sampling.packing_plan import prepare
+from data_pipeline.sampling.pair_windows import PairWindows
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.manifest import Manifest
 from tests.data_pipeline.conftest import prose, stream
@@ -124,8 +127,8 @@ def test_datasets_of_formats_2_and_3_are_read_as_they_were() -> None:
         assert dataset.manifest.pairs == (number == 3)
         assert dataset.manifest.weights is None
     assert text.manifest.fingerprint.startswith("9a24041630fae3f3")
-    assert text.tokenizer().decode(stream(text.windows("train", 50, partial=True, source="a"))) in prose(1500)
-    assert len(pairs.pairs("train", 64)) + len(pairs.pairs("validation", 64)) == 60
+    assert text.tokenizer().decode(stream(Windows.of(text, "train", 50, partial=True, source="a"))) in prose(1500)
+    assert len(PairWindows.of(pairs, "train", 64)) + len(PairWindows.of(pairs, "validation", 64)) == 60
 
 
 def flips(dataset: Path, count: int, seed: int) -> dict[str, int]:
@@ -154,9 +157,9 @@ def flips(dataset: Path, count: int, seed: int) -> dict[str, int]:
 
 def contents_of(dataset: Dataset) -> tuple[Any, ...]:
     """All that a run takes from a dataset."""
-    windows = dataset.packed_windows("train", 32)
+    windows = PackedWindows.of(dataset, "train", 32)
     rows = windows.read(np.arange(len(windows)))
-    streams = [stream(dataset.windows(split, 50, partial=True)).tobytes() for split in ("train", "validation")]
+    streams = [stream(Windows.of(dataset, split, 50, partial=True)).tobytes() for split in ("train", "validation")]
     return (dataset.manifest.model_dump(), rows.tobytes(), *streams)
 
 
@@ -199,12 +202,12 @@ def test_plans_of_the_first_format_are_read(tmp_path: Path, capsys: pytest.Captu
     before = {file.name: file.read_bytes() for file in (tmp_path / "d" / "packing").glob("*.arrow")}
     dataset = Dataset.open(tmp_path / "d")
     prepare(dataset, 64)
-    windows = {name: dataset.packed_windows("train", 64, name) for name in dataset.sources()}
+    windows = {name: PackedWindows.of(dataset, "train", 64, name) for name in dataset.sources()}
     old = {name: found.read(np.arange(len(found))) for name, found in windows.items()}
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "d" / "packing").glob("*.arrow")}
     shutil.rmtree(tmp_path / "d" / "packing")
     prepare(dataset, 64)
     for name, rows in old.items():
-        found = dataset.packed_windows("train", 64, name)
+        found = PackedWindows.of(dataset, "train", 64, name)
         assert np.array_equal(found.read(np.arange(len(found))), rows)
     assert capsys.readouterr().err == ""

@@ -9,6 +9,7 @@ import pytest
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import DataError
 from data_pipeline.files.sealed import seal
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.tokenize.tokenizer import train_tokenizer
 from tests.data_pipeline.conftest import stream
@@ -126,29 +127,29 @@ def test_opening_looks_at_sizes_and_footers_on_one_rank_of_a_node(dataset: Datas
             with pytest.raises(DataError, match=message):
                 Dataset.open(dataset.path)
         else:
-            windows = Dataset.open(dataset.path, check=False).windows("train", 64)
+            windows = Windows.of(Dataset.open(dataset.path, check=False), "train", 64)
             with pytest.raises(DataError, match=r"t-000000-.*damaged header or footer"):
                 windows.read(np.array([0]))
         shard_path(dataset).write_bytes(whole)
 
 
 def test_batches_are_hashed_when_they_are_first_touched(dataset: Dataset) -> None:
-    windows = dataset.windows("train", 64)
+    windows = Windows.of(dataset, "train", 64)
     last = len(windows) - 1
     windows.read(np.array([0, last]))
     flip_body(dataset)
     windows.read(np.array([0]))  # touched before
-    windows = dataset.windows("train", 64)
+    windows = Windows.of(dataset, "train", 64)
     windows.read(np.array([last]))
     with pytest.raises(DataError, match=r"t-000000-.*: batch 0 .* does not match its hash"):
         windows.read(np.array([last, 0]))
 
 
 def test_many_shards_are_open_a_few_at_a_time(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = dataset.windows("train", 50)
+    reference = Windows.of(dataset, "train", 50)
     wanted = reference.read(np.arange(len(reference)))
     monkeypatch.setattr("data_pipeline.storage.token_stream._MAX_OPEN_SHARDS", 2)
-    windows = dataset.windows("train", 50)
+    windows = Windows.of(dataset, "train", 50)
     for index in np.random.default_rng(0).permutation(len(windows)):
         assert np.array_equal(windows.read(np.array([index]))[0], wanted[index])
         assert len(windows._stream._opened) <= 2
@@ -171,15 +172,15 @@ def test_every_flipped_bit_is_found(dataset: Dataset) -> None:
 @pytest.mark.parametrize("context", [1, 7, 64, 5000])
 def test_windows_cross_edges_and_predict_every_token_once(dataset: Dataset, context: int) -> None:
     for split in ("train", "validation"):
-        reference = stream(dataset.windows(split, 1, partial=True))
+        reference = stream(Windows.of(dataset, split, 1, partial=True))
         assert len(reference) == dataset.manifest.splits[split].tokens
-        partial = dataset.windows(split, context, partial=True)
+        partial = Windows.of(dataset, split, context, partial=True)
         rows = partial.read(np.arange(len(partial)))
         assert rows.dtype == np.int64
         labels = rows[:, 1:].ravel()
         assert np.array_equal(labels[labels >= 0], reference[1:])
         if len(reference) > context:
-            whole = dataset.windows(split, context)
+            whole = Windows.of(dataset, split, context)
             assert len(whole) == (len(reference) - 1) // context
             order = np.random.default_rng(0).permutation(len(whole))
             wanted = np.stack([reference[i * context : i * context + context + 1] for i in order])
@@ -198,18 +199,18 @@ def test_tokens_are_views_of_the_mapped_file(dataset: Dataset) -> None:
 def test_too_small_a_split_names_tokens_and_context(dataset: Dataset) -> None:
     tokens = dataset.manifest.splits["validation"].tokens
     with pytest.raises(DataError, match=rf"validation split of .* has {tokens} tokens: .*context {tokens}"):
-        dataset.windows("validation", tokens)
-    assert len(dataset.windows("validation", tokens - 1)) == 1
-    assert len(dataset.windows("validation", 10 * tokens, partial=True)) == 1
+        Windows.of(dataset, "validation", tokens)
+    assert len(Windows.of(dataset, "validation", tokens - 1)) == 1
+    assert len(Windows.of(dataset, "validation", 10 * tokens, partial=True)) == 1
 
 
 def _read_in_child(dataset: Dataset, connection) -> None:  # type: ignore[no-untyped-def]
-    connection.send(dataset.windows("train", 64).read(np.arange(5)))
+    connection.send(Windows.of(dataset, "train", 64).read(np.arange(5)))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes_make_their_own_maps(dataset: Dataset, method: str) -> None:
-    wanted = dataset.windows("train", 64).read(np.arange(5))
+    wanted = Windows.of(dataset, "train", 64).read(np.arange(5))
     context = multiprocessing.get_context(method)
     ours, theirs = context.Pipe()
     child = context.Process(  # type: ignore[attr-defined]

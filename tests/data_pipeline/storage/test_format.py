@@ -13,6 +13,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.ingest.splits import GIVEN, SPLITS, Split
 from data_pipeline.inspection.statistics import documents
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.manifest import ALL, Manifest
 from tests.data_pipeline.conftest import config, prose, stream
@@ -46,7 +47,7 @@ def test_each_source_is_a_stream_of_its_own(tmp_path: Path) -> None:
     for split in SPLITS:
         parts = [source_stream(dataset, split, name) for name in "cab"]
         assert [len(part) for part in parts] == [source.tokens[split] for source in manifest.sources]
-        assert np.array_equal(np.concatenate(parts), stream(dataset.windows(split, 50, partial=True)))
+        assert np.array_equal(np.concatenate(parts), stream(Windows.of(dataset, split, 50, partial=True)))
         assert sum(len(part) for part in parts) == manifest.splits[split].tokens
         for key in ("documents", "bytes"):
             shares = [getattr(source, f"split_{key}")[split] for source in manifest.sources]
@@ -91,7 +92,7 @@ def test_one_source_gives_the_stream_it_always_gave(tmp_path: Path) -> None:
     assert pieces(new) == pytest.approx(pieces(old), abs=1e-3)  # of sums that another C library may round otherwise
     for split in SPLITS:
         assert np.array_equal(
-            stream(new.windows(split, 50, partial=True)), stream(old.windows(split, 50, partial=True))
+            stream(Windows.of(new, split, 50, partial=True)), stream(Windows.of(old, split, 50, partial=True))
         )
 
 
@@ -104,7 +105,7 @@ def test_datasets_of_format_1_are_read_as_one_source(name: str, source: str) -> 
     tokenizer = dataset.tokenizer()
     for split in SPLITS:
         found = source_stream(dataset, split, source)
-        assert np.array_equal(found, stream(dataset.windows(split, 100, partial=True)))
+        assert np.array_equal(found, stream(Windows.of(dataset, split, 100, partial=True)))
         assert len(found) == dataset.manifest.sources[0].tokens[split] == dataset.manifest.splits[split].tokens
     if name == "one":
         assert tokenizer.decode(source_stream(dataset, "train", source)) in prose(1500)

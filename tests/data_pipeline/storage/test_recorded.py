@@ -12,6 +12,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.sampling.data_state import DataState
 from data_pipeline.sampling.sample_plan import Plan, go_on, told_shares, wanted_phase
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.manifest import Manifest
 from tests.data_pipeline.conftest import config, prose
@@ -56,7 +57,7 @@ def test_shares_given_apart_and_repeats_are_kept_too(tmp_path: Path) -> None:
     dataset = Dataset.open(tmp_path / "d")
     phase = wanted_phase(dataset, DataConfig(path=str(dataset.path)), CONTEXT)
     assert phase.weights == {"much": 1, "little": 3}
-    assert phase.caps == {"little": 2 * len(dataset.windows("train", CONTEXT, source="little"))}
+    assert phase.caps == {"little": 2 * len(Windows.of(dataset, "train", CONTEXT, source="little"))}
 
 
 def test_a_build_that_has_nothing_to_do_keeps_new_weights(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ from data_pipeline.files.filesystem import join, resolve
 from data_pipeline.loading.loader import Reader
 from data_pipeline.sampling import packing_plan
 from data_pipeline.sampling.sample_plan import Plan, wanted_phase
-from data_pipeline.sampling.shuffle import BLOCK_SHARDS, SampleOrder
+from data_pipeline.sampling.shuffle import SampleOrder
 from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage import remote_shards
-from data_pipeline.storage.dataset import Dataset
+from data_pipeline.storage.dataset import BLOCK_SHARDS, Dataset
 from data_pipeline.storage.manifest import MANIFEST, Manifest, ShardFacts
 from data_pipeline.storage.remote_shards import RemoteShards, upload
 from data_pipeline.storage.shard_cache import Cache
@@ -116,7 +116,7 @@ def test_a_small_cache_keeps_to_its_bytes_and_reading_stays_exact(
 
     monkeypatch.setattr(os, "replace", watched)
     found = Dataset.open(uri, cache=Cache(tmp_path, limit))
-    num_windows = len(local.windows("train", CONTEXT))
+    num_windows = len(Windows.of(local, "train", CONTEXT))
     steps = 2 * num_windows // BATCH
     assert read(plan_of(found), steps) == read(plan_of(local), steps)
     settle(found)
@@ -130,7 +130,7 @@ def test_a_warm_start_fetches_nothing_and_a_resume_only_what_it_reads(
     local: Dataset, uri: str, tmp_path: Path, fetched: list[str]
 ) -> None:
     limit = needed(local)
-    middle = len(local.windows("train", CONTEXT)) // 2
+    middle = len(Windows.of(local, "train", CONTEXT)) // 2
     plan = plan_of(local)
     block = plan._orders[0].block(middle)
     following = plan._orders[0].block(block[2])
@@ -188,7 +188,7 @@ def test_a_cache_removes_no_file_of_its_users(local: Dataset, uri: str, tmp_path
     thesis.write_bytes(b"x" * needed(local))
     os.utime(thesis, (1, 1))
     data = DataConfig(path=uri, cache=str(tmp_path), cache_bytes=needed(local), order="block")
-    read(plan_of(found := Dataset.of(data)), len(local.windows("train", CONTEXT)) // BATCH)
+    read(plan_of(found := Dataset.of(data)), len(Windows.of(local, "train", CONTEXT)) // BATCH)
     settle(found)
     assert thesis.exists()
 

@@ -13,6 +13,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.ingest.splits import SPLITS
 from data_pipeline.inspection.statistics import documents
 from data_pipeline.inspection.tokenizer_report import tokenizer_report
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.tokenize.tokenizer import Tokenizer, sample, train_tokenizer
 from tests.corpora import corpora
@@ -211,7 +212,7 @@ def test_a_model_from_elsewhere_is_taken_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "d" / "tokenizer" / "spm.model").read_bytes() == model
     assert built.tokenizer.type == "old.model"
     assert built.tokenizer.vocab_size == 380
-    tokens = stream(Dataset.open(tmp_path / "d").windows("train", 50, partial=True))
+    tokens = stream(Windows.of(Dataset.open(tmp_path / "d"), "train", 50, partial=True))
     text = prose(3000).encode()[: built.splits["train"].bytes].decode()
     assert tokens.tolist() == Tokenizer(model).encode([text])[0].tolist()
     other = train_tokenizer([prose(3000, 7)], TokenizerConfig(vocab_size=381, character_coverage=0.99), 3)

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend
 from data_pipeline.errors import ConfigError
 from model.attention import attention
 from model.attention.attention import CausalAttention
+from model.layers.dropout import dropout, noise_site, weight_dropout
 from model.layers.noise import sample_keys
-from model.masks.dropout import dropout, noise_site, weight_dropout
 from tests.model.helpers import batch_of, build, small, variant, without_dropout
 
 KEYS = sample_keys(0, torch.tensor(1), torch.arange(40))

@@ -8,8 +8,8 @@ from model.attention.visibility import Visible
 from model.config.mask_config import LearnedDropoutConfig
 from model.layers.noise import sample_keys, uniform
 from model.masks import learned_dropout
-from model.masks.dropout import SiteDropout
 from model.masks.learned_dropout import LearnedDropout, cosine_mask, straight_through
+from model.masks.site import SiteDropout
 from model.masks.telemetry import mask_statistics, told
 from tests.model.helpers import VARIANTS, batch_of, build, open_masks, small, variant
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.loading.collate import SpanCorruption
 from data_pipeline.loading.loader import StepSamples
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from model.batch import IGNORE, Batch
 from model.config.model_config import ModelConfig
@@ -118,7 +119,7 @@ def test_what_lies_behind_the_text_is_padding(marked_dataset: Path) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_validation_is_the_same_each_time(objective: Any, marked_dataset: Path) -> None:
-    windows = Dataset.open(marked_dataset).windows("validation", CONTEXT, partial=True)
+    windows = Windows.of(Dataset.open(marked_dataset), "validation", CONTEXT, partial=True)
     made = batches(objective, marked_dataset)
     first, again = (made.of_validation(windows, np.arange(4)) for _ in range(2))
     assert torch.equal(first.input_ids, again.input_ids)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from model.architectures import registry
 from model.config.mask_config import LearnedDropoutConfig
@@ -26,7 +27,7 @@ def config(dataset: Path, *, enabled: bool) -> ModelConfig:
 def test_exactly_the_masks_that_moved_have_flips(dataset: Path) -> None:
     torch.manual_seed(0)
     model = registry.build(config(dataset, enabled=True))
-    probe = Probe(Dataset.open(dataset).windows("validation", 16, partial=True), Batches(CPU), compiled=False)
+    probe = Probe(Windows.of(Dataset.open(dataset), "validation", 16, partial=True), Batches(CPU), compiled=False)
     assert probe.flips(model) == {}, "nothing to compare with"
     assert set(probe.flips(model).values()) == {0.0}, "nothing has moved"
     [last] = [m for m in model.modules() if isinstance(m, LearnedDropout) and m.name == "dec_ff/01"]
@@ -46,7 +47,7 @@ def test_exactly_the_masks_that_moved_have_flips(dataset: Path) -> None:
 
 def test_padding_has_no_flips(dataset: Path) -> None:
     """The share is that of the tokens, however long the windows are that hold them."""
-    windows = Dataset.open(dataset).windows("validation", 16)
+    windows = Windows.of(Dataset.open(dataset), "validation", 16)
     rows = windows.read(np.arange(8))
     found = []
     for behind in (0, 6):
@@ -66,5 +67,5 @@ def test_padding_has_no_flips(dataset: Path) -> None:
 
 def test_a_model_without_masks_has_none(dataset: Path) -> None:
     model = registry.build(config(dataset, enabled=False))
-    probe = Probe(Dataset.open(dataset).windows("validation", 16, partial=True), Batches(CPU), compiled=False)
+    probe = Probe(Windows.of(Dataset.open(dataset), "validation", 16, partial=True), Batches(CPU), compiled=False)
     assert probe.flips(model) == probe.flips(model) == {}
