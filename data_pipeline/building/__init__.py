@@ -1,4 +1,5 @@
 """From sources to a published dataset, by any number of processes or tasks, the same bytes.
 
-It imports sampling and what that may.
+May import: data_pipeline.config, data_pipeline.errors, data_pipeline.files, data_pipeline.ingest,
+data_pipeline.sampling, data_pipeline.storage, data_pipeline.tokenize.
 """

@@ -1,4 +1,4 @@
 """Files and folders as such: atomic writes, local paths and URIs alike.
 
-It imports errors.
+May import: data_pipeline.errors.
 """

@@ -1,4 +1,4 @@
 """Raw text in: sources, readers by format, filters, duplicates, splits.
 
-It imports files.
+May import: data_pipeline.config, data_pipeline.errors, data_pipeline.files.
 """

@@ -1,4 +1,5 @@
 """What a dataset holds, how its tokenizer does, and which documents a step read.
 
-It imports building and what that may.
+May import: data_pipeline.building, data_pipeline.config, data_pipeline.ingest, data_pipeline.sampling,
+data_pipeline.storage, data_pipeline.tokenize.
 """

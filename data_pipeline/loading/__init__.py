@@ -1,4 +1,4 @@
 """Batches of tokens, read ahead, and the labels of each objective.
 
-It imports sampling and what that may.
+May import: data_pipeline.errors, data_pipeline.sampling, data_pipeline.tokenize.
 """

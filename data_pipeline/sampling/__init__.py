@@ -1,4 +1,5 @@
-"""Which window of which source stands at each position of a run: pure functions of the seed.
+"""What stands at each position of a run: windows, mixture, phases, order; all pure functions.
 
-It imports storage and what that may.
+May import: data_pipeline.config, data_pipeline.errors, data_pipeline.files, data_pipeline.ingest,
+data_pipeline.storage.
 """

@@ -1,4 +1,5 @@
-"""A dataset on disk: shards, manifest, token streams; at a URI, through a cache.
+"""A dataset on disk or at a URI: shards, manifest, token streams, the cache of a node.
 
-It imports tokenize and what that may.
+May import: data_pipeline.config, data_pipeline.errors, data_pipeline.files, data_pipeline.ingest,
+data_pipeline.tokenize.
 """

@@ -1,4 +1,4 @@
 """Text to ids and back: SentencePiece and imported tokenizers.
 
-It imports ingest and what that may.
+May import: data_pipeline.config, data_pipeline.errors, data_pipeline.ingest.
 """

@@ -1,4 +1,4 @@
 """The architectures, what they share, and the objective they are trained for.
 
-It imports masks and what that may.
+May import: data_pipeline.errors, model.attention, model.batch, model.config, model.layers, model.masks.
 """

@@ -1,4 +1,4 @@
 """Attention, what may be seen in it, and the cache of keys and values.
 
-It imports layers and what that may.
+May import: data_pipeline.errors, model.batch, model.config, model.layers.
 """

@@ -1,4 +1,4 @@
-"""The options of a model and of its masks. Free of torch.
+"""What a model and its masks can be told. Free of torch.
 
-It imports nothing of the package.
+May import: nothing of ours.
 """

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, FLOPs, bytes kept for the backward pass.
+"""What a model costs: parameters, FLOPs, bytes kept for the backward pass. Free of torch but for `parameters`.
 
-It imports architectures and what that may.
+May import: data_pipeline.errors, model.architectures, model.config, model.gpus, model.layers.
 """

@@ -1,4 +1,4 @@
-"""Text from a model: sampling, cached decoding, what it did with each token.
+"""Texts from a model: sampling, cached decoding, what it did with each token.
 
-It imports architectures and what that may.
+May import: data_pipeline.errors, model.architectures, model.attention, model.batch, model.config, model.masks.
 """

@@ -1,4 +1,4 @@
-"""Parts without a choice of architecture: linear maps, norms, tables, positions, noise, losses by chunk.
+"""Parts of any model: linear maps, norms, tables, positions, noise, dropout, the loss by chunks.
 
-It imports config.
+May import: model.batch, model.config.
 """

@@ -1,4 +1,4 @@
 """Masks on updates: learned dropout, L0 gates, their sites, penalties and statistics.
 
-It imports attention and what that may.
+May import: model.attention, model.config, model.layers.
 """

@@ -1,4 +1,5 @@
-"""Sharded checkpoints that any number of ranks and any stage can read.
+"""Sharded checkpoints that any number of ranks and any ZeRO stage can read.
 
-It imports engine, run and what these may.
+May import: data_pipeline.errors, data_pipeline.files, data_pipeline.sampling, pretrain.config, pretrain.engine,
+pretrain.run.
 """

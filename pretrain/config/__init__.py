@@ -1,4 +1,5 @@
-"""The configuration of a run: sections, loading, the schedule of the learning rate.
+"""The configuration of a run: sections, loading, the schedule of the learning rate. Free of torch.
 
-It imports model and data_pipeline.
+May import: data_pipeline.config, data_pipeline.errors, data_pipeline.files, data_pipeline.secret,
+data_pipeline.storage, model.config.
 """

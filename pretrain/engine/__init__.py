@@ -1,4 +1,5 @@
-"""One optimizer step on all ranks: DeepSpeed, its fragments, optimizers, random states.
+"""An optimizer step on all ranks: DeepSpeed, the fragments it owns, optimizers, random states.
 
-It imports config.
+May import: data_pipeline.errors, data_pipeline.files, model.architectures, model.batch, model.masks,
+pretrain.config.
 """

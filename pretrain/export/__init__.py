@@ -1,1 +1,6 @@
-"""export."""
+"""A model for others: plain torch, Hugging Face, DeepSpeed's layout, lm-evaluation-harness.
+
+May import: data_pipeline.errors, data_pipeline.files, data_pipeline.storage, data_pipeline.tokenize,
+model.architectures, model.attention, model.config, model.generation, pretrain.checkpoint, pretrain.config,
+pretrain.engine, pretrain.evaluation, pretrain.inference, pretrain.run.
+"""

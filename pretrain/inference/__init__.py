@@ -1,1 +1,6 @@
-"""inference."""
+"""A trained model in use: loading, texts, records and pages of what it did.
+
+May import: data_pipeline.errors, data_pipeline.files, data_pipeline.storage, data_pipeline.tokenize,
+model.architectures, model.config, model.generation, pretrain.checkpoint, pretrain.config, pretrain.engine,
+pretrain.run.
+"""

@@ -1,1 +1,4 @@
-"""report."""
+"""The report of a run, or of several: HTML and pictures.
+
+May import: data_pipeline.errors, data_pipeline.files, pretrain.run.
+"""

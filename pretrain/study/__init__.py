@@ -1,1 +1,5 @@
-"""study."""
+"""Many runs that are compared: the file, the results, the page, the plots.
+
+May import: data_pipeline.errors, data_pipeline.files, data_pipeline.secret, model.costs, pretrain.config,
+pretrain.report, pretrain.run.
+"""
