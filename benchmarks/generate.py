@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from model.architectures import registry
-from model.architectures.token_model import LanguageModel
+from model.architectures.registry import configure
+from model.architectures.token_model import TokenModel
 from model.attention.cache import Cache
-from model.config.model_config import ModelConfig
 from model.generation.generate import Generation
 from model.generation.sampling import Sampling
 
@@ -50,7 +50,7 @@ def main() -> int:
 def measure(name: str, texts: int, options: dict[str, Any]) -> dict[str, Any]:
     """Both ways in turn."""
     torch.manual_seed(0)
-    model = registry.build(ModelConfig(vocab_size=4096, context=CONTEXT, **options)).eval()
+    model = registry.build(configure(dict(vocab_size=4096, context=CONTEXT, **options))).eval()
     prompts = torch.randint(4096, (texts, PROMPT))
     with_cache, anew = [], []
     for _ in range(RUNS):
@@ -65,7 +65,7 @@ def measure(name: str, texts: int, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def cached(model: LanguageModel, prompts: torch.Tensor) -> float:
+def cached(model: TokenModel, prompts: torch.Tensor) -> float:
     since = time.perf_counter()
     generation = Generation(model, list(prompts), Sampling(temperature=0.0))
     for _ in range(CONTEXT - PROMPT):
@@ -73,7 +73,7 @@ def cached(model: LanguageModel, prompts: torch.Tensor) -> float:
     return time.perf_counter() - since
 
 
-def recomputed(model: LanguageModel, prompts: torch.Tensor) -> float:
+def recomputed(model: TokenModel, prompts: torch.Tensor) -> float:
     """As beyond the context: a cache of its own for each token, and the head for the last position only."""
     since = time.perf_counter()
     ids, padding = prompts, torch.zeros(len(prompts), dtype=torch.int64)

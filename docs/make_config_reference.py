@@ -12,6 +12,8 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from model.architectures.registry import ARCHITECTURES, DEFAULT
+from model.config.model_config import ModelConfig
 from pretrain.config.schema import Config
 
 OUT = Path(__file__).with_name("config.md")
@@ -36,6 +38,9 @@ def reference() -> str:
     """The whole page."""
     parts = [HEAD]
     for name, field in Config.model_fields.items():
+        if name == "model":
+            parts += _models()
+            continue
         section = field.annotation
         assert isinstance(section, type)
         assert issubclass(section, BaseModel)
@@ -44,6 +49,29 @@ def reference() -> str:
         parts.extend(_row(key, leaf) for key, leaf in _leaves(name, section))
         parts.append("")
     return "\n".join(parts)
+
+
+def _models() -> list[str]:
+    """The keys that all architectures have, then those of each that has more."""
+    of = {name: dict(_leaves("model", kind)) for name, kind in ARCHITECTURES.items()}
+    shared = set.intersection(*(set(keys) for keys in of.values()))
+    names = " or ".join(f"`{name}`" for name in of)
+    parts = [
+        f"## model\n\nEach architecture has keys of its own beside those that all have. {_prose(ModelConfig.__doc__)}\n"
+    ]
+    parts.append("| key | kind | default | meaning |\n|---|---|---|---|")
+    for key, field in of[DEFAULT].items():
+        if key == "model.architecture":
+            parts.append(
+                f"| `{key}` | {names} | `{DEFAULT}` | {_prose(ModelConfig.model_fields['architecture'].description)} |"
+            )
+        elif key in shared:
+            parts.append(_row(key, field))
+    for name, keys in of.items():
+        if own := [_row(key, field) for key, field in keys.items() if key not in shared]:
+            parts.append(f"\n### Only `{name}`\n\n{_prose(ARCHITECTURES[name].__doc__)}\n")
+            parts += ["| key | kind | default | meaning |\n|---|---|---|---|", *own]
+    return [*parts, ""]
 
 
 def _leaves(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:

@@ -19,7 +19,7 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "deepspeed": ("pretrain/engine/engine.py",),
-    "mlflow": ("pretrain/tracking/mlflow_sync.py",),
+    "mlflow": ("pretrain/tracking/mlflow_sync.py", "pretrain/tracking/mlflow_store.py"),
     "transformers": ("pretrain/export/modeling_duet.py",),
     "lm_eval": ("pretrain/export/harness.py",),
     "pyarrow": ("data_pipeline/",),

@@ -15,6 +15,7 @@ import typer
 from pydantic import BaseModel
 
 from launch.cli import app
+from model.architectures.registry import ARCHITECTURES
 from pretrain.config.schema import Config
 from tests.runs import ROOT
 
@@ -185,7 +186,13 @@ def test_every_command_is_documented_with_its_options_and_an_example() -> None:
 
 
 def key_exists(key: str) -> bool:
-    kind: object = Config
+    section, _, rest = key.partition(".")
+    if section == "model" and rest:
+        return any(_leads(kind, rest) for kind in ARCHITECTURES.values())
+    return _leads(Config, key)
+
+
+def _leads(kind: object, key: str) -> bool:
     for part in key.split("."):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             if part not in kind.model_fields:

@@ -84,7 +84,7 @@ def plan_lines(config: "Config", tokens: int | None) -> Iterator[str]:
         )
     for name, windows in plan.windows.items():
         if isinstance(windows, PairWindows):
-            yield f"{name:<16} {_cut_pairs(windows, config.model.architecture == 'encoder_decoder')}"
+            yield f"{name:<16} {_cut_pairs(windows, config.model.traits.two_sequences)}"
     for name in phase.base_counts:
         if name not in phase.weights:
             yield f"{name:<16} not read"

@@ -31,7 +31,7 @@ def params(config: ConfigArgs, as_json: JsonOption = False) -> None:
     Examples: `duet model params model/published model.vocab_size=50257`,
     `duet model params model/tiny model.width=256 model.vocab_size=4096 --json`
     """
-    from model.costs.parameters import parameters_by_part
+    from model.costs.totals import parameters_by_part
 
     parts = parameters_by_part(_model(config))
     total = sum(parts.values())
@@ -48,7 +48,8 @@ def flops(config: ConfigArgs, as_json: JsonOption = False) -> None:
     Examples: `duet model flops model/published model.vocab_size=50257`,
     `duet model flops model/decoder-125m model.vocab_size=50257 model.context=4096 --json`
     """
-    from model.costs.flops import forward_flops_per_token, sample_flops_by_part, training_flops_per_token
+    from model.costs.flops import forward_flops_per_token, training_flops_per_token
+    from model.costs.totals import sample_flops_by_part
 
     whole = _load(config)
     model, pairs = whole.model, whole.data.objective == "pairs"

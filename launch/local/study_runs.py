@@ -16,7 +16,7 @@ from data_pipeline.files.atomic import write_json
 from data_pipeline.storage.manifest import Manifest
 from model.config.mask_config import EVAL_ROUNDINGS
 from model.costs.flops import training_flops_per_token
-from model.costs.size import num_parameters
+from model.costs.totals import num_parameters
 from pretrain.config.dataset_identity import Built, complete, identity
 from pretrain.config.schema import Config, load
 from pretrain.run.run_folder import RunFolder

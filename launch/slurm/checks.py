@@ -17,7 +17,7 @@ from data_pipeline.files.filesystem import absolute, is_uri
 from data_pipeline.storage.manifest import MANIFEST, Manifest
 from launch.slurm import client
 from launch.slurm.site import Cluster, node_range, seconds
-from model.costs.size import num_parameters
+from model.costs.totals import num_parameters
 from pretrain.config.dataset_identity import Built, complete
 from pretrain.config.schema import Config
 from pretrain.planning.costs import changed, fitting

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from model.attention.attention import CrossAttention, SelfAttention
 from model.attention.visibility import CAUSAL, Visible
-from model.config.model_config import ModelConfig
+from model.config.transformer import TransformerConfig, TwoStreamConfig
 from model.layers.batch_norm import apply_norm
 from model.layers.layers import FeedForward, residual_std, stream_norm
 from model.masks.site import SiteDropout, Statistics
@@ -45,7 +45,7 @@ class Residual:
 class EncoderLayer(nn.Module):
     """Self attention, then feed forward. A decoder-only model is made of these, too."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, alone: bool = False) -> None:
+    def __init__(self, config: TransformerConfig, layer: int, *, alone: bool = False) -> None:
         """`layer` counts from 0 in its stream; `alone`: the only stream, whose sites are called the decoder's."""
         super().__init__()
         self._post_norm = config.norm_position == "post"
@@ -74,7 +74,7 @@ class DecoderLayer(nn.Module):
     Cross attention sees of the encoder what self attention sees of the stream, or `across`.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: TwoStreamConfig, layer: int) -> None:
         """`layer` counts from 0 in its stream."""
         super().__init__()
         self._post_norm = config.norm_position == "post"

@@ -1,28 +1,39 @@
 """The number that training lowers, and what is told about it."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from model.batch import Batch, ModelOutput
 from model.config.mask_config import PenaltyConfig
 from model.config.model_config import ModelConfig
+from model.config.transformer import TransformerConfig
 from model.layers.chunked_loss import TokenLoss
 from model.masks.penalties import weight_at
 from model.masks.site import Statistics
+
+
+class Auxiliary(NamedTuple):
+    """What an architecture adds to the loss of the tokens, in training."""
+
+    loss: Tensor | None = None
+    """0-d, with its weight."""
+    metrics: dict[str, Tensor] = {}  # noqa: RUF012 - never changed
+    """What is told about it."""
 
 
 def objective(
     tokens: TokenLoss,
     batch: Batch,
     statistics: Statistics,
-    encoder_loss: dict[str, Tensor],
+    auxiliary: Auxiliary,
     config: ModelConfig,
     training: bool,
 ) -> ModelOutput:
     """The loss of the tokens; in training plus the penalties, averaged over the masks.
 
-    Every mask counts alike. In evaluation the penalties are told but do not enter the loss. `encoder_loss` is what
-    `EncoderLoss` gives, in training where it is on; else empty.
+    Every mask counts alike. In evaluation the penalties are told but do not enter the loss.
     """
     loss = tokens.loss
     metrics = {"cross_entropy": tokens.cross_entropy}
@@ -38,15 +49,17 @@ def objective(
                 loss = loss + weight * mean[name]
         metrics |= mean
         metrics |= {f"{name}/{mask}": values[name] for name in masks[0] for mask, values in statistics.items()}
-    if encoder_loss:
-        loss = loss + config.encoder_loss.weight * encoder_loss["encoder_loss"]
-        metrics |= encoder_loss
+    if auxiliary.loss is not None:
+        loss = loss + auxiliary.loss
+        metrics |= auxiliary.metrics
     metrics["loss"] = loss
     return ModelOutput(loss, {name: value.detach() for name, value in metrics.items()}, tokens.by_token)
 
 
 def _penalties(config: ModelConfig) -> dict[str, PenaltyConfig]:
     """By the statistic that they penalise."""
+    if not isinstance(config, TransformerConfig):
+        return {}
     if config.l0.enabled:
         return {"l0": config.l0}
     return {"entropy": config.learned_dropout.entropy, "l1": config.learned_dropout.l1}

@@ -1,15 +1,19 @@
-"""What the architectures share: tables, final norm, tied head and objective."""
+"""What the architectures share: tables, last norm, tied head and objective, around an architecture's layers."""
 
+from collections.abc import Callable
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
-from model.architectures.objective import objective
+from data_pipeline.errors import ConfigError
+from model.architectures.backbone import Backbone, Embedded, Source
+from model.architectures.objective import Auxiliary, objective
 from model.attention.cache import Cached
-from model.attention.visibility import CAUSAL, Visible, visible_in
+from model.attention.visibility import CAUSAL, Visible, visible_in, visible_source, visible_target
 from model.batch import Batch, ModelOutput
 from model.config.model_config import ModelConfig
+from model.config.transformer import TransformerConfig
 from model.layers.batch_norm import apply_norm
 from model.layers.layers import INIT_STD, Embedding, TiedEmbedding, stream_norm
 from model.layers.noise import sample_keys
@@ -19,54 +23,38 @@ from model.masks.site import SiteDropout, Statistics
 from model.masks.sites import dropout_at
 
 
-class Embedded(NamedTuple):
-    """What an architecture starts from."""
-
-    tokens: Tensor
-    """E [B, T, C]: the tokens, with their positions where these are added."""
-    next_positions: Tensor | None
-    """[T, C] or [B, T, C]: the position vectors of the tokens to predict, where the model uses them."""
-    mask_source: Tensor | None
-    """[B, T, C], where all masks come from one source."""
-    visible: Visible
-    """To self attention."""
-    statistics: Statistics
-    """Of the mask on E."""
-
-
-class Transformed(NamedTuple):
-    """What an architecture gives."""
+class Read(NamedTuple):
+    """What the head reads, and what was found on the way."""
 
     x: Tensor
-    """[B, T, C], before the final norm or after it; in a causal model vector t depends on tokens up to t only."""
+    """[B, T, C]."""
     statistics: Statistics
-    encoder_loss: dict[str, Tensor]
-    """In training, where it is on; else empty."""
+    """Of the masks."""
+    auxiliary: Auxiliary
+    """The architecture's own loss."""
 
 
-class LanguageModel(Cached):
-    """Predicts tokens from those that it sees; an architecture says how, in `transform`."""
+class TokenModel(Cached):
+    """Predicts tokens from those that it sees; an architecture's `Backbone` says how."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        """`config.vocab_size` is known."""
+    def __init__(self, config: ModelConfig, backbone: Callable[[], Backbone]) -> None:
+        """`config.vocab_size` is known; `backbone` makes the layers, after the tables."""
         super().__init__()
         assert config.vocab_size is not None
         self.config = config
-        self._uses_next = config.add_next_position or config.subtract_next_position != "none"
         self.token_embed = TiedEmbedding(config.vocab_size, config.width)
         if config.positions == "learned":
-            self.position_embed = Embedding(config.context + self._uses_next, config.width)
+            self.position_embed = Embedding(config.context + config.uses_next_position, config.width)
         self.embed_dropout = dropout_at(config, "embed", 0)
         # Where norms come after the additions, the last layer's output is normed already.
-        both_ways = config.architecture == "encoder_only"
+        both_ways = not config.causal and not config.traits.two_sequences
         self.final_norm = stream_norm(config, both_ways=both_ways) if config.norm_position == "pre" else nn.Identity()
-        self.output_norm = stream_norm(config) if config.subtract_next_position == "layer_norm" else nn.Identity()
-        shared = config.dropout_sites and config.learned_dropout.source == "embed"
-        self.mask_source = MaskSource(config) if shared else None
-
-    def transform(self, embedded: Embedded, keys: Tensor | None) -> Transformed:
-        """Run the layers. `keys` [B] key the noise of training; None asks for evaluation."""
-        raise NotImplementedError
+        self.mask_source = None
+        if isinstance(config, TransformerConfig) and config.shares_mask_source:
+            self.mask_source = MaskSource(config)
+        if config.traits.two_sequences:
+            self.target_dropout = dropout_at(config, "embed", 1)
+        self.backbone = backbone()
 
     @overload
     def forward(self, inputs: Batch) -> ModelOutput: ...
@@ -78,40 +66,36 @@ class LanguageModel(Cached):
         One entrance for both, because a partitioned model (ZeRO-3) gathers its weights only when called.
         """
         if isinstance(inputs, Tensor):
-            return self.predict(inputs, None)[0]
+            return self.predict(inputs, None)
         keys = sample_keys(inputs.seed, inputs.step, inputs.samples) if self.training else None
         if self.config.document_mask and inputs.segment_ids is None:
             raise ValueError("model.document_mask is on, and the batch does not say where documents are")
-        x, statistics, encoder_loss = self.hidden(inputs.input_ids, keys, inputs)
+        x, statistics, auxiliary = self.hidden(inputs.input_ids, keys, inputs)
         smoothing, z_weight = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
         count = None if inputs.counts is None else inputs.counts.labels
         tokens = self.token_embed(x, inputs.labels, smoothing, z_weight, count)
-        return objective(tokens, inputs, statistics, encoder_loss, self.config, self.training)
+        return objective(tokens, inputs, statistics, auxiliary, self.config, self.training)
 
-    def predict(
-        self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None
-    ) -> tuple[Tensor, Statistics, dict[str, Tensor]]:
+    def predict(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None) -> Tensor:
         """Logits [B, T, V] of input_ids [B, T]; all else as in `hidden`."""
-        x, statistics, encoder_loss = self.hidden(input_ids, keys, batch)
-        return self.token_embed(x), statistics, encoder_loss
+        return self.token_embed(self.hidden(input_ids, keys, batch).x)
 
-    def hidden(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None) -> Transformed:
+    def hidden(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None) -> Read:
         """What the head reads, x [B, T, C], of input_ids [B, T], T <= context.
 
-        `batch`: what else it says of these inputs: documents, prefixes, what a decoder reads.
+        `batch`: what else it says of these inputs: documents, prefixes, what a decoder reads. Where that is another
+        sequence, [B, U], x is [B, U, C].
+
+        Raises:
+            ConfigError: the architecture reads two sequences, and there is one only.
         """
-        visible = CAUSAL._replace(causal=self.config.causal) if batch is None else visible_in(batch, self.config)
-        if self.cache is not None:
-            visible = visible._replace(positions=self.cache.positions(input_ids.shape[1]))
-        embedded = self.embed(input_ids, keys, visible, self.embed_dropout)
-        x, statistics, encoder_loss = self.transform(embedded, keys)
-        x = apply_norm(self.final_norm, x, keys, visible.padding)
-        if self.config.subtract_next_position != "none":
-            assert embedded.next_positions is not None
-            x = self.output_norm(x - embedded.next_positions)
+        embedded, source = self._read(input_ids, keys, batch)
+        found = self.backbone(embedded, keys, source)
+        x = apply_norm(self.final_norm, found.x, keys, embedded.visible.padding)
+        x = self.backbone.finish(x, embedded)
         if self.cache is not None:
             x = self.cache.asked(x)
-        return Transformed(x, embedded.statistics | statistics, encoder_loss)
+        return Read(x, found.statistics, Auxiliary(found.auxiliary, found.metrics))
 
     def embed(self, input_ids: Tensor, keys: Tensor | None, visible: Visible, dropout: SiteDropout) -> Embedded:
         """What a stream starts from: the tokens [B, T] in vectors, with positions and past a site."""
@@ -123,26 +107,6 @@ class LanguageModel(Cached):
         x, statistics = dropout(x, keys, mask_source, visible)
         return Embedded(x, next_positions, mask_source, visible, statistics)
 
-    def _with_positions(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, T, C] with their positions, and the position vectors one further where they are used.
-
-        Positions [B, T] give vectors [B, T, C]; without them all rows share [T, C].
-        """
-        if self.config.positions == "rotary":
-            return x, None
-        if positions is not None:
-            return x + self._vectors(positions), self._vectors(positions + 1) if self._uses_next else None
-        length = x.shape[1]
-        vectors = self._vectors(torch.arange(length + self._uses_next, device=x.device))
-        return x + vectors[:length], vectors[1:] if self._uses_next else None
-
-    def _vectors(self, positions: Tensor) -> Tensor:
-        """Positions [..., T] -> their vectors [..., T, C]."""
-        if self.config.positions == "learned":
-            return self.position_embed(positions)
-        # As large as a table that starts at N(0, 0.02), or the sines would drown the tokens.
-        return (sinusoid(positions, self.config.width) * (2**0.5 * INIT_STD)).to(self.token_embed.weight.dtype)
-
     def logits(self, input_ids: Tensor) -> Tensor:
         """Of the token after each of input_ids [B, T], T <= context -> [B, T, V], with evaluation rounding."""
         return self(input_ids)
@@ -151,11 +115,37 @@ class LanguageModel(Cached):
         """All of them; the table that is also the head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def _read(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None) -> tuple[Embedded, Source | None]:
+        """The text in which tokens are predicted, and the one that is read for it if it is another."""
+        if self.config.traits.two_sequences:
+            if batch is None or batch.decoder_input_ids is None:
+                raise ConfigError(f"{self.config.architecture} reads two sequences, and there is one only")
+            within, across = visible_source(batch)
+            source = self.embed(input_ids, keys, within, self.embed_dropout)
+            target = self.embed(batch.decoder_input_ids, keys, visible_target(batch), self.target_dropout)
+            return target, Source(source, across)
+        visible = CAUSAL._replace(causal=self.config.causal) if batch is None else visible_in(batch, self.config)
+        if self.cache is not None:
+            visible = visible._replace(positions=self.cache.positions(input_ids.shape[1]))
+        return self.embed(input_ids, keys, visible, self.embed_dropout), None
 
-def one_stream(layers: nn.ModuleList, embedded: Embedded, keys: Tensor | None) -> Transformed:
-    """Encoder layers, one after the other; see `LanguageModel.transform`."""
-    x, statistics = embedded.tokens, Statistics()
-    for layer in layers:
-        x, masks = layer(x, keys, embedded.mask_source, embedded.visible)
-        statistics |= masks
-    return Transformed(x, statistics, {})
+    def _with_positions(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, T, C] with their positions, and the position vectors one further where they are used.
+
+        Positions [B, T] give vectors [B, T, C]; without them all rows share [T, C].
+        """
+        uses_next = self.config.uses_next_position
+        if self.config.positions == "rotary":
+            return x, None
+        if positions is not None:
+            return x + self._vectors(positions), self._vectors(positions + 1) if uses_next else None
+        length = x.shape[1]
+        vectors = self._vectors(torch.arange(length + uses_next, device=x.device))
+        return x + vectors[:length], vectors[1:] if uses_next else None
+
+    def _vectors(self, positions: Tensor) -> Tensor:
+        """Positions [..., T] -> their vectors [..., T, C]."""
+        if self.config.positions == "learned":
+            return self.position_embed(positions)
+        # As large as a table that starts at N(0, 0.02), or the sines would drown the tokens.
+        return (sinusoid(positions, self.config.width) * (2**0.5 * INIT_STD)).to(self.token_embed.weight.dtype)

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from data_pipeline.errors import ConfigError
 from model.attention.cache import Cached
 from model.attention.visibility import CAUSAL, Visible, attend_in_blocks
-from model.config.model_config import ModelConfig
+from model.config.transformer import TransformerConfig, TwoStreamConfig
 from model.layers.dropout import noise_site, weight_dropout
 from model.layers.layers import Linear
 from model.layers.positions import rotate
@@ -23,7 +23,9 @@ class CausalAttention(Cached):
     "Attention Is All You Need", equation 1, with a causal mask or what `visible` says instead. No parameters.
     """
 
-    def __init__(self, config: ModelConfig, heads: int, *, group: int = 1, name: str = "", rate: float = 0.0) -> None:
+    def __init__(
+        self, config: TransformerConfig, heads: int, *, group: int = 1, name: str = "", rate: float = 0.0
+    ) -> None:
         """Attention of `heads` heads of queries.
 
         Args:
@@ -34,7 +36,7 @@ class CausalAttention(Cached):
         super().__init__()
         self.name = name
         self._config = config
-        self._heads = heads
+        self.heads = heads
         self._group = group
         self._rate = rate
         self._site = noise_site(f"attention/{name}")
@@ -69,8 +71,8 @@ class CausalAttention(Cached):
 
     def _in_heads(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, H, T, d], key and value [B, H / group, S, d], turned by their positions where these are rotary."""
-        query = query.unflatten(-1, (self._heads, -1))
-        key, value = (x.unflatten(-1, (self._heads // self._group, -1)) for x in (key, value))
+        query = query.unflatten(-1, (self.heads, -1))
+        key, value = (x.unflatten(-1, (self.heads // self._group, -1)) for x in (key, value))
         if self._config.positions == "rotary" and visible.aligned:
             positions = visible.positions
             if positions is None:
@@ -120,7 +122,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, visible: Visible = CAUSAL)
 class SelfAttention(nn.Module):
     """Attention of a stream to itself."""
 
-    def __init__(self, config: ModelConfig, name: str, std: float) -> None:
+    def __init__(self, config: TransformerConfig, name: str, std: float) -> None:
         """One projection [3C, C] for queries, keys and values (fewer rows with grouped queries), one [C, C] out.
 
         Args:
@@ -143,7 +145,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of one stream to another; causal, position t sees the other's up to t, of a stream as long."""
 
-    def __init__(self, config: ModelConfig, name: str, std: float) -> None:
+    def __init__(self, config: TwoStreamConfig, name: str, std: float) -> None:
         """Projections [C, C] for queries, [2C, C] for keys and values, [C, C] out; `name` and `std` as above."""
         super().__init__()
         group, heads = config.queries_per_kv_head, config.num_cross_heads

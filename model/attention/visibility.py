@@ -47,8 +47,7 @@ def visible_in(batch: Batch, config: ModelConfig) -> Visible:
     """
     if batch.segment_ids is None and batch.prefix_lengths is None:
         return _counting(CAUSAL._replace(causal=config.causal, positions=batch.position_ids), batch)
-    smallest = config.width // max(config.heads, config.num_cross_heads if config.num_decoder_layers else 1)
-    in_blocks = batch.input_ids.is_cuda and smallest >= _SMALLEST_HEAD and not config.needs_weights
+    in_blocks = batch.input_ids.is_cuda and config.smallest_head >= _SMALLEST_HEAD and not config.needs_weights
     mask = block_mask(batch, config.causal) if in_blocks else dense_mask(batch, config.causal)
     return _counting(Visible(mask=mask, positions=batch.position_ids), batch)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from model.architectures.token_model import LanguageModel
+from model.architectures.token_model import TokenModel
 from model.attention.cache import Cache
 from model.config.model_config import ModelConfig
 from model.generation.sampling import Sampling
@@ -36,7 +36,7 @@ class Generation:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: TokenModel,
         prompts: Sequence[Tensor],
         sampling: Sampling,
         *,
@@ -113,7 +113,7 @@ class Generation:
 
 
 def generate(
-    model: LanguageModel,
+    model: TokenModel,
     prompt_ids: Tensor,
     sampling: Sampling,
     *,
@@ -133,9 +133,5 @@ def generate(
 
 def check_continues(config: ModelConfig) -> None:
     """Raises ConfigError for a model that cannot continue a prompt."""
-    if config.architecture == "encoder_only":
-        raise ConfigError("encoder_only fills masked places from both sides: it has no next token to draw")
-    if config.architecture == "encoder_decoder":
-        raise ConfigError(
-            "encoder_decoder was trained to write the spans that are missing in a text, not to continue a prompt"
-        )
+    if not config.causal:
+        raise ConfigError(config.traits.why_not_continued)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.architectures.token_model import LanguageModel
+from model.architectures.token_model import TokenModel
 from model.attention.attention import CausalAttention
 from model.batch import Batch
 from model.masks.site import SiteDropout
@@ -43,7 +43,7 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def inspect(model: LanguageModel, ids: Tensor, look: Look | None = None) -> Inspection:
+def inspect(model: TokenModel, ids: Tensor, look: Look | None = None) -> Inspection:
     """Read a text once more, in evaluation.
 
     Args:
@@ -66,6 +66,11 @@ def inspect(model: LanguageModel, ids: Tensor, look: Look | None = None) -> Insp
             hook.remove()
 
 
+def attention_heads(model: TokenModel) -> list[int]:
+    """Of each attention that `inspect` looks at, how many heads it has."""
+    return [m.heads for m in model.modules() if isinstance(m, CausalAttention) and m.name]
+
+
 def score(logits: Tensor, tokens: Tensor, count: int) -> Scores:
     """Tokens [T] under the logits [T, V] that predict them, beside the `count` likeliest."""
     log_probabilities = logits.float().log_softmax(-1)
@@ -76,10 +81,9 @@ def score(logits: Tensor, tokens: Tensor, count: int) -> Scores:
 
 
 def _alone(ids: Tensor) -> Batch:
-    """One sequence. Its positions are given, so that no two streams go through one attention (docs/model.md A13)."""
+    """One sequence."""
     zero = torch.zeros(1, dtype=torch.int64, device=ids.device)
-    positions = torch.arange(len(ids), device=ids.device)
-    return Batch(ids[None], ids[None], zero, zero[0], 0, position_ids=positions[None])
+    return Batch(ids[None], ids[None], zero, zero[0], 0)
 
 
 def _density(found: dict[str, Tensor], module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:

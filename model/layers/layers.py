@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config.model_config import ModelConfig
+from model.config.transformer import TransformerConfig
 from model.layers.batch_norm import BatchNorm
 from model.layers.chunked_loss import TokenLoss, token_loss
 
@@ -90,7 +91,7 @@ def residual_std(config: ModelConfig, writes: int = 2) -> float:
 class FeedForward(nn.Module):
     """C -> F -> C, position by position: the exact GELU, or SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, std: float) -> None:
+    def __init__(self, config: TransformerConfig, std: float) -> None:
         """Maps [F, C] up ([2F, C] for SwiGLU) and [C, F] down; the latter writes to the stream and starts at std."""
         super().__init__()
         hidden = config.hidden_width

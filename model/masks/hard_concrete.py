@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model.attention.visibility import Visible
 from model.config.mask_config import Site
-from model.config.model_config import ModelConfig
+from model.config.transformer import TransformerConfig
 from model.layers.dropout import noise_site
 from model.layers.noise import uniform
 from model.masks.site import SiteDropout, Statistics
@@ -28,7 +28,7 @@ class HardConcreteGates(SiteDropout):
     Each sequence draws its own u. In evaluation z = clamp(sigmoid(a) (zeta - gamma) + gamma, 0, 1) (equation 13).
     """
 
-    def __init__(self, config: ModelConfig, site: Site, layer: int) -> None:
+    def __init__(self, config: TransformerConfig, site: Site, layer: int) -> None:
         """`layer` counts from 0 in its stream."""
         super().__init__(config, site, layer)
         start = math.log(config.l0.open_init / (1 - config.l0.open_init)) + _ZERO

@@ -11,7 +11,7 @@ from model.attention.cache import Cached
 from model.attention.means import mean
 from model.attention.visibility import CAUSAL, Visible
 from model.config.mask_config import Site
-from model.config.model_config import ModelConfig
+from model.config.transformer import TransformerConfig
 from model.layers.dropout import noise_site
 from model.layers.layers import INIT_STD, Linear
 from model.layers.noise import sample_keys, uniform, uniform_at
@@ -40,7 +40,7 @@ class LearnedDropout(SiteDropout, Cached):
     """While it is a list, each forward pass adds which elements of m are at least 0.5: [B, T, C] bool,
     or, where there is padding, [tokens, C]."""
 
-    def __init__(self, config: ModelConfig, site: Site, layer: int) -> None:
+    def __init__(self, config: TransformerConfig, site: Site, layer: int) -> None:
         """`layer` counts from 0 in its stream."""
         super().__init__(config, site, layer)
         self.config = config.learned_dropout
@@ -115,7 +115,7 @@ class LearnedDropout(SiteDropout, Cached):
 class MaskSource(nn.Module):
     """What all masks come from with source `embed`: one attention over the embedded tokens."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         """Projections [3C, C] and [C, C], both from N(0, 0.02)."""
         super().__init__()
         self._detach = config.learned_dropout.detach_embed

@@ -2,6 +2,7 @@
 
 from model.config.mask_config import Site
 from model.config.model_config import ModelConfig
+from model.config.transformer import TransformerConfig
 from model.masks.hard_concrete import HardConcreteGates
 from model.masks.learned_dropout import LearnedDropout
 from model.masks.site import SiteDropout
@@ -9,6 +10,8 @@ from model.masks.site import SiteDropout
 
 def dropout_at(config: ModelConfig, site: Site, layer: int) -> SiteDropout:
     """The module of a site; `layer` counts from 0 in its stream."""
+    if not isinstance(config, TransformerConfig):
+        return SiteDropout(config, site, layer)
     if site in config.dropout_sites:
         return LearnedDropout(config, site, layer)
     if site in config.l0_sites:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data_pipeline.errors import CheckpointError
 from data_pipeline.sampling.data_state import DataState
+from model.architectures.names import current_name, former_name
 from pretrain.checkpoint.consistency import problems
 from pretrain.checkpoint.shard_file import Shard, hash_file
 from pretrain.engine.distributed import Ranks
@@ -36,6 +37,9 @@ RNG = "rng/"
 """Before the name of a shard's tensors that hold the states of its rank's random number generators."""
 BUFFER = "buffer/"
 """Before the name of the first shard's tensors that hold the model's buffers."""
+LAST_WITHOUT_BACKBONE = 3
+NAMED = ("shapes", "states", "buffers")
+"""Fields of a manifest that are by the name of a parameter or buffer."""
 
 
 class Manifest(BaseModel, extra="forbid", frozen=True):
@@ -66,6 +70,24 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
         if isinstance(raw, dict) and raw.get("format") == OLDEST_FORMAT and isinstance(raw.get("shapes"), dict):
             return raw | {"states": dict.fromkeys(raw["shapes"], ADAM_STATES)}
         return raw
+
+    @model_validator(mode="after")
+    def _name_as_today(self) -> "Manifest":
+        """Until format 3 an architecture's parameters were the model's own, without `backbone.` before their names."""
+        if self.format > LAST_WITHOUT_BACKBONE:
+            return self
+        named = {field: {current_name(name): value for name, value in getattr(self, field).items()} for field in NAMED}
+        shards = [
+            shard.model_copy(update={"fragments": [(current_name(name), *place) for name, *place in shard.fragments]})
+            for shard in self.shards
+        ]
+        for field, value in {**named, "shards": shards}.items():
+            object.__setattr__(self, field, value)
+        return self
+
+    def stored_name(self, buffer: str) -> str:
+        """What a buffer is called in the first shard."""
+        return BUFFER + (former_name(buffer) if self.format <= LAST_WITHOUT_BACKBONE else buffer)
 
     def sealed(self) -> bytes:
         """As it stands on disk, with its own hash."""
@@ -175,7 +197,7 @@ class Checkpoint:
             return {}
         file = self._open(self.manifest.shards[0])
         try:
-            return {name: file.get_tensor(BUFFER + name) for name in self.manifest.buffers}
+            return {name: file.get_tensor(self.manifest.stored_name(name)) for name in self.manifest.buffers}
         except SafetensorError as error:
             raise CheckpointError(f"{self.path / self.manifest.shards[0].file}: damaged: {error}") from error
 
@@ -219,7 +241,7 @@ class Checkpoint:
             )
 
     def _check_tensors(self, shard: Shard, buffers: dict[str, list[int]]) -> None:
-        wanted = {BUFFER + name: shape for name, shape in buffers.items()}
+        wanted = {self.manifest.stored_name(name): shape for name, shape in buffers.items()}
         for name, _, numel in shard.fragments:
             for state in self.manifest.states[name]:
                 wanted[state] = [wanted.get(state, [0])[0] + numel]

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.secret import WAY_ON, argument_of_secret, key_of_secret
-from model.config.model_config import ModelConfig
+from model.architectures.registry import DEFAULT, AnyModelConfig, class_of, configure
 from pretrain.config import yaml_files
 from pretrain.config.sections import (
     BatchConfig,
@@ -37,7 +37,7 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
 
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
+    model: AnyModelConfig = configure({})
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -121,10 +121,9 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
                 f"use engine.zero_stage={lowest}, or engine.precision=fp32"
             )
         if engine.hpz_partition_size > 1 and engine.zero_stage != 3:
-            other = "" if self.model.streams == "batched" else ", or engine.zero_stage=3"
             raise ValueError(
                 f"engine.hpz_partition_size={engine.hpz_partition_size} divides the parameters of ZeRO 3; use "
-                f"engine.hpz_partition_size=1{other}"
+                "engine.hpz_partition_size=1, or engine.zero_stage=3"
             )
         return self
 
@@ -154,19 +153,10 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
 
     @model_validator(mode="after")
     def _masks_with_a_learning_rate_exist(self) -> "Config":
-        if self.optimizer.mask_lr is not None and not self.model.learned_dropout.enabled:
+        if self.optimizer.mask_lr is not None and not self.model.dropout_sites:
             raise ValueError(
                 f"optimizer.mask_lr={self.optimizer.mask_lr}, but there are no masks; use optimizer.mask_lr=null, or "
                 "model.learned_dropout.enabled=true"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _batched_streams_have_their_weights(self) -> "Config":
-        if self.model.streams == "batched" and self.engine.zero_stage == 3:
-            raise ValueError(
-                "model.streams=batched reads the weights of two layers at once, and engine.zero_stage=3 gathers those "
-                "of one module at a time; use model.streams=plain, or a lower stage"
             )
         return self
 
@@ -352,7 +342,7 @@ def _explain(detail: Any, stack: list[tuple[str, dict[str, Any]]]) -> str:
     key = ".".join(location)
     origin = _origin(location, stack)
     if detail["type"] == "extra_forbidden":
-        valid = _valid_keys(location[:-1])
+        valid = _valid_keys(location[:-1], stack)
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
         prefix = ".".join(location[:-1])
         hint = f"; nearest valid key: {'.'.join(filter(None, (prefix, near[0])))}" if near else ""
@@ -378,11 +368,14 @@ def _holds(tree: Any, location: list[str]) -> bool:
     return bool(location)
 
 
-def _valid_keys(location: list[str]) -> list[str]:
-    """Fields of the model at a dotted location."""
+def _valid_keys(location: list[str], stack: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Keys at a dotted location; those of a model are of the architecture that was chosen last."""
     kind: Any = Config
     for part in location:
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if kind is Config and part == "model":
+            chosen = [tree["model"]["architecture"] for _, tree in stack if _holds(tree, ["model", "architecture"])]
+            kind = class_of(chosen[-1] if chosen else DEFAULT)
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
             kind = kind.model_fields[part].annotation
         else:
             kind = get_args(kind)[-1]

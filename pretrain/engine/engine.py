@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from model.architectures.token_model import LanguageModel
+from model.architectures.token_model import TokenModel
 from model.batch import Batch, Counts, ModelOutput
 from pretrain.config.schema import Config
 from pretrain.engine import fragments
@@ -59,7 +59,7 @@ def bootstrap() -> None:
 class Engine:
     """A model under ZeRO with its optimizer: one optimizer step at a time, and its state as fragments."""
 
-    def __init__(self, model: LanguageModel, config: Config, ranks: Ranks) -> None:
+    def __init__(self, model: TokenModel, config: Config, ranks: Ranks) -> None:
         """Partition the model over the ranks; a collective.
 
         Raises:
@@ -123,9 +123,9 @@ class Engine:
         self._kept: Kept = {}
 
     @property
-    def module(self) -> LanguageModel:
+    def module(self) -> TokenModel:
         """The model; call it for evaluation."""
-        model: LanguageModel = self._deepspeed.module
+        model: TokenModel = self._deepspeed.module
         return model
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> tuple[list[dict[str, Tensor]], Tensor, bool]:

@@ -6,15 +6,17 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from model.architectures.token_model import TokenModel
 
-def layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated parts: the members of the model's ModuleLists."""
-    for child in model.children():
+
+def layers(model: TokenModel) -> Iterator[nn.Module]:
+    """The repeated parts: the members of the backbone's ModuleLists."""
+    for child in model.backbone.children():
         if isinstance(child, nn.ModuleList):
             yield from child
 
 
-def checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: TokenModel) -> None:
     """Have every layer keep its input only; what it computes is computed again in the backward pass.
 
     The noise is a function of step and sample (model/layers/noise.py), so the second time gives the same.
@@ -23,7 +25,7 @@ def checkpoint_activations(model: nn.Module) -> None:
         _recompute(layer)
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: TokenModel) -> None:
     """Compile each layer in place (`torch.compile(model)` would rename all parameters)."""
     import torch._dynamo  # takes a second, which every command would pay
 

@@ -80,7 +80,7 @@ class Batches:
             document_mask=config.model.document_mask,
             mask_boundaries=config.data.mask_boundaries,
             packed=config.data.packing == "best_fit",
-            two_sequences=config.model.architecture == "encoder_decoder",
+            two_sequences=config.model.traits.two_sequences,
             tokenizer=dataset.tokenizer() if needs_pieces else None,
         )
 

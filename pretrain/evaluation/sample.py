@@ -4,7 +4,7 @@ import torch
 
 from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
-from model.architectures.token_model import LanguageModel
+from model.architectures.token_model import TokenModel
 from model.generation.generate import generate
 from model.generation.sampling import Sampling
 from pretrain.config.schema import Config
@@ -14,7 +14,7 @@ SAMPLING = Sampling(temperature=0.8, top_k=50)
 
 
 @torch.no_grad()
-def sample_text(model: LanguageModel, dataset: Dataset, config: Config, device: torch.device) -> str:
+def sample_text(model: TokenModel, dataset: Dataset, config: Config, device: torch.device) -> str:
     """Continue the first words of the held-out text by `train.sample_tokens` tokens."""
     model.eval()
     tokenizer = dataset.tokenizer()

@@ -16,7 +16,6 @@ try:
     from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer
     from model.architectures import registry
     from model.attention import cache
-    from model.config.model_config import ModelConfig
     from pretrain.inference.trained import check_objective
 except ImportError as error:
     raise ImportError(
@@ -79,7 +78,7 @@ class DuetForCausalLM(PreTrainedModel, GenerationMixin):
         """Raises ConfigError if the model does not continue texts."""
         super().__init__(config)
         assert config.duet is not None
-        shape = ModelConfig.model_validate(config.duet["model"])
+        shape = registry.configure(config.duet["model"])
         check_objective(shape, config.duet["objective"])
         self.model = registry.build(shape)
         self.post_init()

@@ -21,16 +21,19 @@ from data_pipeline.errors import CheckpointError
 from data_pipeline.files.atomic import disk_errors, sync_folder, write_atomic, write_json
 from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer, model_file
 from model.architectures import registry
-from model.architectures.token_model import LanguageModel
+from model.architectures.names import current_name
+from model.architectures.registry import AnyModelConfig
+from model.architectures.token_model import TokenModel
 from model.attention.attention import CausalAttention
-from model.config.model_config import ModelConfig, Objective
+from model.config.model_config import Objective
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.checkpoint.shard_file import write_tensors
 from pretrain.config.schema import Config
 from pretrain.inference.trained import Trained, tokenizer_of
 from pretrain.run.checkpoint_folder import MANIFEST
 
-FORMAT = 1
+FORMAT = 2
+"""In the first, an architecture's parameters had no `backbone.` before their names."""
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NOTE = """A model trained with Duet: run {run}, step {step}.
@@ -45,7 +48,7 @@ class Facts(BaseModel, extra="forbid", frozen=True):
     """What Duet reads of config.json, under `duet`."""
 
     format: int = FORMAT
-    model: ModelConfig
+    model: AnyModelConfig
     objective: Objective
     run: str
     step: int
@@ -112,7 +115,8 @@ def load_export(folder: Path) -> Trained:
     facts = read_facts(folder)
     model = registry.build(facts.model)
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        weights = load_file(folder / WEIGHTS)
+        model.load_state_dict({current_name(name): values for name, values in weights.items()})
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{folder / WEIGHTS}: missing, damaged, or of another model: {error}") from error
     file = model_file(folder)
@@ -129,20 +133,20 @@ def read_facts(folder: Path) -> Facts:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: missing, damaged, or not of an export of Duet: {error!r}") from None
     found = raw.get("format") if isinstance(raw, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{file}: format {found} is not known here; this version reads {FORMAT}")
+    if found not in (1, FORMAT):
+        raise CheckpointError(f"{file}: format {found} is not known here; this version reads 1 and {FORMAT}")
     try:
         return Facts.model_validate(raw)
     except ValidationError as error:
         raise CheckpointError(f"{file}: damaged: {error}") from None
 
 
-def num_attentions(model: LanguageModel) -> int:
+def num_attentions(model: TokenModel) -> int:
     """How many of its modules keep keys and values."""
     return sum(isinstance(module, CausalAttention) for module in model.modules())
 
 
-def _hugging_face(facts: Facts, model: LanguageModel, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+def _hugging_face(facts: Facts, model: TokenModel, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     """What transformers reads of config.json."""
     return {
         "model_type": "duet",
@@ -153,7 +157,7 @@ def _hugging_face(facts: Facts, model: LanguageModel, tokenizer: Tokenizer, dtyp
         "hidden_size": facts.model.width,
         # As many as there are pairs of keys and values: its caches read this, and nothing else does.
         "num_hidden_layers": num_attentions(model),
-        "num_attention_heads": facts.model.heads,
+        "num_attention_heads": getattr(facts.model, "heads", 1),
         "max_position_embeddings": facts.model.context,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.eos_id,

@@ -6,6 +6,7 @@ from pathlib import Path
 from data_pipeline.errors import ConfigError
 from data_pipeline.storage.dataset import Dataset
 from model.config.mask_config import EVAL_ROUNDINGS
+from model.config.transformer import TransformerConfig
 from pretrain.config.schema import Config
 from pretrain.engine.caches import own_caches
 from pretrain.engine.distributed import join
@@ -70,10 +71,10 @@ def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> di
 
 
 def _rounded(run: Path, config: Config, rounding: str) -> Config:
-    masks = config.model.learned_dropout
-    if not masks.enabled:
+    model = config.model
+    if not isinstance(model, TransformerConfig) or not model.learned_dropout.enabled:
         raise ConfigError(f"{run} was trained without learned dropout: it has no masks to round")
     if rounding not in EVAL_ROUNDINGS:
         raise ConfigError(f"no rounding {rounding}; there are {', '.join(EVAL_ROUNDINGS)}")
-    masks = masks.model_copy(update={"eval_rounding": rounding})
-    return config.model_copy(update={"model": config.model.model_copy(update={"learned_dropout": masks})})
+    masks = model.learned_dropout.model_copy(update={"eval_rounding": rounding})
+    return config.model_copy(update={"model": model.model_copy(update={"learned_dropout": masks})})

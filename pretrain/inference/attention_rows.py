@@ -1,12 +1,11 @@
 """Attention weights small enough for a page."""
 
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from model.config.model_config import ModelConfig
 
 
 class AttentionRows:
@@ -15,15 +14,12 @@ class AttentionRows:
     Every head of every token, if that fits; else the mean over the heads; else that of the last tokens alone.
     """
 
-    def __init__(self, config: ModelConfig, length: int, limit: int) -> None:
-        """Of a text of `length` tokens, in `limit` bytes."""
-        heads = (config.layers + config.num_encoder_layers) * config.heads
-        heads += config.num_decoder_layers * config.num_cross_heads
-        attentions = config.layers + config.num_encoder_layers + config.num_decoder_layers
-        self.heads_apart = heads * _below(length) <= limit
+    def __init__(self, heads: Sequence[int], length: int, limit: int) -> None:
+        """Of a text of `length` tokens, in `limit` bytes; `heads` of each attention."""
+        self.heads_apart = sum(heads) * _below(length) <= limit
         self.first = 0
         """The first token whose row is kept."""
-        while not self.heads_apart and attentions * (_below(length) - _below(self.first)) > limit:
+        while not self.heads_apart and len(heads) * (_below(length) - _below(self.first)) > limit:
             self.first += 1
         rows, columns = torch.tril_indices(length - self.first, length, offset=self.first)
         self._index = rows + self.first, columns

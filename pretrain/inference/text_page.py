@@ -9,6 +9,7 @@ from typing import Any
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.files.atomic import disk_errors, write_atomic
+from model.generation.inspection import attention_heads
 from pretrain.inference.attention_rows import AttentionRows
 from pretrain.inference.continuation import Continuation
 from pretrain.inference.text_record import record
@@ -43,7 +44,7 @@ def records(trained: Trained, continuation: Continuation, *, attention: bool) ->
         rows = None
         if attention:
             length = min(len(text.prompt_ids) + len(text.drawn), trained.model.config.context)
-            rows = AttentionRows(trained.model.config, length, ATTENTION_BYTES // len(continuation.texts))
+            rows = AttentionRows(attention_heads(trained.model), length, ATTENTION_BYTES // len(continuation.texts))
         one = record(trained, text, number, continuation.settings, rows.add if rows else None)
         found.append(one | {"attention": rows.packed()} if rows else one)
     return found

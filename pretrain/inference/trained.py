@@ -11,7 +11,7 @@ from data_pipeline.files.filesystem import is_uri
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.tokenize.tokenizer import TOKENIZER, Tokenizer, model_file
 from model.architectures import registry
-from model.architectures.token_model import LanguageModel
+from model.architectures.token_model import TokenModel
 from model.config.model_config import ModelConfig, Objective
 from model.generation.generate import check_continues
 from pretrain.checkpoint.checkpoint import Checkpoint
@@ -25,7 +25,7 @@ from pretrain.run.run_folder import RunFolder
 class Trained(NamedTuple):
     """What is needed to use a model."""
 
-    model: LanguageModel
+    model: TokenModel
     """In fp32 and evaluation mode, on the CPU; its shape is `model.config`."""
     tokenizer: Tokenizer
     objective: Objective
@@ -81,7 +81,7 @@ def saved_config(checkpoint: Checkpoint) -> Config:
         raise CheckpointError(f"{checkpoint.path}: the manifest does not hold the configuration: {error!r}") from None
 
 
-def read_model(checkpoint: Checkpoint, config: Config) -> LanguageModel:
+def read_model(checkpoint: Checkpoint, config: Config) -> TokenModel:
     """The model of a checkpoint, in fp32 and evaluation mode. Raises CheckpointError if it is another model's."""
     model = registry.build(config.model)
     checkpoint.check_shapes({name: list(weights.shape) for name, weights in model.named_parameters()})

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from data_pipeline.errors import ConfigError
 from model.costs.flops import training_flops_per_token
-from model.costs.size import num_parameters
+from model.costs.totals import num_parameters
 from model.gpus import Gpu
 from pretrain.config.schema import Config
 from pretrain.planning.memory import Memory, memory

@@ -6,8 +6,7 @@ What DeepSpeed 0.19.8 holds was read off its source and measured on a CPU (tests
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from model.costs.activations import Activations, activations
-from model.costs.size import num_parameters
+from model.costs.totals import Activations, activations, num_parameters
 from pretrain.config.schema import Config
 
 _MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "muon": 4.0}

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from data_pipeline.secret import redact
 from data_pipeline.storage.manifest import Manifest
+from model.config.transformer import TransformerConfig
 from model.masks.bistability import warnings_for
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
@@ -74,8 +75,9 @@ class Recorder:
             f"{facts['world_size']} rank(s), ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
             + (f"resumed from step {step}" if step else "from scratch")
         )
-        for warning in warnings_for(config.model.learned_dropout, config.optimizer.lr):
-            self.warning(warning)
+        if isinstance(config.model, TransformerConfig):
+            for warning in warnings_for(config.model.learned_dropout, config.optimizer.lr):
+                self.warning(warning)
         tracking = config.tracking
         if tracking.mode != "off":
             self._mlflow = assign(

@@ -100,7 +100,7 @@ def skip(ranks: Ranks, stage: int, precision: str) -> dict[str, Any]:
     engine.replay(batches, 1e-2)
     handle.remove()
     look()
-    found = seen[0]["layers.0.attention_norm.running_mean"]
+    found = seen[0]["backbone.layers.0.attention_norm.running_mean"]
     return {
         "applied": applied,
         "kept": [all(torch.equal(value, seen[0][name]) for name, value in later.items()) for later in seen[1:]],

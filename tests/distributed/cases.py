@@ -17,7 +17,7 @@ import torch
 from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from model.architectures import registry
-from model.architectures.token_model import LanguageModel
+from model.architectures.token_model import TokenModel
 from model.batch import Batch
 from pretrain.checkpoint import checkpoint
 from pretrain.checkpoint.retention import prune
@@ -317,13 +317,13 @@ def slow_rank(ranks: Ranks, args: list[str], slow: int, seconds: float) -> int:
     from pretrain import trainer
 
     without_report()
-    original = LanguageModel.hidden
+    original = TokenModel.hidden
 
-    def hidden(model: LanguageModel, *rest: Any) -> Any:
+    def hidden(model: TokenModel, *rest: Any) -> Any:
         time.sleep(seconds if ranks.rank == slow else 0.0)
         return original(model, *rest)
 
-    LanguageModel.hidden = hidden  # type: ignore[method-assign,assignment]
+    TokenModel.hidden = hidden  # type: ignore[method-assign,assignment]
     return trainer.train(load(args), ranks, StopRequest(), time.time(), FailureFile(ranks.rank))
 
 

@@ -10,7 +10,7 @@ from data_pipeline.sampling import packing_plan
 from data_pipeline.sampling.kinds import AnyWindows
 from data_pipeline.storage.dataset import Dataset
 from model.architectures import registry
-from model.architectures.token_model import LanguageModel
+from model.architectures.token_model import TokenModel
 from pretrain.config.dataset_identity import complete
 from pretrain.config.schema import Config, load
 from pretrain.engine.distributed import Ranks
@@ -22,7 +22,7 @@ from pretrain.export.use import open_trained
 BATCH = 4
 
 
-def opened(args: list[str]) -> tuple[Config, Dataset, AnyWindows, LanguageModel]:
+def opened(args: list[str]) -> tuple[Config, Dataset, AnyWindows, TokenModel]:
     """What is validated, and a model that is no good, but surer of some tokens than of others."""
     config = load(args)
     dataset = Dataset.of(config.data)

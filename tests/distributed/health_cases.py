@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.architectures.token_model import LanguageModel
+from model.architectures.token_model import TokenModel
 from model.batch import Batch
 from pretrain import trainer
 from pretrain.config.schema import load
@@ -69,7 +69,7 @@ def run(
     def scale_logits(head: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return (args[0] * factor, *args[1:]) if args[0].is_floating_point() else None
 
-    def build_poisoned(config: Any) -> LanguageModel:
+    def build_poisoned(config: Any) -> TokenModel:
         model = build(config)
         model.register_forward_pre_hook(look)
         model.token_embed.register_forward_pre_hook(scale_logits)
@@ -168,17 +168,17 @@ def never_gives_the_lock_away(ranks: Ranks, logs: str) -> list[str]:
 def leaking(ranks: Ranks, args: list[str], slow: float, leak_mib: int) -> list[tuple[str, str]]:
     """Rank 1 takes `slow` seconds more for each forward pass and keeps some memory after each step."""
     kept: list[bytes] = []
-    after_step, original = monitor.Health.after_step, LanguageModel.hidden
+    after_step, original = monitor.Health.after_step, TokenModel.hidden
 
     def leak(self: monitor.Health, *rest: Any) -> None:
         after_step(self, *rest)
         kept.append(os.urandom(1 << 20) * leak_mib if ranks.rank == 1 else b"")
 
-    def hidden(model: LanguageModel, *rest: Any) -> Any:
+    def hidden(model: TokenModel, *rest: Any) -> Any:
         time.sleep(slow if ranks.rank == 1 else 0.0)
         return original(model, *rest)
 
     trends.SLOW_SECONDS = 0.0
     monitor.Health.after_step = leak  # type: ignore[method-assign,assignment]
-    LanguageModel.hidden = hidden  # type: ignore[method-assign,assignment]
+    TokenModel.hidden = hidden  # type: ignore[method-assign,assignment]
     return train(ranks, args)

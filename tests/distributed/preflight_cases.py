@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import model.costs.parameters  # noqa: F401 - else each rank imports it
+import model.costs.totals  # noqa: F401 - else each rank imports it
 from pretrain.config.schema import load
 from pretrain.engine.distributed import Ranks
 from pretrain.preflight import exchange, node

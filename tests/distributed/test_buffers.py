@@ -17,7 +17,7 @@ from tests.distributed.buffer_cases import SAVED, STAGES, config_of
 
 Ranks = Callable[..., list[Any]]
 CASES = "tests.distributed.buffer_cases:"
-NORMS = ("layers.0.attention_norm", "layers.0.ff_norm", "final_norm")
+NORMS = ("backbone.layers.0.attention_norm", "backbone.layers.0.ff_norm", "final_norm")
 BUFFERS = {f"{norm}.{name}" for norm in NORMS for name in ("running_mean", "running_var", "num_batches_tracked")}
 
 

@@ -6,15 +6,16 @@ from typing import Any
 import torch
 
 from model.architectures import registry
-from model.architectures.token_model import LanguageModel
+from model.architectures.registry import configure
+from model.architectures.token_model import TokenModel
 from model.batch import Batch
 from model.config.mask_config import LearnedDropoutConfig
-from model.config.model_config import Architecture, ModelConfig
+from model.config.model_config import ModelConfig
 
 torch.set_num_threads(1)
 
 VOCABULARY = 17
-ARCHITECTURES: tuple[Architecture, ...] = ("parallel_encoder_decoder", "decoder_only")
+ARCHITECTURES = ("parallel_encoder_decoder", "decoder_only")
 
 _OFF = {"learned_dropout": {"enabled": False}}
 _MODERN = {"norm": "rmsnorm", "positions": "rotary", "ff": "swiglu", "heads": 4, "kv_heads": 2}
@@ -39,15 +40,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **_OFF,
     },
     "smoothed": {"label_smoothing": 0.1, "z_loss": 0.01},
-    "batched": {"streams": "batched", "layers": 3},
-    "batched_layer_input": {
-        **_MODERN,
-        "streams": "batched",
-        "layers": 3,
-        "cross_source": "layer_input",
-        "dropout": 0.1,
-        "norm_position": "post",
-    },
     "dropout": {"dropout": 0.2, "bias": True},
     "dropout_decoder": {**_ALONE, **_OFF, "dropout": 0.2, "norm_position": "post", "attention": "explicit"},
     "dropout_modern": {**_MODERN, **_OFF, "dropout": 0.1, "attention_dropout": 0.3},
@@ -104,17 +96,22 @@ NOT_CAUSAL: dict[str, dict[str, Any]] = {
 EVERY = VARIANTS | NOT_CAUSAL
 
 
-def small(architecture: Architecture = "parallel_encoder_decoder", **changes: Any) -> ModelConfig:
+def configured(**fields: Any) -> Any:
+    """The configuration that these keys make."""
+    return configure(fields)
+
+
+def small(architecture: str = "parallel_encoder_decoder", **changes: Any) -> Any:
     """Two layers, C 16, N 12; learned dropout on."""
     shape = {"layers": 2, "width": 16, "heads": 2, "context": 12, "vocab_size": VOCABULARY}
-    return ModelConfig(architecture=architecture, **(shape | changes))
+    return configure({"architecture": architecture} | shape | changes)
 
 
-def variant(name: str, **changes: Any) -> ModelConfig:
+def variant(name: str, **changes: Any) -> Any:
     return small(**(EVERY[name] | changes))
 
 
-def build(config: ModelConfig, seed: int = 0) -> LanguageModel:
+def build(config: ModelConfig, seed: int = 0) -> TokenModel:
     torch.manual_seed(seed)
     return registry.build(config)
 
@@ -131,7 +128,7 @@ def batch_of(config: ModelConfig, sequences: int = 3, step: int = 5, first_sampl
     return replace(batch, input_ids=read, labels=labels, decoder_input_ids=labels.roll(1, dims=1))
 
 
-def open_masks(model: LanguageModel, shift: float = 1.57, std: float = 0.5) -> LanguageModel:
+def open_masks(model: TokenModel, shift: float = 1.57, std: float = 0.5) -> TokenModel:
     """Give the masks values all over [0, 1], as after training."""
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():

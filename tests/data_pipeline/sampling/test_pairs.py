@@ -28,12 +28,12 @@ from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.manifest import Manifest
 from launch.commands.data_plan import locate_lines
 from model.architectures import registry
-from model.config.model_config import ModelConfig
 from pretrain.config.schema import load
 from pretrain.evaluation.batches import Batches
 from pretrain.run.journal import read
 from tests.data_pipeline.conftest import config
 from tests.data_pipeline.inspection.test_commands import duet_data
+from tests.model.helpers import configured
 from tests.runs import SMALL
 
 CPU = torch.device("cpu")
@@ -193,7 +193,7 @@ def test_a_decoder_alone_reads_source_and_target_on_end(context: int, sizes: lis
 
 
 def test_padding_makes_no_difference_to_two_sequences(paired: Dataset) -> None:
-    model_config = ModelConfig(
+    model_config = configured(
         architecture="encoder_decoder", layers=2, width=16, heads=2, context=CONTEXT, positions="rotary", vocab_size=64
     )
     torch.manual_seed(0)

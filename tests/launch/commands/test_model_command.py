@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from data_pipeline.errors import ConfigError
 from launch.cli import app
 from model.architectures import registry
-from model.costs.parameters import parameters_by_part
+from model.costs.totals import parameters_by_part
 from tests.model.helpers import VARIANTS, variant
 
 PUBLISHED = ["model/published", "model.vocab_size=50257"]

@@ -285,7 +285,6 @@ ENGINES = [
     for stage in range(4)
     for more in (
         [],
-        ["model.architecture=parallel_encoder_decoder", "model.streams=batched"],
         ["model.architecture=encoder_decoder", "model.norm=batchnorm", "data.objective=span_corruption"],
         ["engine.hpz_partition_size=2"],
         ["engine.offload=cpu"],
@@ -328,7 +327,6 @@ def test_all_that_is_advised_the_configuration_allows() -> None:
     ("args", "never"),
     [
         (["optimizer.kind=muon", "engine.zero_stage=2", "optimizer.clip=0"], "engine.offload"),
-        (["model.architecture=parallel_encoder_decoder", "model.streams=batched"], "engine.zero_stage=3"),
         (
             ["model.architecture=encoder_decoder", "model.norm=batchnorm", "data.objective=span_corruption"],
             "engine.activation_checkpointing",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.architectures.encoder_loss import EncoderLoss
+from model.architectures.parallel_encoder_decoder.encoder_loss import EncoderLoss
 from model.batch import Batch
 from model.masks.telemetry import told
 from tests.model.helpers import VOCABULARY, build, small, without_dropout
@@ -60,7 +60,7 @@ def test_parameters_only_where_they_are_trained() -> None:
     assert [*module(kind="mse").parameters()] == []
     assert sum(p.numel() for p in module(kind="mse", affine=True).parameters()) == 4 * 16
     assert sum(p.numel() for p in module(kind="mse", affine=True, embedding_norm="none").parameters()) == 2 * 16
-    assert build(small()).encoder_loss is None
+    assert build(small()).get_submodule("backbone").encoder_loss is None
 
 
 def test_normed_mse_is_twice_the_cosine_distance() -> None:

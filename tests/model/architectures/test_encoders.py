@@ -39,7 +39,7 @@ def changes(config: ModelConfig, mode: str, side: str) -> Tensor:
         written = rows if side == "decoder" else written.expand(length + 1, -1)
     keys = sample_keys(batch.seed, batch.step, batch.samples).repeat(length + 1) if mode == "train" else None
     with torch.no_grad():
-        logits = model.predict(read, keys, replace(batch, input_ids=read, decoder_input_ids=written))[0]
+        logits = model.predict(read, keys, replace(batch, input_ids=read, decoder_input_ids=written))
     return (logits[:-1] - logits[-1]).abs().amax(dim=-1)
 
 
@@ -71,7 +71,7 @@ def test_an_encoder_sees_both_ways(name: str) -> None:
     config = variant(name)
     model = open_masks(build(config)).double()
     batch = batch_of(config, sequences=1)
-    layers: Any = model.encoder if name in T5 else model.layers
+    layers: Any = model.backbone.encoder if name in T5 else model.backbone.layers
     found: list[Tensor] = []
     layers[-1].register_forward_hook(lambda module, args, output: found.append(output[0]))
     ids = batch.input_ids
@@ -90,7 +90,7 @@ def test_masks_of_an_encoder_see_both_ways(name: str, monkeypatch: pytest.Monkey
         name, layers=1, learned_dropout={"sites": ["enc_ff"], "eval_rounding": "none"}, norm_position="pre"
     )
     model = open_masks(build(config)).double()
-    layers: Any = model.encoder if name in T5 else model.layers
+    layers: Any = model.backbone.encoder if name in T5 else model.backbone.layers
     torch.nn.init.zeros_(layers[0].attention.out.weight)
     torch.nn.init.normal_(layers[0].ff.down.weight, std=1.0, generator=torch.Generator().manual_seed(5))
     batch = batch_of(config, sequences=1)
@@ -109,14 +109,14 @@ def test_a_sample_alone_meets_the_same_masks_as_in_a_batch(name: str) -> None:
     model = open_masks(build(config)).double()
     batch = batch_of(config, sequences=4)
     keys = sample_keys(batch.seed, batch.step, batch.samples)
-    together = model.predict(batch.input_ids, keys, batch)[0]
+    together = model.predict(batch.input_ids, keys, batch)
     for row in range(4):
         one = slice(row, row + 1)
         written = batch.decoder_input_ids
         alone = replace(
             batch, input_ids=batch.input_ids[one], decoder_input_ids=None if written is None else written[one]
         )
-        found = model.predict(alone.input_ids, keys[one], alone)[0]
+        found = model.predict(alone.input_ids, keys[one], alone)
         torch.testing.assert_close(found[0], together[row], rtol=0, atol=1e-12)
 
 
@@ -147,7 +147,7 @@ def test_labels_that_are_not_chosen_count_for_nothing(name: str) -> None:
     model, batch = build(config), batch_of(config)
     labels = batch.labels.clone()
     labels[:, 1:] = IGNORE
-    logits = model.predict(batch.input_ids, None, batch)[0]
+    logits = model.predict(batch.input_ids, None, batch)
     expected = -logits[:, 0].log_softmax(-1).gather(1, batch.labels[:, :1]).mean()
     torch.testing.assert_close(model.eval()(replace(batch, labels=labels)).loss, expected)
 

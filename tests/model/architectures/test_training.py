@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from model.architectures.token_model import LanguageModel
+from model.architectures.token_model import TokenModel
 from model.batch import IGNORE, Batch
 from model.config.mask_config import LearnedDropoutConfig
-from model.config.model_config import Architecture
 from model.generation.generate import generate
 from model.generation.sampling import Sampling
 from tests.model.helpers import (
@@ -23,7 +22,7 @@ from tests.model.helpers import (
 )
 
 
-def overfit(model: LanguageModel, batch: Batch, steps: int) -> list[float]:
+def overfit(model: TokenModel, batch: Batch, steps: int) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(1, steps + 1):
@@ -37,7 +36,7 @@ def overfit(model: LanguageModel, batch: Batch, steps: int) -> list[float]:
 
 @pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_an_overfit_model_recites(architecture: Architecture, enabled: bool) -> None:
+def test_an_overfit_model_recites(architecture: str, enabled: bool) -> None:
     config = small(architecture, width=32, heads=4, learned_dropout=LearnedDropoutConfig(enabled=enabled))
     model = build(config)
     sequence = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(2))[: config.context + 1]
@@ -106,26 +105,26 @@ def test_start_of_each_weight() -> None:
     for name, std in {
         "token_embed.weight": 0.02,
         "position_embed.weight": 0.02,
-        "decoder_input.weight": 128**-0.5,
-        "encoder.3.attention.qkv.weight": 0.02,
-        "encoder.3.attention.out.weight": 0.02 / 4,
-        "decoder.3.cross_attention.out.weight": 0.02 / 4,
-        "decoder.3.ff.down.weight": 0.02 / 4,
-        "decoder.3.ff_dropout.qkv.weight": 0.02,
+        "backbone.decoder_input.weight": 128**-0.5,
+        "backbone.encoder.3.attention.qkv.weight": 0.02,
+        "backbone.encoder.3.attention.out.weight": 0.02 / 4,
+        "backbone.decoder.3.cross_attention.out.weight": 0.02 / 4,
+        "backbone.decoder.3.ff.down.weight": 0.02 / 4,
+        "backbone.decoder.3.ff_dropout.qkv.weight": 0.02,
     }.items():
         assert weights[name].std().item() == pytest.approx(std, rel=0.06), name
-    assert (weights["decoder.3.ff_dropout.shift"] == 0.5).all()
+    assert (weights["backbone.decoder.3.ff_dropout.shift"] == 0.5).all()
 
 
 def test_options_of_the_start() -> None:
     config = small(width=128, heads=4, layers=8, decoder_residual_writes=3, decoder_input_std=0.02, ff="swiglu")
     weights = dict(build(config).named_parameters())
     for name, std in {
-        "decoder_input.weight": 0.02,
-        "encoder.3.attention.out.weight": 0.02 / 16**0.5,
-        "decoder.3.cross_attention.out.weight": 0.02 / 24**0.5,
-        "decoder.3.attention.out.weight": 0.02 / 24**0.5,
-        "decoder.3.ff.down.weight": 0.02 / 24**0.5,
+        "backbone.decoder_input.weight": 0.02,
+        "backbone.encoder.3.attention.out.weight": 0.02 / 16**0.5,
+        "backbone.decoder.3.cross_attention.out.weight": 0.02 / 24**0.5,
+        "backbone.decoder.3.attention.out.weight": 0.02 / 24**0.5,
+        "backbone.decoder.3.ff.down.weight": 0.02 / 24**0.5,
     }.items():
         assert weights[name].std().item() == pytest.approx(std, rel=0.03), name
 

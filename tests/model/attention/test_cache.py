@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.architectures.token_model import LanguageModel
+from model.architectures.token_model import TokenModel
 from model.attention.cache import Cache
 from tests.model.helpers import VARIANTS, VOCABULARY, batch_of, build, open_masks, variant
 
@@ -17,23 +17,23 @@ CHUNKS = {
 }
 
 
-def model_of(name: str, **changes: object) -> LanguageModel:
+def model_of(name: str, **changes: object) -> TokenModel:
     return open_masks(build(variant(name, **changes))).double().eval()
 
 
-def cached(model: LanguageModel, ids: Tensor, chunks: Sequence[int], padding: Sequence[int] | None = None) -> Tensor:
+def cached(model: TokenModel, ids: Tensor, chunks: Sequence[int], padding: Sequence[int] | None = None) -> Tensor:
     """Logits after each chunk, [B, chunks, V]."""
     cache = Cache(torch.tensor(padding or [0] * len(ids)), ids.shape[1])
     return torch.stack([cache.logits(model, part) for part in ids.split(list(chunks), dim=1)], dim=1)
 
 
-def full(model: LanguageModel, ids: Tensor, chunks: Sequence[int]) -> Tensor:
+def full(model: TokenModel, ids: Tensor, chunks: Sequence[int]) -> Tensor:
     """The same from one pass over everything."""
     with torch.no_grad():
         return model(ids)[:, torch.tensor(chunks).cumsum(0) - 1]
 
 
-def difference(model: LanguageModel, ids: Tensor, chunks: Sequence[int]) -> float:
+def difference(model: TokenModel, ids: Tensor, chunks: Sequence[int]) -> float:
     return (cached(model, ids, chunks) - full(model, ids, chunks)).abs().max().item()
 
 

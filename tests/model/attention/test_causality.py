@@ -25,7 +25,7 @@ def leak(config: ModelConfig, mode: str) -> tuple[float, float]:
         ids[position, position] = (ids[position, position] + 1) % VOCABULARY
     keys = sample_keys(batch.seed, batch.step, batch.samples).repeat(length + 1) if mode == "train" else None
     with torch.no_grad():
-        logits = model.predict(ids, keys)[0]
+        logits = model.predict(ids, keys)
     change = (logits[:-1] - logits[-1]).abs().amax(dim=-1)  # [changed, seen]
     return change.tril(-1).max().item(), change.diagonal().min().item()
 
@@ -75,9 +75,9 @@ def test_a_sample_alone_meets_the_same_masks_as_in_a_batch(name: str) -> None:
     model = open_masks(build(config)).double()
     batch = batch_of(config, sequences=4)
     keys = sample_keys(batch.seed, batch.step, batch.samples)
-    together = model.predict(batch.input_ids, keys)[0]
+    together = model.predict(batch.input_ids, keys)
     for row in range(4):
-        alone = model.predict(batch.input_ids[row : row + 1], keys[row : row + 1])[0]
+        alone = model.predict(batch.input_ids[row : row + 1], keys[row : row + 1])
         torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-12)
 
 
@@ -88,6 +88,6 @@ def test_a_shorter_sequence_meets_the_same_masks(name: str, mode: str) -> None:
     model = open_masks(build(config)).double()
     batch = batch_of(config)
     keys = sample_keys(batch.seed, batch.step, batch.samples) if mode == "train" else None
-    whole = model.predict(batch.input_ids, keys)[0]
-    part = model.predict(batch.input_ids[:, :7], keys)[0]
+    whole = model.predict(batch.input_ids, keys)
+    part = model.predict(batch.input_ids[:, :7], keys)
     torch.testing.assert_close(part, whole[:, :7], rtol=0, atol=1e-12)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.architectures import token_model
-from model.architectures.encoder_loss import EncoderLoss
+from model.architectures.parallel_encoder_decoder.encoder_loss import EncoderLoss
 from model.attention.attention import CausalAttention
 from model.attention.visibility import CAUSAL as EARLIER
 from model.attention.visibility import Visible, block_mask, dense_mask
@@ -43,9 +43,9 @@ def difference(config: ModelConfig) -> float:
     model = open_masks(build(config)).double()
     batch = packed(config)
     with torch.no_grad():
-        together = model.predict(batch.input_ids, None, batch)[0]
+        together = model.predict(batch.input_ids, None, batch)
         return max(
-            (model.predict(batch.input_ids[row : row + 1, place], None)[0][0] - together[row, place]).abs().max().item()
+            (model.predict(batch.input_ids[row : row + 1, place], None)[0] - together[row, place]).abs().max().item()
             for row, place in documents()
         )
 
@@ -90,7 +90,7 @@ def test_in_training_no_document_knows_of_another(name: str) -> None:
     changed = batch.input_ids.clone()
     changed[0, 5:9] = (changed[0, 5:9] + 1) % VOCABULARY
     with torch.no_grad():
-        logits, others = model.predict(batch.input_ids, keys, batch)[0], model.predict(changed, keys, batch)[0]
+        logits, others = model.predict(batch.input_ids, keys, batch), model.predict(changed, keys, batch)
     change = (logits - others)[0].abs().amax(dim=-1)
     assert change[:5].max() == change[9:].max() == 0.0
     assert change[5:9].min() > 1e-9
@@ -102,8 +102,8 @@ def test_padding_of_a_segment_of_its_own_changes_nothing(name: str) -> None:
     model = open_masks(build(config)).double()
     batch = batch_of(config)
     segments = torch.zeros(batch.input_ids.shape, dtype=torch.int64).index_fill(1, torch.arange(9, 12), -1)
-    padded = model.predict(batch.input_ids, None, replace(batch, segment_ids=segments))[0]
-    alone = model.predict(batch.input_ids[:, :9], None)[0]
+    padded = model.predict(batch.input_ids, None, replace(batch, segment_ids=segments))
+    alone = model.predict(batch.input_ids[:, :9], None)
     torch.testing.assert_close(padded[:, :9], alone, rtol=0, atol=1e-12)
 
 
@@ -117,7 +117,7 @@ def test_a_prefix_is_read_both_ways_and_the_rest_causally(name: str) -> None:
         rows[place, place] = (rows[place, place] + 1) % VOCABULARY
     prefixes = replace(batch, input_ids=rows, prefix_lengths=torch.full((13,), 5))
     with torch.no_grad():
-        logits = model.predict(rows, None, prefixes)[0]
+        logits = model.predict(rows, None, prefixes)
     change = (logits[:-1] - logits[-1]).abs().amax(dim=-1)  # [changed, seen]
     assert change[:5].min() > 1e-9
     assert change[5:].tril(4).max() == 0.0
@@ -151,14 +151,14 @@ def test_blocks_and_dense_masks_give_the_same(name: str, monkeypatch: pytest.Mon
     config = variant(name, document_mask=True)
     model = open_masks(build(config)).double()
     batch = packed(config)
-    expected = model.predict(batch.input_ids, None, batch)[0]
+    expected = model.predict(batch.input_ids, None, batch)
 
     def in_blocks(batch: Batch, config: ModelConfig) -> Visible:
         return Visible(mask=block_mask(batch, config.causal), positions=batch.position_ids)
 
     monkeypatch.setattr(token_model, "visible_in", in_blocks)
     with torch.no_grad():  # the plain form has no backward pass
-        found = model.predict(batch.input_ids, None, batch)[0]
+        found = model.predict(batch.input_ids, None, batch)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from model.architectures.token_model import LanguageModel
+from model.architectures.token_model import TokenModel
 from model.batch import Batch
 from model.config.model_config import ModelConfig
-from model.costs import activations as model_activations
-from model.costs.activations import activations
+from model.costs import parts
+from model.costs.totals import activations
 from model.layers import chunked_loss
 from pretrain.engine.layer_transforms import checkpoint_activations, layers
-from tests.model.helpers import EVERY, VOCABULARY, batch_of, build, variant
+from tests.model.helpers import EVERY, VOCABULARY, batch_of, build, configured, variant
 
 ROWS = 3
 TYPES = {4: torch.float32, 2: torch.bfloat16}
@@ -30,7 +30,7 @@ class Kept:
         self.tensor = tensor.detach()  # an output that is saved would hold its own graph
 
 
-def saved_bytes(model: LanguageModel, batch: Batch, recomputed: bool = False) -> int:
+def saved_bytes(model: TokenModel, batch: Batch, recomputed: bool = False) -> int:
     """Of a forward pass in training, each storage once; without parameters, vectors [B] and [C], and scalars.
 
     `recomputed`: layers are, and so their inputs are kept.
@@ -58,7 +58,7 @@ def saved_bytes(model: LanguageModel, batch: Batch, recomputed: bool = False) ->
     return sum(storages.values())
 
 
-def model_of(config: ModelConfig, size: int) -> LanguageModel:
+def model_of(config: ModelConfig, size: int) -> TokenModel:
     return build(config).to(TYPES[size]).train()
 
 
@@ -114,7 +114,7 @@ def test_pairs_are_two_full_sequences(name: str) -> None:
 
 
 def test_a_loss_in_chunks_keeps_the_gradient_of_the_table_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (chunked_loss, model_activations):
+    for module in (chunked_loss, parts):
         monkeypatch.setattr(module, "chunk_tokens", lambda *_: 7)
     config = larger("decoder")
     counted = activations(config, ROWS, 2)
@@ -124,4 +124,4 @@ def test_a_loss_in_chunks_keeps_the_gradient_of_the_table_in_fp32(monkeypatch: p
 
 def test_without_a_vocabulary_there_is_nothing_to_count() -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab_size is not set"):
-        activations(ModelConfig(), 1, 2)
+        activations(configured(), 1, 2)

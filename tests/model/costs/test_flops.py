@@ -9,16 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config.mask_config import LearnedDropoutConfig
-from model.config.model_config import Architecture, ModelConfig
-from model.costs.flops import (
-    forward_flops,
-    forward_flops_per_token,
-    sample_flops_by_part,
-    training_flops_per_token,
-    utilisation_per_token,
-)
+from model.config.model_config import ModelConfig
+from model.costs.flops import forward_flops_per_token, training_flops_per_token, utilisation_per_token
+from model.costs.totals import forward_flops, sample_flops_by_part
 from model.gpus import peak_flops
-from tests.model.helpers import ARCHITECTURES, EVERY, batch_of, build, variant
+from tests.model.helpers import ARCHITECTURES, EVERY, batch_of, build, configured, variant
 
 SHAPES: list[dict[str, Any]] = [
     {"layers": 3, "width": 64, "heads": 4, "context": 32, "vocab_size": 100},
@@ -40,15 +35,15 @@ def counted(config: ModelConfig, sequences: int, backward: bool) -> int:
     return counter.get_total_flops()
 
 
-def dropout(sites: int, architecture: Architecture) -> LearnedDropoutConfig:
+def dropout(sites: int, architecture: str) -> LearnedDropoutConfig:
     chosen: Any = ["enc_ff", "dec_ff"][-sites:] if architecture == "parallel_encoder_decoder" else ["dec_ff"]
     return LearnedDropoutConfig(enabled=sites > 0, sites=chosen if sites else None)
 
 
 @pytest.mark.parametrize(("architecture", "sites"), [(a, n) for a in ARCHITECTURES for n in (0, 1, 2)][:-1])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_formula_is_what_torch_counts(architecture: Architecture, shape: dict[str, Any], sites: int) -> None:
-    config = ModelConfig(architecture=architecture, learned_dropout=dropout(sites, architecture), **shape)
+def test_the_formula_is_what_torch_counts(architecture: str, shape: dict[str, Any], sites: int) -> None:
+    config = configured(architecture=architecture, learned_dropout=dropout(sites, architecture), **shape)
     tokens = 2 * config.context
     assert counted(config, 2, backward=False) == forward_flops_per_token(config) * tokens
     assert counted(config, 2, backward=True) == training_flops_per_token(config) * tokens
@@ -69,17 +64,17 @@ def test_the_formula_knows_every_option(name: str) -> None:
 
 MODULES = {
     "token table": "token_embed",
-    "attention": r"(encoder|decoder|layers)\.\d+\.attention",
-    "cross attention": r"decoder\.\d+\.cross_attention",
-    "feed forward": r"(encoder|decoder|layers)\.\d+\.ff",
-    "decoder input": "decoder_input",
-    "masks": r"(\w+\.\d+\.)?\w+_dropout",
+    "attention": r"backbone\.(encoder|decoder|layers)\.\d+\.attention",
+    "cross attention": r"backbone\.decoder\.\d+\.cross_attention",
+    "feed forward": r"backbone\.(encoder|decoder|layers)\.\d+\.ff",
+    "decoder input": r"backbone\.decoder_input",
+    "masks": r"(backbone\.\w+\.\d+\.)?\w+_dropout",
     "mask source": "mask_source",
 }
 """Where each part is computed."""
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if not name.startswith("batched")])  # computed in no module
+@pytest.mark.parametrize("name", EVERY)
 def test_each_part_is_what_torch_counts_in_its_modules(name: str) -> None:
     config = variant(name, layers=3, attention="explicit")
     model = build(config)
@@ -89,14 +84,16 @@ def test_each_part_is_what_torch_counts_in_its_modules(name: str) -> None:
     parts = sample_flops_by_part(config)
     for part, flops in parts.items():
         stream, _, kind = part.rpartition(": ")
-        modules = [n for n in counted if re.fullmatch(MODULES[kind], n) and n.startswith(stream)]
+        modules = [
+            n for n in counted if re.fullmatch(MODULES[kind], n) and n.removeprefix("backbone.").startswith(stream)
+        ]
         assert sum(counted[n] for n in modules) == flops, part
     assert sum(parts.values()) == forward_flops(config)
 
 
 @pytest.mark.parametrize(("sites", "expected"), [(0, 25_051_136), (2, 31_342_592)])
 def test_known_values(sites: int, expected: int) -> None:
-    config = ModelConfig(learned_dropout=dropout(sites, "parallel_encoder_decoder"), **SHAPES[0])
+    config = configured(learned_dropout=dropout(sites, "parallel_encoder_decoder"), **SHAPES[0])
     assert forward_flops_per_token(config) * config.context == expected
 
 
@@ -118,7 +115,7 @@ def test_an_unknown_device_has_no_peak(name: str, peak: float | None) -> None:
 
 def test_utilisation() -> None:
     """10^6 tokens a second of this model on 8 H100 are 0.0297 % of their peak."""
-    config = ModelConfig(learned_dropout=dropout(0, "parallel_encoder_decoder"), **SHAPES[0])
+    config = configured(learned_dropout=dropout(0, "parallel_encoder_decoder"), **SHAPES[0])
     share = utilisation_per_token(config, "NVIDIA H100 80GB HBM3", 8)
     assert share == pytest.approx(3 * 25_051_136 / 32 / (8 * 989e12))
     assert share is not None

@@ -8,14 +8,14 @@ import torch
 import yaml
 
 from model.architectures import registry
-from model.config.model_config import Architecture, ModelConfig
+from tests.model.helpers import configured
 
 PRESETS = Path(__file__).parents[3] / "configs" / "model"
 
 
-def count(architecture: Architecture = "parallel_encoder_decoder", *, dropout: bool = False, **shape: Any) -> int:
+def count(architecture: str = "parallel_encoder_decoder", *, dropout: bool = False, **shape: Any) -> int:
     masks = shape.pop("learned_dropout", {"enabled": dropout})
-    config = ModelConfig(architecture=architecture, learned_dropout=masks, **shape)
+    config = configured(architecture=architecture, learned_dropout=masks, **shape)
     with torch.device("meta"):
         return registry.build(config).num_parameters()
 
@@ -31,7 +31,7 @@ def count(architecture: Architecture = "parallel_encoder_decoder", *, dropout: b
         ("encoder_only", 4, 804_096),  # what a decoder-only model has
     ],
 )
-def test_tinyshakespeare_size(architecture: Architecture, layers: int, expected: int) -> None:
+def test_tinyshakespeare_size(architecture: str, layers: int, expected: int) -> None:
     shape: dict[str, Any] = {"layers": layers, "width": 128, "heads": 4, "context": 64, "vocab_size": 65}
     assert count(architecture, **shape) == expected
     sites = layers * (2 if architecture.endswith("encoder_decoder") else 1)

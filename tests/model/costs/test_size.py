@@ -6,9 +6,9 @@ import torch
 from data_pipeline.errors import ConfigError
 from model.architectures import registry
 from model.config.model_config import ModelConfig
-from model.costs.size import num_parameters
+from model.costs.totals import num_parameters
 from pretrain.config.schema import load, presets
-from tests.model.helpers import EVERY, variant
+from tests.model.helpers import EVERY, configured, variant
 
 
 def counted(config: ModelConfig) -> int:
@@ -38,4 +38,4 @@ def test_every_preset(preset: str) -> None:
 
 def test_without_a_vocabulary_there_is_nothing_to_count() -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab_size is not set"):
-        num_parameters(ModelConfig())
+        num_parameters(configured())

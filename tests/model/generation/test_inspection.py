@@ -8,16 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.attention import CausalAttention
-from model.config.model_config import ModelConfig
 from model.generation.generate import Generation
 from model.generation.inspection import inspect, score
 from model.generation.sampling import Sampling
 from tests.model.helpers import VARIANTS, batch_of, build, open_masks, small, variant
 
 
-def expected_attentions(config: ModelConfig) -> list[str]:
+def expected_attentions(config: Any) -> list[str]:
     alone = config.architecture == "decoder_only"
-    encoder = [f"enc_sa/{layer:02d}" for layer in range(config.num_encoder_layers)]
+    encoder = [] if alone else [f"enc_sa/{layer:02d}" for layer in range(config.num_encoder_layers)]
     decoder = [f"dec_sa/{layer:02d}" for layer in range(config.layers)]
     cross = [] if alone else [f"cross/{layer:02d}" for layer in range(config.layers)]
     return sorted([*encoder, *decoder, *cross])

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from model.architectures.token_model import LanguageModel
+from model.architectures.token_model import TokenModel
 from model.batch import IGNORE, Batch
 from model.layers.batch_norm import MOMENTUM, BatchNorm
 from pretrain.config.schema import Config
@@ -18,7 +18,7 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
-def trained(name: str) -> tuple[LanguageModel, Batch]:
+def trained(name: str) -> tuple[TokenModel, Batch]:
     """In evaluation, its running statistics those of three batches."""
     config = variant(name)
     model = build(config)
@@ -79,16 +79,14 @@ def test_evaluation_is_of_each_row_alone_and_leaves_the_statistics(name: str) ->
     before = buffers(model)
     assert {int(value) for key, value in before.items() if key.endswith("tracked")} == {3}
     with torch.no_grad():
-        together = model.predict(batch.input_ids, None, batch)[0]
+        together = model.predict(batch.input_ids, None, batch)
         for row in range(4):
             one = slice(row, row + 1)
             written = batch.decoder_input_ids
             alone = replace(
                 batch, input_ids=batch.input_ids[one], decoder_input_ids=None if written is None else written[one]
             )
-            torch.testing.assert_close(
-                model.predict(alone.input_ids, None, alone)[0][0], together[row], rtol=0, atol=1e-5
-            )
+            torch.testing.assert_close(model.predict(alone.input_ids, None, alone)[0], together[row], rtol=0, atol=1e-5)
     model(batch)
     assert all(torch.equal(value, before[key]) for key, value in buffers(model).items())
 
@@ -140,7 +138,7 @@ def test_a_causal_model_is_refused_because_it_would_see_the_future() -> None:
     keys = torch.zeros(3, dtype=torch.int64)
 
     def leak() -> float:
-        one, other = (model.predict(x, keys)[0] for x in (ids, changed))
+        one, other = (model.predict(x, keys) for x in (ids, changed))
         return (one - other)[:, :-1].abs().max().item()
 
     assert leak() == 0.0
@@ -150,9 +148,9 @@ def test_a_causal_model_is_refused_because_it_would_see_the_future() -> None:
 
 def test_only_encoders_have_it() -> None:
     for name, where in {
-        "bert_batchnorm": {"layers.0.attention_norm", "layers.1.ff_norm", "final_norm"},
-        "bert_batchnorm_post": {"layers.0.attention_norm", "layers.1.ff_norm"},
-        "t5_batchnorm": {"encoder.0.attention_norm", "encoder.1.ff_norm"},
+        "bert_batchnorm": {"backbone.layers.0.attention_norm", "backbone.layers.1.ff_norm", "final_norm"},
+        "bert_batchnorm_post": {"backbone.layers.0.attention_norm", "backbone.layers.1.ff_norm"},
+        "t5_batchnorm": {"backbone.encoder.0.attention_norm", "backbone.encoder.1.ff_norm"},
     }.items():
         found = {path for path, module in build(variant(name)).named_modules() if isinstance(module, BatchNorm)}
         assert where <= found

@@ -11,12 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from model.batch import IGNORE
-from model.config.model_config import ModelConfig
 from model.layers import chunked_loss
 from model.layers.chunked_loss import TokenLoss, token_loss
 from model.layers.chunks import CHUNK_BYTES, chunk_tokens
 from model.layers.noise import sample_keys
-from tests.model.helpers import batch_of, build, small
+from tests.model.helpers import batch_of, build, configured, small
 
 B, T, C, V = 2, 19, 6, 23
 WEIGHTS = [(0.0, 0.0), (0.1, 0.0), (0.0, 0.01), (0.3, 0.1)]
@@ -187,7 +186,7 @@ def test_a_model_has_the_gradients_of_the_plain_form(
     monkeypatch.setattr(chunked_loss, "chunk_tokens", lambda *_: tokens)
     model, batch = build(config).double(), batch_of(config)
     output = model(batch)
-    logits = model.predict(batch.input_ids, sample_keys(batch.seed, batch.step, batch.samples))[0].flatten(0, 1)
+    logits = model.predict(batch.input_ids, sample_keys(batch.seed, batch.step, batch.samples)).flatten(0, 1)
     smooth = functional.cross_entropy(logits, batch.labels.flatten(), label_smoothing=0.1)
     z = logits.logsumexp(-1).square().mean()
     parameters = list(model.parameters())
@@ -211,4 +210,4 @@ def test_evaluation_is_the_bare_cross_entropy() -> None:
 @pytest.mark.parametrize("wrong", [{"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"z_loss": -1.0}])
 def test_weights_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        ModelConfig(**wrong)  # type: ignore[arg-type]
+        configured(**wrong)

@@ -187,7 +187,9 @@ def test_every_site_has_a_mask_of_its_own() -> None:
 
 
 def test_no_mask_without_a_site() -> None:
-    module = build(small(learned_dropout=LearnedDropoutConfig(sites=["cross"]))).get_submodule("encoder.0.ff_dropout")
+    module = build(small(learned_dropout=LearnedDropoutConfig(sites=["cross"]))).get_submodule(
+        "backbone.encoder.0.ff_dropout"
+    )
     assert type(module) is SiteDropout
     x = torch.randn(3, 12, 16)
     assert module(x, KEYS)[0] is x

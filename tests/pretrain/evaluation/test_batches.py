@@ -15,9 +15,9 @@ from data_pipeline.loading.loader import StepSamples
 from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from model.batch import IGNORE, Batch
-from model.config.model_config import ModelConfig
 from pretrain.config.schema import load
 from pretrain.evaluation.batches import Batches
+from tests.model.helpers import configured
 
 CPU = torch.device("cpu")
 OBJECTIVES = ("causal", "prefix", "masked", "span_corruption")
@@ -41,7 +41,7 @@ def test_the_model_knows_the_lengths_that_span_corruption_makes(context: int) ->
     inputs, labels = SpanCorruption(context, range(10, 500), eos_id=1)(
         np.full((1, context + 1), 5), np.zeros(1, np.int64), 0
     )
-    config = ModelConfig(architecture="encoder_decoder", context=context)
+    config = configured(architecture="encoder_decoder", context=context)
     assert (inputs.shape[1], labels.shape[1]) == config.lengths
 
 

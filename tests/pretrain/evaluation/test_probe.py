@@ -14,6 +14,7 @@ from model.config.model_config import ModelConfig
 from model.masks.learned_dropout import LearnedDropout
 from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.probe import Probe
+from tests.model.helpers import configured
 
 CPU = torch.device("cpu")
 
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 def config(dataset: Path, *, enabled: bool) -> ModelConfig:
     vocabulary = Dataset.open(dataset).tokenizer().vocab_size
     dropout = LearnedDropoutConfig(enabled=enabled, shift_init=1.2)
-    return ModelConfig(layers=2, width=16, heads=2, context=16, vocab_size=vocabulary, learned_dropout=dropout)
+    return configured(layers=2, width=16, heads=2, context=16, vocab_size=vocabulary, learned_dropout=dropout)
 
 
 def test_exactly_the_masks_that_moved_have_flips(dataset: Path) -> None:

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from data_pipeline.errors import ConfigError
 from data_pipeline.tokenize.tokenizer import Tokenizer
 from launch.cli import app
-from model.architectures.token_model import LanguageModel
+from model.architectures.token_model import TokenModel
 from model.generation.sampling import Sampling
 from pretrain.export.portable import num_attentions, write_export
 from pretrain.export.use import open_trained
@@ -43,7 +43,7 @@ def from_folder(folder: Path) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
-def wrapped(model: LanguageModel) -> Any:
+def wrapped(model: TokenModel) -> Any:
     from pretrain.export.modeling_duet import DuetConfig, DuetForCausalLM
 
     facts = {"model": model.config.model_dump(), "objective": "causal"}

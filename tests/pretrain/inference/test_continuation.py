@@ -17,7 +17,7 @@ from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.tokenize.tokenizer import Tokenizer, train_tokenizer
 from launch.commands.generate import changed
-from model.generation.inspection import inspect
+from model.generation.inspection import attention_heads, inspect
 from model.generation.sampling import Sampling
 from pretrain.inference.attention_rows import AttentionRows
 from pretrain.inference.continuation import Continuation, Settings
@@ -183,7 +183,7 @@ def test_attention_keeps_to_its_bytes(tokenizer: Tokenizer, limit: int) -> None:
     """Two layers: self attention in each stream with 2 heads, cross attention with 4; 78 weights of 12 tokens."""
     which = trained(tokenizer)
     exact: dict[str, Tensor] = {}
-    rows = AttentionRows(which.model.config, 12, limit)
+    rows = AttentionRows(attention_heads(which.model), 12, limit)
 
     def look(name: str, weights: Tensor) -> None:
         exact[name] = weights.float()

@@ -4,7 +4,7 @@ import pytest
 
 from data_pipeline.errors import ConfigError
 from model.costs.flops import training_flops_per_token
-from model.costs.size import num_parameters
+from model.costs.totals import num_parameters
 from model.gpus import GPUS
 from pretrain.config.schema import Config, load
 from pretrain.planning.costs import changed, costs, largest_micro_batch

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.architectures.parallel_encoder_decoder.spec import ParallelEncoderDecoderConfig
 from model.attention.means import mean
 from model.attention.visibility import CAUSAL, Visible
-from model.config.model_config import ModelConfig
 from model.masks.telemetry import MOMENTS, moments
 
 _EPS = 1e-6
@@ -18,7 +18,7 @@ class EncoderLoss(nn.Module):
     Without trainable norms (the default) neither side can shrink. No parameters then.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ParallelEncoderDecoderConfig) -> None:
         """`config.encoder_loss.kind` is not `none`."""
         super().__init__()
         self._config = loss = config.encoder_loss

@@ -1,0 +1,37 @@
+"""What a decoder-only model can be told, and what it costs. Free of torch."""
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from model.config.model_config import Traits
+from model.config.transformer import TransformerConfig
+from model.costs.parts import Costs, Shape, embedded, end, head, one_stream
+
+if TYPE_CHECKING:
+    from model.architectures.decoder_only.model import DecoderOnly
+
+
+class DecoderOnlyConfig(TransformerConfig, frozen=True):
+    """The plain baseline, by default in the shape of GPT-2."""
+
+    traits: ClassVar = Traits(
+        objectives=("causal", "prefix", "pairs"),
+        because="predicts each token from those before it",
+        sites=("dec_ff", "dec_sa", "embed"),
+        documents_apart=True,
+        default_sites=("dec_ff",),
+        lacks="has no second stream",
+    )
+
+    architecture: Literal["decoder_only"] = "decoder_only"
+
+    def costs(self, shape: Shape) -> Costs:
+        """L layers of one stream."""
+        layer = one_stream(shape, shape.inputs, ("dec_sa", "dec_ff"))
+        outside = [*embedded(shape, shape.inputs), *end(shape), *head(shape)]
+        return Costs(outside, [(self.layers, layer)], shape.vectors(shape.inputs) * self.layers)
+
+    def build(self) -> "DecoderOnly":
+        """The layers."""
+        from model.architectures.decoder_only.model import DecoderOnly
+
+        return DecoderOnly(self)

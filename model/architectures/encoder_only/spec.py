@@ -1,0 +1,39 @@
+"""What an encoder-only model can be told, and what it costs. Free of torch."""
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from model.config.model_config import Traits
+from model.config.transformer import TransformerConfig
+from model.costs.parts import Costs, Shape, embedded, end, head, one_stream
+
+if TYPE_CHECKING:
+    from model.architectures.encoder_only.model import EncoderOnly
+
+
+class EncoderOnlyConfig(TransformerConfig, frozen=True):
+    """An encoder that fills masked places, as BERT."""
+
+    traits: ClassVar = Traits(
+        objectives=("masked",),
+        because="sees every token, the next one included, so some have to be hidden from it",
+        sites=("enc_ff", "enc_sa", "embed"),
+        documents_apart=True,
+        default_sites=("enc_ff",),
+        causal=False,
+        why_not_continued="encoder_only fills masked places from both sides: it has no next token to draw",
+        lacks="has no second stream",
+    )
+
+    architecture: Literal["encoder_only"] = "encoder_only"
+
+    def costs(self, shape: Shape) -> Costs:
+        """L layers of one stream."""
+        layer = one_stream(shape, shape.inputs, ("enc_sa", "enc_ff"))
+        outside = [*embedded(shape, shape.inputs), *end(shape), *head(shape)]
+        return Costs(outside, [(self.layers, layer)], shape.vectors(shape.inputs) * self.layers)
+
+    def build(self) -> "EncoderOnly":
+        """The layers."""
+        from model.architectures.encoder_only.model import EncoderOnly
+
+        return EncoderOnly(self)

@@ -1,0 +1,148 @@
+"""What architectures of attention and feed forward can be told, of one stream and of two. Free of torch."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from model.config.mask_config import L0Config, LearnedDropoutConfig, Site
+from model.config.model_config import ModelConfig
+
+
+class TransformerConfig(ModelConfig, frozen=True):
+    """Layers of self attention and feed forward, with masks on their updates."""
+
+    heads: int = Field(default=4, ge=1)
+    """Heads of self attention and of the mask attention."""
+    kv_heads: int | None = Field(default=None, ge=1)
+    """Heads of keys and values in self attention, each shared by heads / kv_heads heads of queries (grouped-query
+    attention); as many as `heads` unless given. Cross attention groups its heads alike."""
+    ff: Literal["gelu", "swiglu"] = "gelu"
+    """C -> F -> C with the exact GELU, or with SiLU of one half times the other."""
+    ff_width: int | None = Field(default=None, ge=1)
+    """F; unless given, 4 C for `gelu` and 8 C / 3, up to a multiple of 8, for `swiglu`: about as many parameters."""
+    attention: Literal["auto", "flash", "explicit"] = "auto"
+    """Kernels that never form the T x T weights or an error, plain matrix products, or whatever fits."""
+    attention_dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Of the attention weights; the rate `dropout` unless given. Needs `explicit` attention."""
+    learned_dropout: LearnedDropoutConfig = LearnedDropoutConfig()
+    l0: L0Config = L0Config()
+
+    @property
+    def heads_by_key(self) -> dict[str, int]:
+        """Heads of each attention, by the key that sets them."""
+        return {"heads": self.heads}
+
+    @property
+    def smallest_head(self) -> int:
+        """Channels of the smallest head of attention."""
+        return self.width // max(self.heads_by_key.values())
+
+    @property
+    def queries_per_kv_head(self) -> int:
+        """Heads of queries that share one of keys and values."""
+        return self.heads // (self.kv_heads or self.heads)
+
+    @property
+    def hidden_width(self) -> int:
+        """F of the feed forward."""
+        return self.ff_width or (4 * self.width if self.ff == "gelu" else -(-self.width // 3) * 8)
+
+    @property
+    def attention_rate(self) -> float:
+        """Of dropout on the attention weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
+    def needs_weights(self) -> bool:
+        """Attention weights are formed, in training at least."""
+        return self.attention == "explicit" or self.attention_rate > 0.0
+
+    @property
+    def shares_mask_source(self) -> bool:
+        """All masks come from one attention over the embedded tokens."""
+        return bool(self.dropout_sites) and self.learned_dropout.source == "embed"
+
+    @property
+    def dropout_sites(self) -> tuple[Site, ...]:
+        """Sites of learned dropout; none when it is off."""
+        return self._sites_of(self.learned_dropout)
+
+    @property
+    def l0_sites(self) -> tuple[Site, ...]:
+        """Sites of hard-concrete gates; none when they are off."""
+        return self._sites_of(self.l0)
+
+    def _sites_of(self, masks: LearnedDropoutConfig | L0Config) -> tuple[Site, ...]:
+        return tuple(masks.sites or self.traits.default_sites) if masks.enabled else ()
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "TransformerConfig":
+        for key, count in self.heads_by_key.items():
+            if self.width % count:
+                raise ValueError(f"{key}={count} does not divide width={self.width}")
+            if self.positions == "rotary" and self.width // count % 2:
+                raise ValueError(
+                    f"positions=rotary turns pairs of channels, but width={self.width} over {key}={count} is "
+                    f"{self.width // count} channels a head; take an even number"
+                )
+        if self.kv_heads is None:
+            return self
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        for key, count in self.heads_by_key.items():
+            if count % self.queries_per_kv_head:
+                raise ValueError(
+                    f"kv_heads={self.kv_heads} shares keys among {self.queries_per_kv_head} heads, which do not divide "
+                    f"{key}={count}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _sites_are_there(self) -> "TransformerConfig":
+        valid = self.traits.sites
+        for key, sites in (("learned_dropout", self.learned_dropout.sites), ("l0", self.l0.sites)):
+            for site in sites or ():
+                if site not in valid:
+                    raise ValueError(f"{key}.sites: {self.architecture} has no site {site}; it has {', '.join(valid)}")
+            if len(set(sites or ())) < len(sites or ()):
+                raise ValueError(f"{key}.sites: a site is named twice in {', '.join(sites or ())}")
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> "TransformerConfig":
+        if self.norm == "batchnorm" and self.document_mask:
+            raise ValueError(
+                "norm=batchnorm takes its statistics over all documents of a micro-batch, and with document_mask none "
+                "may know of another: take layernorm or rmsnorm, or leave document_mask out"
+            )
+        if self.attention == "flash" and self.attention_rate:
+            raise ValueError(
+                f"attention=flash never forms the attention weights, so it cannot drop them at rate "
+                f"{self.attention_rate}; set attention_dropout=0, or attention=explicit"
+            )
+        if self.l0.enabled and self.learned_dropout.enabled:
+            raise ValueError("l0 and learned_dropout are both enabled; set learned_dropout.enabled=false, or l0's")
+        if self.learned_dropout.detach_embed and self.learned_dropout.source != "embed":
+            raise ValueError("learned_dropout.detach_embed is about source=embed; leave it out")
+        return self
+
+
+class TwoStreamConfig(TransformerConfig, frozen=True):
+    """An encoder, and a decoder whose layers read it by cross attention."""
+
+    cross_heads: int | None = Field(default=None, ge=1)
+    """Heads of cross attention; twice `heads` unless given."""
+    decoder_order: Literal["self_cross_ff", "cross_self_ff"] = "self_cross_ff"
+    """Order within a decoder layer."""
+    decoder_residual_writes: Literal[2, 3] = 2
+    """Maps that write to the decoder's stream start at 0.02 / sqrt(this x layers); a decoder layer writes 3 times."""
+
+    @property
+    def num_cross_heads(self) -> int:
+        """Heads of cross attention."""
+        return self.cross_heads or 2 * self.heads
+
+    @property
+    def heads_by_key(self) -> dict[str, int]:
+        """Heads of each attention, by the key that sets them."""
+        return {"heads": self.heads, "cross_heads": self.num_cross_heads}

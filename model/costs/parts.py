@@ -1,0 +1,321 @@
+"""What the parts of a model cost: parameters, FLOPs of a forward pass, bytes kept for the backward pass. Free of torch.
+
+An architecture's `costs` names its parts (`model/architectures/NAME/spec.py`); every total is a sum over them.
+
+**FLOPs.** Matrix products only, 2 for a multiplication with addition, and attention over the full T x T square, of
+which a causal model needs half (the convention of PaLM, arXiv:2204.02311, appendix B). With width C, T tokens,
+vocabulary V, feed forward of width F (three maps for SwiGLU), and g heads of queries to one of keys, for each token:
+
+    attention                  2 (2 + 2 / g) C² + 4 T C
+    cross attention            4 C², of what is read 4 C² / g, and 4 S C over S read tokens
+    feed forward               2 (2 or 3) F C
+    learned dropout, a mask    6 C² + 4 T C; nothing where it comes from the element alone (docs/model.md B1)
+    its shared source          8 C² + 4 T C
+    head                       2 V C
+
+**Saved bytes.** Tensors as torch saves them on a CPU, each storage once. With H heads and e bytes an element (2 in
+bf16, else 4), a token of a layer with the defaults keeps
+
+    norm                its input C e, 2 statistics e
+    self attention      its input C e, queries, keys and values 3 C e, sums 4 H, result C e
+    cross attention     the same with its own heads, and of the encoder's norm C e and 2 e
+    feed forward        its input C e, 2 F e
+    learned dropout     what is masked C e, its attention 4 C e + 4 H, the mask C e, and in fp32 four times 4 C: the
+                        angle, the mask, and what its penalty needs
+
+so that one of a decoder-only model without masks keeps (8 C + 2 F) e + 4 H + 4 e. Korthikanti et al. 2022
+(arXiv:2205.05198, section 4) count alike. Estimates are: the encoder's loss; hard-concrete gates. RMSNorm on CUDA is
+one kernel, which keeps less than counted here; what `engine.compile` does is not in it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from model.config.mask_config import Site
+from model.config.model_config import ModelConfig
+from model.config.transformer import TransformerConfig, TwoStreamConfig
+from model.layers.chunks import chunk_tokens
+
+_LOGS = {"shannon": 2, "complement": 3, "binary": 5}
+"""Tensors of a mask's size that the kinds of its entropy keep, beside the mask itself."""
+_FP32 = 4
+
+
+class Part(NamedTuple):
+    """One part, once."""
+
+    name: str = ""
+    """As `duet model params` and `flops` print it; parts of a name are added up."""
+    parameters: int = 0
+    flops: int = 0
+    """Of a forward pass over a sample."""
+    saved: int = 0
+    """Bytes kept for the backward pass of a micro-batch."""
+
+
+class Costs(NamedTuple):
+    """All of a model."""
+
+    outside: list[Part]
+    """What is in no layer."""
+    layers: list[tuple[int, list[Part]]]
+    """So many layers of these parts."""
+    layer_inputs: int
+    """Bytes of what layers hand on: all that stays of them with activation checkpointing."""
+
+    def parts(self) -> Iterator[tuple[int, Part]]:
+        """Every part, and how often it is there."""
+        yield from ((1, part) for part in self.outside)
+        yield from chain.from_iterable(((count, part) for part in parts) for count, parts in self.layers)
+
+
+@runtime_checkable
+class Priced(Protocol):
+    """A configuration that says what its model costs."""
+
+    def costs(self, shape: "Shape") -> Costs:
+        """At a shape whose `config` it is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is computed of a model: `rows` samples of `inputs` tokens read and `targets` tokens predicted."""
+
+    config: ModelConfig
+    inputs: int
+    targets: int
+    rows: int = 1
+    size: int = _FP32
+    """Bytes of an element of weights and activations, 2 or 4."""
+    dense_mask: bool = False
+    """Attention gets a mask [B, 1, T, T] (`model.attention.visibility`), not blocks and not only the order."""
+
+    @property
+    def post(self) -> bool:
+        """Norms come after the additions."""
+        return self.config.norm_position == "post"
+
+    @property
+    def norm_keeps_input(self) -> bool:
+        """RMSNorm in 16 bits keeps a copy in fp32 instead."""
+        return self.size == _FP32 or self.config.norm != "rmsnorm"
+
+    def vectors(self, tokens: int, size: int | None = None) -> int:
+        """Bytes of [B, T, C], `size` an element."""
+        return self.rows * tokens * self.config.width * (size or self.size)
+
+
+def linear_weights(config: ModelConfig, inputs: int, outputs: int) -> int:
+    """Parameters of a linear map."""
+    return (inputs + config.bias) * outputs
+
+
+def norm_weights(config: ModelConfig) -> int:
+    """Parameters of a norm of the stream."""
+    return config.width if config.norm == "rmsnorm" else config.width * (1 + config.bias)
+
+
+def linear(shape: Shape, name: str, tokens: int) -> Part:
+    """A map C -> C; what it reads is kept by what comes before."""
+    width = shape.config.width
+    return Part(name, linear_weights(shape.config, width, width), tokens * 2 * width**2)
+
+
+def norm(shape: Shape, tokens: int, *, both_ways: bool = False, inputs: bool = True) -> Part:
+    """With its input, unless something else keeps that, too. `both_ways`: BatchNorm may stand there."""
+    exact = shape.size == _FP32
+    weights = norm_weights(shape.config)
+    if shape.config.norm == "batchnorm" and both_ways:
+        return Part("norms", weights, saved=shape.vectors(tokens, _FP32) * (3 if inputs or not exact else 2))
+    if shape.config.norm == "rmsnorm":
+        own = shape.rows * tokens * _FP32 + shape.vectors(tokens, _FP32) * (1 if exact else 2)
+    else:
+        own = 2 * shape.rows * tokens * shape.size
+    kept = shape.vectors(tokens) if inputs and shape.norm_keeps_input else 0
+    return Part("norms", weights, saved=own + kept)
+
+
+def head(shape: Shape) -> list[Part]:
+    """The table as the head; its loss is counted by `loss_bytes`."""
+    config = shape.config
+    assert config.vocab_size is not None
+    flops = shape.targets * 2 * config.vocab_size * config.width
+    return [Part("token table", config.vocab_size * config.width, flops)]
+
+
+def loss_bytes(shape: Shape) -> tuple[int, int]:
+    """What the loss keeps, and what is there beside it for a moment (model/layers/chunked_loss.py)."""
+    config = shape.config
+    assert config.vocab_size is not None
+    count, vocabulary, width = shape.rows * shape.targets, config.vocab_size, config.width
+    chunk = chunk_tokens(count, vocabulary, width)
+    table = vocabulary * width
+    kept = shape.vectors(shape.targets) + table * (shape.size if chunk == count else _FP32)
+    # In 16 bits there are two of the logits, and each chunk's gradient of the table is a tensor of its own.
+    low = shape.size if shape.size < _FP32 else 0
+    return kept, chunk * vocabulary * (_FP32 + low) + (table * low if chunk < count else 0)
+
+
+def embedded(shape: Shape, tokens: int, *, causal: bool | None = None, again: bool = False) -> list[Part]:
+    """From ids to the first layer of a stream, which keeps its own input. `again`: tables were counted already."""
+    config = shape.config
+    causal = config.causal if causal is None else causal
+    parts = [Part(saved=shape.rows * tokens * 8)]
+    if config.positions == "learned":
+        rows = 0 if again else config.context + config.uses_next_position
+        saved = 8 * (shape.rows if config.document_mask else 1) * (tokens + config.uses_next_position)
+        parts.append(Part("position table", rows * config.width, saved=saved))
+    if not isinstance(config, TransformerConfig):
+        return parts
+    if config.shares_mask_source:
+        square = 2 * config.width**2
+        flops = tokens * 4 * square + 4 * tokens**2 * config.width
+        saved = attention_bytes(shape, tokens, tokens, config.heads, causal=causal) + shape.vectors(tokens)
+        if "embed" not in config.dropout_sites and (config.dropout or not (shape.norm_keeps_input or shape.post)):
+            saved += shape.vectors(tokens)
+        parts.append(Part("mask source", 0 if again else 4 * config.width**2, flops, saved))
+    return [*parts, *site(shape, "embed", tokens, causal)]
+
+
+def end(shape: Shape) -> list[Part]:
+    """The last norm; where norms come after the additions, the last layer's output is normed already."""
+    only_encoder = not shape.config.causal and not shape.config.traits.two_sequences
+    return [] if shape.post else [norm(shape, shape.targets, both_ways=only_encoder)]
+
+
+def last_output(shape: Shape, tokens: int) -> list[Part]:
+    """The last encoder layer's output, which no further layer of its stream keeps."""
+    return [Part(saved=shape.vectors(tokens))] if shape.norm_keeps_input or shape.post else []
+
+
+def one_stream(shape: Shape, tokens: int, sites: tuple[Site, Site], *, stream: str = "layers") -> list[Part]:
+    """A layer of self attention and feed forward; `sites` of the two, `stream` as its parts are called."""
+    config = _transformer(shape)
+    norms = [norm(shape, tokens, both_ways=not config.causal), Part(saved=shape.vectors(tokens))] * 2
+    own = self_attention(shape, tokens, f"{stream}: attention", causal=config.causal)
+    masks = chain.from_iterable(site(shape, name, tokens, config.causal) for name in sites)
+    return [*norms, own, feed_forward(shape, tokens, f"{stream}: feed forward"), *masks]
+
+
+def cross_layer(shape: Shape, tokens: int, read: int, *, aligned: bool = True) -> list[Part]:
+    """A decoder layer, without its input from the encoder; `aligned`: both streams stand at the same positions."""
+    config = _transformer(shape)
+    assert isinstance(config, TwoStreamConfig)
+    parts = [norm(shape, tokens), Part(saved=shape.vectors(tokens))] * 3
+    if not shape.post:
+        parts += [norm(shape, read, inputs=False), Part(saved=shape.vectors(read))]
+    parts.append(self_attention(shape, tokens, "decoder: attention", causal=True))
+    width, keys = config.width, config.width // config.queries_per_kv_head
+    weights = linear_weights(config, width, width) * 2 + linear_weights(config, width, 2 * keys)
+    flops = tokens * 4 * width**2 + read * 4 * width * keys + 4 * read * tokens * width
+    saved = attention_bytes(
+        shape,
+        tokens,
+        read,
+        config.num_cross_heads,
+        causal=config.causal,
+        cross=True,
+        aligned=aligned,
+        **_in_layers(config),
+    )
+    parts.append(Part("decoder: cross attention", weights, flops, saved))
+    parts.append(feed_forward(shape, tokens, "decoder: feed forward"))
+    sites: tuple[Site, ...] = ("dec_sa", "cross", "dec_ff")
+    return [*parts, *chain.from_iterable(site(shape, name, tokens, causal=True) for name in sites)]
+
+
+def self_attention(shape: Shape, tokens: int, name: str, *, causal: bool) -> Part:
+    """With its maps."""
+    config = _transformer(shape)
+    width, keys = config.width, config.width // config.queries_per_kv_head
+    weights = linear_weights(config, width, width + 2 * keys) + linear_weights(config, width, width)
+    flops = tokens * (4 * width**2 + 4 * width * keys) + 4 * tokens**2 * width
+    saved = attention_bytes(shape, tokens, tokens, config.heads, causal=causal, **_in_layers(config))
+    return Part(name, weights, flops, saved)
+
+
+def feed_forward(shape: Shape, tokens: int, name: str) -> Part:
+    """C -> F -> C."""
+    config = _transformer(shape)
+    hidden, gates = config.hidden_width, 2 if config.ff == "swiglu" else 1
+    weights = linear_weights(config, config.width, gates * hidden) + linear_weights(config, hidden, config.width)
+    flops = tokens * 2 * (gates + 1) * hidden * config.width
+    return Part(name, weights, flops, shape.rows * tokens * 2 * gates * hidden * shape.size)
+
+
+def site(shape: Shape, name: Site, tokens: int, causal: bool) -> list[Part]:
+    """A mask with what it is computed from, and ordinary dropout."""
+    config, exact = _transformer(shape), shape.size == _FP32
+    width = config.width
+    parts = [Part(saved=shape.vectors(tokens))] if config.dropout else []
+    if name in config.l0_sites:
+        return [*parts, Part("masks", width, saved=shape.vectors(tokens))]
+    if name not in config.dropout_sites:
+        return parts
+    masks = config.learned_dropout
+    saved = shape.vectors(tokens)  # what is masked
+    if masks.source == "elementwise":
+        weights, flops = 2 * width, 0
+        saved += 0 if exact else shape.vectors(tokens, _FP32)
+    else:
+        weights, flops = (3 * width + 1) * width, tokens * 6 * width**2 + 4 * tokens**2 * width
+        saved += attention_bytes(shape, tokens, tokens, config.heads, causal=causal)
+        saved -= shape.vectors(tokens) if config.attention == "explicit" else 0  # no map reads the result
+    in_fp32 = 2 + _LOGS[masks.entropy.kind] + (masks.rounding == "sigmoid")
+    used = 0 if exact and masks.rounding in ("none", "sigmoid") else 1
+    saved += in_fp32 * shape.vectors(tokens, _FP32) + used * shape.vectors(tokens)
+    return [*parts, Part("masks", weights, flops, saved)]
+
+
+def attention_bytes(
+    shape: Shape,
+    queries: int,
+    keys: int,
+    heads: int,
+    *,
+    causal: bool,
+    group: int = 1,
+    rate: float = 0.0,
+    cross: bool = False,
+    aligned: bool = True,
+) -> int:
+    """Saved from the projections to the result, which a linear map reads."""
+    config, rows, size = _transformer(shape), shape.rows, shape.size
+    turned = config.positions == "rotary" and aligned
+    square = heads * queries * keys
+    total = shape.vectors(queries)  # the result
+    if config.attention == "explicit" or rate:
+        total += shape.vectors(queries) + 2 * shape.vectors(keys)
+        # The weights in fp32 and, where that is another type, in 16 bits; with dropout its factors and result.
+        low = size < _FP32
+        total += rows * square * (_FP32 + low * size + (rate > 0) * (1 if low else 2) * size)
+        if shape.dense_mask:
+            total += rows * queries * keys
+        elif causal:
+            total += queries * keys
+    else:
+        total += rows * heads * queries * 4
+        total += shape.vectors(queries) + 2 * shape.vectors(keys)
+        # Kernels read views of the projections, or turned and repeated copies beside them.
+        if turned and group == 1:
+            total += shape.vectors(keys) + (0 if cross else shape.vectors(queries))
+        elif not turned and not cross and group > 1:
+            total += 2 * shape.vectors(keys) // group
+        total += rows * queries * keys * size if shape.dense_mask else 0
+    if turned:
+        tables = rows if config.document_mask else 1
+        total += tables * (queries + keys) * (config.width // heads // 2) * 2 * _FP32
+    return total
+
+
+def _transformer(shape: Shape) -> TransformerConfig:
+    assert isinstance(shape.config, TransformerConfig)
+    return shape.config
+
+
+def _in_layers(config: TransformerConfig) -> dict[str, Any]:
+    """Of the attentions in layers; those of masks have neither."""
+    return {"group": config.queries_per_kv_head, "rate": config.attention_rate}
