@@ -56,15 +56,12 @@ def _models() -> list[str]:
     of = {name: dict(_leaves("model", kind)) for name, kind in ARCHITECTURES.items()}
     shared = set.intersection(*(set(keys) for keys in of.values()))
     names = " or ".join(f"`{name}`" for name in of)
-    parts = [
-        f"## model\n\nEach architecture has keys of its own beside those that all have. {_prose(ModelConfig.__doc__)}\n"
-    ]
+    parts = ["## model\n\nOne of the architectures: first the keys that all have, then those of each.\n"]
     parts.append("| key | kind | default | meaning |\n|---|---|---|---|")
+    meaning = _prose(ModelConfig.model_fields["architecture"].description)
     for key, field in of[DEFAULT].items():
         if key == "model.architecture":
-            parts.append(
-                f"| `{key}` | {names} | `{DEFAULT}` | {_prose(ModelConfig.model_fields['architecture'].description)} |"
-            )
+            parts.append(f"| `{key}` | {names} | `{DEFAULT}` | {meaning} |")
         elif key in shared:
             parts.append(_row(key, field))
     for name, keys in of.items():

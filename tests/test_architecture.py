@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, and what a login node must not need."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -150,3 +151,23 @@ def test_commands_that_read_a_checkpoint_load_neither_compiler_nor_engine() -> N
 def test_files_stay_readable() -> None:
     long = {str(f.relative_to(ROOT)): n for f in FILES if (n := len(f.read_text().splitlines())) > 420}
     assert not long, f"one idea a file, about 400 lines: {long}"
+
+
+def test_a_path_in_a_command_that_is_printed_is_quoted_for_a_shell() -> None:
+    """`duet resume {run}` would break at a space, and do worse at `$(…)`."""
+    found = []
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.JoinedStr):
+                continue
+            before = ""
+            for part in node.values:
+                if isinstance(part, ast.Constant):
+                    before += str(part.value)
+                elif isinstance(part, ast.FormattedValue):
+                    command = re.search(r"(duet [a-z]+|mlflow ui)( [^`;,()]*)? $", before)
+                    shown = ast.unparse(part.value)
+                    if command and not re.match(r"(shlex\.)?(quote|shown|join)\(|_command\(", shown):
+                        found.append(f"{file.relative_to(ROOT)}:{part.lineno}: {command[0]}{{{shown}}}")
+                    before += "x"
+    assert found == []
