@@ -20,7 +20,7 @@ DISK_ERRORS = {
     errno.EISDIR: "a folder stands where a file is needed",
     errno.ENOTDIR: "a file stands where a folder is needed",
     errno.EEXIST: "a file stands where a folder is needed",
-    errno.ELOOP: "its links lead in a circle, or a link stands where a file is needed",
+    errno.ELOOP: "a link stands there, or links that lead in a circle",
     errno.ENAMETOOLONG: "the name is too long",
     errno.EPERM: "not permitted",
 }

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,8 +45,10 @@ def scratch(tmp_path: Path) -> Path:
     folder = tmp_path / "scratch"
     folder.mkdir()
     folder.chmod(0o1777)
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
+    shared = Path(tempfile.gettempdir())
+    for parent in (tmp_path, *tmp_path.parents):
+        if shared in parent.parents:
+            parent.chmod(0o755)
     return folder
 
 

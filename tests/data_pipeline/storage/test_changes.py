@@ -124,11 +124,10 @@ def test_packed_windows_are_of_batches_that_were_compared(
 
 
 def test_what_is_validated_on_later_is_what_was_trained_with(
-    trained: Callable[[Path], list[str]], tmp_path: Path, mixed: Dataset
+    trained: Callable[[Path], list[str]], tmp_path: Path
 ) -> None:
-    config = tmp_path / "run" / "config.yaml"
-    trained(tmp_path)
-    config.write_text(config.read_text().replace(str(mixed.path), str(tmp_path / "data")))
+    done = duet("train", *trained(tmp_path), "train.steps=2")  # the run is told that its data have moved
+    assert done.returncode == 0, done.stderr
     done = duet("eval", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     in_validation(Dataset.open(tmp_path / "data"))

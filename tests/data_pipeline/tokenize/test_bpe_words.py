@@ -17,7 +17,7 @@ from data_pipeline.tokenize.tokenizer import Tokenizer, train_tokenizer
 from tests.data_pipeline.conftest import REPOSITORY, prose
 from tests.data_pipeline.tokenize.test_tokenizer import AWKWARD
 
-CODE = (REPOSITORY / "data_pipeline" / "words.py").read_text()
+CODE = (REPOSITORY / "data_pipeline" / "tokenize" / "bpe_words.py").read_text()
 SYMBOLS = ["\n", "\n\n\n", "  (", "ab", "\t"]
 
 MODELS: dict[str, dict[str, Any]] = {
