@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
@@ -120,7 +121,8 @@ def _check_weighing(manifest: checkpoint.Manifest, config: Config, folder: RunFo
     raise RunError(
         f"{folder.path}: an older version has trained this run, in which labels weighed alike within a micro-batch; "
         "now they do over the whole step. Here micro-batches hold unequal numbers of labels, so it would go on as "
-        f"another run; begin a new one with its checkpoint: duet train --from {folder.path}@{manifest.step} {new}"
+        f"another run; begin a new one with its checkpoint: duet train --from "
+        f"{shlex.quote(f'{folder.path}@{manifest.step}')} {new}"
     )
 
 

@@ -101,10 +101,9 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
     if end := _end(processes, logs):
         for rank, code in enumerate(codes):
             if code != end.code:
-                run = shlex.quote(str(logs.parent))
                 print(
                     f"warning: the run is over ({end.reason}) and saved; rank {rank} ended with code {code} in what "
-                    f"followed; `duet report {run}` makes the report",
+                    f"followed; `duet report {shlex.quote(str(logs.parent))}` makes the report",
                     file=sys.stderr,
                 )
         return end.code

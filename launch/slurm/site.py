@@ -215,8 +215,8 @@ def load(name: str) -> Cluster:
             f"describe your site in {folder()}/NAME.yaml"
         )
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        tree = yaml_files.parse(text)
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{where}: cannot be read as YAML: {error}") from error
     return parse(tree, where)
 

@@ -176,7 +176,7 @@ class Mirror:
         if original := state.original(self._run_dir):
             raise RunError(
                 f"{self._given}: a copy of {original}, whose run in MLflow stays the original's; "
-                f"make the copy a run of its own: duet track sync {self._given} --new-run"
+                f"make the copy a run of its own: duet track sync {shlex.quote(str(self._given))} --new-run"
             )
         if self._client is None or self._uri.startswith(SQLITE):  # whose file may be gone
             self._client = connect(self._uri)
@@ -196,7 +196,7 @@ class Mirror:
             raise RunError(
                 f"run {state.run_id} was deleted in MLflow at {self.place}; bring it back with "
                 f"MLFLOW_TRACKING_URI={self.place} mlflow runs restore --run-id {state.run_id}, or make it anew with "
-                f"duet track sync {self._given} --new-run"
+                f"duet track sync {shlex.quote(str(self._given))} --new-run"
             )
         return run
 
