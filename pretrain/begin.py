@@ -118,11 +118,11 @@ def _check_weighing(manifest: checkpoint.Manifest, config: Config, folder: RunFo
     if manifest.format >= 4 or not config.labels_vary or manifest.step >= config.train.steps:
         return
     new = "run.dir=NEW" if config.run.dir else "run.name=NEW"
+    command = shlex.join(["duet", "train", "--from", f"{folder.path}@{manifest.step}", new])
     raise RunError(
         f"{folder.path}: an older version has trained this run, in which labels weighed alike within a micro-batch; "
         "now they do over the whole step. Here micro-batches hold unequal numbers of labels, so it would go on as "
-        f"another run; begin a new one with its checkpoint: duet train --from "
-        f"{shlex.quote(f'{folder.path}@{manifest.step}')} {new}"
+        f"another run; begin a new one with its checkpoint: {command}"
     )
 
 

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.secret import HIDDEN, has_secret, is_secret_name, key_of_secret
+from pretrain.config import yaml_files
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIMES = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")

@@ -5,6 +5,7 @@ beside a receipt, which is a tag of the run: both come from one call. A store wi
 older copy, or made anew: then it is compared with the files, point by point. Sending a record twice changes nothing.
 """
 
+import shlex
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
