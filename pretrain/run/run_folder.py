@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from data_pipeline.errors import CheckpointError, RunError
 from data_pipeline.files.atomic import write_atomic, write_json
-from pretrain.config.changes import IN_FORK, ON_RESUME, refused, told
+from pretrain.config.changes import refused, told
 from pretrain.config.schedule import decay_start
 from pretrain.config.schema import Config, differences, dump
 from pretrain.run.journal import read
@@ -126,7 +126,7 @@ class RunFolder:
                 "phase (data.phase=2)"
             )
         ours = self.config()
-        changed = refused(ours, config, ON_RESUME)
+        changed = refused(ours, config)
         if "train.steps" in changed and self._steps_may_change(ours, config):
             del changed["train.steps"]
         if changed:
@@ -138,7 +138,7 @@ class RunFolder:
     def _new_run(self, ours: Config, config: Config, changed: list[str]) -> str:
         """A command, or what there is to say in its place."""
         saved = self.saved_steps()
-        if refused(ours, config, IN_FORK) or not saved:
+        if refused(ours, config, in_fork=True) or not saved:
             return "from scratch, with another run.name"
         values = differences(ours, config)
         given = [f"{key}={_plain(values[key][1])}" for key in changed if not key.startswith("run.")]
