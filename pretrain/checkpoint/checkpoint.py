@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_pipeline.errors import CheckpointError
+from data_pipeline.files.sealed import seal
 from data_pipeline.sampling.data_state import DataState
 from model.architectures.names import current_name, former_name
 from pretrain.checkpoint.consistency import problems
@@ -30,7 +31,6 @@ from pretrain.run.checkpoint_folder import (
     check_file,
     complete,
     read_manifest,
-    seal,
 )
 
 RNG = "rng/"
@@ -89,7 +89,7 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
         """What a buffer is called in the first shard."""
         return BUFFER + (former_name(buffer) if self.format <= LAST_WITHOUT_BACKBONE else buffer)
 
-    def sealed(self) -> bytes:
+    def sealed(self) -> str:
         """As it stands on disk, with its own hash."""
         return seal(self.model_dump_json(indent=1))
 

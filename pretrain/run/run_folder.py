@@ -14,12 +14,12 @@ import yaml
 from pydantic import ValidationError
 
 from data_pipeline.errors import CheckpointError, RunError
-from data_pipeline.files.atomic import write_atomic, write_json
+from data_pipeline.files.atomic import write_atomic
+from data_pipeline.files.sealed import unseal, write_sealed
 from pretrain.config.changes import refused, told
 from pretrain.config.schedule import decay_start
 from pretrain.config.schema import Config, differences, dump
 from pretrain.run.journal import read
-from pretrain.run.record_hash import sealed, unsealed
 from pretrain.run.run_listing import saved_steps
 
 FORMAT = 2
@@ -150,11 +150,10 @@ class RunFolder:
             what = "run.json is missing; restore it from a copy" if lost else "not a run folder (no run.json)"
             raise RunError(f"{self.path}: {what}, or start a new run: `duet train` makes one")
         try:
-            content = unsealed(self.run_file.read_bytes())
+            content = unseal(self.run_file.read_bytes(), formats=(FORMAT,))
             version = content.get("format")
             if version not in (1, FORMAT):
                 raise RunError(f"{self.run_file}: format {version} is not known here; this version reads {FORMAT}")
-            content = unsealed(self.run_file.read_bytes(), required=version == FORMAT)
             _check_types(content)
         except (OSError, ValueError) as error:
             raise RunError(
@@ -166,7 +165,7 @@ class RunFolder:
     def _write(self, config: Config, facts: dict[str, Any]) -> None:
         content = facts | {"format": FORMAT, "config": config.model_dump(mode="json")}
         write_atomic(self.config_file, dump(config))
-        write_json(self.run_file, sealed(content))  # last: what it stands for is whole
+        write_sealed(self.run_file, content)  # last: what it stands for is whole
 
     def _known_id(self) -> str | None:
         with suppress(RunError):  # none yet, or damaged: then `claim` makes it anew, or refuses the folder

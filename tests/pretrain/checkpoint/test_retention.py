@@ -28,7 +28,7 @@ def make(root: Path, step: int, loss: float | None = None) -> Path:
         state={},
         validation_loss=loss,
     )
-    (path / "manifest.json").write_bytes(manifest.sealed())
+    (path / "manifest.json").write_text(manifest.sealed())
     return path
 
 
