@@ -18,6 +18,7 @@ from tests.runs import CHARACTERS, MARKED, ROOT, build_dataset
 SLOWEST = (
     *("test_docs.py", "test_end_to_end.py", "test_health.py", "test_study.py", "test_tracking_faults.py"),
     *("test_checkpoint.py", "test_pages.py", "test_drills.py", "test_golden.py", "test_objectives.py", "test_wheel.py"),
+    "test_formats.py",
 )
 """Files that take long. Begun first, so that no process has one of them left when the others are done."""
 

@@ -1,8 +1,11 @@
 """Golden loss curves: the first 50 steps of each small preset, in fp32 on one rank, on the licence's characters.
 
-After a change that is meant to alter them: `python -m tests.golden`, and the commit says why.
+After a change that is meant to alter them: `python -m tests.golden`, and the commit says why. After one that is meant
+to alter nothing: `python -m tests.golden --against REV [PRESET…]` trains each preset at that commit, too, on this
+machine, and compares losses and what is saved with `==`.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -22,6 +25,7 @@ from pretrain.engine.distributed import Ranks, join
 from pretrain.engine.engine import Engine
 from pretrain.evaluation.batches import Batches
 from tests.runs import CHARACTERS, MARKED, ROOT, build_dataset
+from tests.versions import compare
 
 FOLDER = ROOT / "tests" / "golden"
 STEPS = 50
@@ -42,22 +46,20 @@ def data_of(preset: str) -> str:
     return MARKED if load([preset]).data.objective in ("masked", "span_corruption") else CHARACTERS
 
 
-def config_of(preset: str, dataset: Path) -> Config:
-    """The preset's model on the dataset's characters, in small batches."""
+def options_of(preset: str) -> list[str]:
+    """Small batches in fp32."""
     context = load([preset]).model.context
-    return complete(
-        load(
-            [
-                preset,
-                f"data.path={dataset}",
-                f"batch.tokens={SEQUENCES * context}",
-                "engine.precision=fp32",
-                "engine.zero_stage=1",
-                "optimizer.lr=1e-3",
-            ]
-        ),
-        Dataset.open(str(dataset)),
-    )
+    return [
+        f"batch.tokens={SEQUENCES * context}",
+        "engine.precision=fp32",
+        "engine.zero_stage=1",
+        "optimizer.lr=1e-3",
+    ]
+
+
+def config_of(preset: str, dataset: Path) -> Config:
+    """The preset's model on the dataset's characters."""
+    return complete(load([preset, f"data.path={dataset}", *options_of(preset)]), Dataset.open(str(dataset)))
 
 
 def small_presets(dataset: Path) -> list[str]:
@@ -90,7 +92,18 @@ def curve(ranks: Ranks, preset: str, dataset: str, seed: int | None = None) -> l
     return losses
 
 
-def main() -> None:
+def against(revision: str, presets: list[str]) -> bool:
+    """Whether whole runs of the presets, all unless given, are bit for bit those of a commit."""
+    run = ["tracking.mode=off", f"train.steps={STEPS}", f"schedule.warmup_steps={WARM_UP_STEPS}", "train.log_every=1"]
+    run += [f"train.checkpoint_every={STEPS}", "train.sample_tokens=0"]
+    chosen = [f"model/{preset.removeprefix('model/')}" for preset in presets]
+    if not chosen:
+        chosen = sorted(f"model/{file.stem}" for file in FOLDER.glob("*.json"))
+    options = {preset: [*options_of(preset), *run] for preset in chosen}
+    return compare(revision, chosen, options, {preset: data_of(preset) for preset in chosen})
+
+
+def write_all() -> None:
     """Write all curves anew."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +117,21 @@ def main() -> None:
                 print(f"{preset}: {losses[0]} → {losses[-1]}", flush=True)
 
 
+def main() -> int:
+    """Curves, or a comparison: 1 where something differs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--against", metavar="REV", help="compare with this commit instead of writing")
+    parser.add_argument("presets", nargs="*", help="with --against: these only")
+    given = parser.parse_args()
+    if given.against:
+        return 0 if against(given.against, given.presets) else 1
+    if given.presets:
+        parser.error("curves are written of all presets")
+    write_all()
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    code = main()
     sys.stdout.flush()
-    os._exit(0)  # an orderly exit aborts now and then in gloo's threads
+    os._exit(code)  # an orderly exit aborts now and then in gloo's threads
