@@ -117,7 +117,7 @@ def load_array(path: Path, name: str) -> np.ndarray:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[name]
     except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({error}); remove its folder and build again") from None
+        raise DataError(f"{path} is damaged ({error}); remove the folder {path.parent}, and build again") from None
 
 
 def sample_text(context: Context, limit: int, unit: Unit, advance: Advance) -> list[Segment]:
