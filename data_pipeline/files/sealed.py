@@ -36,8 +36,8 @@ def unseal(content: bytes, formats: Container[Any] | None = None) -> dict[str, A
     """
     try:
         data = json.loads(content)
-    except RecursionError:
-        raise ValueError("its JSON is nested too deeply") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
     if not isinstance(data, dict):
         raise ValueError(f"holds {type(data).__name__}, expected a JSON object")
     told, mark = data.pop(_KEY, None), _SEAL.search(content)

@@ -3,14 +3,11 @@
 A mistake that would end the run raises; what may be meant becomes a warning.
 """
 
-import itertools
 import math
 import os
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.errors import ConfigError, DataError, RunError
 from data_pipeline.files.filesystem import absolute, is_uri
@@ -20,7 +17,7 @@ from launch.slurm.site import Cluster, node_range, seconds
 from model.costs.totals import num_parameters
 from pretrain.config.dataset_identity import Built, complete
 from pretrain.config.schema import Config
-from pretrain.planning.costs import changed, fitting
+from pretrain.planning.costs import fitting, more_gpus
 from pretrain.planning.memory import memory, state_bytes
 from pretrain.run import origin
 from pretrain.run.journal import Record
@@ -158,17 +155,17 @@ def check_memory(config: Config, cluster: Cluster) -> list[Finding]:
     )
     if cluster.gpu_memory_gib is None:
         return [Finding("memory", f"{told}; gpu_memory_gib of the site is not known", warning=True)]
+    told += f"; a GPU has {cluster.gpu_memory_gib:g} GiB"
     size = cluster.gpu_memory_gib * GIB
-    if state >= size:
-        raise ConfigError(
-            f"{told}; a GPU has {cluster.gpu_memory_gib:g} GiB. What would hold the state: "
-            f"{', '.join(_what_fits(config, parameters, ranks, size)) or 'a smaller model only'}"
-        )
-    if step.total > size:
-        fits = ", ".join(fitting(config, ranks, size)) or "a smaller model, or more GPUs"
-        told += f"; a GPU has {cluster.gpu_memory_gib:g} GiB. What would fit: {fits}"
-        return [Finding("memory", told, warning=True)]
-    return [Finding("memory", f"{told}; a GPU has {cluster.gpu_memory_gib:g} GiB")]
+    if max(state, step.total) <= size:
+        return [Finding("memory", told)]
+    fits, more = [*fitting(config, ranks, size)], more_gpus(config, ranks, size)
+    if more:
+        fits.append(f"{more[0]} times the nodes with batch.micro_batch={more[1]}")
+    told += f". What would fit: {', '.join(fits) or 'a smaller model only'}"
+    if state > size:
+        raise ConfigError(told)
+    return [Finding("memory", told, warning=True)]
 
 
 def check_time(config: Config, cluster: Cluster, links: int) -> list[Finding]:
@@ -262,25 +259,6 @@ def _shares(config: Config, ranks: int) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def _what_fits(config: Config, parameters: int, ranks: int, size: float) -> Iterator[str]:
-    """Only what the configuration allows."""
-
-    def holds(key: str, value: Any) -> bool:
-        try:
-            return state_bytes(changed(config, {key: value}), parameters, ranks) < size
-        except ConfigError:
-            return False
-
-    stages = (stage for stage in range(config.engine.zero_stage + 1, 4) if holds("engine.zero_stage", stage))
-    yield from (f"engine.zero_stage={stage}" for stage in itertools.islice(stages, 1))
-    for factor in (2, 4, 8, 16, 32):
-        if _shares(config, factor * ranks) and state_bytes(config, parameters, factor * ranks) < size:
-            yield f"{factor} times the nodes"
-            break
-    if config.engine.offload == "none" and holds("engine.offload", "cpu"):
-        yield "engine.offload=cpu"
 
 
 def _measured(records: list[Record], name: str) -> list[float]:

@@ -137,8 +137,9 @@ def element_size(config: Config) -> int:
 def _activations(config: Config, micro_batch: int, device: Device) -> Activations:
     model, objective = config.model, config.data.objective
     pairs = objective == "pairs"
-    masked = model.document_mask or objective in ("prefix", "pairs")
-    in_blocks = device == "cuda" and model.causal and not model.needs_weights
+    padded = objective == "masked" and config.data.packing == "best_fit"
+    masked = model.document_mask or objective in ("prefix", "pairs") or padded
+    in_blocks = device == "cuda" and model.sees_in_blocks
     return activations(model, micro_batch, element_size(config), pairs=pairs, dense_mask=masked and not in_blocks)
 
 

@@ -33,7 +33,7 @@ def test_what_was_cut_off_is_noticed(end: int) -> None:
 
 @pytest.mark.parametrize("text", ["[]", "null", '"text"', "[" * 100_000, '{"a":' * 100_000, '{"format": 2}'])
 def test_what_is_no_object_with_a_hash_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="hash is missing|expected a JSON object|nested too deeply"):
+    with pytest.raises(ValueError, match="hash is missing|expected a JSON object|not JSON"):
         unseal(text.encode())
 
 
