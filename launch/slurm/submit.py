@@ -18,7 +18,7 @@ from data_pipeline.errors import ConfigError, RunError
 from data_pipeline.files.atomic import disk_errors, open_lock, write_atomic
 from launch.slurm import checks, client, render, snapshot
 from launch.slurm import site as clusters
-from launch.slurm.checks import Finding
+from launch.slurm.checks import Checked
 from launch.slurm.exclude import avoided
 from launch.slurm.site import Cluster
 from pretrain.config.schema import Config, dump, load
@@ -59,7 +59,7 @@ class Plan:
     script: str
     configs: list[Config]
     code: Path
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Checked] = field(default_factory=list)
 
 
 def resubmit(run_dir: Path, nodes: str | None = None, cluster: str | None = None, time: str | None = None) -> list[str]:
@@ -121,10 +121,10 @@ def prepare(order: Order, *, dry_run: bool = False) -> Plan:
     first = configs[0].run_dir
     folder = first.parent if order.array else first
     code = order.code or snapshot.take(folder / "code", order.untracked_mib, dry_run=True)
-    findings.append(Finding("code", str(code)))
+    findings.append(Checked("code", str(code)))
     excluded = list(dict.fromkeys(node for config in configs for node in avoided(JobFolder(config.run_dir))))
     if excluded:
-        findings.append(Finding("exclude", f"{', '.join(excluded)}: {first}/slurm/exclude.jsonl", warning=True))
+        findings.append(Checked("exclude", f"{', '.join(excluded)}: {first}/slurm/exclude.jsonl", warning=True))
     # An element knows its number only, in Slurm's pattern %a and in the shell: links lead from it to the run folders.
     links = _links(configs)
     logs = f"{render.plain(links)}/%a/logs/slurm-%A_%a.out"
@@ -167,12 +167,12 @@ def place(order: Order) -> list[str]:
             script.write(plan.script)
             script.flush()
             told = client.test_only(Path(f"/proc/{os.getpid()}/fd/{script.fileno()}"))
-        findings = [*plan.findings, Finding("Slurm", told)]
+        findings = [*plan.findings, Checked("Slurm", told)]
         show(findings)
         return _write_and_submit(order, plan)
 
 
-def show(findings: list[Finding]) -> None:
+def show(findings: list[Checked]) -> None:
     """A line for each, on standard error."""
     width = max(len(finding.about) for finding in findings)
     for finding in findings:
