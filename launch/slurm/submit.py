@@ -53,7 +53,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Submission:
     """What would be submitted."""
 
     script: str
@@ -99,7 +99,7 @@ def site(name: str, nodes: str | None = None, time: str | None = None) -> Cluste
     return clusters.parse(found.model_dump() | changes, f"--cluster {name}") if changes else found
 
 
-def prepare(order: Order, *, dry_run: bool = False) -> Plan:
+def prepare(order: Order, *, dry_run: bool = False) -> Submission:
     """Check the order and write its script, in memory; with `dry_run` no file is touched for a moment either.
 
     Raises:
@@ -146,7 +146,7 @@ def prepare(order: Order, *, dry_run: bool = False) -> Plan:
             before=_ends_at_once(configs[0]) if order.chain > 1 else (),
         ),
     )
-    return Plan(script, configs, code, [*checks.check_environment(script), *findings])
+    return Submission(script, configs, code, [*checks.check_environment(script), *findings])
 
 
 def place(order: Order) -> list[str]:
@@ -180,7 +180,7 @@ def show(findings: list[Checked]) -> None:
         typer.echo(f"{finding.about:<{width}}  {mark}{finding.text}", err=True)
 
 
-def _write_and_submit(order: Order, plan: Plan) -> list[str]:
+def _write_and_submit(order: Order, plan: Submission) -> list[str]:
     if order.code is None:
         code = snapshot.take(plan.code.parent, order.untracked_mib)
         if code != plan.code:
