@@ -131,7 +131,7 @@ def prepare(order: Order, *, dry_run: bool = False) -> Submission:
     config_file = f"{shlex.quote(str(links))}/$SLURM_ARRAY_TASK_ID/slurm/config.yaml"
     script = render.render(
         render.template("pretrain"),
-        render.Job(
+        render.JobScript(
             name=f"duet-{folder.name if order.array else configs[0].run.name}",
             cluster=where,
             cluster_name=order.cluster_name,

@@ -55,8 +55,8 @@ EVERYTHING = Cluster(
 )
 
 
-def job(site: Cluster, name: str, folder: str = "/shared/runs/first") -> render.Job:
-    return render.Job(
+def job(site: Cluster, name: str, folder: str = "/shared/runs/first") -> render.JobScript:
+    return render.JobScript(
         name="duet-first",
         cluster=site,
         cluster_name=name,
