@@ -73,7 +73,7 @@ def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
     return identity
 
 
-class Job:
+class Build:
     """A build: its plan, and the crew that carries it out, which is dismissed at the end of a `with`."""
 
     def __init__(
@@ -85,14 +85,14 @@ class Job:
         self._progress = progress
         self._crew = Crew(processes)
 
-    def __enter__(self) -> "Job":
+    def __enter__(self) -> "Build":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._crew.dismiss()
 
     @classmethod
-    def of(cls, config: DataConfig, progress: Progress | None, processes: int, notes: Notes = ignore) -> "Job":
+    def of(cls, config: DataConfig, progress: Progress | None, processes: int, notes: Notes = ignore) -> "Build":
         """Finds the inputs and hashes them."""
         corpus = Corpus(config)
         for source in corpus.sources:
@@ -111,7 +111,7 @@ class Job:
     @classmethod
     def prepared(
         cls, config: DataConfig, work: Path, progress: Progress | None, processes: int, notes: Notes = ignore
-    ) -> "Job":
+    ) -> "Build":
         """What `prepare` left. Raises DataError if there is nothing, or it was for other settings."""
         plan = Plan.load(work)
         if changed := differences(plan.identity, make_identity(config, plan.inputs)):
