@@ -47,7 +47,7 @@ def remove_work(work: Path) -> None:
     shutil.rmtree(work)
 
 
-class Plan:
+class BuildPlan:
     """What a build is going to do. Work that was done for another plan is of no use."""
 
     def __init__(self, identity: dict[str, Any], inputs: Inputs, units: list[Unit]) -> None:
@@ -83,7 +83,7 @@ class Plan:
             write_atomic(work / _PREPARED, "")
 
     @classmethod
-    def load(cls, work: Path) -> "Plan":
+    def load(cls, work: Path) -> "BuildPlan":
         """The plan that was prepared. Raises DataError if there is none."""
         if not (work / _PREPARED).exists():
             raise DataError(
