@@ -20,7 +20,7 @@ from data_pipeline.files.sealed import seal
 from data_pipeline.sampling.data_state import DataState
 from model.architectures.names import current_name, former_name
 from pretrain.checkpoint.consistency import problems
-from pretrain.checkpoint.shard_file import Shard, hash_file
+from pretrain.checkpoint.shard_file import CheckpointShard, hash_file
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import ADAM_STATES, Engine, Fragment
 from pretrain.engine.rng import restore_rng_states
@@ -56,7 +56,7 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
     """What each parameter is made of: fp32, and what its optimizer keeps."""
     buffers: dict[str, list[int]] = {}
     """Shapes of the model's buffers."""
-    shards: list[Shard]
+    shards: list[CheckpointShard]
     state: dict[str, Any]
     """Everything that is not a tensor: data position, fingerprint, tokenizer, configuration, attempt, commit."""
     validation_loss: float | None = None
@@ -240,7 +240,7 @@ class Checkpoint:
                 f"here, {ours.get(odd[0], 'missing')} in the run"
             )
 
-    def _check_tensors(self, shard: Shard, buffers: dict[str, list[int]]) -> None:
+    def _check_tensors(self, shard: CheckpointShard, buffers: dict[str, list[int]]) -> None:
         wanted = {self.manifest.stored_name(name): shape for name, shape in buffers.items()}
         for name, _, numel in shard.fragments:
             for state in self.manifest.states[name]:
@@ -254,7 +254,7 @@ class Checkpoint:
                     "one of the two is damaged"
                 )
 
-    def _open(self, shard: Shard) -> Any:
+    def _open(self, shard: CheckpointShard) -> Any:
         try:
             return safe_open(self.path / shard.file, framework="pt")
         except (OSError, SafetensorError) as error:
