@@ -42,7 +42,7 @@ NAMED = ("shapes", "states", "buffers")
 """Fields of a manifest that are by the name of a parameter or buffer."""
 
 
-class Manifest(BaseModel, extra="forbid", frozen=True):
+class CheckpointManifest(BaseModel, extra="forbid", frozen=True):
     """What makes a directory a checkpoint."""
 
     format: int = FORMAT
@@ -72,7 +72,7 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
         return raw
 
     @model_validator(mode="after")
-    def _name_as_today(self) -> "Manifest":
+    def _name_as_today(self) -> "CheckpointManifest":
         """Until format 3 an architecture's parameters were the model's own, without `backbone.` before their names."""
         if self.format > LAST_WITHOUT_BACKBONE:
             return self
@@ -106,7 +106,7 @@ class Checkpoint:
         self.path = path
         raw = read_manifest(path)
         try:
-            self.manifest = Manifest.model_validate(raw)
+            self.manifest = CheckpointManifest.model_validate(raw)
         except ValidationError as error:
             raise CheckpointError(f"{path / MANIFEST}: damaged: {error}") from None
         for problem in problems(self.manifest):

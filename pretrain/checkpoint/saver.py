@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data_pipeline.errors import CheckpointError
 from data_pipeline.files.atomic import sync_folder, write_atomic
-from pretrain.checkpoint.checkpoint import BUFFER, RNG, Manifest
+from pretrain.checkpoint.checkpoint import BUFFER, RNG, CheckpointManifest
 from pretrain.checkpoint.shard_file import CheckpointShard, write_error, write_tensors
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine, Fragment
@@ -190,7 +190,7 @@ class Saver:
         if not self._ranks.is_first:
             return
         self._still_ours()
-        manifest = Manifest(**save.content, shards=shards)
+        manifest = CheckpointManifest(**save.content, shards=shards)
         file = save.path / MANIFEST
         try:
             sync_folder(save.path)
