@@ -64,7 +64,7 @@ FENCE = re.compile(r"^```(\w*(?: \w+)?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
 SECTIONS = "|".join(Config.model_fields)
-KEY = re.compile(rf"(?<![\w./-])(?:{SECTIONS})(?:\.\w+)+(?![\w/(-])")
+KEY = re.compile(rf"(?<!from )(?<![\w./-])(?:{SECTIONS})(?:\.\w+)+(?![\w/(-])")
 FILE_ENDINGS = {"json", "yaml", "md", "py", "safetensors"}
 
 
