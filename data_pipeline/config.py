@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
+from data_pipeline import may_change
 from data_pipeline.secret import WAY_ON, has_secret
 
 
@@ -23,15 +24,15 @@ Place = Annotated[str, AfterValidator(_without_a_secret)]
 class FilterConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """Which documents of a source are kept. Every one left out is counted by reason."""
 
-    min_chars: int = Field(default=0, ge=0)
+    min_chars: Annotated[int, may_change.BUILD] = Field(default=0, ge=0)
     """Documents of fewer characters are left out."""
-    max_chars: int | None = Field(default=None, ge=1)
+    max_chars: Annotated[int | None, may_change.BUILD] = Field(default=None, ge=1)
     """Documents of more characters are left out."""
-    language: str | None = None
+    language: Annotated[str | None, may_change.BUILD] = None
     """Only documents whose `language_key` holds exactly this (JSONL and tables)."""
-    language_key: str = "language"
+    language_key: Annotated[str, may_change.BUILD] = "language"
     """Key or column of a document's language."""
-    function: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
+    function: Annotated[str | None, may_change.BUILD] = Field(default=None, pattern=r"^[\w.]+:\w+$")
     """`module:function` of your own, called with the text and the record it came in; a false result leaves the
     document out. The module must be importable; what it returns may depend on its arguments only."""
 
@@ -45,55 +46,55 @@ class FilterConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
 class DuplicateConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """Which documents count as copies of an earlier one, over all sources. The first in the order of input stays."""
 
-    rule: Literal["keep", "exact", "near"] = "keep"
+    rule: Annotated[Literal["keep", "exact", "near"], may_change.BUILD] = "keep"
     """`keep`: all stay; `exact`: the same text goes; `near`: also what shares most of its word sequences with an
     earlier document (MinHash; needs the extra `near`)."""
-    threshold: float = Field(default=0.8, gt=0.0, lt=1.0)
+    threshold: Annotated[float, may_change.BUILD] = Field(default=0.8, gt=0.0, lt=1.0)
     """`near`: Jaccard similarity from which a document is most likely taken for a copy."""
-    words: int = Field(default=5, ge=1)
+    words: Annotated[int, may_change.BUILD] = Field(default=5, ge=1)
     """`near`: words in a sequence."""
-    permutations: int = Field(default=128, ge=16, le=1024)
+    permutations: Annotated[int, may_change.BUILD] = Field(default=128, ge=16, le=1024)
     """`near`: hash functions; more tell similar from dissimilar more sharply."""
 
 
 class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """One named body of text."""
 
-    paths: list[Place] = Field(min_length=1)
+    paths: Annotated[list[Place], may_change.BUILD] = Field(min_length=1)
     """Files, directories (all files below, hidden ones left out) or globs; local paths or URIs (s3://, gs://, …). A
     name ending in .jsonl, .ndjson or .json holds one JSON object a line, in .parquet, .arrow or .feather one document a
     row; any other is plain text, one document a file. All but .parquet may also end in .gz, .zst, .bz2 or .xz."""
-    text_key: str = "text"
+    text_key: Annotated[str, may_change.BUILD] = "text"
     """Key of the text in a JSONL object, or column of a table."""
-    target_key: str | None = None
+    target_key: Annotated[str | None, may_change.BUILD] = None
     """Key or column of a second text, which makes each object or row a pair: `text_key` is read, this one is to be
     written (`data.objective=pairs`). All sources have one, or none has."""
     filter: FilterConfig = FilterConfig()
-    weight: float | None = Field(default=None, gt=0.0)
+    weight: Annotated[float | None, may_change.PHASE] = Field(default=None, gt=0.0)
     """Share of the training samples that come from this source, beside the weights of the others; what it has of tokens
     unless given. Kept with the dataset, whose tokens do not depend on it, for runs without weights of their own."""
-    repeat: float | None = Field(default=None, gt=0.0)
+    repeat: Annotated[float | None, may_change.PHASE] = Field(default=None, gt=0.0)
     """At most this many epochs of this source; without it as many as its weight asks for. Kept as `weight` is."""
 
 
 class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """How the SentencePiece tokenizer is trained. It sees training text only."""
 
-    type: Literal["unigram", "bpe", "char"] = "unigram"
+    type: Annotated[Literal["unigram", "bpe", "char"], may_change.BUILD] = "unigram"
     """Model of SentencePiece; `unigram` and `bpe` spell unknown characters in bytes."""
-    vocab_size: int = Field(default=8192, ge=3)
+    vocab_size: Annotated[int, may_change.BUILD] = Field(default=8192, ge=3)
     """Pieces in the vocabulary; an upper bound for type `char`."""
-    character_coverage: float = Field(default=1.0, gt=0.9, le=1.0)
+    character_coverage: Annotated[float, may_change.BUILD] = Field(default=1.0, gt=0.9, le=1.0)
     """Share of the text's characters that get a piece; rarer ones become bytes (`char`: unknown)."""
-    user_defined_symbols: list[str] = ["\n"]
+    user_defined_symbols: Annotated[list[str], may_change.BUILD] = ["\n"]
     """Strings that are always one piece. A newline, so that line structure survives and stays cheap. Those of a `model`
     must be among its pieces, if others than the default are given."""
-    sentinels: int = Field(default=0, ge=0, le=1000)
+    sentinels: Annotated[int, may_change.BUILD] = Field(default=0, ge=0, le=1000)
     """Pieces <extra_id_0>, <extra_id_1>, … that no text gives: for span corruption. Counted in `vocab_size`."""
-    model: str | None = None
+    model: Annotated[str | None, may_change.BUILD] = None
     """A SentencePiece .model or a Hugging Face tokenizer.json (needs the extra `tokenizers`) to take as it is. The
     other settings of training have no effect then."""
-    sample_bytes: int = Field(default=64 * 2**20, ge=1024)
+    sample_bytes: Annotated[int, may_change.BUILD] = Field(default=64 * 2**20, ge=1024)
     """Train on at most this many bytes of text, sampled over all sources with `data.seed`."""
 
     @model_validator(mode="after")
@@ -121,16 +122,16 @@ class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
 class SplitConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """Which text is held out for validation. Part of the dataset's fingerprint."""
 
-    rule: Literal["hash", "tail", "given"] = "hash"
+    rule: Annotated[Literal["hash", "tail", "given"], may_change.BUILD] = "hash"
     """`hash`: whole documents by a hash of their text (of its first MiB or so if it is longer); `tail`: the end of each
     source's text; `given`: the documents of `files`."""
-    fraction: float = Field(default=0.01, gt=0.0, lt=1.0)
+    fraction: Annotated[float, may_change.BUILD] = Field(default=0.01, gt=0.0, lt=1.0)
     """Share held out by `hash` (of documents) and `tail` (of UTF-8 bytes)."""
-    files: list[Place] = []
+    files: Annotated[list[Place], may_change.BUILD] = []
     """Validation files for `given`: as `paths` of a source."""
-    text_key: str = "text"
+    text_key: Annotated[str, may_change.BUILD] = "text"
     """Key of the text in the JSONL objects of `files`."""
-    target_key: str | None = None
+    target_key: Annotated[str | None, may_change.BUILD] = None
     """As `target_key` of a source, for `files`."""
 
     @model_validator(mode="after")
@@ -143,46 +144,48 @@ class SplitConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
 class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """A dataset: where it is, what it is built from, and what is made of it to learn from."""
 
-    path: Place = "data/dataset"
+    path: Annotated[Place, may_change.PLACE] = "data/dataset"
     """The dataset's folder (manifest, tokenizer, shards); `duet train` also reads from a URI (s3://, gs://, …)."""
-    cache: str | None = None
+    cache: Annotated[str | None, may_change.PLACE] = None
     """A folder on the node's own disk, in TMPDIR unless given: shards of a dataset at a URI are kept in `duet-cache`
     there."""
-    cache_bytes: int = Field(default=64 * 2**30, ge=1)
+    cache_bytes: Annotated[int, may_change.PLACE] = Field(default=64 * 2**30, ge=1)
     """At most this many bytes are kept there; those least recently used go."""
-    sources: dict[str, SourceConfig] = {}
+    sources: Annotated[dict[str, SourceConfig], may_change.BUILD] = {}
     """Raw text by name; needed by `duet data`, not by `duet train`."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     split: SplitConfig = SplitConfig()
     duplicates: DuplicateConfig = DuplicateConfig()
-    shuffle: bool = False
+    shuffle: Annotated[bool, may_change.BUILD] = False
     """Put the training documents of each source into a random order, which depends on `seed` alone. Without it they
     stand as in the input."""
-    errors: Literal["strict", "replace"] = "strict"
+    errors: Annotated[Literal["strict", "replace"], may_change.BUILD] = "strict"
     """Bytes that are not UTF-8: an error that names file and offset, or U+FFFD in their place."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: Annotated[int, may_change.BUILD] = Field(default=0, ge=0, lt=2**63)
     """Seeds the tokenizer's sample, the hash split and the shuffle."""
-    shard_tokens: int = Field(default=128 * 2**20, ge=1024)
+    shard_tokens: Annotated[int, may_change.BUILD] = Field(default=128 * 2**20, ge=1024)
     """Tokens in a shard (the last of a source in a split may hold fewer)."""
-    objective: Literal["causal", "prefix", "masked", "span_corruption", "pairs"] = "causal"
+    objective: Annotated[Literal["causal", "prefix", "masked", "span_corruption", "pairs"], may_change.IN_FORK] = (
+        "causal"
+    )
     """What a model learns from the text: the next token; the same behind a prefix that is read both ways; tokens hidden
     by `<mask>` (BERT), which it needs among `tokenizer.user_defined_symbols`; spans cut out, each for a sentinel (T5),
     of `tokenizer.sentinels`; the target of a source, of a dataset built with `target_key`. Each needs a
     `model.architecture` that fits."""
-    weights: dict[str, float] = {}
+    weights: Annotated[dict[str, float], may_change.PHASE] = {}
     """Shares of the training samples by source, instead of the sources' own `weight`, or of those that the dataset was
     built with; a source left out is not read."""
-    order: Literal["global", "block"] = "global"
+    order: Annotated[Literal["global", "block"], may_change.PHASE] = "global"
     """`global`: any window of a source may come next, which suits local disks; `block`: those of 16 shards at a
     time."""
-    packing: Literal["plain", "best_fit"] = "plain"
+    packing: Annotated[Literal["plain", "best_fit"], may_change.PHASE] = "plain"
     """`plain`: windows run on over documents; `best_fit`: documents share windows, and none is cut unless it is longer
     than a window (objectives `causal` and `masked`). `model.document_mask` keeps them apart."""
-    mask_boundaries: bool = False
+    mask_boundaries: Annotated[bool, may_change.IN_FORK] = False
     """The first token of a document is nobody's label (`causal`), as it is with `model.document_mask`."""
-    exhausted: Literal["stop", "drop"] = "stop"
+    exhausted: Annotated[Literal["stop", "drop"], may_change.PHASE] = "stop"
     """When a source has been read as often as its `repeat` allows: an error before training, or go on without it."""
-    phase: int = Field(default=1, ge=1)
+    phase: Annotated[int, may_change.PHASE] = Field(default=1, ge=1)
     """Raise it by one to go on with other data, weights or order in the same run: the change begins a new phase."""
 
     @property

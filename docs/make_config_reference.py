@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from model.architectures.registry import ARCHITECTURES, DEFAULT
 from model.config.model_config import ModelConfig
+from pretrain.config.changes import mark_of
 from pretrain.config.schema import Config
 
 OUT = Path(__file__).with_name("config.md")
@@ -22,10 +23,13 @@ HEAD = """# Configuration reference
 Generated from the code by `python docs/make_config_reference.py`; a test holds that it is up to date.
 
 Defaults come first, then YAML files and presets in the order given, then `key=value` overrides. An unknown key is an
-error that names the nearest valid one. How stacking works and what may change when a run goes on:
-[training.md](training.md).
+error that names the nearest valid one. How stacking works: [training.md](training.md).
 `duet config show …` prints the result, `duet config presets` lists the presets that are shipped.
+
+**May change**, the last column: *on resume*, when a run goes on, and in a fork (`duet train --from`), too; *in a fork*
+only; or, where it is empty, never. [training.md](training.md#stopping-and-going-on) says what holds for each reason.
 """
+COLUMNS = "| key | kind | default | meaning | may change |\n|---|---|---|---|---|"
 SIGNS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
 
 
@@ -45,7 +49,7 @@ def reference() -> str:
         assert isinstance(section, type)
         assert issubclass(section, BaseModel)
         parts.append(f"## {name}\n\n{_prose(section.__doc__)}\n")
-        parts.append("| key | kind | default | meaning |\n|---|---|---|---|")
+        parts.append(COLUMNS)
         parts.extend(_row(key, leaf) for key, leaf in _leaves(name, section))
         parts.append("")
     return "\n".join(parts)
@@ -57,17 +61,17 @@ def _models() -> list[str]:
     shared = set.intersection(*(set(keys) for keys in of.values()))
     names = " or ".join(f"`{name}`" for name in of)
     parts = ["## model\n\nOne of the architectures: first the keys that all have, then those of each.\n"]
-    parts.append("| key | kind | default | meaning |\n|---|---|---|---|")
+    parts.append(COLUMNS)
     meaning = _prose(ModelConfig.model_fields["architecture"].description)
     for key, field in of[DEFAULT].items():
         if key == "model.architecture":
-            parts.append(f"| `{key}` | {names} | `{DEFAULT}` | {meaning} |")
+            parts.append(f"| `{key}` | {names} | `{DEFAULT}` | {meaning} | |")
         elif key in shared:
             parts.append(_row(key, field))
     for name, keys in of.items():
         if own := [_row(key, field) for key, field in keys.items() if key not in shared]:
             parts.append(f"\n### Only `{name}`\n\n{_prose(ARCHITECTURES[name].__doc__)}\n")
-            parts += ["| key | kind | default | meaning |\n|---|---|---|---|", *own]
+            parts += [COLUMNS, *own]
     return [*parts, ""]
 
 
@@ -84,7 +88,8 @@ def _leaves(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, FieldI
 
 def _row(key: str, field: FieldInfo) -> str:
     default = "**must be given**" if field.is_required() else f"`{_value(field.default)}`"
-    return f"| `{key}` | {_kind(field.annotation)}{_bounds(field)} | {default} | {_prose(field.description)} |"
+    kind, mark = f"{_kind(field.annotation)}{_bounds(field)}", mark_of(field)
+    return f"| `{key}` | {kind} | {default} | {_prose(field.description)} |{f' {mark} ' if mark else ' '}|"
 
 
 def _kind(annotation: Any) -> str:

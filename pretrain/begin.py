@@ -113,7 +113,7 @@ def restore(
     return step, data
 
 
-def _check_weighing(manifest: checkpoint.Manifest, config: Config, folder: RunFolder) -> None:
+def _check_weighing(manifest: checkpoint.CheckpointManifest, config: Config, folder: RunFolder) -> None:
     """Whether the rest of the run would weigh labels as its beginning did. Raises RunError."""
     if manifest.format >= 4 or not config.labels_vary or manifest.step >= config.train.steps:
         return

@@ -4,20 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pretrain.run.checkpoint_folder import HASH, MANIFEST, UNSEALED_FORMATS, seal
+from data_pipeline.files.sealed import seal, unseal
+from pretrain.run.checkpoint_folder import MANIFEST, UNSEALED_FORMATS
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
     """The manifest's content, without its hash."""
-    content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    content.pop(HASH, None)
-    return content
+    return unseal((folder / MANIFEST).read_bytes(), formats=())
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """As the program would: with a hash, unless the format has none."""
     text = json.dumps(content, indent=1)
-    (folder / MANIFEST).write_bytes(text.encode() if content["format"] in UNSEALED_FORMATS else seal(text))
+    (folder / MANIFEST).write_text(text if content["format"] in UNSEALED_FORMATS else seal(text))
 
 
 def age(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.building.build_state import remove_work, working_folder
-from data_pipeline.building.pipeline import Job, Notes, ignore
+from data_pipeline.building.pipeline import Build, Notes, ignore
 from data_pipeline.building.publish import mixture, remove_stale
 from data_pipeline.building.stages import Context, UnitFacts
 from data_pipeline.config import DataConfig
@@ -41,7 +41,7 @@ def build(
     Raises DataError for unusable text or settings, a full disk, and, unless `overwrite`, for another dataset there.
     """
     root = _root(config)
-    with Job.of(config, progress, processes, notes) as job, working_folder(root) as work:
+    with Build.of(config, progress, processes, notes) as job, working_folder(root) as work:
         if (root / MANIFEST).exists() and not overwrite:
             _check_same(root, job.plan.identity)
             if dropped is not None:
@@ -63,14 +63,14 @@ def build(
 @contextmanager
 def tokenizer_job(
     config: DataConfig, progress: Progress | None = None, overwrite: bool = False, processes: int = 1
-) -> Iterator[tuple[Job, Context, Tokenizer]]:
+) -> Iterator[tuple[Build, Context, Tokenizer]]:
     """The tokenizer of `config`, in `config.path`, trained unless it stands there; and the job, to look at its text.
 
     Raises DataError for unusable text or settings, and for another tokenizer there: unless `overwrite`, and always if
     a dataset depends on it.
     """
     root = _root(config)
-    with Job.of(config, progress, processes) as job, working_folder(root) as work:
+    with Build.of(config, progress, processes) as job, working_folder(root) as work:
         if overwrite and (root / TOKENIZER).exists():
             if (root / MANIFEST).exists():
                 raise DataError(f"the dataset at {root} depends on its tokenizer: `duet data build --overwrite` it")
@@ -93,7 +93,7 @@ def prepare(config: DataConfig, progress: Progress | None = None, processes: int
 
     Raises DataError as `build` does without `overwrite`."""
     root = _root(config)
-    with Job.of(config, progress, processes, notes) as job, working_folder(root) as work:
+    with Build.of(config, progress, processes, notes) as job, working_folder(root) as work:
         _refuse_dataset(root)
         job.plan.begin(work)
         job.prepare(work, _home(root, work))
@@ -107,7 +107,7 @@ def build_task(config: DataConfig, task: int, tasks: int, progress: Progress | N
 
     Raises DataError if nothing is prepared or the settings are others, and as `build` does."""
     root = _root(config)
-    with working_folder(root, shared=True) as work, Job.prepared(config, work, progress, processes) as job:
+    with working_folder(root, shared=True) as work, Build.prepared(config, work, progress, processes) as job:
         context, _ = job.prepare(work, _home(root, work))
         units = job.plan.units[task::tasks]
         job.tokenize(context, units)
@@ -125,7 +125,7 @@ def merge(
     root = _root(config)
     with working_folder(root) as work:
         _refuse_dataset(root)
-        with Job.prepared(config, work, progress, processes, notes) as job:
+        with Build.prepared(config, work, progress, processes, notes) as job:
             context, tokenizer = job.prepare(work, _home(root, work))
             _check_complete(work, job.plan.units, tokenizer)
             return job.publish(context, root, dropped)

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.errors import DataError
 from data_pipeline.files.atomic import disk_errors, open_lock, write_atomic
-from data_pipeline.files.sealed import seal, unseal
+from data_pipeline.files.sealed import unseal, write_sealed
 from data_pipeline.ingest.sources import Unit
 
 WORK = "_work"
@@ -47,7 +47,7 @@ def remove_work(work: Path) -> None:
     shutil.rmtree(work)
 
 
-class Plan:
+class BuildPlan:
     """What a build is going to do. Work that was done for another plan is of no use."""
 
     def __init__(self, identity: dict[str, Any], inputs: Inputs, units: list[Unit]) -> None:
@@ -61,7 +61,7 @@ class Plan:
         there = None
         if (work / _PLAN).exists():
             try:
-                there = unseal((work / _PLAN).read_bytes(), needed=True)[0]["work"]
+                there = unseal((work / _PLAN).read_bytes())["work"]
             except (ValueError, LookupError, TypeError) as error:
                 print(f"warning: {work / _PLAN} is damaged ({error}): the build begins anew", file=sys.stderr)
         content = {"work": self._work(), "identity": self.identity, "inputs": self.inputs, "units": self.units}
@@ -69,7 +69,7 @@ class Plan:
             if there != self._work():
                 shutil.rmtree(work)
                 work.mkdir()
-            write_atomic(work / _PLAN, seal(json.dumps(content, indent=1)))
+            write_sealed(work / _PLAN, content)
 
     def _work(self) -> list[Any]:
         """What the results of units depend on: all but the times of their files."""
@@ -83,14 +83,14 @@ class Plan:
             write_atomic(work / _PREPARED, "")
 
     @classmethod
-    def load(cls, work: Path) -> "Plan":
+    def load(cls, work: Path) -> "BuildPlan":
         """The plan that was prepared. Raises DataError if there is none."""
         if not (work / _PREPARED).exists():
             raise DataError(
                 f"nothing is prepared in {work}: run `duet data build --prepare` with these settings to its end first"
             )
         try:
-            content, _ = unseal((work / _PLAN).read_bytes(), needed=True)
+            content = unseal((work / _PLAN).read_bytes())
             return cls(
                 content["identity"],
                 [[(path, size, digest) for path, size, digest in files] for files in content["inputs"]],

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.building.build_state import Inputs, Plan, remove_work
+from data_pipeline.building.build_state import BuildPlan, Inputs, remove_work
 from data_pipeline.building.dataset_tokenizer import prepare_tokenizer, tokenizer_identity
 from data_pipeline.building.process_pool import Advance, Crew, available_cpus
 from data_pipeline.building.publish import describe, files_without_documents, list_dropped, publish
@@ -73,11 +73,11 @@ def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
     return identity
 
 
-class Job:
+class Build:
     """A build: its plan, and the crew that carries it out, which is dismissed at the end of a `with`."""
 
     def __init__(
-        self, config: DataConfig, plan: Plan, progress: Progress | None, processes: int, notes: Notes = ignore
+        self, config: DataConfig, plan: BuildPlan, progress: Progress | None, processes: int, notes: Notes = ignore
     ) -> None:
         self.plan = plan
         self._notes = notes
@@ -85,35 +85,35 @@ class Job:
         self._progress = progress
         self._crew = Crew(processes)
 
-    def __enter__(self) -> "Job":
+    def __enter__(self) -> "Build":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._crew.dismiss()
 
     @classmethod
-    def of(cls, config: DataConfig, progress: Progress | None, processes: int, notes: Notes = ignore) -> "Job":
+    def of(cls, config: DataConfig, progress: Progress | None, processes: int, notes: Notes = ignore) -> "Build":
         """Finds the inputs and hashes them."""
         corpus = Corpus(config)
         for source in corpus.sources:
             if source.left_out:
                 notes(named("left out", source.name, source.left_out))
         units = corpus.units()
-        job = cls(config, Plan({}, [], units), progress, processes, notes)
+        job = cls(config, BuildPlan({}, [], units), progress, processes, notes)
         job._crew.expect(len(units))
         parts = [part for source in corpus.sources for part in source.parts()]
         advance = job.report("hash", corpus.input_bytes)
         hashed = iter(list(itertools.chain.from_iterable(job._crew.run(hash_files, parts, advance))))
         inputs = [list(itertools.islice(hashed, len(source.files))) for source in corpus.sources]
-        job.plan = Plan(make_identity(config, inputs), inputs, units)
+        job.plan = BuildPlan(make_identity(config, inputs), inputs, units)
         return job
 
     @classmethod
     def prepared(
         cls, config: DataConfig, work: Path, progress: Progress | None, processes: int, notes: Notes = ignore
-    ) -> "Job":
+    ) -> "Build":
         """What `prepare` left. Raises DataError if there is nothing, or it was for other settings."""
-        plan = Plan.load(work)
+        plan = BuildPlan.load(work)
         if changed := differences(plan.identity, make_identity(config, plan.inputs)):
             raise DataError(f"{work} was prepared for other settings: {'; '.join(changed)}. Prepare it again")
         return cls(config, plan, progress, processes, notes)

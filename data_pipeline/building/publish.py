@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.building.build_state import Plan
+from data_pipeline.building.build_state import BuildPlan
 from data_pipeline.building.dataset_tokenizer import META, tokenizer_facts
 from data_pipeline.building.shard_assembly import Assembly, ShardTask, Stream
 from data_pipeline.building.stages import StreamFacts, UnitFacts, dropped_file
@@ -37,7 +37,7 @@ from data_pipeline.tokenize.tokenizer import TOKENIZER, Tokenizer, model_file
 
 def describe(
     config: DataConfig,
-    plan: Plan,
+    plan: BuildPlan,
     facts: list[UnitFacts],
     tokenizer: Tokenizer,
     assembly: Assembly,

@@ -164,7 +164,7 @@ class UnitFacts(BaseModel, frozen=True):
     def load(cls, work: Path, unit: Unit, tokenizer_sha256: str) -> "UnitFacts | None":
         """The journal, if the unit was finished with this tokenizer; a damaged one counts for nothing."""
         try:
-            facts = cls.model_validate(unseal(_journal(work, unit).read_bytes(), needed=True)[0])
+            facts = cls.model_validate(unseal(_journal(work, unit).read_bytes()))
         except FileNotFoundError:
             return None
         except ValueError as error:

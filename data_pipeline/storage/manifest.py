@@ -154,21 +154,19 @@ class Manifest(BaseModel, frozen=True):
         except (IsADirectoryError, PermissionError) as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
         try:
-            data, sealed = unseal(content)
-            found = data.get("format") if isinstance(data, dict) else None
+            data = unseal(content, formats=(FORMAT,))
+            found = data.get("format")
             if found not in READABLE:
                 raise DataError(
                     f"{path} has format {found!r}, this version reads formats 1 to {FORMAT}: use the version of duet "
                     "that built it, or build again with --overwrite"
                 )
-            if sealed != (found == FORMAT):
-                raise ValueError(f"format {found} {'has no' if sealed else 'needs a'} hash of its own")
             manifest = cls.model_validate(_as_of_today(data))
             for problem in itertools.islice(contradictions(manifest), 1):
                 raise ValueError(problem)
-            if not sealed and manifest.fingerprint != _fingerprint_of(data):
+            if found != FORMAT and manifest.fingerprint != _fingerprint_of(data):
                 raise ValueError("its fingerprint is not that of what it describes")
-            if not sealed and [source["name"] for source in data["sources"]] != list(data["identity"]["sources"]):
+            if found != FORMAT and [source["name"] for source in data["sources"]] != list(data["identity"]["sources"]):
                 raise ValueError("its sources are not those that it was built from")
             return manifest
         except (ValueError, LookupError, TypeError, ArithmeticError) as error:

@@ -3,14 +3,11 @@
 A mistake that would end the run raises; what may be meant becomes a warning.
 """
 
-import itertools
 import math
 import os
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.errors import ConfigError, DataError, RunError
 from data_pipeline.files.filesystem import absolute, is_uri
@@ -20,7 +17,7 @@ from launch.slurm.site import Cluster, node_range, seconds
 from model.costs.totals import num_parameters
 from pretrain.config.dataset_identity import Built, complete
 from pretrain.config.schema import Config
-from pretrain.planning.costs import changed, fitting
+from pretrain.planning.costs import fitting, more_gpus
 from pretrain.planning.memory import memory, state_bytes
 from pretrain.run import origin
 from pretrain.run.journal import Record
@@ -35,7 +32,7 @@ LARGEST_FACTOR = 4
 
 
 @dataclass(frozen=True)
-class Finding:
+class Checked:
     """One line of what was looked at."""
 
     about: str
@@ -43,7 +40,7 @@ class Finding:
     warning: bool = False
 
 
-def check_data(config: Config, *, later: bool) -> tuple[Config, list[Finding]]:
+def check_data(config: Config, *, later: bool) -> tuple[Config, list[Checked]]:
     """Dataset and tokenizer are there and fit the run folder; the configuration with all paths absolute.
 
     With `later` another job makes the dataset, and there may be none yet.
@@ -55,7 +52,7 @@ def check_data(config: Config, *, later: bool) -> tuple[Config, list[Finding]]:
     place = config.data.path
     remote, path = is_uri(place), Path(place)
     if later and (remote or not (path / MANIFEST).is_file()):
-        return config, [Finding("data", f"{place}: no dataset yet; the job looks again", warning=True)]
+        return config, [Checked("data", f"{place}: no dataset yet; the job looks again", warning=True)]
     manifest = Manifest.load(place)
     if remote:
         from data_pipeline.storage.remote_shards import check_sizes  # a store is asked through pyarrow
@@ -70,7 +67,7 @@ def check_data(config: Config, *, later: bool) -> tuple[Config, list[Finding]]:
     if folder.has_trained():
         folder.check(config, identity)
     tokens = manifest.splits["train"].tokens
-    return config, [Finding("data", f"{place}: {tokens:,} tokens, fingerprint {manifest.fingerprint[:12]}")]
+    return config, [Checked("data", f"{place}: {tokens:,} tokens, fingerprint {manifest.fingerprint[:12]}")]
 
 
 def _check_files(path: Path, manifest: Manifest) -> None:
@@ -84,7 +81,7 @@ def _check_files(path: Path, manifest: Manifest) -> None:
         raise DataError(f"{path / 'tokenizer'}: the tokenizer is missing; restore it from a copy, or build again")
 
 
-def check_folder(config: Config, clock: float | None) -> list[Finding]:
+def check_folder(config: Config, clock: float | None) -> list[Checked]:
     """The run folder is nobody's at the moment, can be written to, and its run is not over. `clock` as in the lease.
 
     Raises:
@@ -102,16 +99,16 @@ def check_folder(config: Config, clock: float | None) -> list[Finding]:
     saved = folder.saved_steps()
     if not saved:
         folder.check_never_saved()
-        return [Finding("run", f"{folder.path} (new)")]
+        return [Checked("run", f"{folder.path} (new)")]
     if saved[-1] >= config.train.steps:
         raise RunError(
             f"{folder.path}: finished: its newest checkpoint is of step {saved[-1]}, train.steps={config.train.steps}; "
             "raise train.steps, or start a new run with another run.name"
         )
-    return [Finding("run", f"{folder.path} (goes on after step {saved[-1]})")]
+    return [Checked("run", f"{folder.path} (goes on after step {saved[-1]})")]
 
 
-def check_nodes(config: Config, cluster: Cluster) -> list[Finding]:
+def check_nodes(config: Config, cluster: Cluster) -> list[Checked]:
     """At least one of the numbers of nodes can share the batch.
 
     Raises:
@@ -133,13 +130,13 @@ def check_nodes(config: Config, cluster: Cluster) -> list[Finding]:
     micro, accumulation = config.micro_batches(usable[-1] * ranks)
     batch = f"{usable[-1]} node(s) x {ranks} rank(s) x {accumulation} x {micro} sequences"
     if least == most:
-        return [Finding("nodes", batch)]
+        return [Checked("nodes", batch)]
     idle = [str(n) for n in range(least, most + 1) if n not in usable]
     rest = f"; of {', '.join(idle)} nodes some would be idle" if idle else ""
-    return [Finding("nodes", f"at most {batch}{rest}", warning=bool(idle))]
+    return [Checked("nodes", f"at most {batch}{rest}", warning=bool(idle))]
 
 
-def check_memory(config: Config, cluster: Cluster) -> list[Finding]:
+def check_memory(config: Config, cluster: Cluster) -> list[Checked]:
     """Weights, gradients and optimizer state fit the site's GPUs; activations are estimated.
 
     Raises:
@@ -157,29 +154,29 @@ def check_memory(config: Config, cluster: Cluster) -> list[Finding]:
         f"state, some {step.total / GIB:.1f} GiB in all at the fullest moment of a step ({step.moment})"
     )
     if cluster.gpu_memory_gib is None:
-        return [Finding("memory", f"{told}; gpu_memory_gib of the site is not known", warning=True)]
+        return [Checked("memory", f"{told}; gpu_memory_gib of the site is not known", warning=True)]
+    told += f"; a GPU has {cluster.gpu_memory_gib:g} GiB"
     size = cluster.gpu_memory_gib * GIB
-    if state >= size:
-        raise ConfigError(
-            f"{told}; a GPU has {cluster.gpu_memory_gib:g} GiB. What would hold the state: "
-            f"{', '.join(_what_fits(config, parameters, ranks, size)) or 'a smaller model only'}"
-        )
-    if step.total > size:
-        fits = ", ".join(fitting(config, ranks, size)) or "a smaller model, or more GPUs"
-        told += f"; a GPU has {cluster.gpu_memory_gib:g} GiB. What would fit: {fits}"
-        return [Finding("memory", told, warning=True)]
-    return [Finding("memory", f"{told}; a GPU has {cluster.gpu_memory_gib:g} GiB")]
+    if max(state, step.total) <= size:
+        return [Checked("memory", told)]
+    fits, more = [*fitting(config, ranks, size)], more_gpus(config, ranks, size)
+    if more:
+        fits.append(f"{more[0]} times the nodes with batch.micro_batch={more[1]}")
+    told += f". What would fit: {', '.join(fits) or 'a smaller model only'}"
+    if state > size:
+        raise ConfigError(told)
+    return [Checked("memory", told, warning=True)]
 
 
-def check_time(config: Config, cluster: Cluster, links: int) -> list[Finding]:
+def check_time(config: Config, cluster: Cluster, links: int) -> list[Checked]:
     """Time limit and signal lead beside what the run's journal measured; nothing without one."""
     folder = RunFolder(config.run_dir)
     if not folder.run_file.exists() or not folder.journal.is_file():
-        return [Finding("time", f"{cluster.time}; steps and saves of this run are not measured yet")]
+        return [Checked("time", f"{cluster.time}; steps and saves of this run are not measured yet")]
     records = tail(folder.journal)
     steps, saves = _measured(records, "time/step_ms"), _measured(records, "time/checkpoint_ms")
     if not steps:
-        return [Finding("time", f"{cluster.time}; steps of this run are not measured yet")]
+        return [Checked("time", f"{cluster.time}; steps of this run are not measured yet")]
     before, least = folder.facts().get("world_size"), node_range(cluster.nodes)[0] * cluster.ranks_per_node
     scale = before / least if before else 1.0
     left = config.train.steps - max(folder.saved_steps(), default=0)
@@ -188,18 +185,18 @@ def check_time(config: Config, cluster: Cluster, links: int) -> list[Finding]:
     starts = math.ceil(left * step / of_a_job)
     told = f"{cluster.time}; {left:,} steps of {step:.3g} s are left, {duration(left * step)}, so {starts} start(s)"
     told += f" (measured on {before} ranks)" if before != least else " (as measured)"
-    found = [Finding("time", told)]
+    found = [Checked("time", told)]
     if not cluster.requeue and links < starts:
-        found = [Finding("time", f"{told}; this site does not requeue: --chain {starts}", warning=True)]
+        found = [Checked("time", f"{told}; this site does not requeue: --chain {starts}", warning=True)]
     needed = max(steps) * scale + max(saves, default=0.0)
     if needed > cluster.signal_lead:
         text = f"{cluster.signal_lead} s before the end the run is told to save, and a step with a save took "
         text += f"{needed:.0f} s; give the site a signal_lead of {math.ceil(1.5 * needed)}"
-        found.append(Finding("signal", text, warning=True))
+        found.append(Checked("signal", text, warning=True))
     return found
 
 
-def check_site(cluster: Cluster, python: str) -> list[Finding]:
+def check_site(cluster: Cluster, python: str) -> list[Checked]:
     """What the site names on shared file systems is there; inside a container nothing can be seen from here.
 
     Raises:
@@ -209,24 +206,24 @@ def check_site(cluster: Cluster, python: str) -> list[Finding]:
         if value and value.startswith("/") and not Path(value).exists():
             raise ConfigError(f"{key}: {value} is not there; nodes see the same file systems, so name what is")
     if cluster.container or cluster.apptainer:
-        return [Finding("python", f"{python}, inside the container")]
+        return [Checked("python", f"{python}, inside the container")]
     if "/" in python and not os.access(python, os.X_OK):
         raise ConfigError(f"python: {python} is no program here; name one on a file system that the nodes see, too")
-    return [Finding("python", python)]
+    return [Checked("python", python)]
 
 
-def check_environment(script: str) -> list[Finding]:
+def check_environment(script: str) -> list[Checked]:
     """What of the environment sbatch goes by, beside the script."""
     overruled = client.overruled(script)
     said = {True: "is left out: the script decides", False: "goes to sbatch: the script does not say"}
     return [
-        Finding("site", f"{name}={value} of the environment {said[name in overruled]}", warning=True)
+        Checked("site", f"{name}={value} of the environment {said[name in overruled]}", warning=True)
         for name, value in sorted(os.environ.items())
         if name.startswith("SBATCH_")
     ]
 
 
-def check_mounts(config: Config, cluster: Cluster) -> list[Finding]:
+def check_mounts(config: Config, cluster: Cluster) -> list[Checked]:
     """A container sees the run folder, with the code in it, and the dataset."""
     if not (cluster.container or cluster.apptainer):
         return []
@@ -237,7 +234,7 @@ def check_mounts(config: Config, cluster: Cluster) -> list[Finding]:
         if not is_uri(path) and not any(Path(path).is_relative_to(mount) for mount in seen)
     ]
     text = "in none of the mounts, so the container sees it only if the site mounts it by itself"
-    return [Finding("mounts", f"{path}: {text}", warning=True) for path in hidden]
+    return [Checked("mounts", f"{path}: {text}", warning=True) for path in hidden]
 
 
 def _absolute(config: Config) -> Config:
@@ -262,25 +259,6 @@ def _shares(config: Config, ranks: int) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def _what_fits(config: Config, parameters: int, ranks: int, size: float) -> Iterator[str]:
-    """Only what the configuration allows."""
-
-    def holds(key: str, value: Any) -> bool:
-        try:
-            return state_bytes(changed(config, {key: value}), parameters, ranks) < size
-        except ConfigError:
-            return False
-
-    stages = (stage for stage in range(config.engine.zero_stage + 1, 4) if holds("engine.zero_stage", stage))
-    yield from (f"engine.zero_stage={stage}" for stage in itertools.islice(stages, 1))
-    for factor in (2, 4, 8, 16, 32):
-        if _shares(config, factor * ranks) and state_bytes(config, parameters, factor * ranks) < size:
-            yield f"{factor} times the nodes"
-            break
-    if config.engine.offload == "none" and holds("engine.offload", "cpu"):
-        yield "engine.offload=cpu"
 
 
 def _measured(records: list[Record], name: str) -> list[float]:

@@ -16,7 +16,7 @@ _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567
 
 
 @dataclass(frozen=True)
-class Job:
+class JobScript:
     """What a script asks Slurm for, and what it starts."""
 
     name: str
@@ -44,7 +44,7 @@ def template(name: str) -> str:
     return resources.files("slurm").joinpath(f"{name}.sbatch").read_text(encoding="utf-8")
 
 
-def render(text: str, job: Job) -> str:
+def render(text: str, job: JobScript) -> str:
     """The script `text` with the job's own first two sections; its defaults of the site stay behind ours."""
     defaults, life = sections(text)
     directives, ours = "\n".join(_directives(job)), "\n".join(_site(job))
@@ -84,7 +84,7 @@ def directive(option: str) -> str:
     return f'#SBATCH {name}{mark}"{value}"'
 
 
-def _directives(job: Job) -> list[str]:
+def _directives(job: JobScript) -> list[str]:
     cluster = job.cluster
     options = [f"--job-name={job.name}", f"--nodes={cluster.nodes}", f"--ntasks-per-node={cluster.ranks_per_node}"]
     options += [f"--gpus-per-node={cluster.gpus_per_node}"] if cluster.gpus_per_node else []
@@ -101,7 +101,7 @@ def _directives(job: Job) -> list[str]:
     return [directive(option) for option in [*options, *cluster.sbatch, *job.options]]
 
 
-def _site(job: Job) -> list[str]:
+def _site(job: JobScript) -> list[str]:
     """Assignments for the defaults that follow: what is set already, stays."""
     cluster = job.cluster
     lines = [f"module load {' '.join(map(shlex.quote, cluster.modules))}"] if cluster.modules else []

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from data_pipeline.errors import CheckpointError, RunError
+from data_pipeline.files.sealed import unseal
 from pretrain.run.checkpoint_folder import MANIFEST, complete, step_of
 from pretrain.run.job_records import Failure, Heartbeat, JobFolder
-from pretrain.run.record_hash import unsealed
 from pretrain.run.run_listing import RunState, run_state
 
 MOST_JOBS = 16
@@ -99,7 +99,7 @@ def read_files(path: Path) -> RunFiles:
 def _recorded(file: Path) -> dict[str, Any]:
     """The configuration that a run last went on with; nothing before format 2."""
     try:
-        config = unsealed(file.read_bytes()).get("config")
+        config = unseal(file.read_bytes(), formats=()).get("config")
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

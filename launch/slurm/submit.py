@@ -18,7 +18,7 @@ from data_pipeline.errors import ConfigError, RunError
 from data_pipeline.files.atomic import disk_errors, open_lock, write_atomic
 from launch.slurm import checks, client, render, snapshot
 from launch.slurm import site as clusters
-from launch.slurm.checks import Finding
+from launch.slurm.checks import Checked
 from launch.slurm.exclude import avoided
 from launch.slurm.site import Cluster
 from pretrain.config.schema import Config, dump, load
@@ -53,13 +53,13 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Submission:
     """What would be submitted."""
 
     script: str
     configs: list[Config]
     code: Path
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Checked] = field(default_factory=list)
 
 
 def resubmit(run_dir: Path, nodes: str | None = None, cluster: str | None = None, time: str | None = None) -> list[str]:
@@ -99,7 +99,7 @@ def site(name: str, nodes: str | None = None, time: str | None = None) -> Cluste
     return clusters.parse(found.model_dump() | changes, f"--cluster {name}") if changes else found
 
 
-def prepare(order: Order, *, dry_run: bool = False) -> Plan:
+def prepare(order: Order, *, dry_run: bool = False) -> Submission:
     """Check the order and write its script, in memory; with `dry_run` no file is touched for a moment either.
 
     Raises:
@@ -121,17 +121,17 @@ def prepare(order: Order, *, dry_run: bool = False) -> Plan:
     first = configs[0].run_dir
     folder = first.parent if order.array else first
     code = order.code or snapshot.take(folder / "code", order.untracked_mib, dry_run=True)
-    findings.append(Finding("code", str(code)))
+    findings.append(Checked("code", str(code)))
     excluded = list(dict.fromkeys(node for config in configs for node in avoided(JobFolder(config.run_dir))))
     if excluded:
-        findings.append(Finding("exclude", f"{', '.join(excluded)}: {first}/slurm/exclude.jsonl", warning=True))
+        findings.append(Checked("exclude", f"{', '.join(excluded)}: {first}/slurm/exclude.jsonl", warning=True))
     # An element knows its number only, in Slurm's pattern %a and in the shell: links lead from it to the run folders.
     links = _links(configs)
     logs = f"{render.plain(links)}/%a/logs/slurm-%A_%a.out"
     config_file = f"{shlex.quote(str(links))}/$SLURM_ARRAY_TASK_ID/slurm/config.yaml"
     script = render.render(
         render.template("pretrain"),
-        render.Job(
+        render.JobScript(
             name=f"duet-{folder.name if order.array else configs[0].run.name}",
             cluster=where,
             cluster_name=order.cluster_name,
@@ -146,7 +146,7 @@ def prepare(order: Order, *, dry_run: bool = False) -> Plan:
             before=_ends_at_once(configs[0]) if order.chain > 1 else (),
         ),
     )
-    return Plan(script, configs, code, [*checks.check_environment(script), *findings])
+    return Submission(script, configs, code, [*checks.check_environment(script), *findings])
 
 
 def place(order: Order) -> list[str]:
@@ -167,12 +167,12 @@ def place(order: Order) -> list[str]:
             script.write(plan.script)
             script.flush()
             told = client.test_only(Path(f"/proc/{os.getpid()}/fd/{script.fileno()}"))
-        findings = [*plan.findings, Finding("Slurm", told)]
+        findings = [*plan.findings, Checked("Slurm", told)]
         show(findings)
         return _write_and_submit(order, plan)
 
 
-def show(findings: list[Finding]) -> None:
+def show(findings: list[Checked]) -> None:
     """A line for each, on standard error."""
     width = max(len(finding.about) for finding in findings)
     for finding in findings:
@@ -180,7 +180,7 @@ def show(findings: list[Finding]) -> None:
         typer.echo(f"{finding.about:<{width}}  {mark}{finding.text}", err=True)
 
 
-def _write_and_submit(order: Order, plan: Plan) -> list[str]:
+def _write_and_submit(order: Order, plan: Submission) -> list[str]:
     if order.code is None:
         code = snapshot.take(plan.code.parent, order.untracked_mib)
         if code != plan.code:

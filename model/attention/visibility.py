@@ -11,9 +11,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from model.batch import IGNORE, Batch
 from model.config.model_config import ModelConfig
 
-_SMALLEST_HEAD = 16
-"""Channels of a head that FlexAttention's kernels need at least."""
-
 
 class Visible(NamedTuple):
     """What the attentions of a stream may see."""
@@ -43,11 +40,11 @@ def visible_in(batch: Batch, config: ModelConfig) -> Visible:
     """What self attention over the inputs of a batch may see.
 
     On CUDA in blocks for FlexAttention, of which those without a visible key are never computed; elsewhere, and where
-    its kernels cannot be had (heads of less than 16 channels, dropout of the weights), a dense mask.
+    its kernels cannot be had (`ModelConfig.sees_in_blocks`), a dense mask.
     """
     if batch.segment_ids is None and batch.prefix_lengths is None:
         return _counting(CAUSAL._replace(causal=config.causal, positions=batch.position_ids), batch)
-    in_blocks = batch.input_ids.is_cuda and config.smallest_head >= _SMALLEST_HEAD and not config.needs_weights
+    in_blocks = batch.input_ids.is_cuda and config.sees_in_blocks
     mask = block_mask(batch, config.causal) if in_blocks else dense_mask(batch, config.causal)
     return _counting(Visible(mask=mask, positions=batch.position_ids), batch)
 

@@ -13,6 +13,8 @@ from model.config.mask_config import Site
 Objective = Literal["causal", "prefix", "masked", "span_corruption", "pairs"]
 """What is made of the text for a model to learn from, as `data.objective` names it."""
 
+_SMALLEST_IN_BLOCKS = 16
+"""Channels of a head that FlexAttention's kernels need at least."""
 NO_VOCABULARY = "model.vocab_size is not set: take it from the dataset's tokenizer, or give it"
 
 
@@ -100,6 +102,11 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     def smallest_head(self) -> int:
         """Channels of the smallest head of attention; C where there is none."""
         return self.width
+
+    @property
+    def sees_in_blocks(self) -> bool:
+        """On CUDA, what documents or a prefix let be seen goes to FlexAttention in blocks, not as a dense mask."""
+        return not (self.traits.two_sequences or self.needs_weights) and self.smallest_head >= _SMALLEST_IN_BLOCKS
 
     @property
     def uses_next_position(self) -> bool:

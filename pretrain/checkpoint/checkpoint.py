@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_pipeline.errors import CheckpointError
+from data_pipeline.files.sealed import seal
 from data_pipeline.sampling.data_state import DataState
 from model.architectures.names import current_name, former_name
 from pretrain.checkpoint.consistency import problems
-from pretrain.checkpoint.shard_file import Shard, hash_file
+from pretrain.checkpoint.shard_file import CheckpointShard, hash_file
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import ADAM_STATES, Engine, Fragment
 from pretrain.engine.rng import restore_rng_states
@@ -30,7 +31,6 @@ from pretrain.run.checkpoint_folder import (
     check_file,
     complete,
     read_manifest,
-    seal,
 )
 
 RNG = "rng/"
@@ -42,7 +42,7 @@ NAMED = ("shapes", "states", "buffers")
 """Fields of a manifest that are by the name of a parameter or buffer."""
 
 
-class Manifest(BaseModel, extra="forbid", frozen=True):
+class CheckpointManifest(BaseModel, extra="forbid", frozen=True):
     """What makes a directory a checkpoint."""
 
     format: int = FORMAT
@@ -56,7 +56,7 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
     """What each parameter is made of: fp32, and what its optimizer keeps."""
     buffers: dict[str, list[int]] = {}
     """Shapes of the model's buffers."""
-    shards: list[Shard]
+    shards: list[CheckpointShard]
     state: dict[str, Any]
     """Everything that is not a tensor: data position, fingerprint, tokenizer, configuration, attempt, commit."""
     validation_loss: float | None = None
@@ -72,7 +72,7 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
         return raw
 
     @model_validator(mode="after")
-    def _name_as_today(self) -> "Manifest":
+    def _name_as_today(self) -> "CheckpointManifest":
         """Until format 3 an architecture's parameters were the model's own, without `backbone.` before their names."""
         if self.format > LAST_WITHOUT_BACKBONE:
             return self
@@ -89,7 +89,7 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
         """What a buffer is called in the first shard."""
         return BUFFER + (former_name(buffer) if self.format <= LAST_WITHOUT_BACKBONE else buffer)
 
-    def sealed(self) -> bytes:
+    def sealed(self) -> str:
         """As it stands on disk, with its own hash."""
         return seal(self.model_dump_json(indent=1))
 
@@ -106,7 +106,7 @@ class Checkpoint:
         self.path = path
         raw = read_manifest(path)
         try:
-            self.manifest = Manifest.model_validate(raw)
+            self.manifest = CheckpointManifest.model_validate(raw)
         except ValidationError as error:
             raise CheckpointError(f"{path / MANIFEST}: damaged: {error}") from None
         for problem in problems(self.manifest):
@@ -240,7 +240,7 @@ class Checkpoint:
                 f"here, {ours.get(odd[0], 'missing')} in the run"
             )
 
-    def _check_tensors(self, shard: Shard, buffers: dict[str, list[int]]) -> None:
+    def _check_tensors(self, shard: CheckpointShard, buffers: dict[str, list[int]]) -> None:
         wanted = {self.manifest.stored_name(name): shape for name, shape in buffers.items()}
         for name, _, numel in shard.fragments:
             for state in self.manifest.states[name]:
@@ -254,7 +254,7 @@ class Checkpoint:
                     "one of the two is damaged"
                 )
 
-    def _open(self, shard: Shard) -> Any:
+    def _open(self, shard: CheckpointShard) -> Any:
         try:
             return safe_open(self.path / shard.file, framework="pt")
         except (OSError, SafetensorError) as error:

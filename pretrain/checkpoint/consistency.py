@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from pretrain.run.checkpoint_folder import UNSEALED_FORMATS
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint.checkpoint import Manifest
+    from pretrain.checkpoint.checkpoint import CheckpointManifest
 
 
-def problems(manifest: "Manifest") -> Iterator[str]:
+def problems(manifest: "CheckpointManifest") -> Iterator[str]:
     """What is wrong with it."""
     if manifest.format in UNSEALED_FORMATS:
         yield from _odd_values(manifest)
@@ -35,7 +35,7 @@ def problems(manifest: "Manifest") -> Iterator[str]:
             yield f"incomplete: {name} is not covered from element {end}"
 
 
-def _odd_values(manifest: "Manifest") -> Iterator[str]:
+def _odd_values(manifest: "CheckpointManifest") -> Iterator[str]:
     if not 0 <= manifest.optimizer_steps <= manifest.step:
         yield f"optimizer_steps {manifest.optimizer_steps} at step {manifest.step}"
     if manifest.zero_stage not in range(4):

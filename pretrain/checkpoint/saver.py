@@ -25,8 +25,8 @@ from torch import Tensor
 
 from data_pipeline.errors import CheckpointError
 from data_pipeline.files.atomic import sync_folder, write_atomic
-from pretrain.checkpoint.checkpoint import BUFFER, RNG, Manifest
-from pretrain.checkpoint.shard_file import Shard, write_error, write_tensors
+from pretrain.checkpoint.checkpoint import BUFFER, RNG, CheckpointManifest
+from pretrain.checkpoint.shard_file import CheckpointShard, write_error, write_tensors
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine, Fragment
 from pretrain.engine.rng import rng_states
@@ -139,10 +139,10 @@ class Saver:
         file = path / f"shard-{self._ranks.rank:05d}.safetensors"
         spans = [(f.name, f.start, f.numel) for f in fragments]
 
-        def write() -> Shard:
+        def write() -> CheckpointShard:
             _copy(blocks)
             size, digest = write_tensors(file, tensors, self._abandoned)
-            return Shard(file=file.name, bytes=size, xxh3_128=digest, fragments=spans)
+            return CheckpointShard(file=file.name, bytes=size, xxh3_128=digest, fragments=spans)
 
         self._save = _Save(path, content, blocks, self._thread.submit(write), blocked=time.perf_counter() - since)
 
@@ -186,11 +186,11 @@ class Saver:
         if self._save is None:
             self._published(save.content["step"], save.path, save.blocked)
 
-    def _publish(self, save: _Save, shards: list[Shard]) -> None:
+    def _publish(self, save: _Save, shards: list[CheckpointShard]) -> None:
         if not self._ranks.is_first:
             return
         self._still_ours()
-        manifest = Manifest(**save.content, shards=shards)
+        manifest = CheckpointManifest(**save.content, shards=shards)
         file = save.path / MANIFEST
         try:
             sync_folder(save.path)

@@ -32,7 +32,7 @@ DTYPES = {
 }
 
 
-class Shard(BaseModel, extra="forbid", frozen=True):
+class CheckpointShard(BaseModel, extra="forbid", frozen=True):
     """One rank's file and the fragments in it, in order: (parameter, start, numel)."""
 
     file: str
@@ -79,7 +79,7 @@ def write_error(path: Path, error: OSError) -> CheckpointError:
 
 
 def hash_file(path: Path) -> str:
-    """As in `Shard.xxh3_128`."""
+    """As in `CheckpointShard.xxh3_128`."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):

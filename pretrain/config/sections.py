@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from data_pipeline import may_change
 from data_pipeline.secret import WAY_ON, has_secret
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -20,13 +21,13 @@ class RunConfig(
 ):
     """Identity of a run."""
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[str, may_change.IN_FORK] = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the folder and the MLflow run."""
-    dir: str | None = None
+    dir: Annotated[str | None, may_change.PLACE] = None
     """The run folder; `runs/<name>` unless given."""
     seed: int = Field(default=1337, ge=0, lt=2**63)
     """Seeds the weights, the data order and the noise."""
-    start_from: str | None = None
+    start_from: Annotated[str | None, may_change.IN_FORK] = None
     """`RUN@STEP`: begin with that checkpoint of another run; its newest if only `RUN` (`duet train --from`)."""
 
     @field_validator("dir")
@@ -44,7 +45,7 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
 
     tokens: int = Field(default=8192, ge=1)
     """Tokens of a step over all ranks: a multiple of `model.context`."""
-    micro_batch: int | None = Field(default=None, ge=1)
+    micro_batch: Annotated[int | None, may_change.COMPUTED] = Field(default=None, ge=1)
     """Sequences a rank holds at once; the rank's whole share of the batch unless given."""
 
 
@@ -54,12 +55,12 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     """`adamw8bit` keeps AdamW's moments in 8 bits, in a quarter of the memory; `muon` moves the matrices of the layers
     by Muon; tables, norms and vectors stay with AdamW."""
-    lr: float = Field(default=9e-4, gt=0.0, le=1e30)
+    lr: Annotated[float, may_change.IN_FORK] = Field(default=9e-4, gt=0.0, le=1e30)
     """Peak learning rate of AdamW."""
-    mask_lr: float | None = Field(default=None, gt=0.0, le=1e30)
+    mask_lr: Annotated[float | None, may_change.IN_FORK] = Field(default=None, gt=0.0, le=1e30)
     """The most that the peak learning rate of what learned dropout computes its masks from may be: theirs is the lower
     of this and `lr`, and follows the same schedule. Not with Muon."""
-    muon_lr: float = Field(default=0.02, gt=0.0, le=1e30)
+    muon_lr: Annotated[float, may_change.IN_FORK] = Field(default=0.02, gt=0.0, le=1e30)
     """Peak learning rate of Muon; follows the same schedule."""
     muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
     """Decay of Muon's running mean of the gradient (Nesterov's)."""
@@ -76,16 +77,16 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
 class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """Learning rate over the steps: linear warm-up to the peak `optimizer.lr`, then the kind's curve."""
 
-    kind: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
+    kind: Annotated[Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"], may_change.IN_FORK] = "cosine"
     """`cosine` and `linear` fall to `final_lr` at the last step, `wsd` does in its last `cooldown` steps only;
     `inverse_sqrt` falls as 1/sqrt(step), `constant` stays."""
-    warmup_steps: int = Field(default=100, ge=0)
+    warmup_steps: Annotated[int, may_change.IN_FORK] = Field(default=100, ge=0)
     """Steps of linear rise from 0 to the peak."""
-    cooldown: int = Field(default=0, ge=0)
+    cooldown: Annotated[int, may_change.IN_FORK] = Field(default=0, ge=0)
     """Last steps of the run, in which `wsd` falls to `final_lr`."""
-    cooldown_shape: Literal["1-sqrt", "linear"] = "1-sqrt"
+    cooldown_shape: Annotated[Literal["1-sqrt", "linear"], may_change.IN_FORK] = "1-sqrt"
     """How `wsd` falls: by 1 - sqrt(share of the cool-down that is done), or in a line."""
-    final_lr: float = Field(default=0.0, ge=0.0)
+    final_lr: Annotated[float, may_change.IN_FORK] = Field(default=0.0, ge=0.0)
     """Learning rate at the last step of `cosine`, `linear` and a `wsd` with a cool-down."""
 
     @model_validator(mode="after")
@@ -98,21 +99,21 @@ class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
 class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """How long to train and how often to do what."""
 
-    steps: int = Field(default=1000, ge=1)
+    steps: Annotated[int, may_change.IN_FORK] = Field(default=1000, ge=1)
     """Optimizer steps of the whole run."""
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: Annotated[int | None, may_change.IN_FORK] = Field(default=None, ge=1)
     """The same in tokens, instead of `steps`: a multiple of `batch.tokens`. The run's configuration keeps the steps."""
-    log_every: int = Field(default=10, ge=1)
+    log_every: Annotated[int, may_change.WATCHED] = Field(default=10, ge=1)
     """Steps between lines on the terminal; the journal holds every step."""
-    eval_every: int = Field(default=200, ge=1)
+    eval_every: Annotated[int, may_change.WATCHED] = Field(default=200, ge=1)
     """Steps between validations; the last step is always validated."""
-    checkpoint_every: int = Field(default=200, ge=1)
+    checkpoint_every: Annotated[int, may_change.WATCHED] = Field(default=200, ge=1)
     """Steps between checkpoints; the first step, to see that the disk works, and the last always get one."""
-    keep_checkpoints: int = Field(default=3, ge=1)
+    keep_checkpoints: Annotated[int, may_change.WATCHED] = Field(default=3, ge=1)
     """Newest checkpoints that stay on disk, beside the one with the lowest validation loss."""
-    keep_every: int | None = Field(default=None, ge=1)
+    keep_every: Annotated[int | None, may_change.WATCHED] = Field(default=None, ge=1)
     """Checkpoints of steps that are a multiple of this stay for ever; none unless given."""
-    sample_tokens: int = Field(default=100, ge=0)
+    sample_tokens: Annotated[int, may_change.WATCHED] = Field(default=100, ge=0)
     """Tokens of the text that is generated at each validation; none unless `data.objective` is `causal`."""
 
     @model_validator(mode="before")
@@ -131,19 +132,19 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
 class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """DeepSpeed ZeRO."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Annotated[Literal[0, 1, 2, 3], may_change.COMPUTED] = 1
     """What is divided over the ranks: 0 nothing, 1 the optimizer's state, 2 gradients, too, 3 parameters, too."""
-    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    precision: Annotated[Literal["bf16", "fp32", "fp16"], may_change.IN_FORK] = "bf16"
     """bf16 keeps fp32 master weights and accumulates gradients in fp32; fp16 scales the loss, and needs CUDA."""
-    offload: Literal["none", "cpu"] = "none"
+    offload: Annotated[Literal["none", "cpu"], may_change.COMPUTED] = "none"
     """`cpu` keeps the optimizer's state in the host's memory and updates there; stages 1 to 3."""
-    hpz_partition_size: int = Field(default=1, ge=1)
+    hpz_partition_size: Annotated[int, may_change.COMPUTED] = Field(default=1, ge=1)
     """ZeRO 3: ranks (of one node) among which a second copy of the parameters is divided; needs CUDA."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, may_change.COMPUTED] = False
     """Keep only the input of each layer, and compute the layer again in the backward pass: less memory, more time."""
-    compile: bool = False
+    compile: Annotated[bool, may_change.COMPUTED] = False
     """torch.compile of each layer; needs a C++ compiler where it runs."""
-    timeout_minutes: float = Field(default=10.0, gt=0.0, le=10080.0)
+    timeout_minutes: Annotated[float, may_change.COMPUTED] = Field(default=10.0, gt=0.0, le=10080.0)
     """A collective that hangs longer ends the run."""
 
     @field_validator("offload", mode="before")
@@ -163,22 +164,22 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
 class HealthConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """How a run watches itself (docs/health.md)."""
 
-    max_skipped: int = Field(default=10, ge=1)
+    max_skipped: Annotated[int, may_change.WATCHED] = Field(default=10, ge=1)
     """Steps in a row without an update that end the run."""
-    on_spike: Literal["warn", "skip", "rollback"] = "warn"
+    on_spike: Annotated[Literal["warn", "skip", "rollback"], may_change.WATCHED] = "warn"
     """What to do about a spike of the loss: only say so; leave out that step's update; or go back to a checkpoint and
     pass over the data read since."""
-    spike_z: float = Field(default=6.0, gt=0.0)
+    spike_z: Annotated[float, may_change.WATCHED] = Field(default=6.0, gt=0.0)
     """A loss that is this many robust standard deviations above the recent median is a spike."""
-    spike_window: int = Field(default=100, ge=8)
+    spike_window: Annotated[int, may_change.WATCHED] = Field(default=100, ge=8)
     """Steps whose losses are the measure; nothing is a spike before there are so many."""
-    rollback_checkpoints: int = Field(default=1, ge=1)
+    rollback_checkpoints: Annotated[int, may_change.WATCHED] = Field(default=1, ge=1)
     """Checkpoints to go back: 1 is the newest."""
-    max_rollbacks: int = Field(default=3, ge=1)
+    max_rollbacks: Annotated[int, may_change.WATCHED] = Field(default=3, ge=1)
     """Rollbacks of the whole run; the next spike ends it."""
-    gc_every: int = Field(default=200, ge=1)
+    gc_every: Annotated[int, may_change.WATCHED] = Field(default=200, ge=1)
     """Steps between Python's garbage collections, which all ranks make at the same step."""
-    hang_minutes: float | None = Field(default=None, gt=0.0)
+    hang_minutes: Annotated[float | None, may_change.WATCHED] = Field(default=None, gt=0.0)
     """Without progress for so long, each rank writes its stacks into the run folder. Below `engine.timeout_minutes`;
     half of it unless given."""
 
@@ -186,11 +187,11 @@ class HealthConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
 class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """MLflow, the mirror of the run's journal."""
 
-    mode: Literal["online", "offline", "off"] = "online"
+    mode: Annotated[Literal["online", "offline", "off"], may_change.WATCHED] = "online"
     """`offline`: `duet track sync` sends it later; `off`: the journal only, no MLflow."""
-    uri: str | None = None
+    uri: Annotated[str | None, may_change.WATCHED] = None
     """Tracking server or store; the sqlite file `mlflow.db` beside the run folder unless given."""
-    experiment: str = Field(default="duet", min_length=1, max_length=500)
+    experiment: Annotated[str, may_change.WATCHED] = Field(default="duet", min_length=1, max_length=500)
     """Name of the MLflow experiment."""
 
     @field_validator("uri")
@@ -212,7 +213,7 @@ class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
 class ProfileConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """torch's profiler on rank 0; what it writes is in the run folder's `profile/`."""
 
-    steps: tuple[int, int] | None = None
+    steps: Annotated[tuple[int, int] | None, may_change.WATCHED] = None
     """First and last step to trace; a traced step is slower. None unless given."""
 
     @model_validator(mode="after")

@@ -37,7 +37,7 @@ class Fragment:
 
 
 @dataclass(frozen=True)
-class Piece:
+class OwnedPiece:
     """A piece of a parameter in one of the optimizer's tensors."""
 
     parameter: nn.Parameter
@@ -56,7 +56,7 @@ def inner(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
 
 
-def pieces(optimizer: Any, stage: int, rank: int) -> Iterator[Piece]:
+def pieces(optimizer: Any, stage: int, rank: int) -> Iterator[OwnedPiece]:
     """Every piece on this rank, in a fixed order; at stage 3 also empty ones."""
     if stage == 3:
         for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
@@ -64,7 +64,7 @@ def pieces(optimizer: Any, stage: int, rank: int) -> Iterator[Piece]:
             for parameter in parameters:
                 partition = parameter.ds_tensor.ds_numel
                 numel = max(0, min(partition, parameter.ds_numel - rank * partition))
-                yield Piece(parameter, rank * partition, numel, flat, offset)
+                yield OwnedPiece(parameter, rank * partition, numel, flat, offset)
                 offset += partition
     elif stage:
         for index, (parameters, flat) in enumerate(zip(*_groups(optimizer), strict=True)):
@@ -73,11 +73,11 @@ def pieces(optimizer: Any, stage: int, rank: int) -> Iterator[Piece]:
                 if parameter._hp_mapping is not None:  # else another rank holds all of it
                     low = parameter._hp_mapping.lp_fragment_address
                     high = parameter._hp_mapping.get_hp_fragment_address()
-                    yield Piece(parameter, low.start, low.numel, flat, high.start, muon_offsets.get(parameter))
+                    yield OwnedPiece(parameter, low.start, low.numel, flat, high.start, muon_offsets.get(parameter))
     else:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                yield Piece(parameter, 0, parameter.numel(), parameter, 0)
+                yield OwnedPiece(parameter, 0, parameter.numel(), parameter, 0)
 
 
 def create_states(optimizer: Any, stage: int, rank: int, momentum_type: torch.dtype) -> None:

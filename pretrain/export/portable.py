@@ -44,7 +44,7 @@ transformers, with duet-pretrain[hf] installed: AutoModelForCausalLM.from_pretra
 """
 
 
-class Facts(BaseModel, extra="forbid", frozen=True):
+class ExportFacts(BaseModel, extra="forbid", frozen=True):
     """What Duet reads of config.json, under `duet`."""
 
     format: int = FORMAT
@@ -75,7 +75,7 @@ def write_export(checkpoint: Checkpoint, config: Config, folder: Path, dtype: Li
     with torch.device("meta"):
         model = registry.build(config.model)
     checkpoint.check_shapes({name: list(values.shape) for name, values in model.named_parameters()})
-    facts = Facts(
+    facts = ExportFacts(
         model=config.model,
         objective=config.data.objective,
         run=config.run.name,
@@ -125,7 +125,7 @@ def load_export(folder: Path) -> Trained:
     return Trained(model.eval(), Tokenizer.load(file), facts.objective, facts.run, facts.step)
 
 
-def read_facts(folder: Path) -> Facts:
+def read_facts(folder: Path) -> ExportFacts:
     """Of an export. Raises CheckpointError as `load_export` does."""
     file = folder / CONFIG
     try:
@@ -136,7 +136,7 @@ def read_facts(folder: Path) -> Facts:
     if found not in (1, FORMAT):
         raise CheckpointError(f"{file}: format {found} is not known here; this version reads 1 and {FORMAT}")
     try:
-        return Facts.model_validate(raw)
+        return ExportFacts.model_validate(raw)
     except ValidationError as error:
         raise CheckpointError(f"{file}: damaged: {error}") from None
 
@@ -146,7 +146,7 @@ def num_attentions(model: TokenModel) -> int:
     return sum(isinstance(module, CausalAttention) for module in model.modules())
 
 
-def _hugging_face(facts: Facts, model: TokenModel, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+def _hugging_face(facts: ExportFacts, model: TokenModel, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     """What transformers reads of config.json."""
     return {
         "model_type": "duet",
@@ -164,7 +164,7 @@ def _hugging_face(facts: Facts, model: TokenModel, tokenizer: Tokenizer, dtype: 
     }
 
 
-def _tokenizer_config(facts: Facts, tokenizer: Tokenizer) -> dict[str, Any]:
+def _tokenizer_config(facts: ExportFacts, tokenizer: Tokenizer) -> dict[str, Any]:
     end = tokenizer.piece(tokenizer.eos_id)
     return {
         "tokenizer_class": "DuetTokenizer",

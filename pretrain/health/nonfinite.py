@@ -17,7 +17,7 @@ SAMPLES_SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Finding:
+class NotFinite:
     """The first micro-batch of a rank with a loss or a gradient that is not finite."""
 
     rank: int
@@ -44,7 +44,7 @@ class Diagnosis:
     """What a step that was skipped shows when it is computed again; the same on every rank."""
 
     step: int
-    findings: list[Finding]
+    findings: list[NotFinite]
     """Of the ranks that have something to show, in their order."""
     num_ranks: int
 
@@ -80,7 +80,7 @@ def diagnose(step: int, micro_batches: Sequence[Batch], lr: float, engine: Engin
         good = torch.stack([flag for _, flag in flags]).tolist()
         parameters = [name for (name, _), is_good in zip(flags, good, strict=True) if not is_good]
         if parameters or not math.isfinite(loss):
-            mine = Finding(ranks.rank, platform.node(), index + 1, batch.samples.tolist(), loss, parameters)
+            mine = NotFinite(ranks.rank, platform.node(), index + 1, batch.samples.tolist(), loss, parameters)
             break
     return Diagnosis(step, [found for found in ranks.gather(mine) if found], ranks.world_size)
 

@@ -77,7 +77,7 @@ def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> Costs:
         run_seconds=seconds * config.train.steps,
         checkpoint_bytes=checkpoint_bytes(config),
         checkpoints=_checkpoints(config),
-        fitting=[*fitting(config, gpus, size), *_more_gpus(config, gpus, size)] if own.total > size else [],
+        fitting=_fitting(config, gpus, size) if own.total > size else [],
     )
 
 
@@ -119,6 +119,11 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
         raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
 
 
+def _fitting(config: Config, gpus: int, size: float) -> list[str]:
+    found, more = [*fitting(config, gpus, size)], more_gpus(config, gpus, size)
+    return found + ([f"--gpus {more[0] * gpus} batch.micro_batch={more[1]}"] if more else [])
+
+
 def _stage(config: Config, stage: int, gpus: int, size: float) -> Stage:
     try:
         other = changed(config, {"engine.zero_stage": stage})
@@ -150,13 +155,13 @@ def fitting(config: Config, gpus: int, size: float) -> Iterator[str]:
             yield f"{named} batch.micro_batch={micro_batch}".strip()
 
 
-def _more_gpus(config: Config, gpus: int, size: float) -> Iterator[str]:
+def more_gpus(config: Config, gpus: int, size: float) -> tuple[int, int] | None:
+    """How many times as many GPUs hold it, and the largest micro-batch there."""
     for factor in _MORE_GPUS:
-        if config.global_batch % (factor * gpus) == 0:
-            micro_batch = largest_micro_batch(config, factor * gpus, size)
-            if micro_batch:
-                yield f"--gpus {factor * gpus} batch.micro_batch={micro_batch}"
-                return
+        shared = config.global_batch % (factor * gpus) == 0
+        if shared and (micro_batch := largest_micro_batch(config, factor * gpus, size)):
+            return factor, micro_batch
+    return None
 
 
 def _checkpoints(config: Config) -> int:

@@ -22,7 +22,7 @@ Device = Literal["cuda", "cpu"]
 Moment = Literal["backward pass", "reduction", "optimizer step"]
 
 
-class State(NamedTuple):
+class StateBytes(NamedTuple):
     """Bytes on each GPU."""
 
     weights: float
@@ -51,7 +51,7 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.loss + self.buffers
 
 
-def state(config: Config, parameters: int, world_size: int) -> State:
+def state(config: Config, parameters: int, world_size: int) -> StateBytes:
     """Weights, gradients and optimizer state, in full while the optimizer's step begins.
 
     For each parameter (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054, sections 3 and 5; over N ranks):
@@ -70,7 +70,7 @@ def state(config: Config, parameters: int, world_size: int) -> State:
     if engine.hpz_partition_size > 1:
         weights += parameters * size / engine.hpz_partition_size
     if engine.offload == "cpu":
-        return State(weights, 0.0, 0.0)
+        return StateBytes(weights, 0.0, 0.0)
     gradient = 2 if engine.precision == "fp16" else 4
     gradients = parameters * gradient / (world_size if engine.zero_stage >= 2 else 1)
     if engine.zero_stage == 1 and engine.precision == "bf16":
@@ -78,7 +78,7 @@ def state(config: Config, parameters: int, world_size: int) -> State:
     optimizer = parameters * _MOMENTS[config.optimizer.kind]
     if engine.zero_stage:
         optimizer = (optimizer + 4 * parameters) / world_size
-    return State(weights, gradients, optimizer)
+    return StateBytes(weights, gradients, optimizer)
 
 
 def memory(config: Config, world_size: int, device: Device = "cuda") -> Memory:
@@ -137,8 +137,9 @@ def element_size(config: Config) -> int:
 def _activations(config: Config, micro_batch: int, device: Device) -> Activations:
     model, objective = config.model, config.data.objective
     pairs = objective == "pairs"
-    masked = model.document_mask or objective in ("prefix", "pairs")
-    in_blocks = device == "cuda" and model.causal and not model.needs_weights
+    padded = objective == "masked" and config.data.packing == "best_fit"
+    masked = model.document_mask or objective in ("prefix", "pairs") or padded
+    in_blocks = device == "cuda" and model.sees_in_blocks
     return activations(model, micro_batch, element_size(config), pairs=pairs, dense_mask=masked and not in_blocks)
 
 

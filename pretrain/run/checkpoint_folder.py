@@ -5,7 +5,6 @@ A folder counts when it is named after a step and holds a manifest of that very 
 """
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -16,10 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from data_pipeline.errors import CheckpointError
 from data_pipeline.files.atomic import sync_folder
+from data_pipeline.files.sealed import unseal
 
 MANIFEST = "manifest.json"
 FORMAT = 4
@@ -27,11 +25,8 @@ FORMAT = 4
 OLDEST_FORMAT = 1
 """Which had AdamW only and did not name the states."""
 UNSEALED_FORMATS = (1, 2, 3)
-HASH = "xxh3_128"
-"""Key of the manifest's own hash, which stands last."""
 
 _NAME = re.compile(r"step-([0-9]{9,})")
-_SEAL = re.compile(rb',\n "xxh3_128": "([0-9a-f]{32})"\n}\Z')
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
@@ -93,13 +88,6 @@ def named(root: Path) -> list[Path]:
     return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
-def seal(manifest: str) -> bytes:
-    """A manifest, JSON indented by 1, with its own hash as the last key."""
-    content = manifest.encode()
-    assert content.endswith(b"\n}")
-    return content[:-2] + f',\n "{HASH}": "{_hash(content)}"\n}}'.encode()
-
-
 def read_manifest(path: Path) -> dict[str, Any]:
     """Content of a checkpoint's manifest, without its hash.
 
@@ -108,17 +96,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, altered, or of a newer version.
     """
     file = path / MANIFEST
-    raw, content = _read(file)
-    found = content.get("format") if isinstance(content, dict) else None
+    content = _read(file)
+    found = content.get("format")
     if found not in range(OLDEST_FORMAT, FORMAT + 1):
         raise CheckpointError(
             f"{file}: format {found} is not known here; this version reads {OLDEST_FORMAT} to {FORMAT}"
         )
-    if found not in UNSEALED_FORMATS:
-        mark = _SEAL.search(raw)
-        if not mark or _hash(raw[: mark.start()] + b"\n}") != mark[1].decode():
-            raise CheckpointError(f"{file}: damaged: altered since it was written, its own hash does not match")
-        del content[HASH]
     named_after, step = step_of(path), content.get("step")
     if named_after is not None and isinstance(step, int) and step != named_after:
         raise MisnamedError(
@@ -199,18 +182,13 @@ def check_file(file: Path) -> int:
     return found.st_size
 
 
-def _read(file: Path) -> tuple[bytes, Any]:
+def _read(file: Path) -> dict[str, Any]:
     if is_incomplete(file.parent):
         raise CheckpointError(f"{file.parent}: no complete checkpoint (no {MANIFEST})")
     check_file(file)
     try:
-        raw = file.read_bytes()
-        return raw, json.loads(raw.decode())
+        return unseal(file.read_bytes(), formats=(FORMAT,))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: damaged, not JSON ({error})") from None
-
-
-def _hash(content: bytes) -> str:
-    return xxhash.xxh3_128(content).hexdigest()
+    except ValueError as error:
+        raise CheckpointError(f"{file}: damaged: {error}") from None

@@ -22,9 +22,8 @@ from typing import Any, Self, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.errors import UserError
-from data_pipeline.files.atomic import write_json
+from data_pipeline.files.sealed import seal, unseal, write_sealed
 from data_pipeline.secret import redact
-from pretrain.run.record_hash import sealed, unsealed
 
 R = TypeVar("R", "RankFailure", "Failure", "Heartbeat", "Wish")
 HEARTBEAT_SHARE = 0.01
@@ -131,7 +130,7 @@ class JobFolder:
     def request_requeue(self, step: int, trained: int) -> None:
         """The run stands at `step`, saved because of the planned signal, after `trained` steps of this start."""
         self.path.mkdir(exist_ok=True)
-        write_json(self._wants_requeue, sealed(asdict(Wish(step, trained, *this_job()))))
+        write_sealed(self._wants_requeue, asdict(Wish(step, trained, *this_job())))
 
     def requeue_wish(self) -> "Wish | None":
         """The last one, of whatever start; None when nobody ever asked to be requeued."""
@@ -187,7 +186,7 @@ class JobFolder:
         """Record why a rank ended."""
         self._of_ranks.mkdir(parents=True, exist_ok=True)
         name = f"{failure.job}-{failure.restart}-rank-{failure.rank}.json"
-        write_json(self._of_ranks / name, sealed(asdict(failure)))
+        write_sealed(self._of_ranks / name, asdict(failure))
 
     def rank_failures(self, job: str, restart: int) -> list[RankFailure]:
         """Of one start of a job, the earliest first: what comes later is most likely its consequence."""
@@ -204,7 +203,7 @@ class JobFolder:
         with open(file, "a+b", buffering=0) as out:
             size = out.seek(0, os.SEEK_END)
             torn = size > 0 and os.pread(out.fileno(), 1, size - 1) != b"\n"
-            out.write(b"\n" * torn + json.dumps(sealed(record)).encode() + b"\n")
+            out.write(b"\n" * torn + seal(json.dumps(record)).encode() + b"\n")
             os.fsync(out.fileno())
 
 
@@ -240,7 +239,7 @@ class Pulse:
         where, name = self._descriptor, ".heartbeat.tmp"
         temporary = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644, dir_fd=where)
         try:
-            os.write(temporary, json.dumps(sealed(vars(heartbeat))).encode())
+            os.write(temporary, seal(json.dumps(vars(heartbeat))).encode())
         finally:
             os.close(temporary)
         os.replace(name, "heartbeat", src_dir_fd=where, dst_dir_fd=where)
@@ -306,7 +305,7 @@ def _bytes(file: Path) -> bytes:
 
 def _parsed(text: bytes) -> dict[str, Any]:
     try:
-        return unsealed(text)
+        return unseal(text, formats=())
     except ValueError:
         return {}
 

@@ -21,9 +21,8 @@ from types import TracebackType
 from typing import Any
 
 from data_pipeline.errors import CheckpointError, RunError
-from data_pipeline.files.atomic import write_json
+from data_pipeline.files.sealed import unseal, write_sealed
 from pretrain.run.job_records import this_job
-from pretrain.run.record_hash import sealed, unsealed
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
@@ -70,7 +69,7 @@ class Lease:
         record = _identity() | {"attempt": attempt, "started": time.time(), "nonce": uuid.uuid4().hex}
         path = attempt_path(folder, attempt)
         temporary = folder / f".{uuid.uuid4().hex}.tmp"
-        write_json(temporary, sealed(record))
+        write_sealed(temporary, record)
         try:
             os.link(temporary, path)  # atomic with its content, and fails when the name is taken: on NFS, too
         except FileExistsError:
@@ -94,7 +93,7 @@ class Lease:
         self._stop.set()
         self._thread.join()
         if self._is_ours():
-            write_json(self._path, sealed(self._record | {"ended": time.time(), "reason": reason}))
+            write_sealed(self._path, self._record | {"ended": time.time(), "reason": reason})
 
     def __enter__(self) -> "Lease":
         return self
@@ -123,9 +122,9 @@ class Lease:
         if self._next.exists():
             return False
         try:
-            return bool(unsealed(text).get("nonce") == self._record["nonce"])
+            return bool(unseal(text).get("nonce") == self._record["nonce"])
         except ValueError:  # damaged, and nobody else writes it
-            write_json(self._path, sealed(self._record))
+            write_sealed(self._path, self._record)
             return True
 
 
@@ -151,9 +150,7 @@ def latest_attempt(run_dir: Path) -> int:
 def read_owner(path: Path) -> dict[str, Any] | None:
     """What an attempt's file tells of its owner; None when it is damaged."""
     try:
-        owner = unsealed(path.read_bytes())
-        if owner.get("format") == FORMAT:
-            owner = unsealed(path.read_bytes(), required=True)
+        owner = unseal(path.read_bytes(), formats=(FORMAT,))
     except (OSError, ValueError):
         return None
     kinds: dict[str, Any] = {"attempt": int, "started": int | float, "job": str | None}

@@ -14,12 +14,12 @@ import yaml
 from pydantic import ValidationError
 
 from data_pipeline.errors import CheckpointError, RunError
-from data_pipeline.files.atomic import write_atomic, write_json
-from pretrain.config.changes import IN_FORK, ON_RESUME, refused, told
+from data_pipeline.files.atomic import write_atomic
+from data_pipeline.files.sealed import unseal, write_sealed
+from pretrain.config.changes import refused, told
 from pretrain.config.schedule import decay_start
 from pretrain.config.schema import Config, differences, dump
 from pretrain.run.journal import read
-from pretrain.run.record_hash import sealed, unsealed
 from pretrain.run.run_listing import saved_steps
 
 FORMAT = 2
@@ -126,7 +126,7 @@ class RunFolder:
                 "phase (data.phase=2)"
             )
         ours = self.config()
-        changed = refused(ours, config, ON_RESUME)
+        changed = refused(ours, config)
         if "train.steps" in changed and self._steps_may_change(ours, config):
             del changed["train.steps"]
         if changed:
@@ -138,7 +138,7 @@ class RunFolder:
     def _new_run(self, ours: Config, config: Config, changed: list[str]) -> str:
         """A command, or what there is to say in its place."""
         saved = self.saved_steps()
-        if refused(ours, config, IN_FORK) or not saved:
+        if refused(ours, config, in_fork=True) or not saved:
             return "from scratch, with another run.name"
         values = differences(ours, config)
         given = [f"{key}={_plain(values[key][1])}" for key in changed if not key.startswith("run.")]
@@ -150,11 +150,10 @@ class RunFolder:
             what = "run.json is missing; restore it from a copy" if lost else "not a run folder (no run.json)"
             raise RunError(f"{self.path}: {what}, or start a new run: `duet train` makes one")
         try:
-            content = unsealed(self.run_file.read_bytes())
+            content = unseal(self.run_file.read_bytes(), formats=(FORMAT,))
             version = content.get("format")
             if version not in (1, FORMAT):
                 raise RunError(f"{self.run_file}: format {version} is not known here; this version reads {FORMAT}")
-            content = unsealed(self.run_file.read_bytes(), required=version == FORMAT)
             _check_types(content)
         except (OSError, ValueError) as error:
             raise RunError(
@@ -166,7 +165,7 @@ class RunFolder:
     def _write(self, config: Config, facts: dict[str, Any]) -> None:
         content = facts | {"format": FORMAT, "config": config.model_dump(mode="json")}
         write_atomic(self.config_file, dump(config))
-        write_json(self.run_file, sealed(content))  # last: what it stands for is whole
+        write_sealed(self.run_file, content)  # last: what it stands for is whole
 
     def _known_id(self) -> str | None:
         with suppress(RunError):  # none yet, or damaged: then `claim` makes it anew, or refuses the folder

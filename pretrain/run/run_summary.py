@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import RunError
+from data_pipeline.files.sealed import unseal
 from data_pipeline.secret import redact
 from pretrain.run.journal import HEALTH, Point, Record, noting, read, series, told_damaged
-from pretrain.run.record_hash import unsealed
 from pretrain.run.run_listing import LOSS, run_state
 
 VALIDATION = "loss/val"
@@ -92,7 +92,7 @@ def load(run_dir: Path) -> RunData:
         raise RunError(f"{journal}: empty; {expected}")
     try:
         content = _bytes(run_dir / "run.json")
-        facts = json.loads(redact(json.dumps(unsealed(content)))) if content else {}
+        facts = json.loads(redact(json.dumps(unseal(content, formats=())))) if content else {}
     except ValueError as error:
         facts = {}
         damaged.append(f"run.json: damaged, and passed over: {error}")

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from data_pipeline.errors import RunError
-from data_pipeline.files.atomic import write_json
+from data_pipeline.files.sealed import unseal, write_sealed
 from pretrain.run.journal import Record, read
 
 FORMAT = 3
@@ -75,8 +75,7 @@ class State:
     def save(self, run_dir: Path) -> None:
         """Replace the file as a whole."""
         self.folder = str(run_dir.resolve()).encode("utf-8", "backslashreplace").decode()
-        content = {"format": FORMAT} | asdict(self)
-        write_json(state_path(run_dir), {"hash": _hash(content)} | content)
+        write_sealed(state_path(run_dir), {"format": FORMAT} | asdict(self))
 
     def forget_run(self) -> None:
         """The run is not in MLflow any more: all of the journal has to be sent."""
@@ -105,15 +104,13 @@ def identity(run_dir: Path) -> str:
 
 
 def _parse(text: bytes, path: Path) -> State:
-    content = json.loads(text)
-    version, written = content.pop("format", None), content.pop("hash", None)
+    content = unseal(text, formats=(FORMAT,))
+    version = content.pop("format", None)
     if isinstance(version, int) and version > FORMAT:
         raise RunError(f"{path}: format {version} is not known here; this version reads {FORMAT}")
     if version == 1:  # it knew the journal only, and held params and tags, which are in the journal now
         content["offsets"] = {JOURNAL: content.pop("offset")}
         content = {name: value for name, value in content.items() if name not in ("params", "tags", "pending")}
-    elif version == FORMAT and written != _hash({"format": version} | content):
-        raise ValueError("it does not match its hash")
     elif version not in (2, FORMAT):
         raise ValueError(f"format {version}")
     return TypeAdapter(State).validate_json(json.dumps(content), strict=True, extra="forbid")
@@ -152,7 +149,3 @@ def from_anywhere(run_dir: Path, uri: str | None) -> str | None:
 def default_uri(run_dir: Path) -> str:
     """The sqlite store `mlflow.db` in the folder of all runs."""
     return f"{SQLITE}{run_dir.resolve().parent / 'mlflow.db'}"
-
-
-def _hash(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -16,6 +16,7 @@ import pytest
 from data_pipeline.building.api import build, build_tokenizer
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
+from data_pipeline.files.sealed import seal, unseal
 from data_pipeline.ingest.splits import SPLITS, Corpus, UnitReader
 from data_pipeline.inspection.statistics import documents
 from data_pipeline.sampling.windows import Windows
@@ -377,8 +378,7 @@ def test_a_long_document_takes_bounded_memory(tmp_path: Path) -> None:
 
 def test_manifests_of_unknown_format_or_damaged_are_errors(dataset: Dataset) -> None:
     path = dataset.path / "manifest.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "format": 99}))
+    path.write_text(seal(json.dumps(unseal(path.read_bytes()) | {"format": 99})))
     with pytest.raises(DataError, match="format 99, this version reads formats 1 to 4"):
         Dataset.open(dataset.path)
     path.write_text(path.read_text()[:500])

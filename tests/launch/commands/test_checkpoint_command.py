@@ -57,7 +57,7 @@ def test_ls_names_a_damaged_one(run: Path, tmp_path: Path) -> None:
     (copy / "checkpoints" / "step-000000012" / "manifest.json").write_text("{")
     [first, *_] = checkpoint("ls", copy).splitlines()
     assert "DAMAGED" in first
-    assert "manifest.json: damaged, not JSON" in first
+    assert "manifest.json: damaged: not JSON" in first
 
 
 def test_inspect_shows_everything_that_is_not_a_tensor(run: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.files.sealed import unseal, write_sealed
 from launch.commands.jobs import _from_script, _Tail
 from launch.completion import complete_configs, complete_runs
 from launch.slurm import client
@@ -23,7 +24,6 @@ from launch.slurm.run_status import join, statuses
 from pretrain.run.job_records import Failure, Heartbeat, JobFolder
 from pretrain.run.journal import Journal
 from pretrain.run.lease import Lease
-from pretrain.run.record_hash import sealed, unsealed
 from pretrain.run.run_listing import list_runs
 from tests.runs import ROOT, duet
 from tests.slurm.processes import wait_until
@@ -42,7 +42,7 @@ def training(run: Path, job: str | None = "7", *, age: float = 0.0, began: float
         os.environ["SLURM_JOB_ID"] = job
     with Lease.acquire(run) as lease:
         file = run / "attempts" / f"{lease.attempt:06d}.json"
-        file.write_text(json.dumps(sealed(unsealed(file.read_bytes()) | {"started": began})))
+        write_sealed(file, unseal(file.read_bytes()) | {"started": began})
         journal = Journal(run / "metrics.jsonl", lease.attempt)
         journal.event("start", resumed_from=None)
         journal.metrics(4, {"loss/train": 2.0, "time/tokens_per_second": 100.0})
@@ -57,11 +57,11 @@ def ended(run: Path, status: str | None, job: str | None = "7", began: float = N
     """A run that said how it ended, or was killed before it could."""
     file = run / "attempts" / "000001.json"
     with training(run, job, began=began):
-        record = unsealed(file.read_bytes())
+        record = unseal(file.read_bytes())
         if status:
             journal = Journal(run / "metrics.jsonl", 1)
             journal.event("end", status=status, reason="a reason")
-    file.write_text(json.dumps(sealed(record | ({"ended": NOW} if status else {"pid_started": "0"}))))
+    write_sealed(file, record | ({"ended": NOW} if status else {"pid_started": "0"}))
 
 
 def state(run: Path, job: client.Job | None, *, asked: bool = True) -> str:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import CheckpointError
 from pretrain.checkpoint import retention
-from pretrain.checkpoint.checkpoint import Manifest
+from pretrain.checkpoint.checkpoint import CheckpointManifest
 from pretrain.checkpoint.retention import prune, reasons
 from pretrain.run.checkpoint_folder import complete, step_of, step_path
 
@@ -17,7 +17,7 @@ from pretrain.run.checkpoint_folder import complete, step_of, step_path
 def make(root: Path, step: int, loss: float | None = None) -> Path:
     path = step_path(root, step)
     path.mkdir(parents=True)
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=step,
         optimizer_steps=step,
         world_size=0,
@@ -28,7 +28,7 @@ def make(root: Path, step: int, loss: float | None = None) -> Path:
         state={},
         validation_loss=loss,
     )
-    (path / "manifest.json").write_bytes(manifest.sealed())
+    (path / "manifest.json").write_text(manifest.sealed())
     return path
 
 

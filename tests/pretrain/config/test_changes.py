@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from data_pipeline import may_change
 from data_pipeline.errors import RunError
-from pretrain.config.changes import IN_FORK, ON_RESUME
+from data_pipeline.may_change import MayChange
+from pretrain.config.changes import mark_of, refused
 from pretrain.config.schema import differences, load
 from pretrain.run import run_summary
 from pretrain.run.journal import Journal, read
@@ -22,9 +24,9 @@ from tests.runs import SMALL, attempts
 TRAIN = "tests.distributed.cases:train_run"
 
 
-def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a configuration that holds one of each kind, with its value."""
-    for name in type(config).model_fields:
+def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, MayChange | None]]:
+    """Every key of a configuration that holds one of each kind, with what its field says."""
+    for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if isinstance(value, BaseModel):
             yield from leaves(value, f"{prefix}{name}.")
@@ -33,9 +35,9 @@ def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
                 if isinstance(inner, BaseModel):
                     yield from leaves(inner, f"{prefix}{name}.{key}.")
                 else:
-                    yield f"{prefix}{name}.{key}", inner
+                    yield f"{prefix}{name}.{key}", mark_of(field)
         else:
-            yield f"{prefix}{name}", value
+            yield f"{prefix}{name}", mark_of(field)
 
 
 def changed(config: Any, key: str) -> Any:
@@ -56,15 +58,15 @@ def changed(config: Any, key: str) -> Any:
 
 
 WHOLE = load(["data.sources.web.paths=[a]", "data.weights.web=1"])
-KEYS = [key for key, _ in leaves(WHOLE)]
+MARKS = dict(leaves(WHOLE))
 LEARNED_FROM = ("data.objective", "data.mask_boundaries", "engine.precision")
 """Keys of sections of which most others may change."""
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer")
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", MARKS)
 def test_each_key_may_change_at_a_resume_or_is_refused_by_name(tmp_path: Path, key: str) -> None:
-    """Only what the list names, and none of what is learned from."""
+    """Only what its field lets change, and none of what is learned from."""
     dataset = {"fingerprint": "f" * 64, "path": "data/x"}
     folder = RunFolder(tmp_path)
     folder.claim(WHOLE, dataset)
@@ -73,7 +75,8 @@ def test_each_key_may_change_at_a_resume_or_is_refused_by_name(tmp_path: Path, k
     journal.close()
     other = changed(WHOLE, key)
     assert list(differences(WHOLE, other)) == [key]
-    if key.replace(".web", ".NAME") in ON_RESUME:
+    mark = MARKS[key]
+    if mark and mark.on_resume:
         assert key not in LEARNED_FROM
         assert not key.startswith(("model.", "optimizer.", "schedule.", "run.seed", "batch.tokens"))
         folder.claim(other, dataset)
@@ -84,11 +87,25 @@ def test_each_key_may_change_at_a_resume_or_is_refused_by_name(tmp_path: Path, k
         folder.claim(other, dataset)
     assert f"  {key}: " in str(caught.value)
     way_on = shlex.join(["duet", "train", "--from", f"{tmp_path}@1", "run.name=NEW"])
-    assert (way_on in str(caught.value)) == (key in IN_FORK), "what may differ in a new run from a checkpoint"
+    assert (way_on in str(caught.value)) == (mark is not None), "what may differ in a new run from a checkpoint"
 
 
-def test_the_list_of_what_may_change_names_keys_that_there_are() -> None:
-    assert {key.replace("NAME", "web") for key in IN_FORK} - {*KEYS, "data.sources", "data.weights"} == set()
+def test_a_key_may_not_change_unless_its_field_says_so() -> None:
+    """No key of a model does; and each reason that there is, is some key's."""
+    assert {mark.why for mark in MARKS.values() if mark} == {
+        value.why for value in vars(may_change).values() if isinstance(value, MayChange)
+    }
+    assert not [key for key, mark in MARKS.items() if mark and key.startswith("model.")]
+
+
+def test_sources_that_come_and_go_are_told_by_name() -> None:
+    """A source of any name, also one with a dot in it, may come and go: the dataset is what counts."""
+    bare = load([])
+    assert not refused(bare, WHOLE)
+    assert not refused(WHOLE, bare)
+    odd = bare.model_copy(update={"data": bare.data.model_copy(update={"weights": {"a.b": 1.0}})})
+    assert list(differences(bare, odd)) == ["data.weights", "data.weights.a.b"]
+    assert not refused(bare, odd)
 
 
 EXACT = [

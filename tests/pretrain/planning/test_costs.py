@@ -86,3 +86,21 @@ def test_checkpoints_that_stay(steps: int, every: int, keep: int, for_ever: int 
 def test_gpus_that_cannot_share_the_batch() -> None:
     with pytest.raises(ConfigError, match="numbers of ranks that can: 64 or 96"):
         costs(config_of(), 65, GPU, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("args", "dense"),
+    [
+        (["model/decoder-tiny", "model.document_mask=true"], False),
+        (["model/decoder-tiny", "model.document_mask=true", "model.heads=8"], True),
+        (["model/decoder-tiny", "model.document_mask=true", "model.attention=explicit"], True),
+        (["model/decoder-tiny", "data.objective=prefix"], False),
+        (["model/encoder-tiny", "model.document_mask=true"], False),
+        (["model/encoder-decoder-tiny", "data.objective=pairs"], True),
+    ],
+)
+def test_a_dense_mask_counts_where_the_model_makes_one(args: list[str], dense: bool) -> None:
+    """On CUDA; elsewhere it always does. The rule is the one that attention goes by."""
+    config = load([*args, "model.width=64", "model.vocab_size=500", "engine.zero_stage=0", "engine.precision=fp32"])
+    on = {device: memory(config, 1, device).activations for device in ("cuda", "cpu")}
+    assert (on["cuda"] == on["cpu"]) == dense

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import CheckpointError, RunError
+from data_pipeline.files.sealed import unseal, write_sealed
 from pretrain.config.schema import load
 from pretrain.run import lease as lease_module
 from pretrain.run.job_records import Failure, Heartbeat, JobFolder, Pulse
 from pretrain.run.journal import Journal
 from pretrain.run.lease import STALE_SECONDS, Lease, LeaseLost, latest_attempt, read_owner
-from pretrain.run.record_hash import sealed, unsealed
 from pretrain.run.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -96,9 +96,9 @@ def elsewhere(tmp_path: Path) -> Path:
     with Lease.acquire(tmp_path):
         pass
     file = tmp_path / "attempts" / "000001.json"
-    record = unsealed(file.read_bytes()) | {"pid_space": "elsewhere", "host": "n7", "job": "6"}
+    record = unseal(file.read_bytes()) | {"pid_space": "elsewhere", "host": "n7", "job": "6"}
     del record["ended"]
-    file.write_text(json.dumps(sealed(record)))
+    write_sealed(file, record)
     return file
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import RunError
+from data_pipeline.files.sealed import unseal, write_sealed
 from pretrain.run.journal import Journal
 from pretrain.run.lease import STALE_SECONDS, Lease
-from pretrain.run.record_hash import sealed, unsealed
 from pretrain.run.run_listing import MOST_TAIL_BYTES, TAIL_BYTES, RunState, list_runs, run_state
 from tests.runs import ROOT, duet
 
@@ -70,7 +70,7 @@ def test_running_and_dead(tmp_path: Path) -> None:
 def test_an_owner_on_another_machine_lives_while_its_heart_beats(tmp_path: Path) -> None:
     killed_by_the_system(tmp_path)
     file = tmp_path / "attempts" / "000001.json"
-    file.write_text(json.dumps(sealed(unsealed(file.read_bytes()) | {"pid_space": "elsewhere"})))
+    write_sealed(file, unseal(file.read_bytes()) | {"pid_space": "elsewhere"})
     before = sorted(path.name for path in file.parent.iterdir())
     assert run_state(tmp_path).state == "running"
     past = time.time() - STALE_SECONDS - 1

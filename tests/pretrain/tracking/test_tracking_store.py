@@ -194,7 +194,7 @@ def test_a_copied_run_folder_becomes_a_run_of_its_own_when_its_owner_says_so(run
 def spoil(content: dict[str, Any]) -> Iterator[str | bytes]:
     yield json.dumps(content | {"offsets": {"metrics.jsonl": 1}})
     yield json.dumps(content | {"run_id": "0" * 32})
-    yield json.dumps({name: value for name, value in content.items() if name != "hash"})
+    yield json.dumps({name: value for name, value in content.items() if name != "sha256"})
     yield json.dumps(content | {"format": "3"})
     yield "[" * 100_000
     yield '{"format": 2, "uri": 7}'
