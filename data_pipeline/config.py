@@ -32,9 +32,10 @@ class FilterConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     """Only documents whose `language_key` holds exactly this (JSONL and tables)."""
     language_key: Annotated[str, may_change.BUILD] = "language"
     """Key or column of a document's language."""
-    function: Annotated[str | None, may_change.BUILD] = Field(default=None, pattern=r"^[\w.]+:\w+$")
-    """`module:function` of your own, called with the text and the record it came in; a false result leaves the
-    document out. The module must be importable; what it returns may depend on its arguments only."""
+    function: Annotated[str | None, may_change.BUILD] = Field(default=None, pattern=r"^([\w.]+|.+\.py):\w+$")
+    """`FILE.py:function` or `module:function` of your own, called with the text and the record it came in; a false
+    result leaves the document out. What it returns may depend on its arguments only. A file is looked for from the
+    folder you are in, and its content belongs to what the dataset is made from; a module must be importable."""
 
     @model_validator(mode="after")
     def _lengths_are_possible(self) -> Self:

@@ -1,7 +1,8 @@
 """What the shell completes (`duet --install-completion`): run folders, presets. Quick: it runs at each press of Tab."""
 
-from importlib import resources
 from pathlib import Path
+
+from duet_pretrain import SOURCE
 
 
 def complete_runs(incomplete: str) -> list[str]:
@@ -20,7 +21,7 @@ def complete_configs(incomplete: str) -> list[str]:
     """Presets, and YAML files."""
     shipped = [
         f"{room.name}/{preset.name.removesuffix('.yaml')}"
-        for room in resources.files("configs").iterdir()
+        for room in (SOURCE / "configs").iterdir()
         if room.is_dir()
         for preset in room.iterdir()
         if preset.name.endswith(".yaml")

@@ -1,4 +1,4 @@
-"""What torchrun, srun and `duet train` start on each rank: `python -m pretrain CONFIG… key=value…`.
+"""What torchrun, srun and `duet train` start on each rank: `duet-rank`, or `python -P -m pretrain`, CONFIG… KEY=VALUE….
 
 With DUET_VERBOSE set, rank 0 shows what the libraries print, too.
 """
@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
 
@@ -68,9 +69,14 @@ def main(args: list[str]) -> int:
         return EXIT_CODES[signal.SIGINT]
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """The whole process: its arguments, its exit code."""
     code = main(sys.argv[1:])
     with contextlib.suppress(OSError):  # a closed pipe, a full disk: the code says how it went
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)  # an orderly exit aborts now and then in gloo's C++ threads, and the code would be lost
+
+
+if __name__ == "__main__":
+    run()

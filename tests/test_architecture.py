@@ -96,8 +96,10 @@ def test_rooms_form_no_circle() -> None:
 def test_rooms_stay_small(room: Path) -> None:
     files = [file.name for file in room.glob("*.py") if file.name != "__init__.py"]
     assert len(files) <= MOST_FILES, f"{len(files)} files: {files}"
-    tree = ast.parse((room / "__init__.py").read_text())
-    assert len(tree.body) == 1, "a room's __init__.py says what it owns, and does nothing"
+    _, *does = ast.parse((room / "__init__.py").read_text()).body
+    if room.parent == ROOT:
+        does = [node for node in does if "duet_pretrain" not in ast.unparse(node)]
+    assert not does, "a room's __init__.py says what it owns, and does nothing; a package's asks whether names are ours"
 
 
 def test_the_rules_see_a_breach(tmp_path: Path) -> None:

@@ -46,10 +46,12 @@ RUN_ELSEWHERE = {
     "duet quickstart": ".ci/run",
     "pip install duet_pretrain-0.1.0-py3-none-any.whl": "tests/test_wheel.py",
     "duet train runs/first/config.yaml --ranks 2": "tests/test_end_to_end.py",
-    "RANK=0 WORLD_SIZE=1 python -m pretrain runs/first/config.yaml": "what `duet train` starts",
+    "RANK=0 WORLD_SIZE=1 duet-rank runs/first/config.yaml": "what `duet train` starts",
     "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db": "a server",
-    "torchrun --nproc-per-node 8 -m pretrain model/tiny run/quickstart data.path=data/mine run.name=wide": "8 GPUs",
-    "srun --kill-on-bad-exit=1 python -m pretrain model/tiny run/quickstart data.path=data/mine run.name=wide": "Slurm",
+    "torchrun --nproc-per-node 8 --no-python duet-rank model/tiny run/quickstart data.path=data/mine run.name=wide": (
+        "8 GPUs"
+    ),
+    "srun --kill-on-bad-exit=1 duet-rank model/tiny run/quickstart data.path=data/mine run.name=wide": "Slurm",
     "bash slurm/tokenize.sbatch 32 mine.yaml data.path=data/shared": "tests/slurm/test_tokenize.py",
     "duet data upload data/mine s3://bucket/mine": "tests/data_pipeline/storage/test_remote.py",
     "duet cancel runs/first": "tests/slurm/test_status.py",

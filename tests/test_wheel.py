@@ -21,7 +21,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "source"
     for name in TOP_LEVEL:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "duet_pretrain.py"):
         shutil.copy(ROOT / name, source)
     command = [
         sys.executable,
@@ -42,8 +42,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_holds_presets_and_templates_and_no_other_top_level_name(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == TOP_LEVEL
-    for folder, pattern in (("configs", "*/*.yaml"), ("pretrain", "*.html"), ("slurm", "*.sbatch")):
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == TOP_LEVEL | {"duet_pretrain.py"}
+    for folder, pattern in (("configs", "*/*.yaml"), ("pretrain", "*/*.html"), ("slurm", "*.sbatch")):
         shipped = {str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern)}
         assert shipped
         assert shipped <= set(names)
@@ -59,7 +59,7 @@ def test_it_trains_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
 
     def duet(*args: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "launch.cli", *args],
+            [installed / "bin" / "duet", *args],
             cwd=empty,
             env=os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -81,3 +81,13 @@ def test_it_trains_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     duet("data", "build", "data/characters", "data.sources.text.paths=[text.txt]")
     summary = duet("train", "data/characters", "model/tiny", "run/quickstart", *SMALL, "train.steps=3")
     assert "step 3 of 3" in summary
+    (empty / "model.py").touch()
+    rank = subprocess.run(
+        [installed / "bin" / "duet-rank", "data/characters", "model/tiny", "no.such.key=1"],
+        cwd=empty,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert rank.returncode == 2
+    assert rank.stderr.startswith("error: command line: unknown key no")

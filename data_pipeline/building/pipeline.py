@@ -32,6 +32,7 @@ from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.errors import DataError
 from data_pipeline.files.formats import kind
 from data_pipeline.ingest.duplicates import best_bands, copies
+from data_pipeline.ingest.filters import filter_identity
 from data_pipeline.ingest.sources import CUT_RULE, Unit, named
 from data_pipeline.ingest.splits import REASONS, Corpus, Progress, source_config, source_names
 from data_pipeline.storage.manifest import Manifest, differences
@@ -65,9 +66,11 @@ def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
     }
     for name, files in zip(source_names(config), inputs, strict=True):
         source = source_config(config, name)
+        kept = filter_identity(source.filter, f"data.sources.{name}.filter")
         identity["sources"][name] = {
             "text_key": source.text_key,
-            **source.model_dump(include={"filter", "target_key"}, exclude_defaults=True),
+            **source.model_dump(include={"target_key"}, exclude_defaults=True),
+            **({"filter": kept} if kept else {}),
             "inputs (xxh3)": [f"{kind(path)} {digest}" for path, _, digest in files],
         }
     return identity

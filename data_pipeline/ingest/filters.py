@@ -1,7 +1,11 @@
 """Which documents of a source are kept: by length, by language, and by a function of the user's."""
 
 import importlib
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import xxhash
@@ -84,14 +88,64 @@ class Filter:
                 yield "function"
 
 
+def filter_identity(config: FilterConfig, key: str) -> dict[str, Any]:
+    """What is not as it is by default; of a function in a file its name and content, wherever the file lies.
+
+    Raises DataError if the file cannot be read; `key` is where the filter stands in the configuration."""
+    settings = config.model_dump(exclude_defaults=True)
+    if config.function is not None and (file := _file(config.function)):
+        digest = xxhash.xxh3_128(_read(file, f"{key}.function={config.function}")).hexdigest()
+        settings["function"] = f"{file.name}:{config.function.rpartition(':')[2]} (xxh3 {digest})"
+    return settings
+
+
 def _load(name: str, key: str) -> Keep:
-    module, _, function = name.partition(":")
+    module, _, function = name.rpartition(":")
+    given = f"{key}={name}"
     try:
-        found = getattr(importlib.import_module(module), function)
+        if file := _file(name):
+            found = getattr(_loaded(file, given), function)
+        else:
+            found = getattr(importlib.import_module(module), function)
     except ImportError as error:
-        raise DataError(f"{key}={name}: {error}; is the module's folder in PYTHONPATH?") from error
+        raise DataError(f"{given}: {error}; is the module's folder in PYTHONPATH?") from error
     except AttributeError:
-        raise DataError(f"{key}={name}: {module} has no function {function!r}") from None
+        raise DataError(f"{given}: {module} has no function {function!r}") from None
     if not callable(found):
-        raise DataError(f"{key}={name} is a {type(found).__name__}, not a function")
+        raise DataError(f"{given} is a {type(found).__name__}, not a function")
     return found
+
+
+def _file(name: str) -> Path | None:
+    """The file that the name of a function begins with; None where it is a module."""
+    where = name.rpartition(":")[0]
+    return Path(where) if where.endswith(".py") else None
+
+
+def _read(file: Path, given: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{given}: {file.absolute()}: {error.strerror}") from error
+
+
+def _loaded(file: Path, given: str) -> ModuleType:
+    """The module in a file, once a process, under a name that no other has: its own may be that of a module of ours."""
+    source = _read(file, given)
+    name = f"_duet_filter_{xxhash.xxh3_128_hexdigest(source + bytes(file.absolute()))}"
+    if name not in sys.modules:
+        module = sys.modules[name] = ModuleType(name)
+        module.__file__ = str(file.absolute())
+        try:
+            exec(compile(source, file, "exec"), module.__dict__)  # noqa: S102 - what was hashed, not an old .pyc
+        except (Exception, SystemExit) as error:
+            del sys.modules[name]
+            raise DataError(f"{given}: {file}{_line(error, file)}: {error!r}") from error
+    return sys.modules[name]
+
+
+def _line(error: BaseException, file: Path) -> str:
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return f", line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    return f", line {lines[-1]}" if lines else ""

@@ -57,28 +57,36 @@ def generate(
     """
     from model.generation.sampling import Sampling
     from pretrain.export.use import open_trained
-    from pretrain.inference.continuation import Continuation, Settings
-    from pretrain.inference.text import read_prompts
-    from pretrain.inference.text_page import prepare, records, write_page
+    from pretrain.inference.continuation import Settings
 
     sampling = Sampling(repetition_penalty, 0.0 if greedy else temperature, top_k or None, top_p, min_p)
     settings = Settings(sampling, tokens, tuple(stop or []), seed)
-    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    texts = _given(prompt, prompts)
     if not texts and _is_terminal() and not as_json and not html:
-        from launch.commands.generate import ask
-
         ask(open_trained(run, step), settings)
-        return
-    continuation_of = texts or [_standard_input()]
-    trained = open_trained(run, step)
-    continuation = Continuation(trained, continuation_of, settings, recorded=as_json or html is not None)
+    else:
+        _continue(texts or [_standard_input()], open_trained(run, step), settings, as_json, html)
+
+
+def _given(prompt: list[str] | None, prompts: Path | None) -> list[str]:
+    from pretrain.inference.text import read_prompts
+
+    return [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+
+
+def _continue(texts: list[str], trained: "Trained", settings: "Settings", as_json: bool, html: Path | None) -> None:
+    """All of them, shown as was asked for."""
+    from pretrain.inference.continuation import Continuation
+    from pretrain.inference.text_page import prepare, records, write_page
+
+    continuation = Continuation(trained, texts, settings, recorded=as_json or html is not None)
     if html:
         prepare(html, continuation)
     if as_json:
         for _ in continuation.pieces():
             pass
     else:
-        _show(continuation_of, continuation.pieces())
+        _show(texts, continuation.pieces())
     if not as_json and not html:
         return
     found = records(trained, continuation, attention=html is not None)

@@ -3,18 +3,19 @@
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from data_pipeline.errors import ConfigError
 
+if TYPE_CHECKING:
+    from launch.slurm.submit import Plan
+    from pretrain.config.schema import Config
+
 
 def submit(
-    config: Annotated[
-        list[str],
-        typer.Argument(metavar="CONFIG… KEY=VALUE…", help="As for `duet train`."),
-    ],
+    config: Annotated[list[str], typer.Argument(metavar="CONFIG… KEY=VALUE…", help="As for `duet train`.")],
     cluster: Annotated[
         str, typer.Option("--cluster", metavar="NAME", help="The site: a preset, one of your own, or a YAML file.")
     ],
@@ -46,15 +47,9 @@ def submit(
     Examples: `duet submit model/tiny run/quickstart data.path=data/mine --cluster gpu --nodes 2 --dry-run`,
     `duet submit base.yaml --cluster mine --array optimizer.lr=1e-3,3e-4 --array run.seed=1,2`
     """
-    from launch.slurm.submit import Order, place, prepare, show, site
-    from launch.slurm.sweep import expand
-    from pretrain.config.schema import load
+    from launch.slurm.submit import Order, place, prepare, site
 
-    if array and chain > 1:
-        raise ConfigError("--array and --chain exclude each other: chain each run on its own")
-    if after and not re.fullmatch(r"\d+(_\d+)?", after):
-        raise ConfigError(f"--after {after}: expected the number of a job, such as 1234")
-    configs = expand(config, array) if array else [load(config)]
+    configs = _configs(config, array, chain, after)
     where = site(cluster, nodes, time)
     order = Order(
         configs,
@@ -68,9 +63,27 @@ def submit(
         untracked_mib=untracked_mib,
     )
     if dry_run:
-        plan = prepare(order, dry_run=True)
-        typer.echo(plan.script, nl=False)
-        show(plan.findings)
-        typer.echo("nothing was written or submitted, and Slurm was not asked (--dry-run)", err=True)
-        return
-    place(order)
+        _show(prepare(order, dry_run=True))
+    else:
+        place(order)
+
+
+def _configs(config: list[str], array: list[str] | None, chain: int, after: str | None) -> "list[Config]":
+    """Of all runs. Raises ConfigError for options that cannot be."""
+    from launch.slurm.sweep import expand
+    from pretrain.config.schema import load
+
+    if array and chain > 1:
+        raise ConfigError("--array and --chain exclude each other: chain each run on its own")
+    if after and not re.fullmatch(r"\d+(_\d+)?", after):
+        raise ConfigError(f"--after {after}: expected the number of a job, such as 1234")
+    return expand(config, array) if array else [load(config)]
+
+
+def _show(plan: "Plan") -> None:
+    """What would be submitted."""
+    from launch.slurm.submit import show
+
+    typer.echo(plan.script, nl=False)
+    show(plan.findings)
+    typer.echo("nothing was written or submitted, and Slurm was not asked (--dry-run)", err=True)

@@ -26,7 +26,7 @@ WHAT_CTRL_C_DOES = (
 
 
 def run_ranks(args: list[str], ranks: int, logs: Path, *, verbose: bool = False) -> int:
-    """Start `python -m pretrain ARGS` on each rank and wait; rank 0 has the terminal, the others write to `logs`.
+    """Start `python -P -m pretrain ARGS` on each rank and wait; rank 0 has the terminal, the others write to `logs`.
 
     With `verbose` the libraries have rank 0's terminal, too. Signals go to every rank once. When this process dies,
     even by SIGKILL, the kernel ends the ranks.

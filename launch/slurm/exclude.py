@@ -1,6 +1,6 @@
 """Which nodes a run avoids, and what keeps that from eating the cluster.
 
-`python -m launch.slurm.exclude RUN_DIR` lists them.
+`python -P -m launch.slurm.exclude RUN_DIR` lists them.
 
 Who finds more bad nodes than the caps allow excludes none of them: so many are no bad nodes, or somebody has to look at
 the cluster.

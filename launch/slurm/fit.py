@@ -1,6 +1,6 @@
 """How many of the granted nodes a run can use; the batch script asks before it starts the ranks.
 
-    python -m launch.slurm.fit CONFIG… KEY=VALUE… --nodes N --tasks T
+    python -P -m launch.slurm.fit CONFIG… KEY=VALUE… --nodes N --tasks T
 
 Prints three lines: the nodes to use, the run folder, the dataset's folder (empty for one at a URI). Free of torch. A
 mistake in the configuration ends here, with exit code 2, before a node has done anything.

@@ -1,6 +1,6 @@
 """Whether a job runs again once its ranks have ended: the batch script asks, this decides, says why, and keeps count.
 
-    python -m launch.slurm.policy RUN_DIR --rc N --signal USR1|TERM|none
+    python -P -m launch.slurm.policy RUN_DIR --rc N --signal USR1|TERM|none
 
 The exit code is an `Action`. Free of torch: it runs on a node where something has just gone wrong.
 """

@@ -3,10 +3,10 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError
+from duet_pretrain import SOURCE
 from launch.slurm.site import Cluster
 
 SECTIONS = ("# --- the job", "# --- the site", "# --- the life of the job")
@@ -41,7 +41,7 @@ class JobScript:
 
 def template(name: str) -> str:
     """The shipped script `slurm/NAME.sbatch`."""
-    return resources.files("slurm").joinpath(f"{name}.sbatch").read_text(encoding="utf-8")
+    return (SOURCE / "slurm" / f"{name}.sbatch").read_text(encoding="utf-8")
 
 
 def render(text: str, job: JobScript) -> str:

@@ -3,7 +3,6 @@
 import difflib
 import os
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.secret import HIDDEN, has_secret, is_secret_name, key_of_secret
+from duet_pretrain import SOURCE
 from pretrain.config import yaml_files
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -206,7 +206,7 @@ def load(name: str) -> Cluster:
     elif (own := folder() / f"{short}.yaml").is_file():
         where, text = str(own), _text(own)
     elif short in shipped():
-        where, text = f"cluster/{short}", resources.files("configs").joinpath(f"cluster/{short}.yaml").read_text()
+        where, text = f"cluster/{short}", (SOURCE / "configs" / "cluster" / f"{short}.yaml").read_text()
     else:
         there = sorted({file.stem for file in folder().glob("*.yaml")} | set(shipped()))
         near = difflib.get_close_matches(short, there, n=1)
@@ -245,8 +245,7 @@ def dump(cluster: Cluster) -> str:
 
 def shipped() -> list[str]:
     """Names of the presets."""
-    found = (file.name for file in resources.files("configs").joinpath("cluster").iterdir())
-    return sorted(name.removesuffix(".yaml") for name in found if name.endswith(".yaml"))
+    return sorted(file.stem for file in (SOURCE / "configs" / "cluster").glob("*.yaml"))
 
 
 def folder() -> Path:

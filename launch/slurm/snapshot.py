@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data_pipeline.errors import RunError
 from data_pipeline.files.atomic import disk_errors
-from pretrain.run.provenance import PACKAGES, SNAPSHOT, SNAPSHOT_DIFF, SOURCE, git, source
+from pretrain.run.provenance import MODULE, PACKAGES, SNAPSHOT, SNAPSHOT_DIFF, SOURCE, git, source
 
 MIB = 1 << 20
 MOST_NAMED = 5
@@ -89,10 +89,13 @@ def _copy(root: Path, names: list[str], target: Path) -> Iterator[tuple[str, byt
 
 def _installed(root: Path) -> list[str]:
     return [
-        str(file.relative_to(root))
-        for package in PACKAGES
-        for file in (root / package).rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
+        MODULE,
+        *(
+            str(file.relative_to(root))
+            for package in PACKAGES
+            for file in (root / package).rglob("*")
+            if file.is_file() and "__pycache__" not in file.parts
+        ),
     ]
 
 

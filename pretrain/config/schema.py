@@ -4,7 +4,6 @@ Defaults < YAML files or presets, in the order given < dotted overrides (`optimi
 """
 
 import difflib
-from importlib import resources
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.secret import WAY_ON, argument_of_secret, key_of_secret
+from duet_pretrain import SOURCE
 from model.architectures.registry import DEFAULT, AnyModelConfig, class_of, configure
 from pretrain.config import yaml_files
 from pretrain.config.sections import (
@@ -271,7 +271,7 @@ def load(args: list[str]) -> Config:
 
 def presets() -> list[str]:
     """Names of the shipped presets: `model/tiny`, `run/quickstart`, …; sites (`launch.slurm.site`) are none of them."""
-    root = resources.files("configs")
+    root = SOURCE / "configs"
     return sorted(
         f"{room.name}/{preset.name.removesuffix('.yaml')}"
         for room in root.iterdir()
@@ -323,7 +323,7 @@ def _parse(arg: str) -> dict[str, Any]:
         elif "=" in arg:
             return OmegaConf.to_container(OmegaConf.from_dotlist([arg]))  # type: ignore[return-value]
         elif arg in presets():
-            text = resources.files("configs").joinpath(f"{arg}.yaml").read_text(encoding="utf-8")
+            text = (SOURCE / "configs" / f"{arg}.yaml").read_text(encoding="utf-8")
         else:
             near = difflib.get_close_matches(arg, presets(), n=3)
             hint = f"did you mean {', '.join(near)}? " if near else ""

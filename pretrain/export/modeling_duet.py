@@ -13,6 +13,10 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig,
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 try:
+    import duet_pretrain
+
+    duet_pretrain.check("data_pipeline", "model", "pretrain")  # before they are imported
+
     from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer
     from model.architectures import registry
     from model.attention import cache

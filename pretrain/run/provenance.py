@@ -11,10 +11,12 @@ from pathlib import Path
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.files.atomic import write_atomic, write_json
+from duet_pretrain import SOURCE
 
-SOURCE = Path(__file__).resolve().parents[2]
 PACKAGES = ("configs", "data_pipeline", "launch", "model", "pretrain", "slurm")
 """Folders in SOURCE that are ours, wherever that is."""
+MODULE = "duet_pretrain.py"
+"""A file beside them."""
 SNAPSHOT, SNAPSHOT_DIFF = "snapshot.json", "snapshot.diff"
 """What `source` said of the code that a snapshot (`launch.slurm.snapshot`) is a copy of; in its folder."""
 MAX_DIFF_BYTES = 1 << 20

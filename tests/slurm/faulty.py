@@ -1,4 +1,4 @@
-"""The real trainer, but for its report, with faults at chosen places: what `python -m pretrain` is in a drill.
+"""The real trainer, but for its report, with faults at chosen places: what `python -P -m pretrain` is in a drill.
 
 DRILL_FAULTS holds a JSON list. A fault is of one start of the job (`restart`, 0 first) and one `rank`, and either
 

@@ -18,7 +18,7 @@ from data_pipeline.errors import RunError, UserError
 from launch.cli import app
 from launch.slurm.submit import resubmit
 from pretrain.run.job_records import JobFolder
-from pretrain.run.provenance import PACKAGES
+from pretrain.run.provenance import MODULE, PACKAGES
 from tests.runs import CHARACTERS, ROOT, SMALL
 from tests.slurm.cluster import Cluster
 from tests.slurm.processes import wait_until
@@ -60,6 +60,7 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("checkout")
     for package in PACKAGES:
         shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / MODULE, root)
     (root / ".gitignore").write_text("__pycache__/\n")
     (root / "pretrain" / "__main__.py").write_text(STANDIN)
     for command in ("init -q", "add -A", "-c user.name=a -c user.email=a@b commit -qm first"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.run.journal import read
-from pretrain.run.provenance import PACKAGES
+from pretrain.run.provenance import MODULE, PACKAGES
 from pretrain.tracking.mlflow_follower import sync
 from tests.faults.tracked import Server, assert_mirrors
 from tests.runs import ROOT, newest_on_disk
@@ -190,6 +190,7 @@ def test_code_is_edited_between_submission_and_requeue(
     checkout = tmp_path / "checkout"
     for package in PACKAGES:
         shutil.copytree(ROOT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / MODULE, checkout)
     for command in ("init -q", "add -A", "-c user.name=a -c user.email=a@b commit -qm first"):
         subprocess.run(["git", "-C", checkout, *command.split()], check=True)
     trainer = checkout / "pretrain" / "trainer.py"

@@ -113,6 +113,54 @@ def test_filters_that_cannot_work_are_explained(tmp_path: Path) -> None:
         FilterConfig(min_chars=3, max_chars=2)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_function_in_a_file_is_part_of_what_a_dataset_is_made_from(
+    tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has the name of a package of ours; both are needed."""
+    monkeypatch.setattr(sources, "UNIT_BYTES", 150)
+    monkeypatch.chdir(tmp_path)
+    file = write(tmp_path / "a.jsonl", RECORDS)
+    own = tmp_path / "model.py"
+    own.write_text(
+        "import dataclasses\n\n@dataclasses.dataclass\nclass Rule:\n    word: str\n\n"
+        "def keep(text, record):\n    return Rule('bad').word not in text\n"
+    )
+    settings = settings_of(tmp_path / "d", file, filter={"function": "model.py:keep"})
+    assert build(settings, processes=processes).sources[0].dropped == {"empty": 1, "function": 1}
+    assert "model.py:keep (xxh3 " in (tmp_path / "d" / "manifest.json").read_text()
+    assert not (tmp_path / "__pycache__").exists()
+    (tmp_path / "moved").mkdir()
+    moved = own.rename(tmp_path / "moved" / "model.py")
+    again = settings_of(tmp_path / "d", file, filter={"function": f"{moved}:keep"})
+    build(again, processes=processes)  # the same, so it is there
+    moved.write_text(moved.read_text().replace("'bad'", "'bbb'"))  # as long as before, and as old
+    with pytest.raises(DataError, match=r"filter\.function.*model\.py:keep \(xxh3"):
+        build(again, processes=processes)
+    other = settings_of(tmp_path / "e", file, filter={"function": "moved/model.py:keep"})
+    assert build(other, processes=processes).sources[0].dropped == {"empty": 1, "function": 1}
+    assert "e bad bad bad" in kept(other)
+
+
+def test_a_file_of_a_function_that_cannot_be_used_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = write(tmp_path / "a.jsonl", [{"text": "fine"}, {"text": "fine, too"}])
+    for text, message in (
+        (None, rf"function=own\.py:keep: {tmp_path}/own\.py: No such file"),
+        ("keep = 1\n", r"function=own\.py:keep is a int, not a function"),
+        ("def other(): pass\n", r"own\.py has no function 'keep'"),
+        ("\nkeep = \n", r"function=own\.py:keep: own\.py, line 2: SyntaxError"),
+        ("import math\n\nkeep = math.no\n", r"own\.py, line 3: AttributeError.*'no'"),
+        ("import no_such_module\n", r"own\.py, line 1: ModuleNotFoundError.*no_such_module"),
+        ("def fail():\n    return 1 / 0\n\nfail()\n", r"own\.py, line 2: ZeroDivisionError"),
+        ("raise SystemExit(3)\n", r"own\.py, line 1: SystemExit\(3\)"),
+    ):
+        if text is not None:
+            (tmp_path / "own.py").write_text(text)
+        with pytest.raises(DataError, match=message):
+            build(settings_of(tmp_path / "d", file, filter={"function": "own.py:keep"}))
+
+
 def test_plain_documents_are_filtered_without_being_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t").mkdir()
     texts = {f"{number}.txt": "x" * 100_000 * number + "." for number in range(5)}

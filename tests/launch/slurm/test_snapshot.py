@@ -11,6 +11,7 @@ import pytest
 from data_pipeline.errors import RunError
 from launch.slurm.snapshot import take
 from pretrain.run import provenance
+from pretrain.run.provenance import MODULE
 from tests.runs import ROOT
 
 
@@ -129,11 +130,17 @@ def test_links_to_folders_stay_inside(checkout: Path, tmp_path: Path) -> None:
 
 def test_an_installed_package_is_its_files(tmp_path: Path) -> None:
     installed = tmp_path / "site-packages"
-    for name in ("configs/model/tiny.yaml", "model/__init__.py", "model/__pycache__/x.pyc", "torch/__init__.py"):
+    for name in (
+        "configs/model/tiny.yaml",
+        "model/__init__.py",
+        "model/__pycache__/x.pyc",
+        "torch/__init__.py",
+        MODULE,
+    ):
         (installed / name).parent.mkdir(parents=True, exist_ok=True)
         (installed / name).write_text(name)
     taken = take(tmp_path / "run" / "code", 1.0, installed)
-    assert files(taken) == {"configs/model/tiny.yaml", "model/__init__.py", "snapshot.json"}
+    assert files(taken) == {"configs/model/tiny.yaml", "model/__init__.py", "duet_pretrain.py", "snapshot.json"}
     assert provenance.source(taken) == ({}, b"")
 
 

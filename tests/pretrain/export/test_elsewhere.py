@@ -9,6 +9,8 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +184,11 @@ def test_what_transformers_cannot_do_is_refused(
     model, _ = from_folder(exported)
     with pytest.raises(ValueError, match="attention_mask is"):
         model(torch.ones(1, 3, dtype=torch.int64), attention_mask=torch.zeros(1, 2))
+    own = tmp_path / "model.py"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "model", module_from_spec(ModuleSpec("model", None, origin=str(own))))
+        with pytest.raises(ImportError, match=rf"needs the package duet-pretrain.*model is {own} here, not Duet's"):
+            runpy.run_path(str(exported / "modeling_duet.py"))
     monkeypatch.setitem(sys.modules, "pretrain.inference.trained", None)
     with pytest.raises(ImportError, match="needs the package duet-pretrain"):
         runpy.run_path(str(exported / "modeling_duet.py"))
