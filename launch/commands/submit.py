@@ -10,7 +10,7 @@ import typer
 from data_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.slurm.submit import Plan
+    from launch.slurm.submit import Submission
     from pretrain.config.schema import Config
 
 
@@ -80,7 +80,7 @@ def _configs(config: list[str], array: list[str] | None, chain: int, after: str 
     return expand(config, array) if array else [load(config)]
 
 
-def _show(plan: "Plan") -> None:
+def _show(plan: "Submission") -> None:
     """What would be submitted."""
     from launch.slurm.submit import show
 
