@@ -64,8 +64,7 @@ class Lease:
         """
         folder = run_dir / "attempts"
         folder.mkdir(parents=True, exist_ok=True)
-        await_unowned(run_dir, tell)
-        attempt = latest_attempt(run_dir) + 1
+        attempt = await_unowned(run_dir, tell) + 1  # not the newest now: another start may have made one meanwhile
         record = _identity() | {"attempt": attempt, "started": time.time(), "nonce": uuid.uuid4().hex}
         path = attempt_path(folder, attempt)
         temporary = folder / f".{uuid.uuid4().hex}.tmp"
@@ -168,8 +167,8 @@ def check_unowned(run_dir: Path, clock: float | None = None) -> None:
             raise RunError(_refusal(run_dir, attempt, owner))
 
 
-def await_unowned(run_dir: Path, tell: Callable[[str], None] | None = None) -> None:
-    """Returns when no attempt owns the run folder.
+def await_unowned(run_dir: Path, tell: Callable[[str], None] | None = None) -> int:
+    """Returns when no attempt owns the run folder: the number of the one that did last, 0 for none.
 
     An owner on another machine, or one whose record is damaged, is watched until its heart beats, or has not for
     STALE_SECONDS by this machine's clock; `tell` says so, on the error stream unless given.
@@ -184,7 +183,7 @@ def await_unowned(run_dir: Path, tell: Callable[[str], None] | None = None) -> N
         owner = read_owner(path)
         known = _known_alive(owner)
         if known is False:
-            return
+            return attempt
         beat = (attempt, _beat(path))
         if known or seen not in (None, beat):
             raise RunError(_refusal(run_dir, attempt, owner))
@@ -195,8 +194,9 @@ def await_unowned(run_dir: Path, tell: Callable[[str], None] | None = None) -> N
                 f"watched for {STALE_SECONDS:g} s, then it counts as gone"
             )
         elif time.monotonic() - since >= STALE_SECONDS:
-            return
+            return attempt
         time.sleep(POLL_SECONDS)
+    return 0
 
 
 def attempt_path(folder: Path, attempt: int) -> Path:
