@@ -36,6 +36,10 @@ class Metric(str):
         REGISTRY[name] = metric
         return metric
 
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """To another process goes the name."""
+        return str, (str(self),)
+
     def of(self, part: str) -> str:
         """The same of a source, or of one mask (`enc_ff/00`): a name below this one."""
         return f"{self}/{part}"
