@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pretrain.checkpoint.saver import Saver
 from pretrain.engine.distributed import Ranks
+from pretrain.metric_names import LOSS, TOKENS_PER_SECOND
 from pretrain.run.job_records import Heartbeat, JobFolder, Pulse, this_job
 from pretrain.run.lease import LOST_FOLDER, Lease, LeaseLost
-from pretrain.run.run_summary import LOSS
 from pretrain.run.signals import KILL_SWITCH, StopRequest
 from pretrain.tracking.metrics import StepMetrics
 from pretrain.tracking.recorder import Recorder
@@ -108,9 +108,7 @@ class Life:
         self._heartbeat = replace(self._heartbeat, step=step, time=time.time())
         if logged:
             values = logged[-1].values
-            self._heartbeat = replace(
-                self._heartbeat, loss=values[LOSS], tokens_per_second=values["time/tokens_per_second"]
-            )
+            self._heartbeat = replace(self._heartbeat, loss=values[LOSS], tokens_per_second=values[TOKENS_PER_SECOND])
         self._beat()
 
     def saving(self, step: int) -> None:

@@ -36,6 +36,16 @@ from pretrain.evaluation.sample import sample_text
 from pretrain.health.monitor import Health
 from pretrain.health.rollback import load_older, read_past
 from pretrain.life import Life, Stopped
+from pretrain.metric_names import (
+    EPOCH,
+    GRAD_NORM,
+    LEARNING_RATE,
+    SAMPLES_SEEN,
+    SKIPPED,
+    TOKENS_SEEN,
+    VALIDATION,
+    epoch_of,
+)
 from pretrain.run import journal
 from pretrain.run.goodput import Goodput, earlier_goodput
 from pretrain.run.job_records import FailureFile
@@ -202,15 +212,17 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
             profile.after(step)
             health.after_step(step, batches, lr, applied)
             session.system.step = step
-            known = {
-                "data/tokens_seen": data.tokens_seen,
-                "data/samples_seen": data.samples_seen,
-                **plan.epoch_metrics(data.samples_seen),
-                "optim/lr": lr,
-                "optim/grad_norm": grad_norm,
+            epoch, of_sources = plan.epochs(data.samples_seen)
+            known: dict[str, Any] = {
+                TOKENS_SEEN: data.tokens_seen,
+                SAMPLES_SEEN: data.samples_seen,
+                EPOCH: epoch,
+                **{epoch_of(name): value for name, value in of_sources.items()},
+                LEARNING_RATE: lr,
+                GRAD_NORM: grad_norm,
             }
             if not applied:
-                known["optim/skipped"] = 1
+                known[SKIPPED] = 1
             meter.add(step, metrics, known)
             last = step == config.train.steps
             if not last:  # before the ranks agree: one that waits for data must not keep the others from stopping
@@ -250,7 +262,7 @@ def owes_validation(session: Session, step: int) -> bool:
         due = step > 0 and (step == config.steps or step % config.eval_every == 0)
         if not due or step not in folder.saved_steps():
             return False
-        return all(point.step != step for point in journal.series(journal.read(folder.journal)).get("loss/val", []))
+        return all(point.step != step for point in journal.series(journal.read(folder.journal)).get(VALIDATION, []))
 
     return session.ranks.together(missing, only_first=True)
 
@@ -276,7 +288,7 @@ def validation(session: Session, step: int) -> float | None:
         except Exception as error:  # a text is no reason to lose what was learned
             traceback.print_exc()
             session.recorder.warning(f"no sample was written after step {step}: {type(error).__name__}: {error}")
-    return metrics["loss/val"]
+    return metrics[VALIDATION]
 
 
 def save_checkpoint(session: Session, step: int, data: DataState, validation_loss: float | None) -> None:

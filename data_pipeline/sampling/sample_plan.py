@@ -168,15 +168,12 @@ class Plan:
                 shards |= {shard.path: shard for shard in windows.shards_of(first * self._parts, end * self._parts)}
         self._dataset.prefetch(list(shards.values()))
 
-    def epoch_metrics(self, position: int) -> dict[str, float]:
-        """How often the data have been read before `position`: `data/epoch`, and `data/epoch_NAME` where several are
-        mixed."""
+    def epochs(self, position: int) -> tuple[float, dict[str, float]]:
+        """How often the data have been read before `position`: all of them, and each source where several are mixed."""
         counts = self.schedule.counts(position)
         lengths = {name: len(windows) for name, windows in self.windows.items()}
-        metrics = {"data/epoch": sum(counts[name] for name in lengths) / sum(lengths.values())}
-        if len(lengths) > 1:
-            metrics |= {f"data/epoch_{name}": counts[name] / length for name, length in lengths.items()}
-        return metrics
+        each = {name: counts[name] / length for name, length in lengths.items()} if len(lengths) > 1 else {}
+        return sum(counts[name] for name in lengths) / sum(lengths.values()), each
 
 
 def go_on(state: DataState, dataset: Dataset, config: DataConfig, context: int) -> DataState:

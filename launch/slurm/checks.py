@@ -17,6 +17,7 @@ from launch.slurm.site import Cluster, node_range, seconds
 from model.costs.totals import num_parameters
 from pretrain.config.dataset_identity import Built, complete
 from pretrain.config.schema import Config
+from pretrain.metric_names import CHECKPOINT_MS, STEP_MS
 from pretrain.planning.costs import fitting, more_gpus
 from pretrain.planning.memory import memory, state_bytes
 from pretrain.run import origin
@@ -174,7 +175,7 @@ def check_time(config: Config, cluster: Cluster, links: int) -> list[Checked]:
     if not folder.run_file.exists() or not folder.journal.is_file():
         return [Checked("time", f"{cluster.time}; steps and saves of this run are not measured yet")]
     records = tail(folder.journal)
-    steps, saves = _measured(records, "time/step_ms"), _measured(records, "time/checkpoint_ms")
+    steps, saves = _measured(records, STEP_MS), _measured(records, CHECKPOINT_MS)
     if not steps:
         return [Checked("time", f"{cluster.time}; steps of this run are not measured yet")]
     before, least = folder.facts().get("world_size"), node_range(cluster.nodes)[0] * cluster.ranks_per_node

@@ -19,6 +19,7 @@ from model.masks.telemetry import KEPT
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
 from pretrain.evaluation.batches import Batches
+from pretrain.metric_names import BITS_PER_BYTE, VALIDATION, of_validation
 
 GATES = ("density", "mask_mean")
 """What validation tells of the masks."""
@@ -95,18 +96,18 @@ def evaluate(
     sums, numbers = ranks.sum(torch.from_numpy(np.hstack(columns))).numpy()
     if not numbers[0]:
         raise DataError("the held-out text is too short: nothing in it is to be predicted; hold out more")
-    result = {"loss/val": float(sums[0] / numbers[0])}
+    result: dict[str, float] = {VALIDATION: float(sums[0] / numbers[0])}
     if batches.predicts_every_token:
-        result["loss/val_bits_per_byte"] = _bits(result["loss/val"] * float(numbers[0])) / sum(text_bytes.values())
+        result[BITS_PER_BYTE] = _bits(result[VALIDATION] * float(numbers[0])) / sum(text_bytes.values())
     means = dict(zip(gates, sums[1:] / numbers[1:], strict=False))
     for gate in GATES:
         if of_masks := [float(value) for name, value in means.items() if name.startswith(f"{gate}/")]:
-            result[f"gate/val_{gate}"] = sum(of_masks) / len(of_masks)
+            result[of_validation(gate)] = sum(of_masks) / len(of_masks)
     for name, total, number in zip(sources, sums[1 + len(gates) :], numbers[1 + len(gates) :], strict=True):
         if number:
-            result[f"loss/val/{name}"] = float(total / number)
+            result[VALIDATION.of(name)] = float(total / number)
             if batches.predicts_every_token and text_bytes[name]:
-                result[f"loss/val_bits_per_byte/{name}"] = _bits(float(total)) / text_bytes[name]
+                result[BITS_PER_BYTE.of(name)] = _bits(float(total)) / text_bytes[name]
     return result
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from data_pipeline.sampling.kinds import AnyWindows
 from model.masks.learned_dropout import LearnedDropout
 from pretrain.evaluation.batches import Batches
+from pretrain.metric_names import FLIPS
 
 TOKENS = 1024
 """About as many are looked at."""
@@ -48,5 +49,5 @@ class Probe:
         before, self._before = self._before, now
         if not before:
             return {}
-        found = {f"gate/flips/{name}": (before[name] != sides).float().mean().item() for name, sides in now.items()}
-        return {"gate/flips": sum(found.values()) / len(found)} | found
+        found = {FLIPS.of(name): (before[name] != sides).float().mean().item() for name, sides in now.items()}
+        return {FLIPS: sum(found.values()) / len(found)} | found

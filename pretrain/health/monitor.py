@@ -23,11 +23,11 @@ from pretrain.health.rollback import Past
 from pretrain.health.spikes import Spike, StepLoss
 from pretrain.health.trends import Growth, Straggler
 from pretrain.health.watchdog import Watchdog
-from pretrain.run.run_summary import LOSS
+from pretrain.metric_names import GRAD_NORM, HOST_MEMORY, LOSS, MEMORY, SAMPLES_SEEN, SKIPPED, SPIKES
 from pretrain.tracking.metrics import StepMetrics
 from pretrain.tracking.recorder import Recorder
 
-MEMORY = {"system/memory_gib": "memory of the device", "system/host_memory_gib": "memory of the process"}
+GROWS = {MEMORY: "memory of the device", HOST_MEMORY: "memory of the process"}
 
 
 class Health:
@@ -60,9 +60,9 @@ class Health:
         self._guarded: Tensor | None = None
         self._last_finite = "none"
         self._straggler = Straggler()
-        self._growth = {name: Growth(what) for name, what in MEMORY.items()}
+        self._growth = {name: Growth(what) for name, what in GROWS.items()}
         if ranks.device.type == "cpu":  # they are the same there
-            del self._growth["system/memory_gib"]
+            del self._growth[MEMORY]
         if self._config.on_spike == "skip":
             engine.guard = self._guard
 
@@ -95,11 +95,11 @@ class Health:
             RunError: too many steps in a row were skipped; says where it began.
         """
         spikes = self._past.spikes.judge(
-            StepLoss(line.step, line.values[LOSS], "optim/skipped" not in line.values) for line in lines
+            StepLoss(line.step, line.values[LOSS], SKIPPED not in line.values) for line in lines
         )
         self._past.num_spikes += len(spikes)
         if lines and self._past.num_spikes:
-            values = lines[-1].values | {"health/spikes": float(self._past.num_spikes)}
+            values = lines[-1].values | {SPIKES: float(self._past.num_spikes)}
             lines = [*lines[:-1], replace(lines[-1], values=values)]
         self._recorder.steps(lines)
         self.spike = spikes[-1] if spikes and self._config.on_spike == "rollback" else None
@@ -170,10 +170,10 @@ class Health:
 
     def _tell_skipped(self, lines: list[StepMetrics]) -> None:
         for line in lines:
-            loss, norm = line.values[LOSS], line.values["optim/grad_norm"]
+            loss, norm = line.values[LOSS], line.values[GRAD_NORM]
             if math.isfinite(loss) and math.isfinite(norm):
                 self._last_finite = f"loss {loss:.4f} and gradient norm {norm:.4g} at step {line.step}"
-        skipped = [line.step for line in lines if "optim/skipped" in line.values]
+        skipped = [line.step for line in lines if SKIPPED in line.values]
         if skipped:
             text = f"{len(skipped)} of {len(lines)} step(s) up to step {lines[-1].step} applied no update"
             for diagnosis in self._diagnoses[:1]:
@@ -186,7 +186,7 @@ class Health:
         if not spikes:
             return
         worst = max(spikes, key=lambda spike: spike.loss)
-        end = next(int(line.values["data/samples_seen"]) for line in lines if line.step == worst.step)
+        end = next(int(line.values[SAMPLES_SEEN]) for line in lines if line.step == worst.step)
         text = (
             f"loss spike at step {worst.step}, samples {end - self._global_batch} to {end - 1}: {worst.loss:.4f} is "
             f"{worst.z:.1f} robust deviations above the recent median {worst.median:.4f}"

@@ -12,10 +12,10 @@ from pretrain.config.sections import HealthConfig
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
 from pretrain.health.spikes import Spikes, StepLoss
+from pretrain.metric_names import LOSS, SKIPPED, STEP_MS
 from pretrain.run.checkpoint_folder import complete, remove
 from pretrain.run.journal import Record
 from pretrain.run.run_folder import RunFolder
-from pretrain.run.run_summary import LOSS
 
 
 @dataclass
@@ -47,8 +47,8 @@ def read_past(records: Iterable[Record], step: int, config: HealthConfig) -> Pas
         elif record.kind == "spike":
             past.num_spikes += len(record.fields["spikes"])
         elif record.step is not None and LOSS in record.metrics:
-            window.append(StepLoss(record.step, record.metrics[LOSS], "optim/skipped" not in record.metrics))
-            if "time/step_ms" in record.metrics:  # the window ends here
+            window.append(StepLoss(record.step, record.metrics[LOSS], SKIPPED not in record.metrics))
+            if STEP_MS in record.metrics:  # the window ends here
                 past.spikes.judge(window)
                 window.clear()
     past.spikes.rewind(step)

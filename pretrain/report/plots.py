@@ -7,8 +7,32 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pretrain.metric_names import (
+    BACKWARD_MS,
+    BITS_PER_BYTE,
+    CHECKPOINT_MS,
+    DATA_MS,
+    DENSITY,
+    FORWARD_MS,
+    GATE_ENTROPY,
+    GOODPUT,
+    GRAD_NORM,
+    LEARNING_RATE,
+    LOSS,
+    MEMORY,
+    MFU,
+    OPTIMIZER_MS,
+    PEAK_MEMORY,
+    RANK_SPREAD,
+    STEP_MS,
+    TOKENS_PER_SECOND,
+    TOKENS_SEEN,
+    UPDATE_RATIO,
+    VALIDATION,
+    Metric,
+)
 from pretrain.run.journal import Point
-from pretrain.run.run_summary import BITS_PER_BYTE, LOSS, OF_SOURCES, VALIDATION, RunData, verdict
+from pretrain.run.run_summary import OF_SOURCES, RunData, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,14 +41,12 @@ if TYPE_CHECKING:
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#06b6d4", "#eab308", "#ec4899")
 INK = "#768390"
 """Readable on white and on black: the page follows the reader's theme, its pictures are drawn once."""
-TOKENS = "data/tokens_seen"
-STEP_MS = "time/step_ms"
 TIME_PARTS = {
-    "data": "time/data_ms",
-    "forward": "time/forward_ms",
-    "backward": "time/backward_ms",
-    "optimizer": "time/optimizer_ms",
-    "checkpoint": "time/checkpoint_ms",
+    "data": DATA_MS,
+    "forward": FORWARD_MS,
+    "backward": BACKWARD_MS,
+    "optimizer": OPTIMIZER_MS,
+    "checkpoint": CHECKPOINT_MS,
 }
 HEAT_COLUMNS = 300
 SOURCES_INSIDE = 6
@@ -163,13 +185,11 @@ def _draw_sources(axes: "Axes", runs: Coloured) -> None:
         )
 
 
-def _metric(
-    name: str, unit: str, *, smooth: bool = False, from_zero: bool = False
-) -> Callable[["Axes", Coloured], None]:
+def _metric(name: Metric, *, smooth: bool = False, from_zero: bool = False) -> Callable[["Axes", Coloured], None]:
     def draw(axes: "Axes", runs: Coloured) -> None:
         for run, colour in runs:
             _line(axes, run.points[name], colour, _plain(run.name) if len(runs) > 1 else None, smooth=smooth)
-        axes.set_ylabel(unit)
+        axes.set_ylabel(name.unit)
         if from_zero:
             _from_zero(axes)
 
@@ -179,15 +199,15 @@ def _metric(
 def _draw_mfu(axes: "Axes", runs: Coloured) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    _metric("time/mfu", "model FLOPs utilisation", smooth=True, from_zero=True)(axes, runs)
+    _metric(MFU, smooth=True, from_zero=True)(axes, runs)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def _draw_memory(axes: "Axes", runs: Coloured) -> None:
     for run, colour in runs:
         several = len(runs) > 1
-        peak = run.points.get("system/peak_memory_gib", [])
-        _line(axes, run.points.get("system/memory_gib", []), colour, _plain(run.name) if several else "in use")
+        peak = run.points.get(PEAK_MEMORY, [])
+        _line(axes, run.points.get(MEMORY, []), colour, _plain(run.name) if several else "in use")
         _line(axes, peak, colour, "peak" if peak and not several else None, style="--")
     _from_zero(axes)
     axes.set_ylabel("GiB a device" + (" (dashed: peak)" if len(runs) > 1 else ""))
@@ -258,27 +278,33 @@ PANELS = (
     Panel("Loss by tokens", (LOSS, VALIDATION), _loss(by_tokens=True), by_tokens=True),
     Panel("Validation, bits per byte", (BITS_PER_BYTE,), _draw_bits),
     Panel("Validation by source", OF_SOURCES, _draw_sources, single=True),
-    Panel("Learning rate", ("optim/lr",), _metric("optim/lr", "learning rate")),
-    Panel("Gradient norm", ("optim/grad_norm",), _metric("optim/grad_norm", "norm before clipping", smooth=True)),
-    Panel("Update ratio", ("optim/update_ratio",), _metric("optim/update_ratio", "update to weight norm", smooth=True)),
+    Panel("Learning rate", (LEARNING_RATE,), _metric(LEARNING_RATE)),
+    Panel("Gradient norm", (GRAD_NORM,), _metric(GRAD_NORM, smooth=True)),
+    Panel("Update ratio", (UPDATE_RATIO,), _metric(UPDATE_RATIO, smooth=True)),
     Panel(
         "Throughput",
-        ("time/tokens_per_second",),
-        _metric("time/tokens_per_second", "tokens per second", smooth=True, from_zero=True),
+        (TOKENS_PER_SECOND,),
+        _metric(TOKENS_PER_SECOND, smooth=True, from_zero=True),
     ),
-    Panel("MFU", ("time/mfu",), _draw_mfu),
+    Panel("MFU", (MFU,), _draw_mfu),
     Panel("Where the time went", (TIME_PARTS["forward"],), _draw_time, single=True),
-    Panel("Goodput", ("time/goodput",), _metric("time/goodput", "share of time that trained", from_zero=True)),
-    Panel("Rank spread", ("time/rank_spread",), _metric("time/rank_spread", "slowest rank over the mean", smooth=True)),
-    Panel("Memory", ("system/memory_gib", "system/peak_memory_gib"), _draw_memory),
-    Panel("Gate density", ("gate/density",), _metric("gate/density", "share of open gates")),
-    Panel("Gate density by site and layer", ("gate/density/",), _sites("gate/density/", 1.0), single=True, wide=True),
-    Panel("Gate entropy by site and layer", ("gate/entropy/",), _sites("gate/entropy/", None), single=True, wide=True),
+    Panel("Goodput", (GOODPUT,), _metric(GOODPUT, from_zero=True)),
+    Panel("Rank spread", (RANK_SPREAD,), _metric(RANK_SPREAD, smooth=True)),
+    Panel("Memory", (MEMORY, PEAK_MEMORY), _draw_memory),
+    Panel("Gate density", (DENSITY,), _metric(DENSITY)),
+    Panel("Gate density by site and layer", (DENSITY.family,), _sites(DENSITY.family, 1.0), single=True, wide=True),
+    Panel(
+        "Gate entropy by site and layer",
+        (GATE_ENTROPY.family,),
+        _sites(GATE_ENTROPY.family, None),
+        single=True,
+        wide=True,
+    ),
 )
 
 
 def _has(run: RunData, panel: Panel) -> bool:
-    if panel.by_tokens and TOKENS not in run.points:
+    if panel.by_tokens and TOKENS_SEEN not in run.points:
         return False
     return any(name in run.points or _family(name, run) for name in panel.metrics)
 
@@ -325,7 +351,7 @@ def _tokens(run: RunData, steps: list[int]) -> Sequence[float]:
     """Tokens seen at each step; between recorded ones a straight line."""
     import numpy as np
 
-    seen = run.points[TOKENS]
+    seen = run.points[TOKENS_SEEN]
     values: list[float] = np.interp(steps, [p.step for p in seen], [p.value for p in seen]).tolist()
     return values
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from data_pipeline.errors import RunError
 from data_pipeline.files.atomic import disk_errors, write_atomic
+from pretrain.metric_names import BITS_PER_BYTE, LOSS, MFU, TOKENS_PER_SECOND, TOKENS_SEEN, VALIDATION
 from pretrain.report import html
 from pretrain.report.plots import overview_png, panel_png, panels
-from pretrain.run.run_summary import BITS_PER_BYTE, LOSS, OF_SOURCES, VALIDATION, RunData, load, verdict
+from pretrain.run.run_summary import OF_SOURCES, RunData, load, verdict
 
 SAMPLES_OPEN = 1
 MOST_LINES = 50
@@ -102,7 +103,7 @@ def _several_runs(runs: list[RunData], pictures: list[html.Picture]) -> str:
             run.name,
             _status(run).lower(),
             f"{run.last_step:,}",
-            *(_number(run.last(name)) for name in (LOSS, VALIDATION, BITS_PER_BYTE, "time/tokens_per_second")),
+            *(_number(run.last(name)) for name in (LOSS, VALIDATION, BITS_PER_BYTE, TOKENS_PER_SECOND)),
             _number(run.facts.get("parameters")),
         ]
         for run in runs
@@ -149,9 +150,9 @@ def _tiles(run: RunData) -> list[tuple[str, str]]:
     values = [
         ("training loss, nats/token", run.last(LOSS)),
         ("validation, bits/byte", run.last(BITS_PER_BYTE)),
-        ("tokens per second", run.last("time/tokens_per_second")),
-        ("model FLOPs utilisation", run.last("time/mfu")),
-        ("tokens seen", run.last("data/tokens_seen")),
+        ("tokens per second", run.last(TOKENS_PER_SECOND)),
+        ("model FLOPs utilisation", run.last(MFU)),
+        ("tokens seen", run.last(TOKENS_SEEN)),
         ("parameters", run.facts.get("parameters")),
         ("ranks", run.facts.get("world_size")),
         ("attempts", len(run.starts) or None),

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pretrain.metric_names import LOSS, SKIPPED, STEP_MS
 from pretrain.run.journal import Record
 
 
@@ -43,10 +44,10 @@ def earlier_goodput(records: Iterable[Record], resumed_from: int, started: float
                 first_started = record.fields.get("started", record.time / 1e3)
             windows = _up_to(windows, record.fields.get("resumed_from") or 0)
             productive_steps = 0
-        elif record.kind == "metrics" and record.step is not None and "loss/train" in record.metrics:
-            productive_steps += "optim/skipped" not in record.metrics
-            if "time/step_ms" in record.metrics:  # the mean over the window that ends here
-                windows.append((record.step, productive_steps * record.metrics["time/step_ms"] / 1e3))
+        elif record.kind == "metrics" and record.step is not None and LOSS in record.metrics:
+            productive_steps += SKIPPED not in record.metrics
+            if STEP_MS in record.metrics:  # the mean over the window that ends here
+                windows.append((record.step, productive_steps * record.metrics[STEP_MS] / 1e3))
                 productive_steps = 0
     productive = sum(seconds for _, seconds in _up_to(windows, resumed_from))
     return Goodput(started if first_started is None else first_started, productive)

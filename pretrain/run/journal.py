@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from data_pipeline.errors import RunError
+from pretrain.metric_names import LOSS, ROLLBACKS
 
 FORMAT = 2
 """Lines of format 1 have no checksum."""
@@ -85,7 +86,7 @@ class Journal:
                 values[name] = str(number)
                 self.num_nonfinite += 1
         if self.num_rollbacks:
-            values["health/rollbacks"] = float(self.num_rollbacks)
+            values[ROLLBACKS] = float(self.num_rollbacks)
         self._append({"kind": "metrics", "step": step, "metrics": values})
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -198,7 +199,7 @@ class _Course:
             self._damaged = True
         elif record.kind in ("start", "rollback"):
             self.attempt, self._step, self._damaged = record.attempt, record.fields.get("resumed_from"), False
-        elif record.step is not None and "loss/train" in record.metrics:
+        elif record.step is not None and LOSS in record.metrics:
             before = {
                 "resumed_from": record.step - 1 or None,
                 "text": f"back to before step {record.step}",

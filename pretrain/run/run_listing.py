@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import RunError
+from pretrain.metric_names import LOSS, TOKENS_PER_SECOND
 from pretrain.run.checkpoint_folder import complete, step_of
 from pretrain.run.journal import Record, read_from
 from pretrain.run.lease import alive, attempt_path, latest_attempt, read_owner
 
-LOSS = "loss/train"
-SPEED = "time/tokens_per_second"
 TAIL_BYTES = 1 << 16
 MOST_TAIL_BYTES = 1 << 22
 """The speed stands on one line in `train.log_every`, and a line can be long: look this far back for it."""
@@ -74,7 +73,7 @@ def run_state(run_dir: Path) -> RunState:
         state=state,
         step=steps[-1].step if steps else None,
         loss=_last(steps, LOSS),
-        tokens_per_second=_last(steps, SPEED),
+        tokens_per_second=_last(steps, TOKENS_PER_SECOND),
         job=owner.get("job"),
         attempts=attempt,
         started=owner["started"] if owner else run_dir.stat().st_mtime,
@@ -154,7 +153,7 @@ def tail(journal: Path) -> list[Record]:
                 file.readline()  # most likely the rest of a line
             start = file.tell()
         records = [record for record, _ in read_from(journal, start)]
-        known = _last(records, LOSS) is not None and _last(records, SPEED) is not None
+        known = _last(records, LOSS) is not None and _last(records, TOKENS_PER_SECOND) is not None
         if known or length >= min(size, MOST_TAIL_BYTES):
             return records
         length *= 8

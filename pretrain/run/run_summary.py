@@ -9,12 +9,11 @@ from typing import Any
 from data_pipeline.errors import RunError
 from data_pipeline.files.sealed import unseal
 from data_pipeline.secret import redact
+from pretrain.metric_names import BITS_PER_BYTE, LOSS, VALIDATION
 from pretrain.run.journal import HEALTH, Point, Record, noting, read, series, told_damaged
-from pretrain.run.run_listing import LOSS, run_state
+from pretrain.run.run_listing import run_state
 
-VALIDATION = "loss/val"
-BITS_PER_BYTE = "loss/val_bits_per_byte"
-OF_SOURCES = (f"{BITS_PER_BYTE}/", f"{VALIDATION}/")
+OF_SOURCES = (BITS_PER_BYTE.family, VALIDATION.family)
 """What the names of a validation's numbers of one source begin with; the one that is drawn if it is there first."""
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.files.atomic import write_atomic
+from pretrain.metric_names import MASK_MEAN, NEAR_ONE, NEAR_ZERO, VALIDATION_DENSITY
 from pretrain.study.results import CONFIG, JOURNAL, Result, Results, mean
 from pretrain.study.spec import Study
 
 MARK = re.compile(r"<!-- (results|picture): ([^ ]+) -->\n.*?<!-- end -->", re.DOTALL)
 NOT_RUN = "not run"
-MASK = "gate/mask_mean"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Page:
         else:
             yield from self._losses(section)
             arms = {arm: self.results.of(name, arm) for name, arm in self._rows(section)}
-        masked = {name: found for name, found in arms.items() if any(MASK in result.points for result in found)}
+        masked = {name: found for name, found in arms.items() if any(MASK_MEAN in result.points for result in found)}
         if masked:
             yield ""
             yield from self._masks(masked)
@@ -115,13 +115,13 @@ class Page:
         for name, found in arms.items():
             steps = found[0].config.train.steps
             course = [
-                _mean_at(found, MASK, 1),
-                _mean_at(found, MASK, steps // 4),
-                _mean_at(found, MASK, steps // 2),
-                _by_seed(found, MASK),
+                _mean_at(found, MASK_MEAN, 1),
+                _mean_at(found, MASK_MEAN, steps // 4),
+                _mean_at(found, MASK_MEAN, steps // 2),
+                _by_seed(found, MASK_MEAN),
             ]
-            shares = [_by_seed(found, "gate/mask_near_zero"), _by_seed(found, "gate/mask_near_one")]
-            cells = [*course, *shares, _by_seed(found, "gate/val_density")]
+            shares = [_by_seed(found, NEAR_ZERO), _by_seed(found, NEAR_ONE)]
+            cells = [*course, *shares, _by_seed(found, VALIDATION_DENSITY)]
             for kind in ("threshold", "sample", "none"):
                 losses = [r.roundings[kind][r.metric] for r in found if kind in r.roundings]
                 cells.append(f"{mean(losses):.4f}" if losses else "–")

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+from pretrain.metric_names import DENSITY, GATE_ENTROPY, MASK_MEAN, NEAR_ONE, NEAR_ZERO
 from pretrain.report.plots import COLOURS, INK, png, sites
 from pretrain.study.results import Result, Results, mean
 from pretrain.study.spec import Study
@@ -11,11 +12,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MASKS = {
-    "gate/mask_mean": "mean m",
-    "gate/mask_near_zero": "share below 0.1",
-    "gate/mask_near_one": "share above 0.9",
+    MASK_MEAN: MASK_MEAN.unit,
+    NEAR_ZERO: NEAR_ZERO.unit,
+    NEAR_ONE: NEAR_ONE.unit,
 }
-HEAT = {"gate/density/": ("open in training", 1.0), "gate/entropy/": ("entropy, bits", None)}
+HEAT = {DENSITY.family: ("open in training", 1.0), GATE_ENTROPY.family: ("entropy, bits", None)}
 
 
 def pictures(study: Study, results: Results) -> dict[str, bytes]:
@@ -29,7 +30,7 @@ def pictures(study: Study, results: Results) -> dict[str, bytes]:
         if not any(owner == name and arm in arms for owner, arm in rows):
             continue
         found[f"{name}-validation"] = _validation(arms, section.unit)
-        masked = {arm: runs for arm, runs in arms.items() if "gate/mask_mean" in runs[0].points}
+        masked = {arm: runs for arm, runs in arms.items() if MASK_MEAN in runs[0].points}
         if masked:
             found[f"{name}-masks"] = _masks(masked)
             found[f"{name}-sites"] = _sites(masked)
@@ -76,7 +77,7 @@ def _sites(arms: dict[str, list[Result]]) -> bytes:
     """A row an arm, of its first seed: density and entropy by site and layer."""
     from matplotlib.figure import Figure
 
-    rows = max(len([n for n in runs[0].points if n.startswith("gate/density/")]) for runs in arms.values())
+    rows = max(len([n for n in runs[0].points if n.startswith(DENSITY.family)]) for runs in arms.values())
     height = max(1.6, 0.22 * rows + 0.8)
     figure = Figure(figsize=(13.0, height * len(arms)), facecolor="white", layout="constrained")
     table = figure.subplots(len(arms), len(HEAT), squeeze=False)

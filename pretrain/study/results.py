@@ -15,17 +15,16 @@ from data_pipeline.errors import RunError
 from data_pipeline.files.atomic import write_atomic
 from model.costs.flops import training_flops_per_token
 from pretrain.config.schema import Config, differences
+from pretrain.metric_names import BITS_PER_BYTE, TOKENS_PER_SECOND, VALIDATION
 from pretrain.run.journal import FORMAT, Point, Record, line_of, read, series
-from pretrain.run.run_summary import BITS_PER_BYTE, VALIDATION
 from pretrain.study.spec import Study, StudyRun
 
 JOURNAL = "metrics.jsonl.gz"
 CONFIG = "config.yaml"
 ROUNDINGS = "roundings.json"
 """What the last checkpoint's validation gives with masks that are rounded otherwise."""
-KEPT = ("loss/", "gate/", "penalty/", "data/", "optim/", "time/tokens_per_second")
+KEPT = ("loss/", "gate/", "penalty/", "data/", "optim/", TOKENS_PER_SECOND)
 """What the names of the metrics that are kept begin with: what was learned, not how the machine fared."""
-SPEED = "time/tokens_per_second"
 LEARNED = ("batch.tokens", "data.objective", "model.", "optimizer.", "run.seed", "schedule.", "train.steps")
 """What the names of the settings begin with that decide what is learned; the vocabulary is the dataset's."""
 
@@ -107,7 +106,7 @@ class Result:
     @property
     def speed(self) -> float:
         """Tokens a second, median over the run."""
-        return statistics.median(point.value for point in self.points[SPEED])
+        return statistics.median(point.value for point in self.points[TOKENS_PER_SECOND])
 
     def at(self, name: str, step: int | None = None) -> float | None:
         """A metric's value at a step or the first one recorded after it; the last value unless given."""

@@ -19,29 +19,11 @@ from rich.console import Console as Terminal
 from rich.live import Live
 from rich.text import Text
 
+from pretrain.metric_names import COLUMNS, STEP_MS, Column, Metric
+
 HEADER_EVERY = 20
 WINDOW = 50
 """Calls of `step` over which the time left is estimated."""
-COLUMNS = (
-    ("loss/total", "loss", 9),
-    ("loss/train", "ce", 9),
-    ("penalty/entropy", "entropy", 9),
-    ("penalty/l1", "l1", 9),
-    ("gate/density", "density", 8),
-    ("optim/grad_norm", "grad", 8),
-    ("optim/lr", "lr", 9),
-    ("time/tokens_per_second", "tok/s", 9),
-    ("time/mfu", "mfu", 7),
-    ("system/memory_gib", "GiB", 7),
-)
-"""Metric, title, width."""
-SHOWN_DIGITS = {
-    "time/tokens_per_second": ",.0f",
-    "time/mfu": ".1%",
-    "optim/lr": ".2e",
-    "system/memory_gib": ".2f",
-    "optim/grad_norm": ".3f",
-}
 LEFT_WIDTH = 9
 PROGRESS_SECONDS = 10.0
 VALIDATION_LABEL = "validation"
@@ -125,7 +107,7 @@ class Console:
         terminal = Terminal(file=self._file, highlight=False, soft_wrap=True)
         self._terminal = terminal if terminal.is_terminal and not terminal.is_dumb_terminal else None
         self._live: Live | None = None
-        self._columns: list[tuple[str, str, int]] = []
+        self._columns: list[tuple[Metric, Column]] = []
         self._lines_since_header = 0
         self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._warned: set[str] = set()
@@ -135,17 +117,17 @@ class Console:
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """A line of a step's metrics: of the known ones, those that are there."""
         self._times.append((step, time.monotonic()))
-        columns = [column for column in COLUMNS if column[0] in metrics]
+        columns = [(metric, column) for metric, column in COLUMNS if metric in metrics]
         repeat = self._terminal is not None and self._lines_since_header >= HEADER_EVERY
         if columns != self._columns or repeat:
             self._columns = columns
             self._lines_since_header = 0
-            titles = "".join(f"{title:>{width}}" for _, title, width in columns)
+            titles = "".join(f"{column.title:>{column.width}}" for _, column in columns)
             self._print(f"{'step':>{self._step_width}}{titles}{'left':>{LEFT_WIDTH}}", "header")
         self._lines_since_header += 1
-        values = "".join(f"{_number(name, metrics[name]):>{width}}" for name, _, width in columns)
+        values = "".join(f"{_number(column, metrics[metric]):>{column.width}}" for metric, column in columns)
         left = self._time_left(step, metrics)
-        finite = all(math.isfinite(metrics[name]) for name, _, _ in columns)
+        finite = all(math.isfinite(metrics[metric]) for metric, _ in columns)
         self._print(f"{self._position(step)}{values}{left:>{LEFT_WIDTH}}", "step" if finite else "bad")
         self._show_status(step, left)
 
@@ -203,8 +185,8 @@ class Console:
         (first, since), (last, now) = self._times[0], self._times[-1]
         if last > first:
             return duration((self._total - step) * (now - since) / (last - first))
-        if "time/step_ms" in metrics:
-            return duration((self._total - step) * metrics["time/step_ms"] / 1e3)
+        if STEP_MS in metrics:
+            return duration((self._total - step) * metrics[STEP_MS] / 1e3)
         return "-"
 
     def _show_status(self, step: int, left: str) -> None:
@@ -276,8 +258,8 @@ def _duplicate(stream: TextIO) -> TextIO:
     return open(os.dup(stream.fileno()), "w", encoding=stream.encoding, errors="backslashreplace")
 
 
-def _number(name: str, value: float) -> str:
-    return format(value, SHOWN_DIGITS.get(name, ".4f" if abs(value) >= 1e-3 or value == 0 else ".2e"))
+def _number(column: Column, value: float) -> str:
+    return format(value, column.digits or (".4f" if abs(value) >= 1e-3 or value == 0 else ".2e"))
 
 
 def _printable(text: str, file: TextIO) -> str:

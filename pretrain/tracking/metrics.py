@@ -16,21 +16,29 @@ from model.masks.telemetry import told
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
+from pretrain.metric_names import (
+    BACKWARD_MS,
+    DATA_MS,
+    FORWARD_MS,
+    GOODPUT,
+    HOST_MEMORY,
+    MEMORY,
+    MFU,
+    OPTIMIZER_MS,
+    PARAM_NORM,
+    PEAK_MEMORY,
+    RANK_SPREAD,
+    RESTARTS,
+    SKIPPED,
+    STEP_MS,
+    STEPS_SKIPPED,
+    TOKENS_PER_SECOND,
+    TOKENS_PER_SECOND_PER_DEVICE,
+    UPDATE_RATIO,
+    of_model,
+)
 from pretrain.run.goodput import Goodput
 
-NAMES = {
-    "cross_entropy": "loss/train",
-    "loss": "loss/total",
-    "entropy": "penalty/entropy",
-    "l1": "penalty/l1",
-    "entropy_weight": "penalty/entropy_weight",
-    "l1_weight": "penalty/l1_weight",
-    "l0": "penalty/l0",
-    "l0_weight": "penalty/l0_weight",
-    "encoder_loss": "loss/encoder",
-    "z_loss": "loss/z",
-}
-"""What the model calls a metric and where a reader finds it; all others are the gates'."""
 SLOW = 1.2
 """A rank whose own work takes this many times the mean is worth a record."""
 
@@ -109,7 +117,7 @@ class Meter:
         self._steps.clear()
         last, parts = lines[-1], self._engine.stopwatch.read()
         about_ranks, slowest = self._compare_ranks(parts)
-        skipped = sum("optim/skipped" in line.values for line in lines)
+        skipped = sum(SKIPPED in line.values for line in lines)
         self._goodput.add(seconds * (1 - skipped / len(lines)))
         values = (
             last.values
@@ -134,18 +142,18 @@ class Meter:
         """
         speed = self._tokens_per_step * steps / seconds
         milliseconds = {part: 1e3 * parts[part] / steps for part in parts}
-        values = {
-            "time/tokens_per_second": speed,
-            "time/tokens_per_second_per_device": speed / self._ranks.world_size,
-            "time/step_ms": 1e3 * seconds / steps,
-            "time/data_ms": milliseconds["data"],
-            "time/forward_ms": milliseconds["forward"],
-            "time/backward_ms": milliseconds["backward"] + milliseconds["reduce"],
-            "time/optimizer_ms": milliseconds["optimizer"],
-            "time/goodput": self._goodput.share(),
+        values: dict[str, float] = {
+            TOKENS_PER_SECOND: speed,
+            TOKENS_PER_SECOND_PER_DEVICE: speed / self._ranks.world_size,
+            STEP_MS: 1e3 * seconds / steps,
+            DATA_MS: milliseconds["data"],
+            FORWARD_MS: milliseconds["forward"],
+            BACKWARD_MS: milliseconds["backward"] + milliseconds["reduce"],
+            OPTIMIZER_MS: milliseconds["optimizer"],
+            GOODPUT: self._goodput.share(),
         }
         if self._utilisation_per_token:
-            values["time/mfu"] = speed * self._utilisation_per_token
+            values[MFU] = speed * self._utilisation_per_token
         return values
 
     def _compare_ranks(self, parts: dict[str, float]) -> tuple[dict[str, float], Slowest | None]:
@@ -158,25 +166,25 @@ class Meter:
         """
         mine = (parts["forward"] + parts["backward"], *self._engine.squared_norms(), *_memory_gib(self._ranks.device))
         work, theta, update, memory, peak, host = zip(*self._ranks.gather(mine), strict=True)
-        values = {
-            "optim/param_norm": sum(theta) ** 0.5,
-            "system/memory_gib": max(memory),
-            "system/peak_memory_gib": max(peak),
-            "system/host_memory_gib": max(host),
+        values: dict[str, float] = {
+            PARAM_NORM: sum(theta) ** 0.5,
+            MEMORY: max(memory),
+            PEAK_MEMORY: max(peak),
+            HOST_MEMORY: max(host),
         }
         if None not in update:
-            values["optim/update_ratio"] = (sum(update) / sum(theta)) ** 0.5
+            values[UPDATE_RATIO] = (sum(update) / sum(theta)) ** 0.5
         if self._ranks.world_size == 1:
             return values, None
-        values["time/rank_spread"] = ratio = max(work) * len(work) / sum(work)
+        values[RANK_SPREAD] = ratio = max(work) * len(work) / sum(work)
         rank = work.index(max(work))
         return values, Slowest(rank, self._hosts[rank], ratio) if ratio > SLOW else None
 
     def _health(self, step: int) -> dict[str, float]:
         """`health/skipped` counts the steps of the whole run that applied no update, once there is one."""
-        values = {"health/restarts": float(self._restarts)}
+        values: dict[str, float] = {RESTARTS: float(self._restarts)}
         if skipped := step - self._engine.optimizer_steps:
-            values["health/skipped"] = float(skipped)
+            values[STEPS_SKIPPED] = float(skipped)
         return values
 
 
@@ -186,7 +194,7 @@ def _rows(names: Iterable[str], table: Tensor) -> list[dict[str, float]]:
 
 def _named(row: dict[str, float], *, of_a_mask: bool) -> dict[str, float]:
     """What is told of single masks, such as `density/enc_ff/0`, or all else."""
-    return {NAMES.get(name, f"gate/{name}"): value for name, value in row.items() if ("/" in name) == of_a_mask}
+    return {of_model(name): value for name, value in row.items() if ("/" in name) == of_a_mask}
 
 
 def _memory_gib(device: torch.device) -> tuple[float, float, float]:

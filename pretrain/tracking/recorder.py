@@ -18,6 +18,16 @@ from model.config.transformer import TransformerConfig
 from model.masks.bistability import warnings_for
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
+from pretrain.metric_names import (
+    BITS_PER_BYTE,
+    CHECKPOINT_MS,
+    LOSS,
+    ROLLBACKS,
+    SPIKES,
+    STEPS_SKIPPED,
+    TOKENS_PER_SECOND,
+    VALIDATION,
+)
 from pretrain.report import report
 from pretrain.run import provenance
 from pretrain.run.checkpoint_folder import complete
@@ -32,8 +42,8 @@ from pretrain.tracking.metrics import StepMetrics
 from pretrain.tracking.mlflow_follower import Tracker, assign, unsent
 
 T = TypeVar("T")
-COUNTED = {"skipped": "steps without an update", "spikes": "loss spikes", "rollbacks": "rollbacks"}
-"""What the summary tells of `health/…`."""
+COUNTED = {STEPS_SKIPPED: "steps without an update", SPIKES: "loss spikes", ROLLBACKS: "rollbacks"}
+"""What the summary tells of a run's health."""
 CLOSE_SECONDS = 10.0
 CLOSE_SECONDS_AFTER_SIGNAL = 2.0
 
@@ -126,7 +136,7 @@ class Recorder:
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
         """A checkpoint is complete, after `seconds`; what the journal says up to here is on disk, too."""
         if self._active:
-            self._journal.metrics(step, {"time/checkpoint_ms": 1e3 * seconds})
+            self._journal.metrics(step, {CHECKPOINT_MS: 1e3 * seconds})
             self._journal.event("checkpoint", step=step, path=str(path.relative_to(self._folder.path)))
             self._journal.sync()
 
@@ -247,19 +257,19 @@ class Recorder:
         config, path = self._config, self._folder.path
         points = data.points
         rows = [("run", f"{config.run.name}: step {step} of {config.train.steps}" + (" (stopped)" if request else ""))]
-        if loss := points.get("loss/train"):
+        if loss := points.get(LOSS):
             rows.append(("loss", f"{loss[0].value:.4f} → {loss[-1].value:.4f} nats/token"))
-        if bits := points.get("loss/val_bits_per_byte"):
+        if bits := points.get(BITS_PER_BYTE):
             order0 = data.order0_entropy
             beside = "" if order0 is None else f" (order-0 entropy of that text: {order0:.4f})"
             rows.append(("validation", f"{bits[-1].value:.4f} bits/byte{beside}"))
-        elif loss := points.get("loss/val"):
+        elif loss := points.get(VALIDATION):
             rows.append(("validation", f"{loss[-1].value:.4f} nats/label"))
         steps = step - self._first_step
         if steps:
-            rate = points["time/tokens_per_second"][-1].value
+            rate = points[TOKENS_PER_SECOND][-1].value
             rows.append(("speed", f"{rate:,.0f} tokens/s; {steps} steps in {seconds:.0f} s, start-up included"))
-        counts = {name: int(points[f"health/{name}"][-1].value) for name in COUNTED if points.get(f"health/{name}")}
+        counts = {metric: int(points[metric][-1].value) for metric in COUNTED if points.get(metric)}
         if told := [f"{COUNTED[name]}: {count}" for name, count in counts.items() if count]:
             rows.append(("health", f"{', '.join(told)}; see the report"))
         if saved := complete(self._folder.checkpoints):

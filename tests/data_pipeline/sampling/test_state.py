@@ -292,6 +292,7 @@ def test_without_weights_all_sources_end_an_epoch_together(mixed: Dataset) -> No
     state = go_on(fresh(mixed), mixed, settings_of(), CONTEXT)
     plan = Plan(mixed, state.phases[0], SEED)
     total = sum(map(len, plan.windows.values()))
-    metrics = plan.epoch_metrics(total)
-    assert metrics["data/epoch"] == 1
-    assert all(0.97 < metrics[f"data/epoch_{name}"] < 1.03 for name in plan.windows)
+    epoch, of_sources = plan.epochs(total)
+    assert epoch == 1
+    assert of_sources.keys() == plan.windows.keys()
+    assert all(0.97 < value < 1.03 for value in of_sources.values())

@@ -1,0 +1,121 @@
+"""The one registry of metrics: the name of each in the journal and in the model, and how it is shown.
+
+A metric is its name in the journal, so it is used as a key as it stands: `values[LOSS]`. Nothing else spells these
+names. In MLflow they are the same, but for the characters that it refuses (pretrain/tracking/mlflow_names.py).
+"""
+
+from typing import NamedTuple, Self
+
+REGISTRY: dict[str, "Metric"] = {}
+"""By name, in the order in which they are told."""
+
+
+class Column(NamedTuple):
+    """How a terminal shows a metric."""
+
+    title: str
+    width: int
+    digits: str = ""
+    """A format; without one four digits, or as many of a small number."""
+
+
+class Metric(str):
+    """A name in the journal, and what belongs to it."""
+
+    unit: str
+    """As a plot's axis says it."""
+    of_model: str | None
+    """What the model calls it, where it comes from there."""
+    column: Column | None
+
+    def __new__(cls, name: str, unit: str, *, of_model: str | None = None, column: Column | None = None) -> Self:
+        """Enter it into the registry."""
+        metric = super().__new__(cls, name)
+        metric.unit, metric.of_model, metric.column = unit, of_model, column
+        assert name not in REGISTRY, name
+        REGISTRY[name] = metric
+        return metric
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """To another process goes the name."""
+        return str, (str(self),)
+
+    def of(self, part: str) -> str:
+        """The same of a source, or of one mask (`enc_ff/00`): a name below this one."""
+        return f"{self}/{part}"
+
+    @property
+    def family(self) -> str:
+        """What the names below it begin with."""
+        return f"{self}/"
+
+
+TOTAL_LOSS = Metric("loss/total", "nats per token", of_model="loss", column=Column("loss", 9))
+LOSS = Metric("loss/train", "nats per token", of_model="cross_entropy", column=Column("ce", 9))
+ENTROPY = Metric("penalty/entropy", "bits", of_model="entropy", column=Column("entropy", 9))
+L1 = Metric("penalty/l1", "mean mask", of_model="l1", column=Column("l1", 9))
+ENTROPY_WEIGHT = Metric("penalty/entropy_weight", "factor", of_model="entropy_weight")
+L1_WEIGHT = Metric("penalty/l1_weight", "factor", of_model="l1_weight")
+L0 = Metric("penalty/l0", "share of gates", of_model="l0")
+L0_WEIGHT = Metric("penalty/l0_weight", "factor", of_model="l0_weight")
+ENCODER_LOSS = Metric("loss/encoder", "its own", of_model="encoder_loss")
+Z_LOSS = Metric("loss/z", "mean of log² Z", of_model="z_loss")
+VALIDATION = Metric("loss/val", "nats per label")
+BITS_PER_BYTE = Metric("loss/val_bits_per_byte", "bits per byte")
+DENSITY = Metric("gate/density", "share of open gates", of_model="density", column=Column("density", 8))
+GATE_ENTROPY = Metric("gate/entropy", "bits")
+MASK_MEAN = Metric("gate/mask_mean", "mean m", of_model="mask_mean")
+NEAR_ZERO = Metric("gate/mask_near_zero", "share below 0.1", of_model="mask_near_zero")
+NEAR_ONE = Metric("gate/mask_near_one", "share above 0.9", of_model="mask_near_one")
+FLIPS = Metric("gate/flips", "share of elements")
+VALIDATION_DENSITY = Metric("gate/val_density", "share of open gates")
+GRAD_NORM = Metric("optim/grad_norm", "norm before clipping", column=Column("grad", 8, ".3f"))
+LEARNING_RATE = Metric("optim/lr", "learning rate", column=Column("lr", 9, ".2e"))
+SKIPPED = Metric("optim/skipped", "steps")
+PARAM_NORM = Metric("optim/param_norm", "norm")
+UPDATE_RATIO = Metric("optim/update_ratio", "update to weight norm")
+TOKENS_PER_SECOND = Metric("time/tokens_per_second", "tokens per second", column=Column("tok/s", 9, ",.0f"))
+TOKENS_PER_SECOND_PER_DEVICE = Metric("time/tokens_per_second_per_device", "tokens per second")
+MFU = Metric("time/mfu", "model FLOPs utilisation", column=Column("mfu", 7, ".1%"))
+STEP_MS = Metric("time/step_ms", "ms")
+DATA_MS = Metric("time/data_ms", "ms a step")
+FORWARD_MS = Metric("time/forward_ms", "ms a step")
+BACKWARD_MS = Metric("time/backward_ms", "ms a step")
+OPTIMIZER_MS = Metric("time/optimizer_ms", "ms a step")
+CHECKPOINT_MS = Metric("time/checkpoint_ms", "ms a step")
+GOODPUT = Metric("time/goodput", "share of time that trained")
+RANK_SPREAD = Metric("time/rank_spread", "slowest rank over the mean")
+TOKENS_SEEN = Metric("data/tokens_seen", "tokens")
+SAMPLES_SEEN = Metric("data/samples_seen", "samples")
+EPOCH = Metric("data/epoch", "epochs")
+MEMORY = Metric("system/memory_gib", "GiB a device", column=Column("GiB", 7, ".2f"))
+PEAK_MEMORY = Metric("system/peak_memory_gib", "GiB a device")
+HOST_MEMORY = Metric("system/host_memory_gib", "GiB a process")
+RESTARTS = Metric("health/restarts", "restarts")
+STEPS_SKIPPED = Metric("health/skipped", "steps")
+SPIKES = Metric("health/spikes", "spikes")
+ROLLBACKS = Metric("health/rollbacks", "rollbacks")
+
+OF_MODEL = {metric.of_model: metric for metric in REGISTRY.values() if metric.of_model}
+COLUMNS: tuple[tuple[Metric, Column], ...] = tuple(
+    (metric, metric.column) for metric in REGISTRY.values() if metric.column
+)
+"""What a terminal shows of a step, in this order."""
+
+
+def of_model(name: str) -> str:
+    """What the journal calls a metric of the model; one of a single mask, `density/enc_ff/00`, stays below its family.
+
+    Those that have no name of their own here are the gates'.
+    """
+    return OF_MODEL.get(name) or f"gate/{name}"
+
+
+def epoch_of(source: str) -> str:
+    """How often one of several sources has been read."""
+    return f"{EPOCH}_{source}"
+
+
+def of_validation(gate: str) -> str:
+    """A gate's statistic under evaluation rounding."""
+    return f"gate/val_{gate}"
