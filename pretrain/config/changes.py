@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from pretrain.config.schema import Config, differences
+from model.architectures.external import is_external
+from pretrain.config.schema import ARCHITECTURE, Config, differences
 
 PLACES = ("run.dir", "data.path", "data.cache", "data.cache_bytes")
 """Where things lie. What lies there must be the same: the dataset's fingerprint is checked."""
@@ -58,6 +59,17 @@ def refused(old: Config, new: Config, allowed: Iterable[str]) -> dict[str, tuple
     """The keys that differ and are not among the allowed, with both values."""
     pattern = re.compile("|".join(re.escape(key).replace("NAME", ".+") for key in allowed))
     return {key: values for key, values in differences(old, new).items() if not pattern.fullmatch(key)}
+
+
+def refused_in_fork(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The keys in which a run may not differ from the one whose checkpoint it begins with.
+
+    Another source of its architecture it may have: whether the weights fit is seen when they are read.
+    """
+    found = refused(old, new, IN_FORK)
+    if all(is_external(name) for name in found.get(ARCHITECTURE, [])):
+        found.pop(ARCHITECTURE, None)
+    return found
 
 
 def told(changed: dict[str, tuple[Any, Any]]) -> str:
