@@ -143,7 +143,8 @@ def _find(named: Named, original: Path, copies: list[Path]) -> tuple[Path, bytes
         try:
             content = file.read_bytes()
         except OSError as error:
-            seen.append(f"{file}: {error.strerror or error}")
+            if file == original or file.exists():
+                seen.append(f"{file}: {error.strerror or error}")
             continue
         found = hashlib.sha256(content).hexdigest()
         if named.sha256 in (None, found):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from data_pipeline.errors import ConfigError
 from model.config.model_config import ModelConfig
 from model.costs.parts import Costs, Part, Shape, head
+from model.costs.totals import CostsUnknown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,7 +36,7 @@ def costs(self: ModelConfig, shape: Shape) -> Costs:
     Layers are the members of the backbone's ModuleLists, as for activation checkpointing.
 
     Raises:
-        ConfigError: torch is not installed here, or the model cannot run on the meta device.
+        CostsUnknown: torch is not installed here, or the model cannot run on the meta device.
     """
     found = _measure(_Key(self), shape.inputs, shape.targets, shape.size)
     outside = [Part(name, number) for name, number in found.parameters.items()]
@@ -68,18 +69,18 @@ def _measure(key: _Key, inputs: int, targets: int, size: int) -> _Found:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise ConfigError(
+        raise CostsUnknown(
             f"{called} does not say what it costs, so that is measured with torch, which is not here; give it "
             "a method `costs(self, shape) -> Costs` (model.costs.parts), or ask where torch is"
         ) from None
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model = build(key.config).to(torch.float32 if size == 4 else torch.bfloat16).train()
             return _run(model, key.config, inputs, targets)
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(
+        raise CostsUnknown(
             f"{called} does not say what it costs, and it cannot be measured: on torch's meta device it fails with "
             f"{type(error).__name__}: {error}; give it a method `costs(self, shape) -> Costs` (model.costs.parts)"
         ) from error

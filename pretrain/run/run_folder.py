@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from data_pipeline.errors import CheckpointError, RunError
 from data_pipeline.files.atomic import write_atomic, write_json
+from model.architectures.external import is_external
 from pretrain.config import architecture
 from pretrain.config.changes import ON_RESUME, refused, refused_in_fork, told
 from pretrain.config.schedule import decay_start
@@ -140,7 +141,7 @@ class RunFolder:
 
     def _old(self, changed: dict[str, Any]) -> str:
         """How the run goes on as it was."""
-        if list(changed) != [ARCHITECTURE]:
+        if ARCHITECTURE not in changed or not all(map(is_external, changed[ARCHITECTURE])):
             return "give the old values"
         return f"go on with the run's own copy of the source: duet train {shlex.quote(str(self.config_file))}"
 

@@ -289,7 +289,7 @@ def test_objective_and_dataset_must_fit(paired: Dataset, mixed: Dataset) -> None
 def test_a_run_learns_from_pairs(ranks: Any, paired: Dataset, tmp_path: Path) -> None:
     args = [*SMALL, f"data.path={paired.path}", "data.objective=pairs", f"run.dir={tmp_path / 'run'}", "train.steps=3"]
     args += ["model.architecture=encoder_decoder", "model.learned_dropout.enabled=false", "model.cross_heads=2"]
-    args.remove("model.masks.learned_dropout.entropy.start_step=0")
+    args.remove("model.learned_dropout.entropy.start_step=0")
     ranks("tests.distributed.cases:train_run", 2, args=args)
     records = [record.metrics for record in read(tmp_path / "run" / "metrics.jsonl")]
     losses = [metrics["loss/train"] for metrics in records if "loss/train" in metrics]

@@ -17,7 +17,7 @@ from pretrain.study.results import Results
 from pretrain.study.spec import load_study
 from tests.runs import CHARACTERS, ROOT, SMALL, build_dataset, duet, start_duet, wait_for_step
 
-MASKS = ["model.learned_dropout.enabled=true", "model.masks.learned_dropout.entropy.ramp_steps=0"]
+MASKS = ["model.learned_dropout.enabled=true", "model.learned_dropout.entropy.ramp_steps=0"]
 STUDY: dict[str, Any] = {
     "name": "small",
     "config": [CHARACTERS, *SMALL, "data.path=data", "train.steps=60", "train.eval_every=30"],

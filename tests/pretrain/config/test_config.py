@@ -24,7 +24,7 @@ def test_later_files_win_and_overrides_win_over_files_wherever_they_stand(tmp_pa
     [
         (["optimizer.lrr=1"], "command line: unknown key optimizer.lrr; nearest valid key: optimizer.lr"),
         (["modle.width=3"], "nearest valid key: model"),
-        (["model.masks.learned_dropout.l1.wieght=1"], "nearest valid key: model.masks.learned_dropout.l1.weight"),
+        (["model.learned_dropout.l1.wieght=1"], "nearest valid key: model.learned_dropout.l1.weight"),
         (["data.sources.a.path=x"], "nearest valid key: data.sources.a.paths"),
         (["train.steps=many"], "train.steps"),
         (["train.steps=0"], "greater than or equal to 1"),

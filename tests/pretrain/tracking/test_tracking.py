@@ -131,7 +131,7 @@ def test_a_training_run_is_in_mlflow_with_all_that_it_is_made_of(ranks: Ranks, d
     assert run.info.status == "FINISHED"
     flat = load([*args, "tracking.mode=offline"]).model_dump(mode="json")
     assert run.data.params["optimizer.lr"] == str(flat["optimizer"]["lr"])
-    assert run.data.params["model.masks.learned_dropout.entropy.start_step"] == "0"
+    assert run.data.params["model.learned_dropout.entropy.start_step"] == "0"
     tags = run.data.tags
     assert tags["drift/train.log_every"] == "1 → 2 (attempt 2)"
     manifest = json.loads((dataset / "manifest.json").read_text())
