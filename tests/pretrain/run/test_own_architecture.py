@@ -22,8 +22,8 @@ from launch.slurm.site import Cluster
 from model.architectures import registry
 from model.architectures.external import Recorded
 from model.gpus import GPUS
-from pretrain.config.architecture import opened
-from pretrain.config.schema import load
+from pretrain.config.architecture import keep, opened
+from pretrain.config.schema import dump, load
 from pretrain.export.use import evaluate_run, open_trained
 from pretrain.inference.trained import find_checkpoint
 from pretrain.planning.costs import changed, costs
@@ -123,6 +123,17 @@ def test_a_run_that_was_moved_goes_on_with_its_own_copy(run: Run, ranks: Ranks) 
     assert isinstance(RunFolder(moved).config().model, Recorded)
     assert type(find_checkpoint(moved)[1].model).__name__ == "GLA"
     assert type(find_checkpoint(step_path(moved / "checkpoints", 2))[1].model).__name__ == "GLA"
+
+
+def test_a_job_reads_the_copy_that_was_made_when_it_was_submitted(tmp_path: Path) -> None:
+    file, run = tmp_path / "gla.py", tmp_path / "run"
+    file.write_text(documented_architecture())
+    config = load([*TINY, f"model.architecture={file}:GLA", f"run.dir={run}"])
+    (run / "slurm").mkdir(parents=True)
+    keep(config.model, run)
+    (run / "slurm" / "config.yaml").write_text(dump(config))
+    file.write_text("raise AssertionError\n")
+    assert load([str(run / "slurm" / "config.yaml")]).model == config.model
 
 
 def test_another_source_under_a_run_is_refused_and_begins_a_new_one(run: Run, ranks: Ranks) -> None:
