@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable
+from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 from types import ModuleType
@@ -123,9 +124,15 @@ def open_recorded(config: Recorded, folders: Iterable[Path]) -> ModelConfig:
         raise ConfigError(f"model.{error}") from error
 
 
+@cache
+def points() -> tuple[metadata.EntryPoint, ...]:
+    """The entry points of installed packages; looking for them takes longer than all else of a configuration."""
+    return tuple(metadata.entry_points(group=GROUP))
+
+
 def installed() -> dict[str, metadata.EntryPoint]:
-    """The entry points, by name."""
-    return {point.name: point for point in metadata.entry_points(group=GROUP)}
+    """The same by name."""
+    return {point.name: point for point in points()}
 
 
 _SOURCE = "__duet_source__"
@@ -191,13 +198,13 @@ def _explained(error: BaseException, file: str) -> str:
 
 
 def _load_installed(named: Named) -> tuple[str, type[ModelConfig]]:
-    points = [point for point in metadata.entry_points(group=GROUP) if point.name == named.name]
-    if not points:
+    found = [point for point in points() if point.name == named.name]
+    if not found:
         raise ValueError(f"architecture={named.name}: no installed package has it; install the one that did")
-    if len({point.value for point in points}) > 1:
-        packages = ", ".join(sorted(point.dist.name if point.dist else point.value for point in points))
+    if len({point.value for point in found}) > 1:
+        packages = ", ".join(sorted(point.dist.name if point.dist else point.value for point in found))
         raise ValueError(f"architecture={named.name}: several packages have it: {packages}; uninstall all but one")
-    point = points[0]
+    point = found[0]
     try:
         spec = util.find_spec(point.module)
         file = Path(spec.origin) if spec and spec.origin else None
@@ -217,11 +224,11 @@ def _load_installed(named: Named) -> tuple[str, type[ModelConfig]]:
         loaded = point.load()
     except (Exception, SystemExit) as error:
         raise ValueError(f"architecture={named.name}: {_explained(error, str(file))}") from error
-    found = _checked(loaded, f"{file}: {point.attr}")
-    if found.__module__ != point.module:  # its file is the one that was hashed
-        raise ValueError(f"architecture={named.name}: {point.value} is defined in {found.__module__}; name it there")
+    chosen = _checked(loaded, f"{file}: {point.attr}")
+    if chosen.__module__ != point.module:  # its file is the one that was hashed
+        raise ValueError(f"architecture={named.name}: {point.value} is defined in {chosen.__module__}; name it there")
     setattr(sys.modules[point.module], _SOURCE, (file.name, content))
-    return named._replace(sha256=sha256).pinned, found
+    return named._replace(sha256=sha256).pinned, chosen
 
 
 def _class_in(module: ModuleType, name: str, file: str) -> type[ModelConfig]:

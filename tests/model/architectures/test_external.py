@@ -1,6 +1,7 @@
 """An architecture of one's own: a class in a file, or an installed one."""
 
 import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -153,23 +154,19 @@ def test_what_is_built_must_be_a_backbone(tmp_path: Path) -> None:
         registry.build(opened(file))
 
 
-class Point(metadata.EntryPoint):
-    """One that is installed."""
-
-
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A module that can be imported, and entry points that name its class."""
     (tmp_path / "package_of_mine.py").write_text(PLAIN)
     monkeypatch.syspath_prepend(tmp_path)
-    points = [
-        Point("mine", "package_of_mine:Plain", external.GROUP),
-        Point("again", "package_of_mine:DecoderOnlyConfig", external.GROUP),
-        Point("gone", "package_that_is_gone:Plain", external.GROUP),
-        Point("twice", "package_of_mine:Plain", external.GROUP),
-        Point("twice", "package_of_another:Plain", external.GROUP),
-    ]
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [p for p in points if p.group == group])
+    found = (
+        metadata.EntryPoint("mine", "package_of_mine:Plain", external.GROUP),
+        metadata.EntryPoint("again", "package_of_mine:DecoderOnlyConfig", external.GROUP),
+        metadata.EntryPoint("gone", "package_that_is_gone:Plain", external.GROUP),
+        metadata.EntryPoint("twice", "package_of_mine:Plain", external.GROUP),
+        metadata.EntryPoint("twice", "package_of_another:Plain", external.GROUP),
+    )
+    monkeypatch.setattr(external, "points", lambda: found)
     yield tmp_path
     sys.modules.pop("package_of_mine", None)
 
@@ -193,9 +190,23 @@ def test_an_installed_one_is_named_and_held_to_its_source(install: Path) -> None
             configure(SHAPE | {"architecture": name}, [])
 
 
+def test_a_package_is_asked_for_its_entry_points(tmp_path: Path) -> None:
+    about = tmp_path / "mine-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[{external.GROUP}]\nmine = package_of_mine:Plain\n")
+    (tmp_path / "package_of_mine.py").write_text(PLAIN)
+    program = "from model.architectures.registry import configure\n"
+    program += "print(configure({'architecture': 'mine', 'layers': 7}, []).architecture)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"mine@{hashlib.sha256(PLAIN.encode()).hexdigest()}\n", done.stderr
+
+
 def test_a_name_of_ours_cannot_be_taken(install: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    point = Point("decoder_only", "package_of_mine:Plain", external.GROUP)
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [point])
+    point = metadata.EntryPoint("decoder_only", "package_of_mine:Plain", external.GROUP)
+    monkeypatch.setattr(external, "points", lambda: (point,))
     with pytest.raises(ValueError, match="an installed package has one of that name, too .*package_of_mine:Plain"):
         configure(SHAPE | {"architecture": "decoder_only"}, [])
     assert configure(SHAPE | {"architecture": "decoder_only"}).architecture == "decoder_only"
