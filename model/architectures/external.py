@@ -92,7 +92,11 @@ def without_folder(architecture: str) -> str:
 def source(config: ModelConfig) -> tuple[str, bytes] | None:
     """Name and content of the file that a configuration's class was loaded from; None for ours."""
     module = sys.modules.get(type(config).__module__)
-    return getattr(module, _SOURCE, None)
+    if module is None or not hasattr(module, _SOURCE):
+        return None
+    file, content = getattr(module, _SOURCE)
+    # Another file may have had the same content, and then its class is this one.
+    return Path(parse(config.architecture).file or file).name, content
 
 
 def load(named: Named, folders: Iterable[Path]) -> tuple[str, type[ModelConfig]]:
@@ -136,7 +140,7 @@ def installed() -> dict[str, metadata.EntryPoint]:
 
 
 _SOURCE = "__duet_source__"
-"""Attribute of a module: name and content of its file."""
+"""Attribute of a module: its file and what is in it."""
 
 
 def _module_name(sha256: str) -> str:
@@ -169,7 +173,7 @@ def _find(named: Named, original: Path, copies: list[Path]) -> tuple[Path, bytes
 def _run(file: Path, content: bytes, sha256: str) -> ModuleType:
     module = ModuleType(_module_name(sha256))
     module.__file__ = str(file)
-    setattr(module, _SOURCE, (file.name, content))
+    setattr(module, _SOURCE, (file, content))
     sys.modules[module.__name__] = module  # where pydantic and pickle look for its classes
     try:
         # These bytes, which were hashed; an import would read the file once more.
@@ -227,7 +231,7 @@ def _load_installed(named: Named) -> tuple[str, type[ModelConfig]]:
     chosen = _checked(loaded, f"{file}: {point.attr}")
     if chosen.__module__ != point.module:  # its file is the one that was hashed
         raise ValueError(f"architecture={named.name}: {point.value} is defined in {chosen.__module__}; name it there")
-    setattr(sys.modules[point.module], _SOURCE, (file.name, content))
+    setattr(sys.modules[point.module], _SOURCE, (file, content))
     return named._replace(sha256=sha256).pinned, chosen
 
 

@@ -70,6 +70,8 @@ def test_the_same_source_elsewhere_is_the_same_architecture(tmp_path: Path) -> N
     one, other = (opened(written(tmp_path / folder, PLAIN)).architecture for folder in ("a", "b"))
     assert one != other
     assert external.same(one, other)
+    (tmp_path / "other.py").write_text(PLAIN)
+    assert external.source(opened(str(tmp_path / "other.py"))) == ("other.py", PLAIN.encode())
     changed = opened(written(tmp_path / "b", PLAIN + "# later\n")).architecture
     assert not external.same(one, changed)
 
