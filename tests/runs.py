@@ -168,3 +168,9 @@ def _newest_told(records: Iterable[Record], attempt: int) -> int:
         elif record.kind == "checkpoint":
             newest = record.step or 0
     return newest
+
+
+def documented_architecture() -> str:
+    """The file that docs/your-architecture.md writes."""
+    text = (ROOT / "docs" / "your-architecture.md").read_text()
+    return text.partition("<<'END'\n")[2].partition("\nEND\n")[0] + "\n"

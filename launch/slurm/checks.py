@@ -14,7 +14,7 @@ from data_pipeline.files.filesystem import absolute, is_uri
 from data_pipeline.storage.manifest import MANIFEST, Manifest
 from launch.slurm import client
 from launch.slurm.site import Cluster, node_range, seconds
-from model.costs.totals import num_parameters
+from model.costs.totals import CostsUnknown, num_parameters
 from pretrain.config.dataset_identity import Built, complete
 from pretrain.config.schema import Config
 from pretrain.metric_names import CHECKPOINT_MS, STEP_MS
@@ -145,7 +145,10 @@ def check_memory(config: Config, cluster: Cluster) -> list[Checked]:
     """
     if not cluster.gpus_per_node or config.model.vocab_size is None:
         return []
-    parameters = num_parameters(config.model)
+    try:
+        parameters = num_parameters(config.model)
+    except CostsUnknown as error:
+        return [Checked("memory", f"not looked at: {error}", warning=True)]
     least, most = node_range(cluster.nodes)
     ranks = next(n for n in range(least, most + 1) if _shares(config, n * cluster.ranks_per_node))
     ranks *= cluster.ranks_per_node

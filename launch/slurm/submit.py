@@ -21,6 +21,7 @@ from launch.slurm import site as clusters
 from launch.slurm.checks import Checked
 from launch.slurm.exclude import avoided
 from launch.slurm.site import Cluster
+from pretrain.config import architecture
 from pretrain.config.schema import Config, dump, load
 from pretrain.run.checkpoint_folder import MANIFEST, step_path
 from pretrain.run.job_records import JobFolder
@@ -189,6 +190,7 @@ def _write_and_submit(order: Order, plan: Submission) -> list[str]:
         run_dir, folder = config.run_dir, JobFolder(config.run_dir)
         with disk_errors(run_dir, RunError):
             RunFolder(run_dir).logs.mkdir(exist_ok=True)
+            architecture.keep(config.model, run_dir)
             write_atomic(folder.path / CLUSTER, clusters.dump(order.cluster), private=True)
             write_atomic(folder.config, dump(config))
             write_atomic(folder.script, plan.script, private=True)

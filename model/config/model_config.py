@@ -34,6 +34,9 @@ class Traits:
     """Each token is predicted from those before it, so the model can continue a text and has bits per byte."""
     why_not_continued: str = ""
     """Why it cannot continue a text; for one that is not causal."""
+    cached: bool = False
+    """All that looks back is attention of ours, whose keys and values are kept (model/attention/cache.py), so that each
+    token of a text is read once; else the whole text is, for each new token."""
     documents_apart: bool = False
     """It can keep the documents in a row apart (`document_mask`)."""
     two_sequences: bool = False
@@ -46,12 +49,13 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """What every architecture has: tables, sizes, norms and loss."""
 
     # A class of an architecture also has `build() -> Backbone` (model/architectures/backbone.py) and `costs(shape) ->
-    # Costs` (model/costs/parts.py), whose types stand in rooms above this one.
+    # Costs` (model/costs/parts.py), whose types stand in rooms above this one. Without `costs` they are measured.
 
     traits: ClassVar[Traits]
 
     architecture: str
-    """Which one: it decides what other keys there are."""
+    """Which one: it decides what other keys there are. `FILE.py:NAME`, or what an installed package calls its own: see
+    [your-architecture.md](your-architecture.md)."""
     layers: int = Field(default=3, ge=1)
     """Layers of each stream."""
     width: int = Field(default=128, ge=1)

@@ -1,7 +1,7 @@
 """FLOPs per token, and the share of a device's peak that they are. Free of torch."""
 
 from model.config.model_config import ModelConfig
-from model.costs.totals import forward_flops
+from model.costs.totals import CostsUnknown, forward_flops
 from model.gpus import peak_flops
 
 
@@ -16,9 +16,15 @@ def training_flops_per_token(config: ModelConfig, pairs: bool = False) -> float:
 
 
 def utilisation_per_token(config: ModelConfig, device_name: str, num_devices: int, pairs: bool = False) -> float | None:
-    """Model FLOPs utilisation at one token per second over all devices; None for a device whose peak is not known.
+    """Model FLOPs utilisation at one token per second over all devices; None for a device whose peak is not known, or
+    an architecture whose FLOPs are not.
 
     The share of the devices' dense bf16 peak that the model itself needs ("MFU", PaLM, section 4.1).
     """
     peak = peak_flops(device_name)
-    return None if peak is None else training_flops_per_token(config, pairs) / (peak * num_devices)
+    if peak is None:
+        return None
+    try:
+        return training_flops_per_token(config, pairs) / (peak * num_devices)
+    except CostsUnknown:
+        return None

@@ -8,6 +8,10 @@ from model.config.model_config import NO_VOCABULARY, ModelConfig
 from model.costs.parts import Costs, Part, Priced, Shape, loss_bytes
 
 
+class CostsUnknown(ConfigError):
+    """An architecture that is not ours does not say what it costs, and it cannot be measured here."""
+
+
 class Activations(NamedTuple):
     """Bytes of a micro-batch."""
 

@@ -31,7 +31,7 @@ class Generation:
 
     The model reads each token once, into a `Cache`. When the longest text no longer fits the model's context, its last
     `context` tokens are the window, which is read anew for every token: vectors know their distance from its start, so
-    none of them can be kept.
+    none of them can be kept. Of an architecture without a cache (`Traits.cached`) it is so from the start.
     """
 
     def __init__(
@@ -94,6 +94,9 @@ class Generation:
 
     def _logits(self) -> Tensor:
         context, length = self._model.config.context, self._ids.shape[1]
+        if not self._model.config.traits.cached:  # alone, since what it makes of padding is not known
+            rows = zip(self._ids, self._padding.tolist(), strict=True)
+            return torch.cat([self._model(row[padding:][-context:][None])[:, -1] for row, padding in rows])
         if self._cache is not None and length <= context:
             return self._cache.logits(self._model, self._ids[:, -1:])
         hidden = max(0, length - context)

@@ -7,7 +7,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from data_pipeline.may_change import MayChange
-from pretrain.config.schema import Config, differences
+from model.architectures.external import is_external
+from pretrain.config.schema import ARCHITECTURE, Config, differences
 
 
 def mark_of(field: FieldInfo) -> MayChange | None:
@@ -23,6 +24,17 @@ def refused(old: Config, new: Config, *, in_fork: bool = False) -> dict[str, tup
     marks = dict(_marks(old)) | dict(_marks(new))
     changed = differences(old, new)
     return {key: changed[key] for key in changed if not ((mark := marks[key]) and (in_fork or mark.on_resume))}
+
+
+def refused_in_fork(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The keys in which a run may not differ from the one whose checkpoint it begins with.
+
+    Another source of its architecture it may have: whether the weights fit is seen when they are read.
+    """
+    found = refused(old, new, in_fork=True)
+    if all(is_external(name) for name in found.get(ARCHITECTURE, [])):
+        found.pop(ARCHITECTURE, None)
+    return found
 
 
 def told(changed: dict[str, tuple[Any, Any]]) -> str:

@@ -17,7 +17,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.secret import WAY_ON, argument_of_secret, key_of_secret
 from duet_pretrain import SOURCE
-from model.architectures.registry import DEFAULT, AnyModelConfig, class_of, configure
+from model.architectures import external
+from model.architectures.registry import DEFAULT, SOURCES, AnyModelConfig, class_of, configure
 from pretrain.config import yaml_files
 from pretrain.config.sections import (
     BatchConfig,
@@ -30,6 +31,8 @@ from pretrain.config.sections import (
     TrackingConfig,
     TrainConfig,
 )
+
+ARCHITECTURE = "model.architecture"
 
 
 class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
@@ -244,6 +247,7 @@ def load(args: list[str]) -> Config:
     """Stack the configurations that `args` names: YAML files, presets (`run/quickstart`), dotted overrides.
 
     The `config.yaml` of a run folder means that folder, wherever it was moved; with `run.name=…`, a new run like it.
+    The source of an architecture that is not ours is run; its file's place is seen from the file that names it.
 
     Raises:
         ConfigError: a file that is not there or cannot be read, an unknown key, a value of the wrong kind.
@@ -252,7 +256,7 @@ def load(args: list[str]) -> Config:
         raise ConfigError(f"command line: {key}: {WAY_ON}")
     stack: list[tuple[str, dict[str, Any]]] = []
     for arg in sorted(args, key=lambda a: "=" in a and not _is_file(a)):
-        stack.append((arg, _parse(arg)))
+        stack.append((arg, _placed(arg, _parse(arg))))
         if _is_file(arg) and Path(arg).with_name("run.json").is_file():
             named = any(other.startswith("run.name=") for other in args)
             stack.append((arg, {"run": {"dir": None if named else str(Path(arg).parent)}}))
@@ -264,7 +268,7 @@ def load(args: list[str]) -> Config:
         raise ConfigError(f"{_origin(key.split('.'), stack)}: {key}: {WAY_ON}")
     _check_text(merged)
     try:
-        return Config.model_validate(merged)
+        return Config.model_validate(merged, context={SOURCES: _sources(stack)})
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(detail, stack) for detail in error.errors())) from error
 
@@ -293,7 +297,21 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
+        and not (key == ARCHITECTURE and external.same(before.get(key), after.get(key)))
     }
+
+
+def _placed(arg: str, tree: dict[str, Any]) -> dict[str, Any]:
+    """What `arg` says, with the place of an architecture's file as seen from there."""
+    if _holds(tree, ["model", "architecture"]) and isinstance(named := tree["model"]["architecture"], str):
+        tree["model"]["architecture"] = external.absolute(named, Path(arg).parent if _is_file(arg) else Path.cwd())
+    return tree
+
+
+def _sources(stack: list[tuple[str, dict[str, Any]]]) -> list[Path]:
+    """Folders of runs that the files in the stack lie in: at the top, or in `slurm`."""
+    files = [Path(name).absolute() for name, _ in stack if _is_file(name)]
+    return list(dict.fromkeys(folder for file in files for folder in file.parents[:2]))
 
 
 def _is_file(arg: str) -> bool:
@@ -374,7 +392,7 @@ def _valid_keys(location: list[str], stack: list[tuple[str, dict[str, Any]]]) ->
     for part in location:
         if kind is Config and part == "model":
             chosen = [tree["model"]["architecture"] for _, tree in stack if _holds(tree, ["model", "architecture"])]
-            kind = class_of(chosen[-1] if chosen else DEFAULT)
+            kind = class_of(chosen[-1] if chosen else DEFAULT, _sources(stack))[1]
         elif isinstance(kind, type) and issubclass(kind, BaseModel):
             kind = kind.model_fields[part].annotation
         else:

@@ -1,6 +1,8 @@
 """An export: a trained model in one folder that needs neither the run nor its data.
 
 model.safetensors  config.json  tokenizer_config.json  spm.model or tokenizer.json  modeling_duet.py  EXPORT.txt
+
+Of an architecture that is not ours: its source, in architecture/, and nothing for transformers.
 """
 
 import json
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from data_pipeline.errors import CheckpointError
 from data_pipeline.files.atomic import disk_errors, sync_folder, write_atomic, write_json
 from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer, model_file
-from model.architectures import registry
+from model.architectures import external, registry
 from model.architectures.names import current_name
 from model.architectures.registry import AnyModelConfig
 from model.architectures.token_model import TokenModel
@@ -28,6 +30,7 @@ from model.attention.attention import CausalAttention
 from model.config.model_config import Objective
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.checkpoint.shard_file import write_tensors
+from pretrain.config.architecture import keep
 from pretrain.config.schema import Config
 from pretrain.inference.trained import Trained, tokenizer_of
 from pretrain.run.checkpoint_folder import MANIFEST
@@ -40,7 +43,12 @@ NOTE = """A model trained with Duet: run {run}, step {step}.
 Weights in {dtype} (model.safetensors), configuration (config.json), tokenizer ({tokenizer}).
 
 duet generate FOLDER --prompt "..."
+"""
+OURS = """\
 transformers, with duet-pretrain[hf] installed: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+"""
+NOT_OURS = """\
+The source of its architecture lies in architecture/ and is run by Duet alone: transformers knows our own only.
 """
 
 
@@ -87,14 +95,19 @@ def write_export(checkpoint: Checkpoint, config: Config, folder: Path, dtype: Li
     metadata = {"format": "pt"} | {name: str(getattr(facts, name)) for name in ("run", "step", "commit", "dataset")}
     with _new_folder(folder) as new:
         write_tensors(new / WEIGHTS, dict(sorted(tensors.items())), Event(), metadata)
-        write_json(
-            new / CONFIG, _hugging_face(facts, model, tokenizer, dtype) | {"duet": facts.model_dump(mode="json")}
-        )
-        write_json(new / "tokenizer_config.json", _tokenizer_config(facts, tokenizer))
+        written = facts.model_dump(mode="json")
+        written["model"]["architecture"] = external.without_folder(facts.model.architecture)
         write_atomic(new / file.name, file.read_bytes())
-        write_atomic(new / "modeling_duet.py", Path(__file__).with_name("modeling_duet.py").read_bytes())
         note = NOTE.format(run=facts.run, step=facts.step, dtype=dtype, tokenizer=file.name)
-        write_atomic(new / "EXPORT.txt", note)
+        if external.is_external(facts.model.architecture):
+            keep(facts.model, new)
+            write_json(new / CONFIG, {"duet": written})
+            write_atomic(new / "EXPORT.txt", note + NOT_OURS)
+            return
+        write_json(new / CONFIG, _hugging_face(facts, model, tokenizer, dtype) | {"duet": written})
+        write_json(new / "tokenizer_config.json", _tokenizer_config(facts, tokenizer))
+        write_atomic(new / "modeling_duet.py", Path(__file__).with_name("modeling_duet.py").read_bytes())
+        write_atomic(new / "EXPORT.txt", note + OURS)
 
 
 def is_export(folder: Path) -> bool:
@@ -113,7 +126,10 @@ def load_export(folder: Path) -> Trained:
         DataError: the tokenizer is missing or damaged.
     """
     facts = read_facts(folder)
-    model = registry.build(facts.model)
+    shape = facts.model
+    if isinstance(shape, external.Recorded):
+        shape = external.open_recorded(shape, [folder])
+    model = registry.build(shape)
     try:
         weights = load_file(folder / WEIGHTS)
         model.load_state_dict({current_name(name): values for name, values in weights.items()})

@@ -16,6 +16,7 @@ from model.config.model_config import ModelConfig, Objective
 from model.generation.generate import check_continues
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.checkpoint.ownership import check_own
+from pretrain.config.architecture import opened
 from pretrain.config.schema import Config
 from pretrain.engine.buffers import persistent_buffers
 from pretrain.run.checkpoint_folder import complete, is_checkpoint, step_of, step_path
@@ -68,7 +69,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpoint, Co
     else:
         checkpoint = Checkpoint(_checkpoint_of(path, step))
         check_own(checkpoint, RunFolder(path))
-        config = RunFolder(path).config()
+        config = opened(RunFolder(path).config(), path)
     checkpoint.verify()
     return checkpoint, config
 
@@ -76,9 +77,10 @@ def find_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpoint, Co
 def saved_config(checkpoint: Checkpoint) -> Config:
     """The configuration in a checkpoint's manifest. Raises CheckpointError if it is not there."""
     try:
-        return Config.model_validate(checkpoint.manifest.state["config"])
+        config = Config.model_validate(checkpoint.manifest.state["config"])
     except (KeyError, ValidationError) as error:
         raise CheckpointError(f"{checkpoint.path}: the manifest does not hold the configuration: {error!r}") from None
+    return opened(config, checkpoint.path.absolute().parents[1])
 
 
 def read_model(checkpoint: Checkpoint, config: Config) -> TokenModel:

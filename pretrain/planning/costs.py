@@ -109,7 +109,7 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
     Raises:
         ConfigError: these values do not go together.
     """
-    tree = config.model_dump()
+    tree = config.model_dump() | {"model": config.model}
     for key, value in changes.items():
         section, name = key.split(".")
         tree[section][name] = value

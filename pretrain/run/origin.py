@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError, RunError
-from pretrain.config.changes import refused, told
+from pretrain.config.changes import refused_in_fork, told
 from pretrain.config.schedule import decay_start
 from pretrain.config.schema import Config
 from pretrain.run.checkpoint_folder import step_path
@@ -77,7 +77,7 @@ def check(config: Config, dataset: dict[str, Any]) -> None:
             f"data.path={config.data.path} is dataset {dataset['fingerprint'][:12]}; a run that begins with its "
             "checkpoint goes on with its data"
         )
-    if different := refused(origin.config(), config, in_fork=True):
+    if different := refused_in_fork(origin.config(), config):
         raise RunError(
             f"{path}: a run that begins with its checkpoint must agree with it in model, batch, seed and optimizer:\n"
             f"{told(different)}\ngive the run's values, or start from scratch, without run.start_from"

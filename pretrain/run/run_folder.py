@@ -1,6 +1,6 @@
 """The run folder: its paths, what identifies it, and whether a configuration may go on in it.
 
-config.yaml  run.json  metrics.jsonl  attempts/  checkpoints/  logs/  report.html
+config.yaml  run.json  metrics.jsonl  architecture/  attempts/  checkpoints/  logs/  report.html
 """
 
 import json
@@ -16,9 +16,11 @@ from pydantic import ValidationError
 from data_pipeline.errors import CheckpointError, RunError
 from data_pipeline.files.atomic import write_atomic
 from data_pipeline.files.sealed import unseal, write_sealed
-from pretrain.config.changes import refused, told
+from model.architectures.external import is_external
+from pretrain.config import architecture
+from pretrain.config.changes import refused, refused_in_fork, told
 from pretrain.config.schedule import decay_start
-from pretrain.config.schema import Config, differences, dump
+from pretrain.config.schema import ARCHITECTURE, Config, differences, dump
 from pretrain.run.journal import read
 from pretrain.run.run_listing import saved_steps
 
@@ -92,6 +94,8 @@ class RunFolder:
     def config(self) -> Config:
         """The configuration that the run last went on with; config.yaml is a copy of it to edit and to start with.
 
+        No source of an architecture is run for it; `pretrain.config.architecture.opened` does.
+
         Raises:
             RunError: the folder is not a run folder, or the file is damaged.
         """
@@ -132,13 +136,19 @@ class RunFolder:
         if changed:
             raise RunError(
                 f"{self.path}: this run folder belongs to another configuration:\n{told(changed)}\n"
-                f"give the old values, or start a new run: {self._new_run(ours, config, list(changed))}"
+                f"{self._old(changed)}, or start a new run: {self._new_run(ours, config, list(changed))}"
             )
+
+    def _old(self, changed: dict[str, Any]) -> str:
+        """How the run goes on as it was."""
+        if ARCHITECTURE not in changed or not all(map(is_external, changed[ARCHITECTURE])):
+            return "give the old values"
+        return f"go on with the run's own copy of the source: duet train {shlex.quote(str(self.config_file))}"
 
     def _new_run(self, ours: Config, config: Config, changed: list[str]) -> str:
         """A command, or what there is to say in its place."""
         saved = self.saved_steps()
-        if refused(ours, config, in_fork=True) or not saved:
+        if refused_in_fork(ours, config) or not saved:
             return "from scratch, with another run.name"
         values = differences(ours, config)
         given = [f"{key}={_plain(values[key][1])}" for key in changed if not key.startswith("run.")]
@@ -164,6 +174,7 @@ class RunFolder:
 
     def _write(self, config: Config, facts: dict[str, Any]) -> None:
         content = facts | {"format": FORMAT, "config": config.model_dump(mode="json")}
+        architecture.keep(config.model, self.path)
         write_atomic(self.config_file, dump(config))
         write_sealed(self.run_file, content)  # last: what it stands for is whole
 

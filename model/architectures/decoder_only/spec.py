@@ -17,6 +17,7 @@ class DecoderOnlyConfig(TransformerConfig, frozen=True):
         objectives=("causal", "prefix", "pairs"),
         because="predicts each token from those before it",
         sites=("dec_ff", "dec_sa", "embed"),
+        cached=True,
         documents_apart=True,
         default_sites=("dec_ff",),
         lacks="has no second stream",

@@ -49,6 +49,7 @@ class ParallelEncoderDecoderConfig(TwoStreamConfig, frozen=True):
         objectives=("causal", "prefix", "pairs"),
         because="predicts each token from those before it",
         sites=("enc_ff", "dec_ff", "enc_sa", "dec_sa", "cross", "embed"),
+        cached=True,
         documents_apart=True,
         default_sites=("enc_ff", "dec_ff"),
     )
