@@ -190,7 +190,7 @@ def test_a_damaged_export_is_named(exported: Path, tmp_path: Path) -> None:
         return copy
 
     config = json.loads((exported / "config.json").read_text())
-    newer = config | {"duet": config["duet"] | {"format": 2}}
+    newer = config | {"duet": config["duet"] | {"format": 3}}
     other = config | {"duet": config["duet"] | {"model": config["duet"]["model"] | {"layers": 2}}}
     odd = config | {"duet": config["duet"] | {"objective": "none"}}
     for name, change, message in (
@@ -200,7 +200,7 @@ def test_a_damaged_export_is_named(exported: Path, tmp_path: Path) -> None:
         ("config.json", lambda file: file.write_text("{"), "config.json: missing, damaged"),
         ("config.json", lambda file: file.write_text("[" * 200_000), "config.json: missing, damaged"),
         ("config.json", lambda file: file.write_text('{"model_type": "gpt2"}'), "not of an export of Duet"),
-        ("config.json", lambda file: file.write_text(json.dumps(newer)), "format 2 is not known here"),
+        ("config.json", lambda file: file.write_text(json.dumps(newer)), "format 3 is not known here"),
         ("config.json", lambda file: file.write_text(json.dumps(other)), "of another model: .*Missing key"),
         ("config.json", lambda file: file.write_text(json.dumps(odd)), "config.json: damaged"),
     ):
@@ -241,8 +241,10 @@ def test_a_run_is_evaluated_on_its_own_dataset(
 ) -> None:
     """Another one behind the same path is told, and refused if its tokens mean other text."""
     moved, data = shutil.copytree(run, tmp_path / "run"), tmp_path / "data"
-    config = (run / "config.yaml").read_text()
-    (moved / "config.yaml").write_text(config.replace(str(dataset), str(data)))
+    folder = RunFolder(moved)
+    folder.id, config = folder.facts()["id"], folder.config()
+    there = config.data.model_copy(update={"path": str(data)})
+    folder.went_on(config.model_copy(update={"data": there}), folder.facts()["dataset"])  # as a start of it would
     data.symlink_to(dataset)
     evaluate_run(moved, None)
     assert "warning" not in capsys.readouterr().err
