@@ -2,5 +2,5 @@
 
 May import: data_pipeline.errors, data_pipeline.loading, data_pipeline.sampling, data_pipeline.storage,
 data_pipeline.tokenize, model.architectures, model.batch, model.config, model.generation, model.masks,
-pretrain.config, pretrain.engine.
+pretrain.config, pretrain.engine, pretrain.metric_names.
 """

@@ -1,4 +1,4 @@
 """The report of a run, or of several: HTML and pictures.
 
-May import: data_pipeline.errors, data_pipeline.files, pretrain.run.
+May import: data_pipeline.errors, data_pipeline.files, pretrain.metric_names, pretrain.run.
 """

@@ -14,6 +14,7 @@ from pretrain.config.schema import load
 from pretrain.run import origin
 from pretrain.run.journal import read
 from pretrain.run.run_folder import RunFolder
+from tests.checkpoints import age
 from tests.conftest import RanksFailed
 from tests.runs import SMALL, attempts
 
@@ -170,7 +171,7 @@ def test_the_command_says_what_it_would_do(stable: Path, tmp_path: Path, monkeyp
 def older_version(run_dir: Path) -> None:
     """As if the checkpoints had been saved when labels weighed alike within a micro-batch only."""
     for file in run_dir.glob("checkpoints/*/manifest.json"):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 3}))
+        age(file.parent)
 
 
 def test_a_run_of_an_older_version_goes_on_only_where_labels_weigh_as_they_did(

@@ -205,7 +205,7 @@ def test_a_page_takes_the_place_of_files_only(run_dir: Path, tmp_path: Path) -> 
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").touch()
     for name in ("pipe", ".", "report.png"):
-        with pytest.raises(RunError, match="name the page's file"):
+        with pytest.raises(RunError, match=rf"--out {tmp_path}"):
             write_report([run_dir], tmp_path / name)
     with pytest.raises(RunError, match="a file stands where a folder is needed"):
         write_report([run_dir], tmp_path / "file" / "report.html")
