@@ -134,7 +134,8 @@ def submit(script: Path, options: Sequence[str] = (), arguments: Sequence[str] =
     Raises:
         SlurmError: it refused.
     """
-    done = _checked("sbatch", "--parsable", *options, str(script), *arguments, without=overruled(script.read_text()))
+    text = script.read_text() if script.is_file() else ""  # sbatch says better what is missing
+    done = _checked("sbatch", "--parsable", *options, str(script), *arguments, without=overruled(text))
     sys.stderr.write(done.stderr)
     return done.stdout.strip().split(";")[0]
 

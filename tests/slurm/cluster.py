@@ -118,7 +118,9 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """The caller's, without what an outer Slurm put there; points Slurm's commands at this cluster."""
-        kept = {name: v for name, v in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
+        # Without a job's own, nor what a test in this process left of a rank's place.
+        others = ("SLURM_", "SBATCH_", "SRUN_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_RANK", "MASTER_")
+        kept = {name: v for name, v in os.environ.items() if not name.startswith(others)}
         return kept | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": SEARCH}
 
     def up(self) -> None:

@@ -90,9 +90,7 @@ def follow(tmp_path: Path) -> Iterator[Callable[[], "tuple[subprocess.Popen[byte
     """Starts `duet logs -f` on a run whose job waits; the process, and what it shows."""
     out = tmp_path / "followed"
     started = []
-    program = (
-        "import sys\nfrom launch import cli; from launch.commands import logs\nlogs.STATUS_SECONDS = 0.5\ncli.main()"
-    )
+    program = "from launch import cli\nfrom launch.commands import jobs\njobs.STATUS_SECONDS = 0.5\ncli.main()"
 
     def start() -> "tuple[subprocess.Popen[bytes], Path]":
         with open(out, "wb") as file:
