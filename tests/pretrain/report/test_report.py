@@ -204,8 +204,9 @@ def test_a_page_takes_the_place_of_files_only(run_dir: Path, tmp_path: Path) -> 
     """Not that of a device or a pipe, nor that of its own picture."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").touch()
-    for name in ("pipe", ".", "report.png"):
-        with pytest.raises(RunError, match=rf"--out {tmp_path}"):
+    ways_on = {"pipe": "name the page's file", ".": "name the page's file", "report.png": "let it end in .html"}
+    for name, way_on in ways_on.items():
+        with pytest.raises(RunError, match=way_on):
             write_report([run_dir], tmp_path / name)
     with pytest.raises(RunError, match="a file stands where a folder is needed"):
         write_report([run_dir], tmp_path / "file" / "report.html")
