@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -18,7 +18,7 @@ from model.layers.dropout import noise_site, weight_dropout
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 
-class Softmax:
+class Softmax(nn.Module):
     """softmax(q k^T / sqrt(d)) v, as "Attention Is All You Need", equation 1, over what is visible.
 
     What an attention mixes its values with. It has no parameters, and a cache keeps its keys and values.
@@ -26,12 +26,13 @@ class Softmax:
 
     def __init__(self, config: TransformerConfig, name: str = "", rate: float = 0.0) -> None:
         """`name` of the attention keys the noise; `rate` is that of dropout on the weights, in training."""
+        super().__init__()
         self._kernel = config.attention
         self._rate = rate
         self._site = noise_site(f"attention/{name}")
         self._context = config.context
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
         """Query [B, H, T, d], key and value [B, H, S, d], noise keys [B] or None in evaluation -> [B, H, T, d].
 
         Raises:
