@@ -140,7 +140,8 @@ def _activations(config: Config, micro_batch: int, device: Device) -> Activation
     padded = objective == "masked" and config.data.packing == "best_fit"
     masked = model.document_mask or objective in ("prefix", "pairs") or padded
     in_blocks = device == "cuda" and model.sees_in_blocks
-    return activations(model, micro_batch, element_size(config), pairs=pairs, dense_mask=masked and not in_blocks)
+    dense = masked and not in_blocks
+    return activations(model, micro_batch, element_size(config), pairs=pairs, dense_mask=dense, in_blocks=in_blocks)
 
 
 def _buffers(config: Config, parameters: int, device: Device) -> tuple[float, float, float]:
