@@ -59,6 +59,7 @@ def verify(dataset: Dataset, part: int, parts: int, path: str) -> None:
 def claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     """Complete the configuration by the dataset's vocabulary and tie the run folder to both."""
     config = origin.resolve(complete(config, dataset))
+    config.objective.check(dataset)
     if config.data.packing == "best_fit":
         pack(config, dataset)
     # Both splits must be large enough for one window.

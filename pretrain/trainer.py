@@ -181,8 +181,7 @@ def run_steps(session: Session, step: int, data: DataState) -> tuple[int, int]:
         rank=ranks.rank,
         world_size=ranks.world_size,
         start=data.samples_seen,
-        documents=session.batches.needs_documents,
-        pin_memory=ranks.device.type == "cuda",
+        documents=session.batches.objective.needs_documents,
     )
     loader = Loader(reader)
     meter = Meter(config, engine, ranks, session.goodput, restarts=recorder.attempt - 1)
@@ -282,7 +281,7 @@ def validation(session: Session, step: int) -> float | None:
     except Stopped:
         return None
     session.recorder.validation(step, metrics | session.probe.flips(session.engine.module))
-    if config.train.sample_tokens and config.data.objective == "causal":
+    if config.train.sample_tokens and config.objective.continues_text:
         try:
             session.recorder.sample(step, sample_text(session.engine.module, dataset, config, session.ranks.device))
         except Exception as error:  # a text is no reason to lose what was learned

@@ -52,7 +52,7 @@ def flops(config: ConfigArgs, as_json: JsonOption = False) -> None:
     from model.costs.totals import sample_flops_by_part
 
     whole = _load(config)
-    model, pairs = whole.model, whole.data.objective == "pairs"
+    model, pairs = whole.model, whole.objective.of_pairs
     parts = {name: count / model.context for name, count in sample_flops_by_part(model, pairs).items()}
     totals = {"forward": forward_flops_per_token(model, pairs), "training": training_flops_per_token(model, pairs)}
     _print(totals, parts, as_json)

@@ -10,9 +10,6 @@ from pydantic import BaseModel, Field, model_validator
 
 from model.config.mask_config import Site
 
-Objective = Literal["causal", "prefix", "masked", "span_corruption", "pairs"]
-"""What is made of the text for a model to learn from, as `data.objective` names it."""
-
 _SMALLEST_IN_BLOCKS = 16
 """Channels of a head that FlexAttention's kernels need at least."""
 NO_VOCABULARY = "model.vocab_size is not set: take it from the dataset's tokenizer, or give it"
@@ -22,8 +19,8 @@ NO_VOCABULARY = "model.vocab_size is not set: take it from the dataset's tokeniz
 class Traits:
     """What the rest of the house has to know of an architecture."""
 
-    objectives: tuple[Objective, ...]
-    """What it can learn from."""
+    objectives: tuple[str, ...]
+    """What it can learn from, as `data.objective` names it."""
     because: str
     """Why from these; completes "…, which"."""
     sites: tuple[Site, ...] = ()
@@ -130,7 +127,7 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
         """One in each layer that has the site."""
         return sum(map(self.masks_at, sites))
 
-    def check_objective(self, objective: Objective) -> None:
+    def check_objective(self, objective: str) -> None:
         """Raises ValueError unless the architecture can learn from it."""
         fitting = self.traits.objectives
         if objective not in fitting:

@@ -28,8 +28,7 @@ GATES = ("density", "mask_mean")
 def held_out(dataset: Dataset, config: Config) -> AnyWindows:
     """The windows that are validated on. Raises DataError when the held-out text is too short."""
     kind = kind_of(dataset, config.data)
-    # Spans are cut out of whole windows.
-    partial = config.data.objective != "span_corruption"
+    partial = not config.objective.whole_windows
     return open_windows(dataset, kind, "validation", config.model.context, partial=partial)
 
 
@@ -45,7 +44,7 @@ def evaluate(
     text_bytes: Mapping[str, int],
     batch: int,
     ranks: Ranks,
-    batches: Batches | None = None,
+    batches: Batches,
     edge: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Predict what `batches` asks for of the held-out text, in non-overlapping windows: every token but the first.
@@ -55,7 +54,7 @@ def evaluate(
     Args:
         text_bytes: UTF-8 bytes of that text by source, for bits per byte.
         batch: windows of a forward pass on each rank.
-        batches: makes them; for causal models, unless given.
+        batches: makes them.
         edge: called before each batch, as often on every rank; may raise to break off.
 
     Returns:
@@ -67,7 +66,6 @@ def evaluate(
     Raises:
         DataError: there is nothing to predict.
     """
-    batches = batches or Batches(ranks.device)
     model.eval()
     # Every rank makes the same number of forward passes (ZeRO-3 gathers in each); what is missing counts for nothing.
     rounds = math.ceil(len(windows) / (batch * ranks.world_size))
@@ -97,7 +95,7 @@ def evaluate(
     if not numbers[0]:
         raise DataError("the held-out text is too short: nothing in it is to be predicted; hold out more")
     result: dict[str, float] = {VALIDATION: float(sums[0] / numbers[0])}
-    if batches.predicts_every_token:
+    if batches.objective.predicts_every_token:
         result[BITS_PER_BYTE] = _bits(result[VALIDATION] * float(numbers[0])) / sum(text_bytes.values())
     means = dict(zip(gates, sums[1:] / numbers[1:], strict=False))
     for gate in GATES:
@@ -106,7 +104,7 @@ def evaluate(
     for name, total, number in zip(sources, sums[1 + len(gates) :], numbers[1 + len(gates) :], strict=True):
         if number:
             result[VALIDATION.of(name)] = float(total / number)
-            if batches.predicts_every_token and text_bytes[name]:
+            if batches.objective.predicts_every_token and text_bytes[name]:
                 result[BITS_PER_BYTE.of(name)] = _bits(float(total)) / text_bytes[name]
     return result
 

@@ -62,7 +62,7 @@ def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> Costs:
     stages = {stage: _stage(config, stage, gpus, size) for stage in range(4)}
     own = stages[config.engine.zero_stage].memory
     assert own is not None
-    flops = training_flops_per_token(config.model, config.data.objective == "pairs") * config.batch.tokens
+    flops = training_flops_per_token(config.model, config.objective.of_pairs) * config.batch.tokens
     seconds = flops / (gpu.peak_flops * utilisation * gpus)
     parameters = num_parameters(config.model)
     return Costs(

@@ -99,9 +99,8 @@ class Result:
     @property
     def flops(self) -> float:
         """FLOPs of the whole training: matrix products, as `duet model flops` counts them."""
-        pairs = self.config.data.objective == "pairs"
         tokens = self.config.batch.tokens * self.config.train.steps
-        return training_flops_per_token(self.config.model, pairs) * tokens
+        return training_flops_per_token(self.config.model, self.config.objective.of_pairs) * tokens
 
     @property
     def speed(self) -> float:

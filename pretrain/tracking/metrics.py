@@ -72,8 +72,9 @@ class Meter:
         self._restarts = restarts
         self._tokens_per_step = config.batch.tokens
         device_name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
-        pairs = config.data.objective == "pairs"
-        self._utilisation_per_token = utilisation_per_token(config.model, device_name, ranks.world_size, pairs)
+        self._utilisation_per_token = utilisation_per_token(
+            config.model, device_name, ranks.world_size, config.objective.of_pairs
+        )
         self._hosts = ranks.gather(platform.node())
         self._shapes: dict[str, torch.Size] = {}
         self._steps: list[tuple[int, Tensor, Mapping[str, Any]]] = []

@@ -25,6 +25,7 @@ from pretrain.checkpoint.saver import Saver
 from pretrain.config.schema import Config, load
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
+from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.evaluate import evaluate
 from pretrain.report import report
 from pretrain.run.job_records import FailureFile
@@ -270,8 +271,10 @@ def validate_in_batches_of(ranks: Ranks, run: str, sizes: list[int]) -> list[dic
 
     checkpoint, config = find_checkpoint(Path(run))
     model = read_model(checkpoint, config)
-    windows = Windows.of(Dataset.open(config.data.path), "validation", config.model.context, partial=True)
-    return [evaluate(model, windows, {"text": 1000}, size, ranks) for size in sizes]
+    dataset = Dataset.open(config.data.path)
+    windows = Windows.of(dataset, "validation", config.model.context, partial=True)
+    batches = Batches.of(config, dataset, ranks.device)
+    return [evaluate(model, windows, {"text": 1000}, size, ranks, batches) for size in sizes]
 
 
 def update_ratios(ranks: Ranks, engines: list[tuple[int, str]], mask_lr: float | None) -> list[dict[str, Any]]:
