@@ -31,6 +31,9 @@ class Traits:
     """Each token is predicted from those before it, so the model can continue a text and has bits per byte."""
     why_not_continued: str = ""
     """Why it cannot continue a text; for one that is not causal."""
+    decodings: tuple[str, ...] = ("autoregressive",)
+    """How it can make text, as `DECODINGS` (model/generation/decoding.py) names them, the usual one first; for one that
+    is causal."""
     cached: bool = False
     """All that looks back is attention of ours, whose keys and values are kept (model/attention/cache.py), so that each
     token of a text is read once; else the whole text is, for each new token."""

@@ -13,7 +13,7 @@ from data_pipeline.tokenize.tokenizer import TOKENIZER, Tokenizer, model_file
 from model.architectures import registry
 from model.architectures.token_model import TokenModel
 from model.config.model_config import ModelConfig
-from model.generation.generate import check_continues
+from model.generation.decoding import check_continues
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.checkpoint.ownership import check_own
 from pretrain.config.architecture import opened
