@@ -1,4 +1,4 @@
-"""What the data pipeline can be told. Free of heavy imports: login nodes read this."""
+"""Configuration of the data pipeline. Free of heavy imports: login nodes read this."""
 
 import re
 from typing import Annotated, Literal, Self

@@ -150,6 +150,16 @@ def test_commands_that_read_a_checkpoint_load_neither_compiler_nor_engine() -> N
     assert done.returncode == 0, done.stderr
 
 
+def test_no_two_public_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for file in FILES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    assert len(places) > 200
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
 def test_files_stay_readable() -> None:
     long = {str(f.relative_to(ROOT)): n for f in FILES if (n := len(f.read_text().splitlines())) > 420}
     assert not long, f"one idea a file, about 400 lines: {long}"

@@ -18,7 +18,7 @@ import xxhash
 from data_pipeline.errors import DataError
 from data_pipeline.files.filesystem import is_uri, join, open_raw, resolve, stamp
 from data_pipeline.storage.manifest import MANIFEST, Manifest, ShardFacts, TokenizerFacts
-from data_pipeline.storage.shard_cache import Cache, Cached
+from data_pipeline.storage.shard_cache import CachedFile, ShardCache
 from data_pipeline.tokenize.tokenizer import JSON, MODEL, TOKENIZER, model_file
 
 if TYPE_CHECKING:
@@ -41,20 +41,20 @@ def default_folder() -> Path:
 
 
 @contextmanager
-def unused_cache(path: str, shards: int) -> Iterator[Cache | None]:
+def unused_cache(path: str, shards: int) -> Iterator[ShardCache | None]:
     """For a URI, a cache that nothing is in, so that everything is fetched; of so many shards, and gone in the end."""
     if not is_uri(path):
         yield None
         return
     largest = max((shard.bytes for shard in Manifest.load(path).shards), default=0)
     with tempfile.TemporaryDirectory(prefix="duet-verify-") as folder:
-        yield Cache(Path(folder), shards * largest + _TOKENIZER_BYTES)
+        yield ShardCache(Path(folder), shards * largest + _TOKENIZER_BYTES)
 
 
 class RemoteShards:
     """The files of the dataset at `uri`."""
 
-    def __init__(self, uri: str, cache: Cache) -> None:
+    def __init__(self, uri: str, cache: ShardCache) -> None:
         self._uri = uri
         self.cache = cache
         self._wanted: list[ShardFacts] = []
@@ -70,7 +70,7 @@ class RemoteShards:
         """As the function."""
         check_sizes(self._uri, shards)
 
-    def get(self, shard: ShardFacts, wait: bool = True) -> Cached | None:
+    def get(self, shard: ShardFacts, wait: bool = True) -> CachedFile | None:
         """The shard's file, fetched if it is not in the cache; None if another process does that and not `wait`.
 
         Raises DataError that names the shard if it cannot be fetched as the manifest describes it."""
@@ -89,7 +89,7 @@ class RemoteShards:
                     f"{found.path} does not match its hash, and is in use; end what reads it, and remove it"
                 )
 
-    def tokenizer(self, facts: TokenizerFacts) -> Cached:
+    def tokenizer(self, facts: TokenizerFacts) -> CachedFile:
         """The tokenizer's file. Raises DataError if it is missing or another one."""
         if found := self.cache.find(facts.sha256):
             if hashlib.sha256(found.path.read_bytes()).hexdigest() == facts.sha256:

@@ -1,4 +1,4 @@
-"""What every architecture can be told. Free of torch: login nodes read this.
+"""Configuration that every architecture has. Free of torch: login nodes read this.
 
 Each architecture has a class of its own, which adds what is its own (`model/architectures/NAME/spec.py`).
 """

@@ -20,7 +20,7 @@ LIKELIEST = 5
 
 @dataclass(frozen=True)
 class Settings:
-    """How texts are continued."""
+    """Sampling, lengths, stops and seed of a continuation."""
 
     sampling: Sampling
     tokens: int = 200
@@ -47,7 +47,7 @@ class Token(NamedTuple):
 
 @dataclass
 class Text:
-    """One of them."""
+    """A prompt and its continuation."""
 
     prompt: str
     prompt_ids: list[int]

@@ -98,7 +98,7 @@ class Objective(ABC):
 
     @classmethod
     def restricts_attention(cls, packed: bool) -> bool:
-        """Whether what tokens may see has to be told beyond the order of the tokens, or all of them, of a text."""
+        """Whether attention needs a mask: tokens see neither all before them, nor all of the text."""
         return False
 
     @classmethod

@@ -8,14 +8,14 @@ from pretrain.objectives.objective import IGNORE, Objective, Setting
 if TYPE_CHECKING:
     import numpy as np
 
-DENSITY = 0.15
+NOISE_DENSITY = 0.15
 """Share of tokens that are cut out."""
 MEAN_SPAN = 3.0
 """Tokens."""
 
 
 class SpanCorruption(Objective):
-    """Spans are cut out, each leaves a sentinel, and behind the same sentinel it is to be told.
+    """Spans are cut out, each leaves a sentinel, and behind the same sentinel it stands in the labels.
 
     All windows have the same numbers of spans and of tokens cut out, so shapes are fixed: inputs [B, T - noise + spans
     + 1], labels [B, noise + spans + 1], both with end-of-text at the end.
@@ -24,7 +24,7 @@ class SpanCorruption(Objective):
     name = "span_corruption"
     whole_windows = True
 
-    def __init__(self, setting: Setting, density: float = DENSITY, mean_span: float = MEAN_SPAN) -> None:
+    def __init__(self, setting: Setting, density: float = NOISE_DENSITY, mean_span: float = MEAN_SPAN) -> None:
         """Raises DataError when the tokenizer has too few sentinels."""
         super().__init__(setting)
         context, tokenizer = setting.context, setting.tokenizer()

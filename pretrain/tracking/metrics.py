@@ -95,9 +95,8 @@ class Meter:
         self._steps.append((step, torch.cat(means), known))
 
     def flush(self) -> list[StepMetrics]:
-        """All steps since the last flush, averaged over the ranks; the last one carries what is told of them all.
-
-        That are times, norms, and, since there are many, what is told of single masks.
+        """All steps since the last flush, averaged over the ranks; the last one carries what is measured
+        over all of them: times, norms, and, since there are many, the metrics of single masks.
 
         A collective: every rank calls it at the same steps.
         """
@@ -194,7 +193,7 @@ def _rows(names: Iterable[str], table: Tensor) -> list[dict[str, float]]:
 
 
 def _named(row: dict[str, float], *, of_a_mask: bool) -> dict[str, float]:
-    """What is told of single masks, such as `density/enc_ff/0`, or all else."""
+    """By the journal's names: the metrics of single masks, such as `density/enc_ff/0`, or all others."""
     return {of_model(name): value for name, value in row.items() if ("/" in name) == of_a_mask}
 
 
