@@ -45,7 +45,7 @@ def evaluate(
     text_bytes: Mapping[str, int],
     batch: int,
     ranks: Ranks,
-    batches: Batches | None = None,
+    batches: Batches,
     edge: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Predict what `batches` asks for of the held-out text, in non-overlapping windows: every token but the first.
@@ -55,7 +55,7 @@ def evaluate(
     Args:
         text_bytes: UTF-8 bytes of that text by source, for bits per byte.
         batch: windows of a forward pass on each rank.
-        batches: makes them; for causal models, unless given.
+        batches: makes them.
         edge: called before each batch, as often on every rank; may raise to break off.
 
     Returns:
@@ -67,7 +67,6 @@ def evaluate(
     Raises:
         DataError: there is nothing to predict.
     """
-    batches = batches or Batches(ranks.device)
     model.eval()
     # Every rank makes the same number of forward passes (ZeRO-3 gathers in each); what is missing counts for nothing.
     rounds = math.ceil(len(windows) / (batch * ranks.world_size))
