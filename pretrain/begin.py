@@ -1,5 +1,4 @@
-"""How a run begins: `claim` makes it the owner of its folder and ties it to its data, `open_parts` opens what the loop
-works with, where its newest checkpoint stands. Both are collectives; what each part is given, stands here."""
+"""How a run begins: it owns its folder, knows its data, and opens its parts where its newest checkpoint stands."""
 
 import os
 import platform
@@ -96,14 +95,16 @@ def claim(config: Config, ranks: Ranks, stack: ExitStack) -> Claim:
     manifest = ranks.together(lambda: Manifest.load(source.path), only_first=True) if remote else None
     check = ranks.is_first if remote else first_of_node
     dataset = ranks.together(lambda: Dataset.of(source, check, manifest))
-    lease = ranks.together(lambda: _own(folder, stack) if ranks.is_first else None)
+    acquired = partial(Lease.acquire, folder.path, Console(1).note)
+    lease = ranks.together(lambda: stack.enter_context(acquired()) if ranks.is_first else None)
     attempt = ranks.broadcast(lease.attempt if lease else None)
     # Ranks that read the same copy share the work.
     part, parts = (local_rank, local_ranks) if staged else (ranks.rank, ranks.world_size)
     ranks.together(lambda: verify(dataset, part, parts, config.data.path))
     config = ranks.together(lambda: _tie(folder, config, dataset), only_first=True)
     if staged and config.data.packing == "best_fit":  # `_tie` has packed the first node's copy
-        ranks.together(lambda: _pack(config, dataset) if first_of_node else None)
+        pack = partial(packing_plan.prepare, dataset, config.model.context, slow_progress())
+        ranks.together(lambda: pack() if first_of_node else None)
     batches = ranks.together(lambda: Batches.of(config, dataset, ranks.device))
     return Claim(config, ranks, folder, dataset, batches, lease, attempt)
 
@@ -131,7 +132,7 @@ def open_parts(claim: Claim, stop: StopRequest, started: float, stack: ExitStack
         recorder.note(shares)
     if damaged:
         recorder.warning(journal.told_damaged(damaged))
-    warn = recorder.warning if ranks.is_first else _warn_in_log
+    warn = recorder.warning if ranks.is_first else lambda text: print(f"warning: {text}", file=sys.stderr)
     system = SystemSampler(folder.logs, claim.attempt, step, os.environ["LOCAL_RANK"] == "0", warn)
     life = Life(folder.path, ranks, stop, claim.lease, recorder)
     saver = Saver(
@@ -139,24 +140,13 @@ def open_parts(claim: Claim, stop: StopRequest, started: float, stack: ExitStack
         folder.checkpoints,
         ranks,
         still_ours=claim.lease.check if claim.lease else lambda: None,
-        prune=partial(prune, folder.checkpoints, train.keep_checkpoints, train.keep_every, folder.id),
+        prune=lambda step: prune(folder.checkpoints, train.keep_checkpoints, train.keep_every, folder.id, upto=step),
         warn=recorder.warning,
         published=life.published,
     )
     health = Health(config, ranks, engine, recorder, folder.logs, past)
     meter = Meter(config, engine, ranks, goodput, restarts=claim.attempt - 1)
     return Parts(step, data, engine, recorder, system, life, saver, health, meter)
-
-
-def _pack(config: Config, dataset: Dataset) -> None:
-    """Plan the windows that hold whole documents, unless that was done."""
-    packing_plan.prepare(dataset, config.model.context, slow_progress())
-
-
-def _own(folder: RunFolder, stack: ExitStack) -> Lease:
-    """Become the owner of the run folder, until the stack is closed. Raises RunError while another one is."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    return stack.enter_context(Lease.acquire(folder.path, Console(1).note))
 
 
 def verify(dataset: Dataset, part: int, parts: int, path: str) -> None:
@@ -178,7 +168,7 @@ def _tie(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     config = origin.resolve(complete(config, dataset))
     config.objective.check(dataset)
     if config.data.packing == "best_fit":
-        _pack(config, dataset)
+        packing_plan.prepare(dataset, config.model.context, slow_progress())
     # Both splits must be large enough for one window.
     Plan(dataset, wanted_phase(dataset, config.data, config.model.context), config.run.seed)
     held_out(dataset, config)
@@ -263,8 +253,3 @@ def _facts(claim: Claim, parameters: int) -> dict[str, Any]:
         "start_from": claim.config.run.start_from,
         "versions": {name: version(name) for name in ("torch", "deepspeed", "mlflow", "pyarrow", "sentencepiece")},
     }
-
-
-def _warn_in_log(text: str) -> None:
-    """The recorder is silent on this rank."""
-    print(f"warning: {text}", file=sys.stderr)

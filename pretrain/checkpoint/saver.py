@@ -107,7 +107,9 @@ class Saver:
         path = step_path(self._root, step)
         self._ranks.together(lambda: self._prepare(path), only_first=True)
         engine, file = self._engine, path / f"shard-{self._ranks.rank:05d}.safetensors"
-        spans = [(f.name, f.start, f.numel) for f in engine.begin_snapshot()]
+        fragments = engine.owned_fragments()
+        engine.snapshot.begin(fragments)
+        spans = [(f.name, f.start, f.numel) for f in fragments]
         tensors = engine.snapshot.tensors | {RNG + name: values for name, values in rng_states().items()}
         if self._ranks.is_first:
             buffers = engine.buffers.tensors

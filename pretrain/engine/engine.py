@@ -82,8 +82,8 @@ class Engine:
         self._lr = 0.0
         self._applied = False
         self.snapshot = Snapshot(ranks.device)
-        """Of what `begin_snapshot` copies. It is made before parameters or optimizer states change: before an update,
-        and when `fragments` gives them out. Nothing else changes them; `tests/distributed/test_saver.py` holds that."""
+        """The copy of a save. It is made before parameters or optimizer states change: before an update, and when
+        `fragments` gives them out. Nothing else changes them; `tests/distributed/test_saver.py` holds that."""
         self.stopwatch = Stopwatch(ranks.device)
         # The table of tokens is first in the forward pass, so its gradient is the last; hooks run in order of
         # registration, and DeepSpeed's, which may wait for other ranks, come later.
@@ -236,12 +236,6 @@ class Engine:
     def owned_fragments(self) -> list[Fragment]:
         """What this rank writes to a checkpoint: over the ranks, each element exactly once."""
         return self._owned(self.states, fragments.kept_states(self._deepspeed.optimizer))
-
-    def begin_snapshot(self) -> list[Fragment]:
-        """Begin to copy `owned_fragments` as they are now; `snapshot` says when that is done."""
-        owned = self.owned_fragments()
-        self.snapshot.begin(owned)
-        return owned
 
     def adopt_fragments(self, optimizer_steps: int) -> None:
         """Make the model compute with what was written into the views of `fragments()`; a collective."""

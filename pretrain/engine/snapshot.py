@@ -49,7 +49,9 @@ class Snapshot:
             if cuda:
                 target.copy_(values, non_blocking=True)
             else:
-                self._put(target, values)
+                to, source = (tensor.view(torch.uint8).numpy() for tensor in (target, values))
+                for at in range(0, len(to), COPY_BLOCK):
+                    self._blocks.put((to[at : at + COPY_BLOCK], source[at : at + COPY_BLOCK]))
         if cuda:
             torch.cuda.synchronize(self._device)
 
@@ -75,8 +77,3 @@ class Snapshot:
         since = time.perf_counter()
         self.copy()
         self.waited += time.perf_counter() - since
-
-    def _put(self, target: Tensor, values: Tensor) -> None:
-        to, source = (tensor.view(torch.uint8).numpy() for tensor in (target, values))
-        for start in range(0, len(to), COPY_BLOCK):
-            self._blocks.put((to[start : start + COPY_BLOCK], source[start : start + COPY_BLOCK]))
