@@ -1,10 +1,13 @@
 """DeepSpeed ZeRO: the only room for deepspeed, of the pinned version 0.19.8."""
 
+import gc
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -54,11 +57,38 @@ def bootstrap() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     own_caches()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import deepspeed.ops
+    with _left_out("mlflow"):  # its autotuner takes it where it finds it: half of DeepSpeed's import
+        import deepspeed.ops
+    from torch import _dynamo  # noqa: F401  # torch's optimizers need it
 
+    gc.freeze()  # what was imported stays: no collection looks through it
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # not before the import, which sets its own
     # Else every rank compiles this op and leaves a 66 MiB file in /dev/shm; training never uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def _left_out(name: str) -> Iterator[None]:
+    """A module that is not to be found meanwhile, unless it was imported before."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to say so
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+def _import_muon_uncompiled() -> None:
+    """Whatever the optimizer, DeepSpeed asks whether it is its Muon; to import that sets torch's compiler up."""
+    from deepspeed.runtime import compiler
+
+    compiled, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compiled
 
 
 class Engine:
@@ -288,7 +318,8 @@ def _initialized(model: TokenModel, config: Config, ranks: Ranks) -> Any:
         compile_layers(model)
     # DeepSpeed works in a group of its own, which it would give torch's timeout of half an hour.
     groups._WORLD_GROUP = dist.new_group(timeout=timedelta(minutes=config.engine.timeout_minutes))
-    muon = config.optimizer.kind == "muon"
+    if not (muon := config.optimizer.kind == "muon"):
+        _import_muon_uncompiled()
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model, config.optimizer) if muon else None,
