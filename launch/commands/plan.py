@@ -14,7 +14,7 @@ from model.gpus import GPUS
 
 if TYPE_CHECKING:
     from pretrain.config.schema import Config
-    from pretrain.planning.costs import Costs, Stage
+    from pretrain.planning.costs import RunCosts, Stage
 
 app = typer.Typer(no_args_is_help=True, help="Size and cost of a model.")
 ConfigArgs = Annotated[
@@ -52,7 +52,7 @@ def flops(config: ConfigArgs, as_json: JsonOption = False) -> None:
     from model.costs.totals import sample_flops_by_part
 
     whole = _load(config)
-    model, pairs = whole.model, whole.data.objective == "pairs"
+    model, pairs = whole.model, whole.objective.of_pairs
     parts = {name: count / model.context for name, count in sample_flops_by_part(model, pairs).items()}
     totals = {"forward": forward_flops_per_token(model, pairs), "training": training_flops_per_token(model, pairs)}
     _print(totals, parts, as_json)
@@ -132,13 +132,13 @@ def _with_vocabulary(config: "Config") -> "Config":
     return complete(config, Built(path, Manifest.load(path)))
 
 
-def _fits(found: "Costs", config: "Config") -> bool:
+def _fits(found: "RunCosts", config: "Config") -> bool:
     own = found.stages[config.engine.zero_stage].memory
     assert own is not None
     return own.total <= found.gpu_bytes
 
 
-def _tree(found: "Costs") -> dict[str, object]:
+def _tree(found: "RunCosts") -> dict[str, object]:
     tree = asdict(found)
     tree["stages"] = {
         str(number): {
@@ -152,7 +152,7 @@ def _tree(found: "Costs") -> dict[str, object]:
     return tree
 
 
-def _lines(config: "Config", found: "Costs", gpus: int, gpu: str, mfu: float) -> list[str]:
+def _lines(config: "Config", found: "RunCosts", gpus: int, gpu: str, mfu: float) -> list[str]:
     from pretrain.tracking.console import duration
 
     board, engine, steps = GPUS[gpu], config.engine, config.train.steps

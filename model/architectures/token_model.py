@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError
-from model.architectures.backbone import Backbone, Embedded, Source
+from model.architectures.backbone import Backbone, Embedded, SourceSequence
 from model.architectures.objective import Auxiliary, objective
 from model.attention.cache import Cached
 from model.attention.visibility import CAUSAL, Visible, visible_in, visible_source, visible_target
@@ -115,7 +115,9 @@ class TokenModel(Cached):
         """All of them; the table that is also the head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def _read(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None) -> tuple[Embedded, Source | None]:
+    def _read(
+        self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None
+    ) -> tuple[Embedded, SourceSequence | None]:
         """The text in which tokens are predicted, and the one that is read for it if it is another."""
         if self.config.traits.two_sequences:
             if batch is None or batch.decoder_input_ids is None:
@@ -123,7 +125,7 @@ class TokenModel(Cached):
             within, across = visible_source(batch, self.config)
             source = self.embed(input_ids, keys, within, self.embed_dropout)
             target = self.embed(batch.decoder_input_ids, keys, visible_target(batch, self.config), self.target_dropout)
-            return target, Source(source, across)
+            return target, SourceSequence(source, across)
         if self.cache is None:
             visible = visible_in(input_ids, batch, self.config)
         else:

@@ -1,4 +1,4 @@
-"""What architectures of attention and feed forward can be told, of one stream and of two. Free of torch."""
+"""Configuration of architectures of attention and feed forward, of one stream and of two. Free of torch."""
 
 from typing import Literal
 

@@ -47,7 +47,7 @@ _FP32 = 4
 
 
 class Part(NamedTuple):
-    """One part, once."""
+    """Costs of one part of a model."""
 
     name: str = ""
     """As `duet model params` and `flops` print it; parts of a name are added up."""
@@ -59,7 +59,7 @@ class Part(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """All of a model."""
+    """Costs of a model, by part."""
 
     outside: list[Part]
     """What is in no layer."""

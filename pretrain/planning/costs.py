@@ -28,7 +28,7 @@ class Stage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Costs:
+class RunCosts:
     """Of a run; bytes, seconds and FLOPs."""
 
     parameters: int
@@ -47,7 +47,7 @@ class Costs:
     """Where the configuration itself does not fit: changes with which it does, nearest first."""
 
 
-def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> Costs:
+def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> RunCosts:
     """Count for a number of GPUs.
 
     Args:
@@ -62,10 +62,10 @@ def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> Costs:
     stages = {stage: _stage(config, stage, gpus, size) for stage in range(4)}
     own = stages[config.engine.zero_stage].memory
     assert own is not None
-    flops = training_flops_per_token(config.model, config.data.objective == "pairs") * config.batch.tokens
+    flops = training_flops_per_token(config.model, config.objective.of_pairs) * config.batch.tokens
     seconds = flops / (gpu.peak_flops * utilisation * gpus)
     parameters = num_parameters(config.model)
-    return Costs(
+    return RunCosts(
         parameters=parameters,
         micro_batch=micro_batch,
         accumulation=accumulation,

@@ -1,4 +1,4 @@
-"""What an encoder-decoder of two sequences can be told, and what it costs. Free of torch."""
+"""Configuration and costs of an encoder-decoder of two sequences. Free of torch."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 

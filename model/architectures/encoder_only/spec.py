@@ -1,4 +1,4 @@
-"""What an encoder-only model can be told, and what it costs. Free of torch."""
+"""Configuration and costs of an encoder-only model. Free of torch."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 

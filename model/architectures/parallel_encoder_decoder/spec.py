@@ -1,4 +1,4 @@
-"""What the encoder-decoder of two streams over one text can be told, and what it costs. Free of torch."""
+"""Configuration and costs of the encoder-decoder of two streams over one text. Free of torch."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
