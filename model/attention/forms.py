@@ -98,7 +98,7 @@ class Chunks(NamedTuple):
         return torch.cat(found, dim=2)
 
 
-class Columns(NamedTuple):
+class Strided(NamedTuple):
     """Positions that are a multiple of the stride apart: each column of a row that is cut into lines."""
 
     stride: int
@@ -106,7 +106,7 @@ class Columns(NamedTuple):
     """[B, stride, n, n] bool; None where each sees all before it."""
 
     @classmethod
-    def of(cls, rows: Rows, pattern: Pattern) -> "Columns":
+    def of(cls, rows: Rows, pattern: Pattern) -> "Strided":
         """Of a stride alone."""
         if rows.alike and rows.causal:
             return cls(pattern.stride, None)
@@ -133,12 +133,12 @@ class Halves(NamedTuple):
     masks: tuple["Mask", ...]
 
 
-Mask = Tensor | BlockMask | Gathered | Chunks | Columns | Halves | None
+Mask = Tensor | BlockMask | Gathered | Chunks | Strided | Halves | None
 """What is seen: [B, G, T, S] bool for each of G groups of heads side by side, a form of it, or None: see `Visible`."""
 _FORMS: dict[str, Callable[[Rows, Pattern], Mask]] = {
     "gathered": Gathered.of,
     "chunks": Chunks.of,
-    "columns": Columns.of,
+    "strided": Strided.of,
 }
 
 

@@ -13,7 +13,7 @@ _MOST_GATHERED = 128
 FEWEST = 256
 """Tokens in a row from which on other forms than a mask T x T pay."""
 
-Form = Literal["full", "dense", "gathered", "chunks", "columns"]
+Form = Literal["full", "dense", "gathered", "chunks", "strided"]
 """How a pattern is computed where FlexAttention does not run: as if there were none; with a mask T x T; blocks of
 queries with those of keys that they see; chunks of queries, one after the other; each column of T / stride rows on its
 own."""
@@ -87,7 +87,7 @@ class Pattern(NamedTuple):
         if self.summary or tokens < max(FEWEST, 4 * size):
             return "dense"
         if self.stride:
-            return "columns"
+            return "strided"
         return "gathered" if size <= _MOST_GATHERED or self.block else "chunks"
 
 

@@ -61,7 +61,7 @@ def _kept(pattern: Pattern, of: Attended) -> Kept:
         mask = 0 if form == "full" and not of.documents else rows * of.tokens**2
         return Kept(_saved(of, of.tokens, of.tokens) + mask * of.size)
     each_head = of.rows * of.heads if of.documents else 1
-    if form == "columns":
+    if form == "strided":
         lines = -(-of.tokens // pattern.stride)
         whole = lines * pattern.stride
         mask = 0 if of.causal and not of.documents else each_head * whole * lines

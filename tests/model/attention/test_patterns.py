@@ -117,7 +117,7 @@ def test_each_form_is_taken_where_it_is_the_fastest(monkeypatch: pytest.MonkeyPa
         Pattern(window=3): forms.Gathered,
         Pattern(window=3, sinks=2): forms.Gathered,
         Pattern(block=3): forms.Gathered,
-        Pattern(stride=3): forms.Columns,
+        Pattern(stride=3): forms.Strided,
         Pattern(window=3, stride=3): Tensor,
         Pattern(window=4): Tensor,
         Pattern(window=12): type(None),
