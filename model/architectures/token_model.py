@@ -1,37 +1,28 @@
-"""What the architectures share: tables, last norm, tied head and objective, around an architecture's layers."""
+"""What the architectures share: tables, last norm, tied head and loss, around an architecture's layers."""
 
 from collections.abc import Callable
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError
-from model.architectures.backbone import Backbone, Embedded, SourceSequence
-from model.architectures.objective import Auxiliary, objective
+from model.architectures.backbone import Backbone, Embedded, Hidden, SourceSequence
 from model.attention.cache import Cached
 from model.attention.visibility import CAUSAL, Visible, visible_in, visible_source, visible_target
 from model.batch import Batch, ModelOutput
+from model.config.mask_config import PenaltyConfig
 from model.config.model_config import ModelConfig
 from model.config.transformer import TransformerConfig
 from model.layers.batch_norm import apply_norm
+from model.layers.chunked_loss import TokenLoss
 from model.layers.layers import INIT_STD, Embedding, TiedEmbedding, stream_norm
 from model.layers.noise import sample_keys
 from model.layers.positions import sinusoid
 from model.masks.learned_dropout import MaskSource
-from model.masks.site import SiteDropout, Statistics
+from model.masks.penalties import weight_at
+from model.masks.site import SiteDropout
 from model.masks.sites import dropout_at
-
-
-class Read(NamedTuple):
-    """What the head reads, and what was found on the way."""
-
-    x: Tensor
-    """[B, T, C]."""
-    statistics: Statistics
-    """Of the masks."""
-    auxiliary: Auxiliary
-    """The architecture's own loss."""
 
 
 class TokenModel(Cached):
@@ -61,7 +52,7 @@ class TokenModel(Cached):
     @overload
     def forward(self, inputs: Tensor) -> Tensor: ...
     def forward(self, inputs: Batch | Tensor) -> ModelOutput | Tensor:
-        """The objective of a batch; of bare ids [B, T] what `logits` gives.
+        """The loss of a batch; of bare ids [B, T] what `logits` gives.
 
         One entrance for both, because a partitioned model (ZeRO-3) gathers its weights only when called.
         """
@@ -70,17 +61,17 @@ class TokenModel(Cached):
         keys = sample_keys(inputs.seed, inputs.step, inputs.samples) if self.training else None
         if self.config.document_mask and inputs.segment_ids is None:
             raise ValueError("model.document_mask is on, and the batch does not say where documents are")
-        x, statistics, auxiliary = self.hidden(inputs.input_ids, keys, inputs)
+        found = self.hidden(inputs.input_ids, keys, inputs)
         smoothing, z_weight = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
         count = None if inputs.counts is None else inputs.counts.labels
-        tokens = self.token_embed(x, inputs.labels, smoothing, z_weight, count)
-        return objective(tokens, inputs, statistics, auxiliary, self.config, self.training)
+        tokens = self.token_embed(found.x, inputs.labels, smoothing, z_weight, count)
+        return self._output(tokens, found, inputs.step)
 
     def predict(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None) -> Tensor:
         """Logits [B, T, V] of input_ids [B, T]; all else as in `hidden`."""
         return self.token_embed(self.hidden(input_ids, keys, batch).x)
 
-    def hidden(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None) -> Read:
+    def hidden(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None) -> Hidden:
         """What the head reads, x [B, T, C], of input_ids [B, T], T <= context.
 
         `batch`: what else it says of these inputs: documents, prefixes, what a decoder reads. Where that is another
@@ -95,7 +86,7 @@ class TokenModel(Cached):
         x = self.backbone.finish(x, embedded)
         if self.cache is not None:
             x = self.cache.asked(x)
-        return Read(x, found.statistics, Auxiliary(found.auxiliary, found.metrics))
+        return found._replace(x=x)
 
     def embed(self, input_ids: Tensor, keys: Tensor | None, visible: Visible, dropout: SiteDropout) -> Embedded:
         """What a stream starts from: the tokens [B, T] in vectors, with positions and past a site."""
@@ -131,6 +122,33 @@ class TokenModel(Cached):
             visible = visible._replace(positions=self.cache.positions(input_ids.shape[1]))
         return self.embed(input_ids, keys, visible, self.embed_dropout), None
 
+    def _output(self, tokens: TokenLoss, found: Hidden, step: Tensor) -> ModelOutput:
+        """The loss of the tokens; in training plus that of the architecture and the penalties, means over the masks.
+
+        Every mask counts alike. In evaluation the penalties are measured but do not enter the loss.
+        """
+        loss, config = tokens.loss, self.config
+        metrics = {"cross_entropy": tokens.cross_entropy}
+        if config.z_loss:
+            metrics["z_loss"] = tokens.z_loss
+        if found.statistics:
+            masks = list(found.statistics.values())
+            numbers = [name for name, value in masks[0].items() if not value.ndim]
+            mean = {name: torch.stack([mask[name] for mask in masks]).mean() for name in numbers}
+            for name, penalty in _penalties(config).items():
+                weight = metrics[f"{name}_weight"] = weight_at(step, penalty)
+                if self.training:
+                    loss = loss + weight * mean[name]
+            metrics |= mean
+            metrics |= {
+                f"{name}/{mask}": values[name] for name in masks[0] for mask, values in found.statistics.items()
+            }
+        if found.auxiliary is not None:
+            loss = loss + found.auxiliary
+            metrics |= found.metrics
+        metrics["loss"] = loss
+        return ModelOutput(loss, {name: value.detach() for name, value in metrics.items()}, tokens.by_token)
+
     def _with_positions(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, T, C] with their positions, and the position vectors one further where they are used.
 
@@ -151,3 +169,12 @@ class TokenModel(Cached):
             return self.position_embed(positions)
         # As large as a table that starts at N(0, 0.02), or the sines would drown the tokens.
         return (sinusoid(positions, self.config.width) * (2**0.5 * INIT_STD)).to(self.token_embed.weight.dtype)
+
+
+def _penalties(config: ModelConfig) -> dict[str, PenaltyConfig]:
+    """The penalties on masks, by the statistic that they penalise."""
+    if not isinstance(config, TransformerConfig):
+        return {}
+    if config.l0.enabled:
+        return {"l0": config.l0}
+    return {"entropy": config.learned_dropout.entropy, "l1": config.learned_dropout.l1}
