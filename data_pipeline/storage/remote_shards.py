@@ -1,7 +1,9 @@
 """A dataset in an object store: its shards come through a cache on the node's own disk, each checked as it arrives."""
 
+import fcntl
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -9,14 +11,16 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import xxhash
 
 from data_pipeline.errors import DataError
+from data_pipeline.files.atomic import open_lock
 from data_pipeline.files.filesystem import is_uri, join, open_raw, resolve, stamp
+from data_pipeline.files.private import own_folder
 from data_pipeline.storage.manifest import MANIFEST, Manifest, ShardFacts, TokenizerFacts
 from data_pipeline.storage.shard_cache import CachedFile, ShardCache
 from data_pipeline.tokenize.tokenizer import JSON, MODEL, TOKENIZER, model_file
@@ -42,13 +46,36 @@ def default_folder() -> Path:
 
 @contextmanager
 def unused_cache(path: str, shards: int) -> Iterator[ShardCache | None]:
-    """For a URI, a cache that nothing is in, so that everything is fetched; of so many shards, and gone in the end."""
+    """For a URI, a cache that nothing is in, so that everything is fetched; of so many shards, and gone in the end.
+
+    What a killed process left goes first; a live one has locked its own.
+    """
     if not is_uri(path):
         yield None
         return
     largest = max((shard.bytes for shard in Manifest.load(path).shards), default=0)
-    with tempfile.TemporaryDirectory(prefix="duet-verify-") as folder:
-        yield ShardCache(Path(folder), shards * largest + _TOKENIZER_BYTES)
+    all_of_user = own_folder(Path(tempfile.gettempdir()) / f"duet-verify-{os.getuid()}")
+    with ExitStack() as stack:
+        with open_lock(all_of_user / "lock") as one_at_a_time:
+            fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+            for left in all_of_user.glob("*/"):
+                with suppress(BlockingIOError), _locked(left):
+                    shutil.rmtree(left)
+            folder = Path(tempfile.mkdtemp(dir=all_of_user))
+            stack.enter_context(_locked(folder))
+        stack.callback(shutil.rmtree, folder)
+        yield ShardCache(folder, shards * largest + _TOKENIZER_BYTES)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises BlockingIOError while another process has locked it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class RemoteShards:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from model.attention.rule import dense, rule
+
 
 class Cached(nn.Module):
     """A module that goes on where its cache ends, while it has one."""
@@ -97,7 +99,7 @@ class Cache:
 
     def _mask(self, end: int) -> Tensor:
         """Of the columns from `length` to `end`: what each sees of all, [B, 1, T, S], aligned at the bottom right."""
-        seen = torch.arange(end, device=self._padding.device)
-        own = seen[self.length :, None]
-        # A pad sees itself: a softmax over nothing is NaN, which would spread.
-        return ((seen <= own) & (seen >= self._padding[:, None, None]) | (seen == own))[:, None]
+        columns = torch.arange(end, device=self._padding.device)
+        # Pads see each other: a softmax over nothing is NaN, which would spread.
+        pads = columns < self._padding[:, None]
+        return dense(rule(causal=True, segments=pads), len(pads), columns[self.length :], columns)

@@ -1,13 +1,12 @@
 """What a query may see of the keys: all up to its own position, everything, and no other document than its own."""
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
+from model.attention.rule import dense, in_blocks, rule
 from model.batch import IGNORE, Batch
 from model.config.model_config import ModelConfig
 
@@ -44,8 +43,8 @@ def visible_in(batch: Batch, config: ModelConfig) -> Visible:
     """
     if batch.segment_ids is None and batch.prefix_lengths is None:
         return _counting(CAUSAL._replace(causal=config.causal, positions=batch.position_ids), batch)
-    in_blocks = batch.input_ids.is_cuda and config.sees_in_blocks
-    mask = block_mask(batch, config.causal) if in_blocks else dense_mask(batch, config.causal)
+    blocks = batch.input_ids.is_cuda and config.sees_in_blocks
+    mask = block_mask(batch, config.causal) if blocks else dense_mask(batch, config.causal)
     return _counting(Visible(mask=mask, positions=batch.position_ids), batch)
 
 
@@ -75,44 +74,11 @@ def visible_source(batch: Batch) -> tuple[Visible, Visible]:
 def dense_mask(batch: Batch, causal: bool) -> Tensor:
     """[B, 1, T, T] bool: True where a query sees a key."""
     rows, length = batch.input_ids.shape
-    device = batch.input_ids.device
-    row, place = torch.arange(rows, device=device)[:, None, None], torch.arange(length, device=device)
-    return _rule(batch, causal)(row, place, place[:, None], place).expand(rows, length, length)[:, None]
+    places = torch.arange(length, device=batch.input_ids.device)
+    return dense(rule(causal, batch.segment_ids, batch.prefix_lengths), rows, places, places)
 
 
 def block_mask(batch: Batch, causal: bool) -> BlockMask:
     """The same, for FlexAttention."""
     rows, length = batch.input_ids.shape
-    return create_block_mask(_rule(batch, causal), rows, None, length, length, device=batch.input_ids.device.type)
-
-
-def _rule(batch: Batch, causal: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Whether query q of row b sees key k, by their numbers: the form that FlexAttention asks for."""
-    segments, prefixes = batch.segment_ids, batch.prefix_lengths
-
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = q >= k if causal else k >= 0
-        if prefixes is not None:
-            seen = seen | (k < prefixes[b])
-        if segments is not None:
-            seen = seen & (segments[b, q] == segments[b, k])
-        return seen
-
-    return sees
-
-
-def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
-    """FlexAttention over [B, H, T, d]; compiled on CUDA, elsewhere in the plain form that torch has for checks.
-
-    Not run on a GPU yet: checked against the dense mask in the plain form only.
-    """
-    if query.is_cuda and not torch.compiler.is_compiling():
-        return _compiled_flex()(query, key, value, block_mask=mask)
-    found = flex_attention(query, key, value, block_mask=mask)
-    assert isinstance(found, Tensor)
-    return found
-
-
-@cache
-def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+    return in_blocks(rule(causal, batch.segment_ids, batch.prefix_lengths), rows, length, batch.input_ids.device)

@@ -20,6 +20,7 @@ try:
     from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer
     from model.architectures import registry
     from model.attention import cache
+    from model.attention.rule import dense, rule
     from pretrain.inference.trained import check_objective
 except ImportError as error:
     raise ImportError(
@@ -51,10 +52,10 @@ class KeptByTransformers(cache.Cache):
         self._places = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -count:]
         self._logits = logits
         self._calls = 0
-        own = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        queries = own[-count:, None]
-        # A pad sees itself: a softmax over nothing is NaN, which would spread.
-        self._visible = ((own <= queries) & attention_mask[:, None] | (own == queries))[:, None]
+        columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        # Pads see each other: a softmax over nothing is NaN, which would spread.
+        sees = rule(causal=True, segments=attention_mask)
+        self._visible = dense(sees, len(attention_mask), columns[-count:], columns)
 
     def positions(self, count: int) -> Tensor:
         """Of the columns in their texts: [B, T] int64; pads have any."""

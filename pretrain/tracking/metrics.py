@@ -133,6 +133,11 @@ class Meter:
         """Leave out of the speed what happened since the last flush: validation, a checkpoint."""
         self._since = time.perf_counter()
 
+    def rewind(self, goodput: Goodput) -> None:
+        """The run went back to an older checkpoint; so much is productive still."""
+        self._goodput = goodput
+        self.resume_clock()
+
     def _times(self, seconds: float, steps: int, parts: dict[str, float]) -> dict[str, float]:
         """Speed, means over the window's steps, and shares.
 

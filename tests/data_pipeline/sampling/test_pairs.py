@@ -27,7 +27,7 @@ from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.manifest import Manifest
 from launch.commands.data_plan import locate_lines
 from model.architectures import registry
-from pretrain.begin import claim
+from pretrain import begin
 from pretrain.config.schema import load
 from pretrain.evaluation.batches import Batches
 from pretrain.objectives.objective import IGNORE
@@ -284,7 +284,7 @@ def test_objective_and_dataset_must_fit(paired: Dataset, mixed: Dataset, tmp_pat
         with pytest.raises(DataError, match=message):
             duet_data("plan", *args)
         with pytest.raises(DataError, match=message):
-            claim(RunFolder(tmp_path / "run"), load(args), dataset)
+            begin._tie(RunFolder(tmp_path / "run"), load(args), dataset)
         assert not (tmp_path / "run").exists()
     for args, message in (
         (["model/encoder-tiny", "data.objective=pairs"], "does not fit model.architecture=encoder_only"),

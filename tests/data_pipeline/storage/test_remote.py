@@ -27,11 +27,11 @@ from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage import remote_shards
 from data_pipeline.storage.dataset import BLOCK_SHARDS, Dataset
 from data_pipeline.storage.manifest import MANIFEST, Manifest, ShardFacts
-from data_pipeline.storage.remote_shards import RemoteShards, upload
+from data_pipeline.storage.remote_shards import RemoteShards, unused_cache, upload
 from data_pipeline.storage.shard_cache import ShardCache
 from tests.data_pipeline.conftest import config, prose, put
 from tests.data_pipeline.inspection.test_commands import duet_data
-from tests.runs import SMALL, attempts
+from tests.runs import ROOT, SMALL, attempts
 
 CONTEXT, BATCH = 32, 64
 
@@ -368,10 +368,30 @@ def test_commands_take_a_uri(
     put(join(where, facts.path), bytes(damaged))
     with pytest.raises(DataError, match=f"shard {facts.path} .*does not match its hash"):
         duet_data("verify", where)  # Though the cache, which `inspect` filled, has it as it was.
-    assert [file.name for file in tmp_path.iterdir()] == [f"duet-cache-{os.getuid()}"]
+    left = [str(file.relative_to(tmp_path)) for file in tmp_path.glob("duet-verify-*/*")]
+    assert left == [f"duet-verify-{os.getuid()}/lock"]
     for arguments in (("build", f"data.path={where}", "data.sources.a.paths=[x]"), ("upload", str(local.path), "x")):
         with pytest.raises(DataError, match="URI"):
             duet_data(*arguments)
+
+
+def test_what_a_killed_check_of_a_dataset_has_fetched_goes_with_the_next(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    killed = (
+        "import os, sys\nfrom data_pipeline.storage.remote_shards import unused_cache\n"
+        "with unused_cache(sys.argv[1], 1) as cache:\n"
+        "    (cache.folder / 'shard').touch()\n    os.kill(os.getpid(), 9)\n"
+    )
+    with unused_cache(uri, 1) as live:
+        assert live
+        assert subprocess.run([sys.executable, "-c", killed, uri], cwd=ROOT).returncode == -signal.SIGKILL
+        assert len(list(tmp_path.glob("*/*/shard"))) == 1
+        with unused_cache(uri, 1) as next_one:
+            assert next_one
+            assert {folder for folder in tmp_path.glob("*/*") if folder.is_dir()} == {live.folder, next_one.folder}
 
 
 @pytest.mark.drill
