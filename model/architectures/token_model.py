@@ -113,13 +113,14 @@ class TokenModel(Cached):
         if self.config.traits.two_sequences:
             if batch is None or batch.decoder_input_ids is None:
                 raise ConfigError(f"{self.config.architecture} reads two sequences, and there is one only")
-            within, across = visible_source(batch)
+            within, across = visible_source(batch, self.config)
             source = self.embed(input_ids, keys, within, self.embed_dropout)
-            target = self.embed(batch.decoder_input_ids, keys, visible_target(batch), self.target_dropout)
+            target = self.embed(batch.decoder_input_ids, keys, visible_target(batch, self.config), self.target_dropout)
             return target, SourceSequence(source, across)
-        visible = CAUSAL._replace(causal=self.config.causal) if batch is None else visible_in(batch, self.config)
-        if self.cache is not None:
-            visible = visible._replace(positions=self.cache.positions(input_ids.shape[1]))
+        if self.cache is None:
+            visible = visible_in(input_ids, batch, self.config)
+        else:
+            visible = CAUSAL._replace(positions=self.cache.positions(input_ids.shape[1]))
         return self.embed(input_ids, keys, visible, self.embed_dropout), None
 
     def _output(self, tokens: TokenLoss, found: Hidden, step: Tensor) -> ModelOutput:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.cache import Cached
+from model.attention.rule import Rows
 from model.attention.softmax import Softmax
 from model.attention.visibility import CAUSAL, Visible
 from model.config.transformer import TransformerConfig, TwoStreamConfig
@@ -18,17 +19,27 @@ class CausalAttention(Cached):
     """
 
     def __init__(
-        self, config: TransformerConfig, heads: int, *, group: int = 1, name: str = "", rate: float = 0.0
+        self,
+        config: TransformerConfig,
+        heads: int,
+        *,
+        layer: int = 0,
+        group: int = 1,
+        name: str = "",
+        rate: float = 0.0,
     ) -> None:
         """Attention of `heads` heads of queries.
 
         Args:
+            layer: from 0 in its stream, whose pattern it has; what stands before the layers has the first one's.
             group: heads of queries that share one of keys and values.
             name: of this place; keys the noise.
             rate: of dropout on the weights, in training.
         """
         super().__init__()
         self.name = name
+        self._pattern = config.pattern_of(layer)
+        self.patterns = config.patterns[self._pattern]
         self._config = config
         self.heads = heads
         self._group = group
@@ -41,6 +52,7 @@ class CausalAttention(Cached):
 
         Keys and values may be of another length than the queries if `visible` is not causal.
         """
+        visible = visible.of(self._pattern)
         query, key, value = self._in_heads(query, key, value, visible)
         if self.cache is not None:
             key, value, mask = self.cache.extend(self, key, value)
@@ -51,7 +63,11 @@ class CausalAttention(Cached):
         return found.transpose(1, 2).flatten(2)
 
     def weights(self, query: Tensor, key: Tensor, visible: Visible = CAUSAL) -> Tensor:
-        """What each query gives each key in evaluation, of tensors as `forward` takes them -> [B, H, T, S]."""
+        """What each query gives each key of one text in evaluation, of tensors as `forward` takes -> [B, H, T, S]."""
+        visible = visible.of(self._pattern)
+        if not (visible.mask is None or isinstance(visible.mask, Tensor)):
+            rows = Rows(query.shape[:2], query.device, visible.causal)
+            visible = visible._replace(mask=rows.dense(self.patterns))
         query, key, _ = self._in_heads(query, key, key, visible)
         return self._mixer.weights(query, key.repeat_interleave(self._group, dim=1), visible)
 
@@ -70,19 +86,21 @@ class CausalAttention(Cached):
 class SelfAttention(nn.Module):
     """Attention of a stream to itself."""
 
-    def __init__(self, config: TransformerConfig, name: str, std: float) -> None:
+    def __init__(self, config: TransformerConfig, name: str, std: float, layer: int = 0) -> None:
         """One projection [3C, C] for queries, keys and values (fewer rows with grouped queries), one [C, C] out.
 
         Args:
             name: of this place; keys the noise.
             std: start of the map out.
+            layer: see `CausalAttention`.
         """
         super().__init__()
         group = config.queries_per_kv_head
         self._sizes = [config.width, config.width // group, config.width // group]
         self.qkv = Linear(config.width, sum(self._sizes), bias=config.bias)
         self.out = Linear(config.width, config.width, bias=config.bias, std=std)
-        self.attention = CausalAttention(config, config.heads, group=group, name=name, rate=config.attention_rate)
+        rate = config.attention_rate
+        self.attention = CausalAttention(config, config.heads, layer=layer, group=group, name=name, rate=rate)
 
     def forward(self, x: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
@@ -93,14 +111,15 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of one stream to another; causal, position t sees the other's up to t, of a stream as long."""
 
-    def __init__(self, config: TwoStreamConfig, name: str, std: float) -> None:
-        """Projections [C, C] for queries, [2C, C] for keys and values, [C, C] out; `name` and `std` as above."""
+    def __init__(self, config: TwoStreamConfig, name: str, std: float, layer: int = 0) -> None:
+        """Projections [C, C] for queries, [2C, C] for keys and values, [C, C] out; the rest as above."""
         super().__init__()
         group, heads = config.queries_per_kv_head, config.num_cross_heads
         self.query = Linear(config.width, config.width, bias=config.bias)
         self.key_value = Linear(config.width, 2 * (config.width // group), bias=config.bias)
         self.out = Linear(config.width, config.width, bias=config.bias, std=std)
-        self.attention = CausalAttention(config, heads, group=group, name=name, rate=config.attention_rate)
+        rate = config.attention_rate
+        self.attention = CausalAttention(config, heads, layer=layer, group=group, name=name, rate=rate)
 
     def forward(self, x: Tensor, other: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
         """Queries from x [B, T, C], keys and values from other [B, S, C] -> [B, T, C]; S = T if it is causal."""

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from data_pipeline.errors import ConfigError
+from model.attention.forms import Chunks, Gathered, Halves, Mask, Strided
 from model.attention.visibility import Visible
 from model.config.transformer import TransformerConfig
 from model.layers.dropout import noise_site, weight_dropout
@@ -43,33 +44,44 @@ class Softmax(nn.Module):
             if self._rate and keys is not None:
                 weights = weight_dropout(weights, keys, self._site, self._rate, self._context)
             return weights @ value
-        if isinstance(visible.mask, BlockMask):
-            return _in_blocks(query, key, value, visible.mask)
-        return _fused(query, key, value, visible) if self._kernel == "flash" else _plain(query, key, value, visible)
+        return self._attend(query, key, value, visible.mask, visible.causal)
 
     def weights(self, query: Tensor, key: Tensor, visible: Visible) -> Tensor:
         """What each query gives each key in evaluation, [B, H, T, S] in fp32 at least."""
         scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
         mask = visible.mask
-        assert not isinstance(mask, BlockMask)
+        assert mask is None or isinstance(mask, Tensor)
         if mask is None and visible.causal:
             mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+        elif mask is not None and 1 < mask.shape[1] < scores.shape[1]:
+            mask = mask.repeat_interleave(scores.shape[1] // mask.shape[1], dim=1)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, causal: bool) -> Tensor:
+        if isinstance(mask, Tensor) and 1 < mask.shape[1] < query.shape[1]:
+            mask = Halves(mask.split(1, dim=1))
+        if isinstance(mask, Halves):
+            queries, keys, values = (x.chunk(len(mask.masks), dim=1) for x in (query, key, value))
+            groups = zip(queries, keys, values, mask.masks, strict=True)
+            return torch.cat([self._attend(q, k, v, m, causal) for q, k, v, m in groups], dim=1)
+        if isinstance(mask, BlockMask):
+            return _in_blocks(query, key, value, mask)
+        kernel = _fused if self._kernel == "flash" else _plain
+        if isinstance(mask, Gathered | Chunks | Strided):
+            return mask.attend(kernel, query, key, value)
+        return kernel(query, key, value, mask, causal and mask is None)
 
-def _plain(query: Tensor, key: Tensor, value: Tensor, visible: Visible) -> Tensor:
-    """What torch takes; the mask of `visible` is dense."""
-    assert not isinstance(visible.mask, BlockMask)
-    causal = visible.causal and visible.mask is None
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=visible.mask, is_causal=causal)
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, visible: Visible) -> Tensor:
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     try:
         with sdpa_kernel(_FUSED):
-            return _plain(query, key, value, visible)
+            return _plain(query, key, value, mask, causal)
     except RuntimeError as error:
         if not any(text in str(error) for text in ("No available kernel", "No viable backend")):
             raise

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from model.config.mask_config import Site
+from model.config.pattern_config import FULL, Patterns
 
 _SMALLEST_IN_BLOCKS = 16
 """Channels of a head that FlexAttention's kernels need at least."""
@@ -101,6 +102,11 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     def needs_weights(self) -> bool:
         """Attention weights are formed, in training at least."""
         return False
+
+    @property
+    def patterns(self) -> tuple[Patterns, ...]:
+        """The different ones that layers have, in the order in which they come."""
+        return ((FULL,),)
 
     @property
     def smallest_head(self) -> int:

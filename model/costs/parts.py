@@ -28,14 +28,17 @@ so that one of a decoder-only model without masks keeps (8 C + 2 F) e + 4 H + 4 
 one kernel, which keeps less than counted here; what `engine.compile` does is not in it.
 """
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from model.config.mask_config import Site
 from model.config.model_config import ModelConfig
+from model.config.pattern_config import FULL, Patterns, keys_seen
 from model.config.transformer import TransformerConfig, TwoStreamConfig
+from model.costs.kernels import Attended, Kept, kept_by
 from model.layers.chunks import chunk_tokens
 
 _LOGS = {"shannon": 2, "complement": 3, "binary": 5}
@@ -92,6 +95,20 @@ class Shape:
     """Bytes of an element of weights and activations, 2 or 4."""
     dense_mask: bool = False
     """Attention gets a mask [B, 1, T, T] (`model.attention.visibility`), not blocks and not only the order."""
+    in_blocks: bool = False
+    """What patterns let be seen goes to FlexAttention, not to a form of our own (`Pattern.form`)."""
+    patterns: Patterns = (FULL,)
+    """Of the layer; before the layers, of the first one."""
+
+    def by_pattern(self, layers: int) -> list[tuple[int, "Shape"]]:
+        """The shapes of a stream's layers, and so many layers of each."""
+        config = _transformer(self)
+        found = Counter(config.pattern.of_layer(layer, config.context) for layer in range(layers))
+        return [(count, replace(self, patterns=patterns)) for patterns, count in found.items()]
+
+    def scores(self, tokens: int, causal: bool) -> int:
+        """FLOPs of q k^T and of the weights times v, in self attention."""
+        return round(4 * tokens * keys_seen(self.patterns, tokens, causal) * self.config.width)
 
     @property
     def post(self) -> bool:
@@ -172,7 +189,7 @@ def embedded(shape: Shape, tokens: int, *, causal: bool | None = None, again: bo
         return parts
     if config.shares_mask_source:
         square = 2 * config.width**2
-        flops = tokens * 4 * square + 4 * tokens**2 * config.width
+        flops = tokens * 4 * square + shape.scores(tokens, causal)
         saved = attention_bytes(shape, tokens, tokens, config.heads, causal=causal) + shape.vectors(tokens)
         if "embed" not in config.dropout_sites and (config.dropout or not (shape.norm_keeps_input or shape.post)):
             saved += shape.vectors(tokens)
@@ -210,7 +227,8 @@ def cross_layer(shape: Shape, tokens: int, read: int, *, aligned: bool = True) -
     parts.append(self_attention(shape, tokens, "decoder: attention", causal=True))
     width, keys = config.width, config.width // config.queries_per_kv_head
     weights = linear_weights(config, width, width) * 2 + linear_weights(config, width, 2 * keys)
-    flops = tokens * 4 * width**2 + read * 4 * width * keys + 4 * read * tokens * width
+    flops = tokens * 4 * width**2 + read * 4 * width * keys
+    flops += shape.scores(tokens, causal=True) if aligned else 4 * read * tokens * width
     saved = attention_bytes(
         shape,
         tokens,
@@ -232,7 +250,7 @@ def self_attention(shape: Shape, tokens: int, name: str, *, causal: bool) -> Par
     config = _transformer(shape)
     width, keys = config.width, config.width // config.queries_per_kv_head
     weights = linear_weights(config, width, width + 2 * keys) + linear_weights(config, width, width)
-    flops = tokens * (4 * width**2 + 4 * width * keys) + 4 * tokens**2 * width
+    flops = tokens * (4 * width**2 + 4 * width * keys) + shape.scores(tokens, causal)
     saved = attention_bytes(shape, tokens, tokens, config.heads, causal=causal, **_in_layers(config))
     return Part(name, weights, flops, saved)
 
@@ -261,9 +279,8 @@ def site(shape: Shape, name: Site, tokens: int, causal: bool) -> list[Part]:
         weights, flops = 2 * width, 0
         saved += 0 if exact else shape.vectors(tokens, _FP32)
     else:
-        weights, flops = (3 * width + 1) * width, tokens * 6 * width**2 + 4 * tokens**2 * width
-        saved += attention_bytes(shape, tokens, tokens, config.heads, causal=causal)
-        saved -= shape.vectors(tokens) if config.attention == "explicit" else 0  # no map reads the result
+        weights, flops = (3 * width + 1) * width, tokens * 6 * width**2 + shape.scores(tokens, causal)
+        saved += attention_bytes(shape, tokens, tokens, config.heads, causal=causal, read=False)
     in_fp32 = 2 + _LOGS[masks.entropy.kind] + (masks.rounding == "sigmoid")
     used = 0 if exact and masks.rounding in ("none", "sigmoid") else 1
     saved += in_fp32 * shape.vectors(tokens, _FP32) + used * shape.vectors(tokens)
@@ -281,30 +298,34 @@ def attention_bytes(
     rate: float = 0.0,
     cross: bool = False,
     aligned: bool = True,
+    read: bool = True,
 ) -> int:
-    """Saved from the projections to the result, which a linear map reads."""
+    """Saved from the projections to the result; `read`: by a linear map, which keeps it."""
     config, rows, size = _transformer(shape), shape.rows, shape.size
     turned = config.positions == "rotary" and aligned
     square = heads * queries * keys
-    total = shape.vectors(queries)  # the result
+    total = shape.vectors(queries) if read else 0
+    patterns = shape.patterns if aligned and not shape.in_blocks else (FULL,)
     if config.attention == "explicit" or rate:
         total += shape.vectors(queries) + 2 * shape.vectors(keys)
         # The weights in fp32 and, where that is another type, in 16 bits; with dropout its factors and result.
         low = size < _FP32
         total += rows * square * (_FP32 + low * size + (rate > 0) * (1 if low else 2) * size)
-        if shape.dense_mask:
-            total += rows * queries * keys
-        elif causal:
-            total += queries * keys
+        if shape.dense_mask or causal or not all(pattern.covers(keys) for pattern in patterns):
+            groups = heads if len(patterns) > 1 else 1
+            total += (rows if shape.dense_mask else 1) * groups * queries * keys
     else:
-        total += rows * heads * queries * 4
-        total += shape.vectors(queries) + 2 * shape.vectors(keys)
+        kept = Kept(rows * heads * queries * 4 + (rows * queries * keys * size if shape.dense_mask else 0))
+        if aligned:
+            kept = kept_by(patterns, Attended(rows, keys, config.width, heads, size, causal, shape.dense_mask))
+        total += kept.saved + (0 if read or kept.result else shape.vectors(queries))
         # Kernels read views of the projections, or turned and repeated copies beside them.
-        if turned and group == 1:
+        if kept.views:
+            total += shape.vectors(queries) + 2 * shape.vectors(keys)
+        if kept.views and turned and group == 1:
             total += shape.vectors(keys) + (0 if cross else shape.vectors(queries))
-        elif not turned and not cross and group > 1:
+        elif kept.views and not turned and not cross and group > 1:
             total += 2 * shape.vectors(keys) // group
-        total += rows * queries * keys * size if shape.dense_mask else 0
     if turned:
         tables = rows if config.document_mask else 1
         total += tables * (queries + keys) * (config.width // heads // 2) * 2 * _FP32

@@ -137,8 +137,15 @@ def element_size(config: Config) -> int:
 def _activations(config: Config, micro_batch: int, device: Device) -> Activations:
     model, objective = config.model, config.objective
     masked = model.document_mask or objective.restricts_attention(config.data.packing == "best_fit")
-    dense = masked and not (device == "cuda" and model.sees_in_blocks)
-    return activations(model, micro_batch, element_size(config), pairs=objective.of_pairs, dense_mask=dense)
+    in_blocks = device == "cuda" and model.sees_in_blocks
+    return activations(
+        model,
+        micro_batch,
+        element_size(config),
+        pairs=objective.of_pairs,
+        dense_mask=masked and not in_blocks,
+        in_blocks=in_blocks,
+    )
 
 
 def _buffers(config: Config, parameters: int, device: Device) -> tuple[float, float, float]:

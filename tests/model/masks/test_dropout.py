@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend
 from data_pipeline.errors import ConfigError
 from model.attention import softmax
 from model.attention.attention import CausalAttention
-from model.attention.visibility import CAUSAL
 from model.layers.dropout import dropout, noise_site, weight_dropout
 from model.layers.noise import sample_keys
 from tests.model.helpers import batch_of, build, small, variant, without_dropout
@@ -84,7 +83,7 @@ def test_flash_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     message = "no fused kernel for heads of 8 channels in torch.float32 on cpu; take auto"
     strided = torch.randn(1, 2, 8, 8).mT  # the fused ones want channels side by side
     with pytest.raises(ConfigError, match=message):
-        softmax._fused(strided, strided, strided, CAUSAL)
+        softmax._fused(strided, strided, strided, None, True)
     monkeypatch.setattr(softmax, "_FUSED", [SDPBackend.CUDNN_ATTENTION])  # which a CPU has not
     model = build(small(attention="flash"))
     with pytest.raises(ConfigError, match=message):
