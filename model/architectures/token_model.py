@@ -18,6 +18,7 @@ from model.layers.batch_norm import apply_norm
 from model.layers.layers import INIT_STD, Embedding, TiedEmbedding, stream_norm
 from model.layers.noise import sample_keys
 from model.layers.positions import sinusoid
+from model.masks.block_gates import block_gates
 from model.masks.learned_dropout import MaskSource
 from model.masks.site import SiteDropout, Statistics
 from model.masks.sites import dropout_at
@@ -70,6 +71,7 @@ class TokenModel(Cached):
         keys = sample_keys(inputs.seed, inputs.step, inputs.samples) if self.training else None
         if self.config.document_mask and inputs.segment_ids is None:
             raise ValueError("model.document_mask is on, and the batch does not say where documents are")
+        self._compute_open_blocks(inputs.step)
         x, statistics, auxiliary = self.hidden(inputs.input_ids, keys, inputs)
         smoothing, z_weight = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
         count = None if inputs.counts is None else inputs.counts.labels
@@ -114,6 +116,13 @@ class TokenModel(Cached):
     def num_parameters(self) -> int:
         """All of them; the table that is also the head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def _compute_open_blocks(self, step: Tensor) -> None:
+        """Leave closed blocks out of training from the step on that is configured; waits for the device if one is."""
+        gates = self.config.block_gates if isinstance(self.config, TransformerConfig) else None
+        if gates is not None and gates.train_sparse_after is not None:
+            for ff in block_gates(self):
+                ff.sparse = gates.sparse_at(int(step))
 
     def _read(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None) -> tuple[Embedded, Source | None]:
         """The text in which tokens are predicted, and the one that is read for it if it is another."""

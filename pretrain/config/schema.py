@@ -173,6 +173,12 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         return self
 
     @model_validator(mode="after")
+    def _layers_can_be_compiled(self) -> "Config":
+        if self.engine.compile and self.model.why_not_compiled:
+            raise ValueError(f"engine.compile: {self.model.why_not_compiled}")
+        return self
+
+    @model_validator(mode="after")
     def _profiled_steps_are_trained(self) -> "Config":
         if self.profile.steps and self.profile.steps[1] > self.train.steps:
             raise ValueError(f"profile.steps={list(self.profile.steps)} goes beyond train.steps={self.train.steps}")

@@ -7,7 +7,7 @@ from pydantic import model_validator
 from model.config.mask_config import Site
 from model.config.model_config import Traits
 from model.config.transformer import TwoStreamConfig
-from model.costs.parts import Costs, Shape, cross_layer, embedded, end, head, last_output, one_stream
+from model.costs.parts import Costs, Shape, cross_layer, embedded, end, head, last_output, layers_of, one_stream
 
 if TYPE_CHECKING:
     from model.architectures.encoder_decoder.model import EncoderDecoder
@@ -48,8 +48,13 @@ class EncoderDecoderConfig(TwoStreamConfig, frozen=True):
     def costs(self, shape: Shape) -> Costs:
         """L encoder layers over the inputs, L decoder layers over the targets; both sequences are embedded."""
         inputs, targets = shape.inputs, shape.targets
-        encoder = one_stream(shape, inputs, ("enc_sa", "enc_ff"), stream="encoder")
-        decoder = cross_layer(shape, targets, inputs, aligned=False)
+        sites: tuple[Site, Site] = ("enc_sa", "enc_ff")
+        encoder = layers_of(
+            self, self.layers, lambda layer: one_stream(shape, inputs, sites, stream="encoder", layer=layer)
+        )
+        decoder = layers_of(
+            self, self.layers, lambda layer: cross_layer(shape, targets, inputs, aligned=False, layer=layer)
+        )
         outside = [
             *embedded(shape, inputs),
             *embedded(shape, targets, causal=True, again=True),
@@ -57,9 +62,7 @@ class EncoderDecoderConfig(TwoStreamConfig, frozen=True):
             *head(shape),
         ]
         kept = (self.layers + 1) * shape.vectors(inputs) + self.layers * shape.vectors(targets)
-        return Costs(
-            [*outside], [(self.layers, encoder), (self.layers, decoder), (1, last_output(shape, inputs))], kept
-        )
+        return Costs([*outside], [*encoder, *decoder, (1, last_output(shape, inputs))], kept)
 
     def build(self) -> "EncoderDecoder":
         """The layers."""

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from model.config.model_config import Traits
 from model.config.transformer import TransformerConfig
-from model.costs.parts import Costs, Shape, embedded, end, head, one_stream
+from model.costs.parts import Costs, Shape, embedded, end, head, layers_of, one_stream
 
 if TYPE_CHECKING:
     from model.architectures.encoder_only.model import EncoderOnly
@@ -28,9 +28,9 @@ class EncoderOnlyConfig(TransformerConfig, frozen=True):
 
     def costs(self, shape: Shape) -> Costs:
         """L layers of one stream."""
-        layer = one_stream(shape, shape.inputs, ("enc_sa", "enc_ff"))
+        layers = layers_of(self, self.layers, lambda n: one_stream(shape, shape.inputs, ("enc_sa", "enc_ff"), layer=n))
         outside = [*embedded(shape, shape.inputs), *end(shape), *head(shape)]
-        return Costs(outside, [(self.layers, layer)], shape.vectors(shape.inputs) * self.layers)
+        return Costs(outside, layers, shape.vectors(shape.inputs) * self.layers)
 
     def build(self) -> "EncoderOnly":
         """The layers."""

@@ -16,6 +16,7 @@ from model.costs.parts import (
     end,
     head,
     last_output,
+    layers_of,
     linear,
     norm,
     one_stream,
@@ -86,8 +87,9 @@ class ParallelEncoderDecoderConfig(TwoStreamConfig, frozen=True):
     def costs(self, shape: Shape) -> Costs:
         """L encoder and L decoder layers over the same tokens, and the map from the embedded tokens to the decoder."""
         tokens, layers = shape.inputs, self.num_encoder_layers
-        encoder = one_stream(shape, tokens, ("enc_sa", "enc_ff"), stream="encoder")
-        decoder = cross_layer(shape, tokens, tokens)
+        sites: tuple[Site, Site] = ("enc_sa", "enc_ff")
+        encoder = layers_of(self, layers, lambda layer: one_stream(shape, tokens, sites, stream="encoder", layer=layer))
+        decoder = layers_of(self, self.layers, lambda layer: cross_layer(shape, tokens, tokens, layer=layer))
         outside = [*embedded(shape, tokens), linear(shape, "decoder input", tokens)]
         if self.decoder_input_norm:
             outside += [norm(shape, tokens, inputs=False), Part(saved=shape.vectors(tokens))]
@@ -99,7 +101,7 @@ class ParallelEncoderDecoderConfig(TwoStreamConfig, frozen=True):
             # Where the first norm does not keep the embedded tokens, the map to the decoder does.
             between = [*between, Part(saved=shape.vectors(tokens))]
         kept = (layers + 1 + self.layers) * shape.vectors(tokens)
-        return Costs(outside, [(layers, encoder), (self.layers, decoder), (1, between)], kept)
+        return Costs(outside, [*encoder, *decoder, (1, between)], kept)
 
     def build(self) -> "ParallelEncoderDecoder":
         """The layers."""
