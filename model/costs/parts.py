@@ -251,12 +251,12 @@ def self_attention(shape: Shape, tokens: int, name: str, *, causal: bool) -> Par
     return Part(name, weights, flops, saved)
 
 
-def feed_forward(shape: Shape, tokens: int, name: str, site: Site, layer: int) -> Part:
-    """C -> F -> C; of gated blocks those that are there at this site and layer."""
+def feed_forward(shape: Shape, tokens: int, name: str, site: Site | None = None, layer: int = 0) -> Part:
+    """C -> F -> C; where its `site` has block gates, of the blocks that are there in this layer."""
     config = _transformer(shape)
     width, outputs, gates = config.width, 2 if config.ff == "swiglu" else 1, config.block_gates
-    gated = site in config.gate_sites
-    blocks = config.blocks_at(site, layer)
+    gated = site is not None and site in config.gate_sites
+    blocks = config.blocks_at(site, layer) if site and gated else 1
     hidden = blocks * config.block_width if gated else config.hidden_width
     weights = linear_weights(config, width, outputs * hidden) + linear_weights(config, hidden, width)
     flops, positions = tokens * 2 * (outputs + 1) * hidden * width, shape.rows * tokens

@@ -189,7 +189,7 @@ def test_the_multiplier_brings_the_mean_to_the_density_from_either_side() -> Non
         means.append(statistics["mask_mean"].item())
     assert means[-1] == pytest.approx(0.25, abs=0.03)
     assert model.multiplier.item() == pytest.approx(0.3, abs=0.05)
-    for _ in range(10):
+    for _ in range(30):
         model.ascend(torch.tensor(0.0))
     assert model.multiplier.item() == 0.0
 
