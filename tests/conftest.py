@@ -3,17 +3,16 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
-from tests.runs import CHARACTERS, MARKED, ROOT, build_dataset
+from tests import warm
+from tests.runs import CHARACTERS, MARKED, ROOT, build_dataset, program
 
 SLOWEST = (
     *("test_docs.py", "test_end_to_end.py", "test_health.py", "test_study.py", "test_tracking_faults.py"),
@@ -28,10 +27,15 @@ settings.load_profile("ci")  # seeded, and without deadlines: on a busy machine 
 def pytest_configure(config: pytest.Config) -> None:
     """What Hugging Face's libraries keep goes into a folder of this session, and they ask no server."""
     os.environ |= {"HF_HOME": tempfile.mkdtemp(prefix="duet-hf-"), "HF_HUB_OFFLINE": "1"}
+    if not hasattr(config, "workerinput"):
+        os.environ[warm.FOLDER] = tempfile.mkdtemp(prefix="duet-warm-")
+        Path(os.environ[warm.FOLDER], "session").write_text(str(os.getpid()))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ["HF_HOME"])
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ[warm.FOLDER])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,26 +47,19 @@ class RanksFailed(AssertionError):
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[..., list[Any]]]:
+def ranks() -> Callable[..., list[Any]]:
     """ranks("tests.distributed.cases:name", world, **args) -> the JSON result of every rank."""
-    zygote = subprocess.Popen(
-        [sys.executable, "-m", "tests.zygote"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert zygote.stdin and zygote.stdout
-    requests, answers = zygote.stdin, zygote.stdout
-    assert answers.readline() == "ready\n"
 
     def run(target: str, world: int, timeout: float = 240, **args: Any) -> list[Any]:
-        requests.write(json.dumps({"target": target, "world": world, "timeout": timeout, "args": args}) + "\n")
-        requests.flush()
-        answer = json.loads(answers.readline())
+        request = {"target": target, "world": world, "timeout": timeout, "args": args}
+        done = program("tests.ranks", json.dumps(request), cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
         if "results" not in answer:
             raise RanksFailed(f"exit codes {answer['codes']}\n" + "\n".join(answer["outputs"]))
         return answer["results"]
 
-    yield run
-    requests.close()
-    zygote.wait(timeout=120)
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from model.gpus import GPUS
 
 if TYPE_CHECKING:
     from pretrain.config.schema import Config
-    from pretrain.planning.costs import Costs, Stage
+    from pretrain.planning.costs import RunCosts, Stage
 
 app = typer.Typer(no_args_is_help=True, help="Size and cost of a model.")
 ConfigArgs = Annotated[
@@ -53,7 +53,7 @@ def flops(config: ConfigArgs, as_json: JsonOption = False) -> None:
     from model.costs.totals import gated_flops, sample_flops_by_part
 
     whole = _load(config)
-    model, pairs = whole.model, whole.data.objective == "pairs"
+    model, pairs = whole.model, whole.objective.of_pairs
     parts = {name: count / model.context for name, count in sample_flops_by_part(model, pairs).items()}
     totals = {"forward": forward_flops_per_token(model, pairs), "training": training_flops_per_token(model, pairs)}
     if gated_flops(model, pairs):
@@ -136,13 +136,13 @@ def _with_vocabulary(config: "Config") -> "Config":
     return complete(config, Built(path, Manifest.load(path)))
 
 
-def _fits(found: "Costs", config: "Config") -> bool:
+def _fits(found: "RunCosts", config: "Config") -> bool:
     own = found.stages[config.engine.zero_stage].memory
     assert own is not None
     return own.total <= found.gpu_bytes
 
 
-def _tree(found: "Costs") -> dict[str, object]:
+def _tree(found: "RunCosts") -> dict[str, object]:
     tree = asdict(found)
     tree["stages"] = {
         str(number): {
@@ -156,7 +156,7 @@ def _tree(found: "Costs") -> dict[str, object]:
     return tree
 
 
-def _lines(config: "Config", found: "Costs", gpus: int, gpu: str, mfu: float) -> list[str]:
+def _lines(config: "Config", found: "RunCosts", gpus: int, gpu: str, mfu: float) -> list[str]:
     from pretrain.tracking.console import duration
 
     board, engine, steps = GPUS[gpu], config.engine, config.train.steps
@@ -185,7 +185,7 @@ def _lines(config: "Config", found: "Costs", gpus: int, gpu: str, mfu: float) ->
     return lines
 
 
-def _flops(found: "Costs") -> str:
+def _flops(found: "RunCosts") -> str:
     executed, nominal = found.executed_flops_per_step, found.flops_per_step
     return f"{nominal:.3g} FLOPs" if executed == nominal else f"{executed:.3g} FLOPs of {nominal:.3g}"
 

@@ -61,7 +61,7 @@ class EncoderLayer(nn.Module):
         self._post_norm = config.norm_position == "post"
         std = residual_std(config)
         self.attention_norm = stream_norm(config, both_ways=not config.causal)
-        self.attention = SelfAttention(config, f"{'dec' if alone else 'enc'}_sa/{layer:02d}", std)
+        self.attention = SelfAttention(config, f"{'dec' if alone else 'enc'}_sa/{layer:02d}", std, layer)
         self.attention_dropout = dropout_at(config, "dec_sa" if alone else "enc_sa", layer)
         self.ff_norm = stream_norm(config, both_ways=not config.causal)
         self.ff = feed_forward_at(config, "dec_ff" if alone else "enc_ff", layer, std)
@@ -91,12 +91,12 @@ class DecoderLayer(nn.Module):
         self._cross_first = config.decoder_order == "cross_self_ff"
         std = residual_std(config, config.decoder_residual_writes)
         self.attention_norm = stream_norm(config)
-        self.attention = SelfAttention(config, f"dec_sa/{layer:02d}", std)
+        self.attention = SelfAttention(config, f"dec_sa/{layer:02d}", std, layer)
         self.attention_dropout = dropout_at(config, "dec_sa", layer)
         self.cross_norm = stream_norm(config)
         # The encoder's stream is normed already where norms come after the additions.
         self.encoder_norm = nn.Identity() if self._post_norm else stream_norm(config)
-        self.cross_attention = CrossAttention(config, f"cross/{layer:02d}", std)
+        self.cross_attention = CrossAttention(config, f"cross/{layer:02d}", std, layer)
         self.cross_dropout = dropout_at(config, "cross", layer)
         self.ff_norm = stream_norm(config)
         self.ff = feed_forward_at(config, "dec_ff", layer, std)

@@ -1,4 +1,4 @@
-"""What architectures of attention and feed forward can be told, of one stream and of two. Free of torch."""
+"""Configuration of architectures of attention and feed forward, of one stream and of two. Free of torch."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from model.config.gates_config import BlockGatesConfig, GatedSite
 from model.config.mask_config import L0Config, LearnedDropoutConfig, Site
 from model.config.model_config import ModelConfig
+from model.config.pattern_config import PatternConfig, Patterns
 
 
 class TransformerConfig(ModelConfig, frozen=True):
@@ -26,6 +27,7 @@ class TransformerConfig(ModelConfig, frozen=True):
     """Kernels that never form the T x T weights or an error, plain matrix products, or whatever fits."""
     attention_dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Of the attention weights; the rate `dropout` unless given. Needs `explicit` attention."""
+    pattern: PatternConfig = PatternConfig()
     learned_dropout: LearnedDropoutConfig = LearnedDropoutConfig()
     l0: L0Config = L0Config()
     block_gates: BlockGatesConfig = BlockGatesConfig()
@@ -59,6 +61,15 @@ class TransformerConfig(ModelConfig, frozen=True):
     def needs_weights(self) -> bool:
         """Attention weights are formed, in training at least."""
         return self.attention == "explicit" or self.attention_rate > 0.0
+
+    @property
+    def patterns(self) -> tuple[Patterns, ...]:
+        """The different ones that layers have, in the order in which they come."""
+        return tuple(dict.fromkeys(self.pattern.of_layer(layer, self.context) for layer in range(self.layers)))
+
+    def pattern_of(self, layer: int) -> int:
+        """Which of the `patterns` a layer of each stream has."""
+        return self.patterns.index(self.pattern.of_layer(layer, self.context))
 
     @property
     def shares_mask_source(self) -> bool:
@@ -124,6 +135,11 @@ class TransformerConfig(ModelConfig, frozen=True):
                     f"kv_heads={self.kv_heads} shares keys among {self.queries_per_kv_head} heads, which do not divide "
                     f"{key}={count}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _pattern_fits(self) -> "TransformerConfig":
+        self.pattern.check(self.layers, self.heads_by_key, self.context)
         return self
 
     @model_validator(mode="after")

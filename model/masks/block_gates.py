@@ -25,6 +25,9 @@ from model.masks.penalties import entropy
 from model.masks.site import Statistics
 from model.masks.telemetry import mask_statistics
 
+BLOCK_PENALTY = "block_penalty"
+"""The statistic that is added to the loss as it is."""
+
 
 class Gates(NamedTuple):
     """Of G blocks, for each token. In fp32 at least."""
@@ -137,7 +140,7 @@ class BlockFeedForward(Cached):
         found = mask_statistics(gates.mask.detach(), gates.opened, visible)
         if self.config.kind == "cosine":
             excess = mean(gates.mask, visible) - self.config.density
-            found["block_penalty"] = self.multiplier * excess
+            found[BLOCK_PENALTY] = self.multiplier * excess
             found["block_entropy"] = entropy(gates.mask, self.config.entropy.kind, visible)
             found["multiplier"] = self.multiplier.clone()
         return found

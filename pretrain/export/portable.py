@@ -28,12 +28,12 @@ from model.architectures.names import current_name
 from model.architectures.registry import AnyModelConfig
 from model.architectures.token_model import TokenModel
 from model.attention.attention import CausalAttention
-from model.config.model_config import Objective
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.checkpoint.shard_file import write_tensors
 from pretrain.config.architecture import keep
 from pretrain.config.schema import Config
 from pretrain.inference.trained import Trained, tokenizer_of
+from pretrain.objectives.registry import ObjectiveName
 from pretrain.run.checkpoint_folder import MANIFEST
 
 FORMAT = 2
@@ -58,7 +58,7 @@ class ExportFacts(BaseModel, extra="forbid", frozen=True):
 
     format: int = FORMAT
     model: AnyModelConfig
-    objective: Objective
+    objective: ObjectiveName
     run: str
     step: int
     commit: str | None

@@ -30,7 +30,7 @@ class Stage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Costs:
+class RunCosts:
     """Of a run; bytes, seconds and FLOPs."""
 
     parameters: int
@@ -53,7 +53,7 @@ class Costs:
     """Where the configuration itself does not fit: changes with which it does, nearest first."""
 
 
-def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> Costs:
+def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> RunCosts:
     """Count for a number of GPUs.
 
     Args:
@@ -68,11 +68,11 @@ def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> Costs:
     stages = {stage: _stage(config, stage, gpus, size) for stage in range(4)}
     own = stages[config.engine.zero_stage].memory
     assert own is not None
-    flops = training_flops_per_token(config.model, config.data.objective == "pairs") * config.batch.tokens
+    flops = training_flops_per_token(config.model, config.objective.of_pairs) * config.batch.tokens
     gates, executed = _gates(config, micro_batch, flops)
     seconds = executed / (gpu.peak_flops * utilisation * gpus)
     parameters = num_parameters(config.model)
-    return Costs(
+    return RunCosts(
         parameters=parameters,
         micro_batch=micro_batch,
         accumulation=accumulation,
@@ -108,7 +108,7 @@ def _gates(config: Config, micro_batch: int, flops: float) -> tuple[str, float]:
             else f"too small to gain by it in micro-batches of {tokens:,} tokens"
         )
         return f"{shape}; training computes all, {reason}{decoding}", flops
-    executed = executed_flops_per_token(model, config.data.objective == "pairs", training=True) * config.batch.tokens
+    executed = executed_flops_per_token(model, config.objective.of_pairs, training=True) * config.batch.tokens
     return f"{shape}; training computes these alone{decoding}", executed
 
 

@@ -73,12 +73,13 @@ class Meter:
         self._restarts = restarts
         self._tokens_per_step = config.batch.tokens
         device_name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
-        pairs = config.data.objective == "pairs"
-        self._utilisation_per_token = utilisation_per_token(config.model, device_name, ranks.world_size, pairs)
+        self._utilisation_per_token = utilisation_per_token(
+            config.model, device_name, ranks.world_size, config.objective.of_pairs
+        )
         self._gates = config.model.block_gates if isinstance(config.model, TransformerConfig) else None
         tokens, cuda = config.micro_batches(ranks.world_size)[0] * config.model.context, ranks.device.type == "cuda"
         sparse = trains_open_blocks(config.model, tokens, compiled=config.engine.compile, cuda=cuda)
-        self._gated_share = gated_share(config.model, pairs) if sparse else 0.0
+        self._gated_share = gated_share(config.model, config.objective.of_pairs) if sparse else 0.0
         self._hosts = ranks.gather(platform.node())
         self._shapes: dict[str, torch.Size] = {}
         self._steps: list[tuple[int, Tensor, Mapping[str, Any]]] = []
@@ -99,9 +100,8 @@ class Meter:
         self._steps.append((step, torch.cat(means), known))
 
     def flush(self) -> list[StepMetrics]:
-        """All steps since the last flush, averaged over the ranks; the last one carries what is told of them all.
-
-        That are times, norms, and, since there are many, what is told of single masks.
+        """All steps since the last flush, averaged over the ranks; the last one carries what is measured
+        over all of them: times, norms, and, since there are many, the metrics of single masks.
 
         A collective: every rank calls it at the same steps.
         """
@@ -137,6 +137,11 @@ class Meter:
     def resume_clock(self) -> None:
         """Leave out of the speed what happened since the last flush: validation, a checkpoint."""
         self._since = time.perf_counter()
+
+    def rewind(self, goodput: Goodput) -> None:
+        """The run went back to an older checkpoint; so much is productive still."""
+        self._goodput = goodput
+        self.resume_clock()
 
     def _times(
         self, seconds: float, steps: int, parts: dict[str, float], step: int, masks: Mapping[str, float]
@@ -207,7 +212,7 @@ def _rows(names: Iterable[str], table: Tensor) -> list[dict[str, float]]:
 
 
 def _named(row: dict[str, float], *, of_a_mask: bool) -> dict[str, float]:
-    """What is told of single masks, such as `density/enc_ff/0`, or all else."""
+    """By the journal's names: the metrics of single masks, such as `density/enc_ff/0`, or all others."""
     return {of_model(name): value for name, value in row.items() if ("/" in name) == of_a_mask}
 
 

@@ -106,6 +106,31 @@ NOT_CAUSAL: dict[str, dict[str, Any]] = {
 EVERY = VARIANTS | NOT_CAUSAL
 
 
+def _patterned(of: str, **pattern: Any) -> dict[str, Any]:
+    return EVERY[of] | {"pattern": pattern}
+
+
+PATTERNED = {
+    "window": _patterned("parallel", kind="window", window=3),
+    "sinks": _patterned("modern_decoder", kind="window", window=2, sinks=2, full_every=2),
+    "sinks_alone": _patterned("cross_first", kind="window", window=3, sinks=1),
+    "globals": _patterned("dropout_decoder", kind="window", window=2, globals=[0, 4]),
+    "strided": _patterned("serial", kind="strided", stride=3),
+    "strided_alternate": _patterned("everywhere_elementwise", kind="strided", stride=3, merge="alternate"),
+    "strided_heads": _patterned("everywhere_embed", kind="strided", stride=4, merge="heads"),
+    "fixed": _patterned("modern", kind="fixed", stride=4, summary=2),
+    "fixed_alternate": _patterned("post_norm", kind="fixed", stride=3, merge="alternate"),
+    "fixed_heads": _patterned("dropout_modern", kind="fixed", merge="heads"),
+}
+"""Each pattern with another model, so that options meet in pairs."""
+PATTERNED_BOTH_WAYS = {
+    "bert_window": _patterned("bert_modern", kind="window", window=3),
+    "bert_globals": _patterned("bert", kind="window", window=2, globals=[0, 4]),
+    "t5_strided": _patterned("t5_modern", kind="strided", stride=3, merge="alternate"),
+    "t5_fixed": _patterned("t5_embed", kind="fixed", merge="heads"),
+}
+
+
 def configured(**fields: Any) -> Any:
     """The configuration that these keys make."""
     return configure(fields)
@@ -118,7 +143,7 @@ def small(architecture: str = "parallel_encoder_decoder", **changes: Any) -> Any
 
 
 def variant(name: str, **changes: Any) -> Any:
-    return small(**(EVERY[name] | changes))
+    return small(**((EVERY | PATTERNED | PATTERNED_BOTH_WAYS)[name] | changes))
 
 
 def build(config: ModelConfig, seed: int = 0) -> TokenModel:

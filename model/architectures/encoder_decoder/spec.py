@@ -1,4 +1,4 @@
-"""What an encoder-decoder of two sequences can be told, and what it costs. Free of torch."""
+"""Configuration and costs of an encoder-decoder of two sequences. Free of torch."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -7,7 +7,7 @@ from pydantic import model_validator
 from model.config.mask_config import Site
 from model.config.model_config import Traits
 from model.config.transformer import TwoStreamConfig
-from model.costs.parts import Costs, Shape, cross_layer, embedded, end, head, last_output, layers_of, one_stream
+from model.costs.parts import Costs, Shape, cross_layer, embedded, end, head, last_output, one_stream
 
 if TYPE_CHECKING:
     from model.architectures.encoder_decoder.model import EncoderDecoder
@@ -49,20 +49,13 @@ class EncoderDecoderConfig(TwoStreamConfig, frozen=True):
         """L encoder layers over the inputs, L decoder layers over the targets; both sequences are embedded."""
         inputs, targets = shape.inputs, shape.targets
         sites: tuple[Site, Site] = ("enc_sa", "enc_ff")
-        encoder = layers_of(
-            self, self.layers, lambda layer: one_stream(shape, inputs, sites, stream="encoder", layer=layer)
-        )
-        decoder = layers_of(
-            self, self.layers, lambda layer: cross_layer(shape, targets, inputs, aligned=False, layer=layer)
-        )
-        outside = [
-            *embedded(shape, inputs),
-            *embedded(shape, targets, causal=True, again=True),
-            *end(shape),
-            *head(shape),
-        ]
+        each = shape.by_pattern(self.layers)
+        encoder = [(n, one_stream(of, inputs, sites, stream="encoder")) for n, of in each]
+        decoder = [(n, cross_layer(of, targets, inputs, aligned=False)) for n, of in each]
+        written = embedded(shape, targets, causal=True, again=True)
+        outside = [*embedded(shape, inputs), *written, *end(shape), *head(shape)]
         kept = (self.layers + 1) * shape.vectors(inputs) + self.layers * shape.vectors(targets)
-        return Costs([*outside], [*encoder, *decoder, (1, last_output(shape, inputs))], kept)
+        return Costs(outside, [*encoder, *decoder, (1, last_output(shape, inputs))], kept)
 
     def build(self) -> "EncoderDecoder":
         """The layers."""

@@ -1,10 +1,10 @@
-"""What an encoder-only model can be told, and what it costs. Free of torch."""
+"""Configuration and costs of an encoder-only model. Free of torch."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from model.config.model_config import Traits
 from model.config.transformer import TransformerConfig
-from model.costs.parts import Costs, Shape, embedded, end, head, layers_of, one_stream
+from model.costs.parts import Costs, Shape, embedded, end, head, one_stream
 
 if TYPE_CHECKING:
     from model.architectures.encoder_only.model import EncoderOnly
@@ -28,7 +28,7 @@ class EncoderOnlyConfig(TransformerConfig, frozen=True):
 
     def costs(self, shape: Shape) -> Costs:
         """L layers of one stream."""
-        layers = layers_of(self, self.layers, lambda n: one_stream(shape, shape.inputs, ("enc_sa", "enc_ff"), layer=n))
+        layers = [(n, one_stream(of, shape.inputs, ("enc_sa", "enc_ff"))) for n, of in shape.by_pattern(self.layers)]
         outside = [*embedded(shape, shape.inputs), *end(shape), *head(shape)]
         return Costs(outside, layers, shape.vectors(shape.inputs) * self.layers)
 

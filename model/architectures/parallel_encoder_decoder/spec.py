@@ -1,4 +1,4 @@
-"""What the encoder-decoder of two streams over one text can be told, and what it costs. Free of torch."""
+"""Configuration and costs of the encoder-decoder of two streams over one text. Free of torch."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -16,7 +16,6 @@ from model.costs.parts import (
     end,
     head,
     last_output,
-    layers_of,
     linear,
     norm,
     one_stream,
@@ -88,8 +87,8 @@ class ParallelEncoderDecoderConfig(TwoStreamConfig, frozen=True):
         """L encoder and L decoder layers over the same tokens, and the map from the embedded tokens to the decoder."""
         tokens, layers = shape.inputs, self.num_encoder_layers
         sites: tuple[Site, Site] = ("enc_sa", "enc_ff")
-        encoder = layers_of(self, layers, lambda layer: one_stream(shape, tokens, sites, stream="encoder", layer=layer))
-        decoder = layers_of(self, self.layers, lambda layer: cross_layer(shape, tokens, tokens, layer=layer))
+        encoder = [(n, one_stream(of, tokens, sites, stream="encoder")) for n, of in shape.by_pattern(layers)]
+        decoder = [(n, cross_layer(of, tokens, tokens)) for n, of in shape.by_pattern(self.layers)]
         outside = [*embedded(shape, tokens), linear(shape, "decoder input", tokens)]
         if self.decoder_input_norm:
             outside += [norm(shape, tokens, inputs=False), Part(saved=shape.vectors(tokens))]

@@ -1,11 +1,10 @@
-"""Ranks for tests: one process imports torch and deepspeed once and forks ranks on request.
+"""Ranks for tests: started by the fixture `ranks` as a program of `tests/parent.py`, which has imported all.
 
-Started by the fixture `ranks`; reads a JSON request a line: {"target": "module:function", "args": {…}, "world": 2,
-"timeout": s}. Every rank calls function(ranks: Ranks, **args); its JSON results come back in rank order.
+Its argument is JSON: {"target": "module:function", "args": {…}, "world": 2, "timeout": s}. Every rank calls
+function(ranks: Ranks, **args); the answer, JSON on standard output, holds their JSON results in rank order.
 """
 
 import ctypes
-import gc
 import importlib
 import json
 import os
@@ -19,33 +18,6 @@ from typing import Any
 
 GRACE = 30.0
 """Seconds for the other ranks to notice that one has failed; then they are ended."""
-
-
-def serve() -> None:
-    """Answer requests until the input ends."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    from pretrain.engine.engine import bootstrap
-
-    bootstrap()
-    for name in (  # else each rank imports them
-        "deepspeed.runtime.zero.muon.muon_optimizer",
-        "matplotlib.backends.backend_agg",
-        "matplotlib.figure",
-        "pretrain.trainer",
-        "rich.live",
-        "torch._dynamo",
-    ):
-        importlib.import_module(name)
-    import torch
-
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # else DeepSpeed's many collections walk through all that was imported: 0.3 s each
-    print("ready", flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        importlib.import_module(request["target"].split(":")[0])
-        print(json.dumps(_run(request)), flush=True)
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
@@ -110,4 +82,4 @@ def _wait(pids: list[int], timeout: float) -> list[int]:
 
 
 if __name__ == "__main__":
-    serve()
+    print(json.dumps(_run(json.loads(sys.argv[1]))))
