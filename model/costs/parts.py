@@ -25,8 +25,8 @@ bf16, else 4), a token of a layer with the defaults keeps
 
 so that one of a decoder-only model without masks keeps (8 C + 2 F) e + 4 H + 4 e. Korthikanti et al. 2022
 (arXiv:2205.05198, section 4) count alike. Estimates are: the encoder's loss; hard-concrete gates; gated blocks where
-open ones alone are computed, which keep less than counted here. RMSNorm on CUDA is
-one kernel, which keeps less than counted here; what `engine.compile` does is not in it.
+open ones alone are computed, which keep less than counted here. RMSNorm on CUDA is one kernel, which keeps less than
+counted here; what `engine.compile` does is not in it.
 """
 
 from collections import Counter

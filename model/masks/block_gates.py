@@ -110,8 +110,7 @@ class BlockFeedForward(Cached):
             opened = torch.zeros_like(angle, dtype=torch.bool).scatter(-1, chosen, True)
             return Gates(mask, opened, 2.0 * mask * opened)
         mask = cosine_mask(angle)
-        threshold = 0.5 if keys is None else uniform(keys, self._noise_site, (x.shape[1], self.blocks))
-        opened = mask >= threshold if keys is None else mask > threshold
+        opened = mask >= 0.5 if keys is None else uniform(keys, self._noise_site, (x.shape[1], self.blocks)) < mask
         return Gates(mask, opened, straight_through(opened.to(mask.dtype), mask))
 
     @torch.no_grad()

@@ -78,7 +78,9 @@ class Meter:
         )
         self._gates = config.model.block_gates if isinstance(config.model, TransformerConfig) else None
         tokens, cuda = config.micro_batches(ranks.world_size)[0] * config.model.context, ranks.device.type == "cuda"
-        sparse = trains_open_blocks(config.model, tokens, compiled=config.engine.compile, cuda=cuda)
+        sparse = self._utilisation_per_token is not None and trains_open_blocks(
+            config.model, tokens, compiled=config.engine.compile, cuda=cuda
+        )
         self._gated_share = gated_share(config.model, config.objective.of_pairs) if sparse else 0.0
         self._hosts = ranks.gather(platform.node())
         self._shapes: dict[str, torch.Size] = {}
