@@ -19,10 +19,12 @@ from model.layers.chunked_loss import TokenLoss
 from model.layers.layers import INIT_STD, Embedding, TiedEmbedding, stream_norm
 from model.layers.noise import sample_keys
 from model.layers.positions import sinusoid
+from model.masks.block_gates import BLOCK_PENALTY, block_gates
 from model.masks.learned_dropout import MaskSource
 from model.masks.penalties import weight_at
 from model.masks.site import SiteDropout
 from model.masks.sites import dropout_at
+from model.masks.telemetry import KEPT
 
 
 class TokenModel(Cached):
@@ -61,6 +63,7 @@ class TokenModel(Cached):
         keys = sample_keys(inputs.seed, inputs.step, inputs.samples) if self.training else None
         if self.config.document_mask and inputs.segment_ids is None:
             raise ValueError("model.document_mask is on, and the batch does not say where documents are")
+        self._compute_open_blocks(inputs.step)
         found = self.hidden(inputs.input_ids, keys, inputs)
         smoothing, z_weight = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
         count = None if inputs.counts is None else inputs.counts.labels
@@ -106,6 +109,13 @@ class TokenModel(Cached):
         """All of them; the table that is also the head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def _compute_open_blocks(self, step: Tensor) -> None:
+        """Leave closed blocks out of training from the step on that is configured; waits for the device if one is."""
+        gates = self.config.block_gates if isinstance(self.config, TransformerConfig) else None
+        if gates is not None and gates.train_sparse_after is not None:
+            for ff in block_gates(self):
+                ff.sparse = gates.sparse_at(int(step))
+
     def _read(
         self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None
     ) -> tuple[Embedded, SourceSequence | None]:
@@ -133,17 +143,19 @@ class TokenModel(Cached):
         if config.z_loss:
             metrics["z_loss"] = tokens.z_loss
         if found.statistics:
-            masks = list(found.statistics.values())
-            numbers = [name for name, value in masks[0].items() if not value.ndim]
-            mean = {name: torch.stack([mask[name] for mask in masks]).mean() for name in numbers}
+            names = dict.fromkeys(name for mask in found.statistics.values() for name in mask)
+            told = {name: {mask: v[name] for mask, v in found.statistics.items() if name in v} for name in names}
+            stacked = {name: torch.stack([*of_mask.values()]) for name, of_mask in told.items() if name != KEPT}
+            mean = {name: values.mean() for name, values in stacked.items()}
+            if self.training and BLOCK_PENALTY in stacked:  # each feed forward's is a constraint of its own
+                loss = loss + stacked[BLOCK_PENALTY].sum()
             for name, penalty in _penalties(config).items():
-                weight = metrics[f"{name}_weight"] = weight_at(step, penalty)
-                if self.training:
-                    loss = loss + weight * mean[name]
+                if name in mean:
+                    weight = metrics[f"{name}_weight"] = weight_at(step, penalty)
+                    if self.training:
+                        loss = loss + weight * mean[name]
             metrics |= mean
-            metrics |= {
-                f"{name}/{mask}": values[name] for name in masks[0] for mask, values in found.statistics.items()
-            }
+            metrics |= {f"{name}/{mask}": value for name, values in told.items() for mask, value in values.items()}
         if found.auxiliary is not None:
             loss = loss + found.auxiliary
             metrics |= found.metrics
@@ -176,6 +188,7 @@ def _penalties(config: ModelConfig) -> dict[str, PenaltyConfig]:
     """The penalties on masks, by the statistic that they penalise."""
     if not isinstance(config, TransformerConfig):
         return {}
+    of_gates: dict[str, PenaltyConfig] = {"block_entropy": config.block_gates.entropy}
     if config.l0.enabled:
-        return {"l0": config.l0}
-    return {"entropy": config.learned_dropout.entropy, "l1": config.learned_dropout.l1}
+        return {"l0": config.l0} | of_gates
+    return {"entropy": config.learned_dropout.entropy, "l1": config.learned_dropout.l1} | of_gates
