@@ -99,6 +99,11 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
         return ()
 
     @property
+    def why_not_compiled(self) -> str:
+        """What keeps layers from being compiled; empty where nothing does."""
+        return ""
+
+    @property
     def needs_weights(self) -> bool:
         """Attention weights are formed, in training at least."""
         return False

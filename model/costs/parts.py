@@ -8,7 +8,7 @@ vocabulary V, feed forward of width F (three maps for SwiGLU), and g heads of qu
 
     attention                  2 (2 + 2 / g) C² + 4 T C
     cross attention            4 C², of what is read 4 C² / g, and 4 S C over S read tokens
-    feed forward               2 (2 or 3) F C
+    feed forward               2 (2 or 3) F C; with G block gates 2 G C more, and of F only what is open is executed
     learned dropout, a mask    6 C² + 4 T C; nothing where it comes from the element alone (docs/model.md B1)
     its shared source          8 C² + 4 T C
     head                       2 V C
@@ -19,13 +19,14 @@ bf16, else 4), a token of a layer with the defaults keeps
     norm                its input C e, 2 statistics e
     self attention      its input C e, queries, keys and values 3 C e, sums 4 H, result C e
     cross attention     the same with its own heads, and of the encoder's norm C e and 2 e
-    feed forward        its input C e, 2 F e
+    feed forward        its input C e, 2 F e; with G block gates F e + G (e + 5) more, of `cosine` F e + G (e + 28)
     learned dropout     what is masked C e, its attention 4 C e + 4 H, the mask C e, and in fp32 four times 4 C: the
                         angle, the mask, and what its penalty needs
 
 so that one of a decoder-only model without masks keeps (8 C + 2 F) e + 4 H + 4 e. Korthikanti et al. 2022
-(arXiv:2205.05198, section 4) count alike. Estimates are: the encoder's loss; hard-concrete gates. RMSNorm on CUDA is
-one kernel, which keeps less than counted here; what `engine.compile` does is not in it.
+(arXiv:2205.05198, section 4) count alike. Estimates are: the encoder's loss; hard-concrete gates; gated blocks where
+open ones alone are computed, which keep less than counted here. RMSNorm on CUDA is one kernel, which keeps less than
+counted here; what `engine.compile` does is not in it.
 """
 
 from collections import Counter
@@ -56,6 +57,10 @@ class Part(NamedTuple):
     """Of a forward pass over a sample."""
     saved: int = 0
     """Bytes kept for the backward pass of a micro-batch."""
+    gated: int = 0
+    """Of the FLOPs, those of blocks that have a gate: what is left out were all of them closed."""
+    closed: int = 0
+    """Of these, what is left out at the density that is configured."""
 
 
 class Costs(NamedTuple):
@@ -99,12 +104,16 @@ class Shape:
     """What patterns let be seen goes to FlexAttention, not to a form of our own (`Pattern.form`)."""
     patterns: Patterns = (FULL,)
     """Of the layer; before the layers, of the first one."""
+    layer: int = 0
+    """Its number in its stream, where blocks were taken out of single feed forwards; else 0."""
 
     def by_pattern(self, layers: int) -> list[tuple[int, "Shape"]]:
         """The shapes of a stream's layers, and so many layers of each."""
         config = _transformer(self)
-        found = Counter(config.pattern.of_layer(layer, config.context) for layer in range(layers))
-        return [(count, replace(self, patterns=patterns)) for patterns, count in found.items()]
+        alike = not config.block_gates.left
+        numbered = ((layer, config.pattern.of_layer(layer, config.context)) for layer in range(layers))
+        found = Counter((0 if alike else layer, patterns) for layer, patterns in numbered)
+        return [(count, replace(self, layer=layer, patterns=patterns)) for (layer, patterns), count in found.items()]
 
     def scores(self, tokens: int, causal: bool) -> int:
         """FLOPs of q k^T and of the weights times v, in self attention."""
@@ -214,7 +223,7 @@ def one_stream(shape: Shape, tokens: int, sites: tuple[Site, Site], *, stream: s
     norms = [norm(shape, tokens, both_ways=not config.causal), Part(saved=shape.vectors(tokens))] * 2
     own = self_attention(shape, tokens, f"{stream}: attention", causal=config.causal)
     masks = chain.from_iterable(site(shape, name, tokens, config.causal) for name in sites)
-    return [*norms, own, feed_forward(shape, tokens, f"{stream}: feed forward"), *masks]
+    return [*norms, own, feed_forward(shape, tokens, f"{stream}: feed forward", sites[1]), *masks]
 
 
 def cross_layer(shape: Shape, tokens: int, read: int, *, aligned: bool = True) -> list[Part]:
@@ -240,7 +249,7 @@ def cross_layer(shape: Shape, tokens: int, read: int, *, aligned: bool = True) -
         **_in_layers(config),
     )
     parts.append(Part("decoder: cross attention", weights, flops, saved))
-    parts.append(feed_forward(shape, tokens, "decoder: feed forward"))
+    parts.append(feed_forward(shape, tokens, "decoder: feed forward", "dec_ff"))
     sites: tuple[Site, ...] = ("dec_sa", "cross", "dec_ff")
     return [*parts, *chain.from_iterable(site(shape, name, tokens, causal=True) for name in sites)]
 
@@ -255,13 +264,25 @@ def self_attention(shape: Shape, tokens: int, name: str, *, causal: bool) -> Par
     return Part(name, weights, flops, saved)
 
 
-def feed_forward(shape: Shape, tokens: int, name: str) -> Part:
-    """C -> F -> C."""
+def feed_forward(shape: Shape, tokens: int, name: str, site: Site | None = None) -> Part:
+    """C -> F -> C; where its `site` has block gates, of the blocks that are there in the shape's layer."""
     config = _transformer(shape)
-    hidden, gates = config.hidden_width, 2 if config.ff == "swiglu" else 1
-    weights = linear_weights(config, config.width, gates * hidden) + linear_weights(config, hidden, config.width)
-    flops = tokens * 2 * (gates + 1) * hidden * config.width
-    return Part(name, weights, flops, shape.rows * tokens * 2 * gates * hidden * shape.size)
+    width, outputs, gates = config.width, 2 if config.ff == "swiglu" else 1, config.block_gates
+    gated = site is not None and site in config.gate_sites
+    blocks = config.blocks_at(site, shape.layer) if site and gated else 1
+    hidden = blocks * config.block_width if gated else config.hidden_width
+    weights = linear_weights(config, width, outputs * hidden) + linear_weights(config, hidden, width)
+    flops, positions = tokens * 2 * (outputs + 1) * hidden * width, shape.rows * tokens
+    saved = positions * 2 * outputs * hidden * shape.size
+    if not gated:
+        return Part(name, weights, flops, saved)
+    closed = round(flops * max(0.0, 1.0 - gates.density * gates.blocks / blocks))
+    in_fp32 = 5 if gates.kind == "top" else 4 * (2 + _LOGS[gates.entropy.kind])
+    saved += positions * (hidden * shape.size + blocks * (in_fp32 + shape.size))
+    if shape.size < _FP32:  # a copy of what is read, and one of the gates' map
+        saved += shape.vectors(tokens, _FP32) + blocks * width * _FP32
+    gate = tokens * 2 * blocks * width
+    return Part(name, weights + blocks * (width + 1), flops + gate, saved, gated=flops, closed=closed)
 
 
 def site(shape: Shape, name: Site, tokens: int, causal: bool) -> list[Part]:

@@ -73,6 +73,16 @@ def forward_flops(config: ModelConfig, pairs: bool = False) -> int:
     return sum(sample_flops_by_part(config, pairs).values())
 
 
+def gated_flops(config: ModelConfig, pairs: bool = False) -> int:
+    """Of a sample's `forward_flops`, those of blocks that have a gate."""
+    return sum(count * part.gated for count, part in costs(config, pairs=pairs).parts())
+
+
+def executed_flops(config: ModelConfig, pairs: bool = False) -> int:
+    """`forward_flops` without those of closed blocks, at the density that is configured."""
+    return forward_flops(config, pairs) - sum(count * part.closed for count, part in costs(config, pairs=pairs).parts())
+
+
 def activations(
     config: ModelConfig,
     rows: int,

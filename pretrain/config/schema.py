@@ -164,7 +164,9 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         return self
 
     @model_validator(mode="after")
-    def _batch_statistics_are_taken_once(self) -> "Config":
+    def _layers_bear_what_the_engine_does(self) -> "Config":
+        if self.engine.compile and self.model.why_not_compiled:
+            raise ValueError(f"engine.compile: {self.model.why_not_compiled}")
         if self.model.norm == "batchnorm" and self.engine.activation_checkpointing:
             raise ValueError(
                 "engine.activation_checkpointing computes each layer twice, and model.norm=batchnorm would let each "

@@ -20,6 +20,7 @@ from torch import Tensor
 from data_pipeline.errors import ConfigError
 from model.architectures.token_model import TokenModel
 from model.batch import Batch, Counts, ModelOutput
+from model.masks.block_gates import block_gates
 from pretrain.config.schema import Config
 from pretrain.engine import fragments
 from pretrain.engine.adamw8bit import SIGNED
@@ -28,6 +29,7 @@ from pretrain.engine.caches import own_caches
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.fragments import Fragment, Kept
 from pretrain.engine.layer_transforms import checkpoint_activations, compile_layers
+from pretrain.engine.multipliers import Multipliers
 from pretrain.engine.optim import (
     ADAM_STATES,
     CHUNK,
@@ -121,6 +123,9 @@ class Engine:
         self._deepspeed = _initialized(model, config, ranks)
         self._names: dict[Any, str] = self._deepspeed.param_names
         self.buffers = Buffers(model, ranks)
+        self._multipliers = Multipliers(model, ranks)
+        self.gated_sites = [gates.name for gates in block_gates(model)]
+        """Of feed forwards in gated blocks, for example `enc_ff/00`."""
         momentum_type = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         fragments.create_states(self._deepspeed.optimizer, self.stage, ranks.rank, momentum_type)
         self.states: dict[str, tuple[str, ...]] = {
@@ -178,6 +183,8 @@ class Engine:
                 self._deepspeed.step()  # only counts
                 self.stopwatch.lap("optimizer")
         norm = self._update()
+        if self._applied:
+            self._multipliers.after_step(metrics)
         self.buffers.after_step(self._applied)
         return metrics, norm, self._applied
 

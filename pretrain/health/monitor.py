@@ -21,9 +21,9 @@ from pretrain.engine.engine import Engine, Guard
 from pretrain.health.nonfinite import Diagnosis, diagnose
 from pretrain.health.rollback import Past
 from pretrain.health.spikes import Spike, StepLoss
-from pretrain.health.trends import Growth, Straggler
+from pretrain.health.trends import Closed, Growth, Straggler
 from pretrain.health.watchdog import Watchdog
-from pretrain.metric_names import GRAD_NORM, HOST_MEMORY, LOSS, MEMORY, SAMPLES_SEEN, SKIPPED, SPIKES
+from pretrain.metric_names import DENSITY, GRAD_NORM, HOST_MEMORY, LOSS, MEMORY, SAMPLES_SEEN, SKIPPED, SPIKES
 from pretrain.tracking.metrics import StepMetrics
 from pretrain.tracking.recorder import Recorder
 
@@ -62,6 +62,7 @@ class Health:
         self._guarded: Tensor | None = None
         self._last_finite = "none"
         self._straggler = Straggler()
+        self._closed = Closed()
         self._growth = {name: Growth(what) for name, what in GROWS.items()}
         if ranks.device.type == "cpu":  # they are the same there
             del self._growth[MEMORY]
@@ -200,6 +201,8 @@ class Health:
     def _tell_trends(self, last: StepMetrics) -> None:
         if text := self._straggler.after(last.slowest):
             self._recorder.health("straggler", last.step, text)
+        if text := self._closed.after({site: last.values[DENSITY.of(site)] for site in self._engine.gated_sites}):
+            self._recorder.health("closed", last.step, text)
         for name, growth in self._growth.items():
             if text := growth.after(last.values[name]):
                 self._recorder.health("growth", last.step, text)

@@ -62,6 +62,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "modern_decoder": {**_ALONE, **_MODERN, "kv_heads": 1, "attention": "explicit"},
     "post_norm": {"norm_position": "post", "positions": "sinusoidal", "cross_source": "layer_input"},
     "sinusoidal": {**_ALONE, "positions": "sinusoidal", "width": 18, "heads": 3},
+    "gates": {**_OFF, "bias": True, "block_gates": {"kind": "top", "blocks": 4, "density": 0.5}},
+    "gates_cosine": {
+        "learned_dropout": {"sites": ["dec_sa", "enc_ff"]},
+        "block_gates": {"kind": "cosine", "sites": ["dec_ff"], "blocks": 4},
+        "norm_position": "post",
+        "dropout": 0.1,
+    },
+    "gates_modern": {**_ALONE, **_OFF, **_MODERN, "block_gates": {"kind": "cosine", "left": {"dec_ff/01": 5}}},
     "sinusoidal_next": {"positions": "sinusoidal", "add_next_position": True, "subtract_next_position": "plain"},
 }
 """Every option at least once, in the combinations that could break one another."""
@@ -80,12 +88,14 @@ NOT_CAUSAL: dict[str, dict[str, Any]] = {
     },
     "t5_dropout": {**_T5, **_OFF, "positions": "sinusoidal", "dropout": 0.2},
     "t5_batchnorm": {**_T5, **_OFF, "norm": "batchnorm", "bias": True},
+    "t5_gates": {**_T5, **_MODERN, **_OFF, "block_gates": {"kind": "cosine", "blocks": 4}},
     "t5_l0": {**_T5, **_OFF, "attention": "flash", "l0": {"enabled": True, "sites": _EVERYWHERE}},
     "bert": {**_BERT, "norm_position": "post", "bias": True},
     "bert_batchnorm": {**_BERT, "norm": "batchnorm"},
     "bert_batchnorm_post": {**_BERT, **_OFF, "norm": "batchnorm", "norm_position": "post", "dropout": 0.2},
     "bert_modern": {**_BERT, **_MODERN, "attention": "flash", "learned_dropout": {"sites": _BERT_EVERYWHERE}},
     "bert_embed": {**_BERT, "attention": "explicit", "learned_dropout": {"sites": _BERT_EVERYWHERE, "source": "embed"}},
+    "bert_gates": {**_BERT, **_OFF, "block_gates": {"kind": "top", "blocks": 2, "density": 0.5, "left": {}}},
     "bert_dropout": {**_BERT, **_OFF, "positions": "sinusoidal", "dropout": 0.2},
     "bert_elementwise": {
         **_BERT,
@@ -163,6 +173,10 @@ def open_masks(model: TokenModel, shift: float = 1.57, std: float = 0.5) -> Toke
             torch.nn.init.normal_(parameter, std=10 * std, generator=generator)
         if "dropout.scale" in name:
             torch.nn.init.normal_(parameter, std=40 * std, generator=generator)
+        if name.endswith("ff.gate"):
+            torch.nn.init.normal_(parameter, std=std, generator=generator)
+        if name.endswith("ff.gate_bias"):
+            torch.nn.init.constant_(parameter, shift)
         if "dropout.log_alpha" in name:
             torch.nn.init.normal_(parameter, std=2 * std, generator=generator)
     return model

@@ -147,6 +147,8 @@ def test_pieces_that_are_missing_are_named(objective: Any, message: str, dataset
         (["model/encoder-tiny", "data.objective=causal"], "sees every token, the next one included"),
         (["model/decoder-tiny", "data.objective=masked"], "does not fit model.architecture=decoder_only"),
         (["data.objective=prefix", "model.document_mask=true"], "whatever documents are in it"),
+        (["data.objective=next"], "data.objective=next: no such objective; there are causal, prefix, masked, span"),
+        (["data.objective=prefix", "data.mask_boundaries=true"], "data.objective=prefix has not"),
     ],
 )
 def test_an_objective_that_does_not_fit_is_refused(args: list[str], message: str) -> None:
