@@ -14,7 +14,7 @@ FEWEST = 256
 """Tokens in a row from which on other forms than a mask T x T pay."""
 
 
-class Chunk(NamedTuple):
+class QueryChunk(NamedTuple):
     """Queries that are computed together, and the keys that one of them may see."""
 
     queries: range
@@ -102,7 +102,7 @@ class Pattern(NamedTuple):
             return "gathered"
         return "chunks" if tokens > CHUNK else "dense"
 
-    def chunks(self, tokens: int, causal: bool) -> list[Chunk]:
+    def chunks(self, tokens: int, causal: bool) -> list[QueryChunk]:
         """What is seen in rows of one text of so many tokens; without strides and marked positions."""
         found, wide, long = [], max(self.window - 1, 0), max(self.block, 1)
         far = [
@@ -115,7 +115,7 @@ class Pattern(NamedTuple):
             first = max(0, min(start - wide, start // long * long))
             last = end if causal else min(tokens, max(end + wide, -(-end // long) * long))
             others = [k for k in far if k < first or (k >= last and not causal)]
-            found.append(Chunk(range(start, end), range(first, last), others))
+            found.append(QueryChunk(range(start, end), range(first, last), others))
         return found
 
 
