@@ -221,9 +221,9 @@ def test_a_text_grows_as_if_it_were_read_anew_and_its_gates_are_told(name: str, 
     generation = Generation(model, prompts, Sampling(temperature=0.0))
     texts = [prompt.tolist() for prompt in prompts]
     for _ in range(8):
-        for number, token in generation.step().items():
-            assert token == int(model.logits(torch.tensor([texts[number]]))[0, -1].argmax())
-            texts[number].append(token)
+        for number, tokens in generation.step().items():
+            assert tokens == [int(model.logits(torch.tensor([texts[number]]))[0, -1].argmax())]
+            texts[number] += tokens
     seen = inspect(model, torch.tensor(texts[0]))
     assert set(seen.density) == {ff.name for ff in block_gates(model)}
     if name == "gates":
