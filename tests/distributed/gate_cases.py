@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from model.masks import block_gates
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.config.schema import Config, load
@@ -26,23 +24,32 @@ def config_of(kind: str, engine: list[str]) -> Config:
     """One micro-batch a step on two ranks, two on one."""
     model = ["model.layers=2", "model.width=16", "model.heads=2", "model.context=8", f"model.vocab_size={VOCABULARY}"]
     keys = [*model, "model.architecture=decoder_only", *GATES, *KINDS[kind], *(f"engine.{key}" for key in engine)]
-    return load([*keys, "batch.tokens=32", "batch.micro_batch=2"])
+    precision = [] if any(key.startswith("precision") for key in engine) else ["engine.precision=fp32"]
+    return load([*keys, *precision, "batch.tokens=32", "batch.micro_batch=2"])
 
 
-def follow(ranks: Ranks, kind: str, engine: list[str], root: str, source: str = "") -> dict[str, Any]:
-    """Two steps from the start, then a checkpoint; or two more from one. Open blocks alone where training may."""
+def follow(ranks: Ranks, engine: list[str], root: str, source: str = "") -> dict[str, Any]:
+    """Of each kind: four steps, with a checkpoint after two; or the last two from `source`'s checkpoint.
+
+    Open blocks alone are computed where training may.
+    """
     block_gates.pays = lambda *sizes, **options: True
-    config = config_of(kind, engine)
-    made = make_engine(ranks, config)
-    first = 1
-    if source:
-        Checkpoint(step_path(Path(root) / source, SAVED)).load(made)
-        first += SAVED
-    before = _multipliers(made)
-    losses = train_steps(made, ranks, config, first, first + 1)
-    if not source:
-        save(made, Path(root) / f"{kind}-{ranks.world_size}", SAVED, ranks)
-    return {"losses": losses, "before": before, "after": _multipliers(made), "types": _types(made)}
+    found = {}
+    for kind in KINDS:
+        config = config_of(kind, engine)
+        made = make_engine(ranks, config)
+        folder = Path(root) / kind
+        losses = []
+        if source:
+            Checkpoint(step_path(folder / source, SAVED)).load(made)
+        else:
+            losses = train_steps(made, ranks, config, 1, SAVED)
+            save(made, folder / f"ranks-{ranks.world_size}", SAVED, ranks)
+        saved = _multipliers(made)
+        losses += train_steps(made, ranks, config, SAVED + 1, 2 * SAVED)
+        types = sorted({str(value.dtype) for value in made.buffers.tensors.values()})
+        found[kind] = {"losses": losses, "saved": saved, "last": _multipliers(made), "types": types}
+    return found
 
 
 def skipped(ranks: Ranks, stage: int) -> dict[str, Any]:
@@ -52,7 +59,3 @@ def skipped(ranks: Ranks, stage: int) -> dict[str, Any]:
 
 def _multipliers(engine: Engine) -> dict[str, float]:
     return {name: float(value) for name, value in engine.buffers.tensors.items()}
-
-
-def _types(engine: Engine) -> list[str]:
-    return sorted({str(value.dtype) for value in engine.buffers.tensors.values()} - {str(torch.float32)})

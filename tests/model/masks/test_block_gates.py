@@ -175,20 +175,20 @@ def test_closed_blocks_are_not_read_when_a_token_is_decoded(pays: None) -> None:
 
 
 def test_the_multiplier_brings_the_mean_to_the_density_from_either_side() -> None:
-    model = feed_forward("cosine", blocks=4, density=0.25, dual_rate=0.05)
+    model = feed_forward("cosine", blocks=4, density=0.25, dual_rate=0.1)
     torch.nn.init.normal_(model.gate, std=0.05)
-    optimizer = torch.optim.SGD([model.gate_bias], lr=2.0)
+    optimizer = torch.optim.SGD([model.gate_bias], lr=8.0)
     x, means = torch.randn(2, 50, 24), []
-    for _ in range(400):
+    for _ in range(120):
         [statistics] = model(x, sample_keys(0, STEP, SAMPLES[:2]))[1].values()
-        pull = (1.0 - model.gates(x).mask.mean()).square() * 0.2  # of a loss that would have all gates open
+        pull = (1.0 - model.gates(x).mask.mean()).square() * 0.4  # of a loss that would have all gates open
         optimizer.zero_grad()
         (statistics["block_penalty"] + pull).backward()
         optimizer.step()
         model.ascend(statistics["mask_mean"])
         means.append(statistics["mask_mean"].item())
     assert means[-1] == pytest.approx(0.25, abs=0.03)
-    assert model.multiplier.item() == pytest.approx(0.3, abs=0.05)
+    assert model.multiplier.item() == pytest.approx(0.6, abs=0.05)
     for _ in range(30):
         model.ascend(torch.tensor(0.0))
     assert model.multiplier.item() == 0.0
@@ -221,7 +221,7 @@ def test_a_text_grows_as_if_it_were_read_anew_and_its_gates_are_told(name: str, 
     generation = Generation(model, prompts, Sampling(temperature=0.0))
     texts = [prompt.tolist() for prompt in prompts]
     for _ in range(8):
-        for number, token in generation.step().items():
+        for number, [token] in generation.step().items():
             assert token == int(model.logits(torch.tensor([texts[number]]))[0, -1].argmax())
             texts[number].append(token)
     seen = inspect(model, torch.tensor(texts[0]))
