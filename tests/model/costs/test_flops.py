@@ -10,9 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config.mask_config import LearnedDropoutConfig
 from model.config.model_config import ModelConfig
-from model.costs.flops import forward_flops_per_token, training_flops_per_token, utilisation_per_token
-from model.costs.totals import forward_flops, sample_flops_by_part
+from model.costs.flops import (
+    executed_flops_per_token,
+    forward_flops_per_token,
+    training_flops_per_token,
+    utilisation_per_token,
+)
+from model.costs.totals import executed_flops, forward_flops, sample_flops_by_part
 from model.gpus import peak_flops
+from model.masks import block_gates
 from tests.model.helpers import ARCHITECTURES, EVERY, batch_of, build, configured, variant
 
 SHAPES: list[dict[str, Any]] = [
@@ -89,6 +95,17 @@ def test_each_part_is_what_torch_counts_in_its_modules(name: str) -> None:
         ]
         assert sum(counted[n] for n in modules) == flops, part
     assert sum(parts.values()) == forward_flops(config)
+
+
+@pytest.mark.parametrize("name", ["gates", "bert_gates"])
+def test_what_is_executed_is_what_torch_counts_where_closed_blocks_are_left_out(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_gates, "pays", lambda *sizes, **options: True)
+    config = variant(name)
+    assert counted(config, 2, backward=False) == 2 * executed_flops(config) < 2 * forward_flops(config)
+    executed = executed_flops_per_token(config, training=True) * 2 * config.context
+    assert counted(config, 2, backward=True) == executed == pytest.approx(6 * executed_flops(config))
 
 
 @pytest.mark.parametrize(("sites", "expected"), [(0, 25_051_136), (2, 31_342_592)])
