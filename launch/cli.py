@@ -1,5 +1,6 @@
 """`duet`: the command line. Each command imports what it runs inside its own function."""
 
+import gc
 import io
 import sys
 from collections.abc import Iterator
@@ -201,6 +202,7 @@ def wanted(library: str, extra: str, by: str) -> Iterator[None]:
 
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2, and so is a path that the system refuses."""
+    gc.set_threshold(100_000)  # at Python's 700, a fifth of what importing torch takes goes into looking for garbage
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may be no text, and a terminal may lack a character
             stream.reconfigure(errors="backslashreplace")
