@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain.run.checkpoint_folder import UNSEALED_FORMATS
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint.checkpoint import CheckpointManifest
+    from pretrain.checkpoint.manifest import CheckpointManifest
 
 
 def problems(manifest: "CheckpointManifest") -> Iterator[str]:

@@ -1,0 +1,105 @@
+"""The manifest of a checkpoint, which makes a folder one: what it holds, where. Free of torch: it is looked at, too."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError, model_validator
+
+from data_pipeline.errors import CheckpointError
+from data_pipeline.files.sealed import seal
+from model.architectures.names import current_name, former_name
+from pretrain.checkpoint.consistency import problems
+from pretrain.run.checkpoint_folder import FORMAT, MANIFEST, OLDEST_FORMAT, check_file, read_manifest
+
+BUFFER = "buffer/"
+"""Before the name of the first shard's tensors that hold the model's buffers."""
+LAST_WITHOUT_BACKBONE = 3
+_ADAM_STATES = ("fp32", "exp_avg", "exp_avg_sq")
+"""What each parameter has in the oldest format, which had AdamW only."""
+NAMED = ("shapes", "states", "buffers")
+"""Fields of a manifest that are by the name of a parameter or buffer."""
+
+
+class CheckpointShard(BaseModel, extra="forbid", frozen=True):
+    """One rank's file and the fragments in it, in order: (parameter, start, numel)."""
+
+    file: str
+    bytes: int
+    xxh3_128: str
+    fragments: list[tuple[str, int, int]]
+
+
+class CheckpointManifest(BaseModel, extra="forbid", frozen=True):
+    """What makes a directory a checkpoint."""
+
+    format: int = FORMAT
+    step: int
+    optimizer_steps: int
+    """Updates AdamW has applied; less than `step` by the skipped ones."""
+    world_size: int
+    zero_stage: int
+    shapes: dict[str, list[int]]
+    states: dict[str, tuple[str, ...]]
+    """What each parameter is made of: fp32, and what its optimizer keeps."""
+    buffers: dict[str, list[int]] = {}
+    """Shapes of the model's buffers."""
+    shards: list[CheckpointShard]
+    state: dict[str, Any]
+    """Everything that is not a tensor: data position, fingerprint, tokenizer, configuration, attempt, commit."""
+    validation_loss: float | None = None
+    """Of this very step, in nats a token, when there was a validation."""
+    saved: float | None = None
+    """Seconds since the epoch, at the copy."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_states(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("format") == OLDEST_FORMAT and isinstance(raw.get("shapes"), dict):
+            return raw | {"states": dict.fromkeys(raw["shapes"], _ADAM_STATES)}
+        return raw
+
+    @model_validator(mode="after")
+    def _name_as_today(self) -> "CheckpointManifest":
+        """Until format 3 an architecture's parameters were the model's own, without `backbone.` before their names."""
+        if self.format > LAST_WITHOUT_BACKBONE:
+            return self
+        named = {field: {current_name(name): value for name, value in getattr(self, field).items()} for field in NAMED}
+        shards = [
+            shard.model_copy(update={"fragments": [(current_name(name), *place) for name, *place in shard.fragments]})
+            for shard in self.shards
+        ]
+        for field, value in {**named, "shards": shards}.items():
+            object.__setattr__(self, field, value)
+        return self
+
+    def stored_name(self, buffer: str) -> str:
+        """What a buffer is called in the first shard."""
+        return BUFFER + (former_name(buffer) if self.format <= LAST_WITHOUT_BACKBONE else buffer)
+
+    @classmethod
+    def load(cls, path: Path) -> "CheckpointManifest":
+        """Of a checkpoint's folder: compared with its own hash, and every shard is there in its full size.
+
+        Raises:
+            CheckpointError: names the file that is missing, unreadable, altered or of the wrong size.
+        """
+        raw = read_manifest(path)
+        try:
+            found = cls.model_validate(raw)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            place = ".".join(map(str, wrong["loc"]))
+            raise CheckpointError(f"{path / MANIFEST}: damaged: {place}: {wrong['msg']}") from None
+        for problem in problems(found):
+            raise CheckpointError(f"{path / MANIFEST}: damaged: {problem}")
+        for shard in found.shards:
+            size = check_file(path / shard.file)
+            if size != shard.bytes:
+                raise CheckpointError(
+                    f"{path / shard.file}: {size} bytes, the manifest says {shard.bytes}: truncated or altered"
+                )
+        return found
+
+    def sealed(self) -> str:
+        """As it stands on disk, with its own hash."""
+        return seal(self.model_dump_json(indent=1))
