@@ -4,19 +4,21 @@ Standard library only: every room may import this leaf.
 """
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 RUN, CHECKPOINT, EXPORT, DATASET = "run folder", "checkpoint", "export", "dataset"
 
 
 def kind_of(folder: Path) -> str | None:
-    """One of the four; None for any other folder, and for what is none."""
-    if (folder / "run.json").is_file():
-        return RUN
-    if (folder / "EXPORT.txt").is_file():
-        return EXPORT
-    if (folder / "manifest.json").is_file():
-        return DATASET if (folder / "tokenizer").is_dir() else CHECKPOINT
+    """One of the four; None for any other folder, for what is none, and where one may not look."""
+    with suppress(OSError):
+        if (folder / "run.json").is_file():
+            return RUN
+        if (folder / "EXPORT.txt").is_file():
+            return EXPORT
+        if (folder / "manifest.json").is_file():
+            return DATASET if (folder / "tokenizer").is_dir() else CHECKPOINT
     return None
 
 

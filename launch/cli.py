@@ -38,7 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Duet: pretrain parallel encoder-decoders with learned dropout, and what they are compared with.",
 )
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")

@@ -113,7 +113,7 @@ def verify(path: PathArg) -> None:
     if wrong:
         raise CheckpointError("\n".join(wrong))
     if not paths:
-        raise CheckpointError(f"{path}: neither a checkpoint nor a run folder with one")
+        raise CheckpointError(f"{path}: {_no_checkpoint(path)}")
 
 
 @app.command("diff")
@@ -210,6 +210,13 @@ def export(
     typer.echo(f"{checkpoint.path}: exported to {to or deepspeed}")
 
 
+def _no_checkpoint(path: Path) -> str:
+    from data_pipeline.places import RUN, kind_of, mistaken
+
+    told = mistaken(path, "checkpoint or run folder") if kind_of(path) != RUN else None
+    return told or "neither a checkpoint nor a run folder with one"
+
+
 def _warn(text: str) -> None:
     typer.echo(f"warning: {text}", err=True)
 
@@ -245,5 +252,5 @@ def _newest(path: Path) -> Path:
         return path
     found = complete(RunFolder(path).checkpoints, _warn)
     if not found:
-        raise CheckpointError(f"{path}: neither a checkpoint nor a run folder with one")
+        raise CheckpointError(f"{path}: {_no_checkpoint(path)}")
     return found[0]

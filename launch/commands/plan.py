@@ -148,9 +148,14 @@ def _board(gpu: str | None, tflops: float | None, memory: int | None) -> tuple[s
 
 
 def _with_vocabulary(config: "Config") -> "Config":
+    from data_pipeline.places import DATASET, kind_of
+
+    path = Path(config.data.path)
+    if config.model.vocab_size is not None or kind_of(path) != DATASET:
+        return config
     from dataclasses import dataclass
 
-    from data_pipeline.storage.manifest import MANIFEST, Manifest
+    from data_pipeline.storage.manifest import Manifest
     from pretrain.config.dataset_identity import complete
 
     @dataclass(frozen=True)
@@ -158,9 +163,6 @@ def _with_vocabulary(config: "Config") -> "Config":
         path: Path
         manifest: Manifest
 
-    path = Path(config.data.path)
-    if config.model.vocab_size is not None or not (path / MANIFEST).is_file():
-        return config
     return complete(config, Built(path, Manifest.load(path)))
 
 

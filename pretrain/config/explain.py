@@ -28,7 +28,7 @@ def explain(detail: Any, stack: list[Layer], keys: Keys) -> str:
     message = _expected(location, detail["type"], keys) or detail["msg"].removeprefix("Value error, ")
     # Our own messages name what they want named: a value may be a password.
     show = detail["type"] != "value_error" and not isinstance(detail["input"], dict | BaseModel)
-    given = f" (given: {_plain(detail['input'])})" if show else ""
+    given = f" (given: {detail['input']!r})" if show else ""
     key = ".".join(location)
     return f"{origin(location, stack)}: {key + ': ' if key else ''}{message}{given}"
 
@@ -78,7 +78,3 @@ def _words(key: str, given: Any) -> Iterator[str]:
 def _ours(word: str) -> str:
     key, note = OURS[word]
     return f"; {word} is {key} here{f' ({note})' if note else ''}"
-
-
-def _plain(value: Any) -> str:
-    return f"[{', '.join(map(repr, value))}]" if isinstance(value, list | tuple) else repr(value)

@@ -163,7 +163,7 @@ def _missing(arg: str) -> str:
     if kind == DATASET:
         return f"a dataset, and a configuration is wanted; did you mean data.path={arg}?"
     if kind == CHECKPOINT:
-        return f"a checkpoint, and a configuration is wanted; did you mean {Path(arg).parents[1] / 'config.yaml'}?"
+        return f"a checkpoint, and a configuration is wanted; did you mean {Path(arg).parent.parent / 'config.yaml'}?"
     if Path(arg).is_dir():
         return "a folder, and a YAML file, a preset or KEY=VALUE is wanted"
     if near := _near_presets(arg):

@@ -76,6 +76,9 @@ def typed(*words: str) -> tuple[int, str]:
         (("train", "model/tiny", "data.path=runs/first"), "data.path=runs/first: this is a run folder, and a dataset"),
         (("checkpoint", "ls", "data"), "data: this is a dataset, and a run folder is wanted"),
         (("checkpoint", "ls", "exported"), "this is an export, and a run folder is wanted; `duet generate exported`"),
+        (("checkpoint", "verify", "data"), "this is a dataset, and a checkpoint or run folder is wanted"),
+        (("runs", "ls", "data"), "data: this is a dataset, and a run folder is wanted"),
+        (("logs", "exported"), "this is an export, and a run folder is wanted"),
         (("report", "data"), "this is a dataset, and a run folder is wanted"),
         (("track", "sync", "data"), "this is a dataset, and a run folder is wanted"),
         (
