@@ -12,20 +12,23 @@ def describe(config: Config, ranks: int) -> str:
     import torch
 
     from data_pipeline.sampling import packing_plan
-    from data_pipeline.sampling.sample_plan import Plan, wanted_phase
+    from data_pipeline.sampling.sample_plan import Plan, told_shares, wanted_phase
     from data_pipeline.storage.dataset import Dataset
     from model.architectures import registry
     from pretrain.config.dataset_identity import complete, identity
+    from pretrain.engine.hardware import check_hardware
     from pretrain.evaluation.batches import Batches
     from pretrain.evaluation.evaluate import held_out
     from pretrain.run import origin
     from pretrain.run.run_folder import RunFolder
 
+    check_hardware(config, ranks, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     dataset = Dataset.of(config.data)
     config.objective.check(dataset)
-    windows = None
+    windows, shares = None, None
     if config.data.packing == "plain" or packing_plan.prepared(dataset, config.model.context):
-        plan = Plan(dataset, wanted_phase(dataset, config.data, config.model.context), config.run.seed)
+        phase = wanted_phase(dataset, config.data, config.model.context)
+        plan, shares = Plan(dataset, phase, config.run.seed), told_shares(dataset, config.data, phase)
         windows = sum(len(of_source) for of_source in plan.windows.values())
         held_out(dataset, config)
     Batches.of(config, dataset, torch.device("cpu"))  # needs pieces of the tokenizer
@@ -47,6 +50,7 @@ def describe(config: Config, ranks: int) -> str:
             *start,
             f"model      {config.model.architecture}, {sum(p.numel() for p in model.parameters()):,} parameters",
             f"data       {config.data.path}: {number}windows of {config.model.context} tokens",
+            *([f"           {shares}"] if shares else []),
             f"batch      {config.batch.tokens:,} tokens = {ranks} rank(s) x {accumulation} x {micro_batch} sequences",
             f"steps      {config.train.steps:,}: {samples * config.model.context:,} tokens, {read}",
             f"engine     ZeRO {config.engine.zero_stage}, {config.engine.precision}",

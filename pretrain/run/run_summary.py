@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipeline.errors import RunError
 from data_pipeline.files.sealed import unseal
+from data_pipeline.places import RUN, mistaken
 from data_pipeline.secret import redact
 from pretrain.metric_names import BITS_PER_BYTE, LOSS, VALIDATION
 from pretrain.run.journal import HEALTH, Point, Record, noting, read, series, told_damaged
@@ -70,7 +71,8 @@ def load(run_dir: Path) -> RunData:
     if not run_dir.is_dir():
         raise RunError(f"{run_dir}: no such folder; {expected}")
     if not journal.is_file():
-        raise RunError(f"{run_dir}: no metrics.jsonl in it; {expected}")
+        told = mistaken(run_dir, RUN)
+        raise RunError(f"{run_dir}: {told or f'no metrics.jsonl in it; {expected}'}")
     kinds: dict[str, list[Record]] = {}
     warnings: list[Record] = []
     damaged: list[str] = []

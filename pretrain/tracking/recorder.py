@@ -45,7 +45,7 @@ T = TypeVar("T")
 COUNTED = {STEPS_SKIPPED: "steps without an update", SPIKES: "loss spikes", ROLLBACKS: "rollbacks"}
 """What the summary tells of a run's health."""
 ASLEEP_SECONDS = 60.0
-"""MLflow waits for the first step's record at most: importing it takes as long as importing torch, and the step's time."""
+"""MLflow waits for the first step's record at most: to import it takes as long as importing torch."""
 CLOSE_SECONDS = 10.0
 CLOSE_SECONDS_AFTER_SIGNAL = 2.0
 
