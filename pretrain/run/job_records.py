@@ -107,9 +107,6 @@ class Wish:
     time: float = field(default_factory=time.time)
 
 
-_ADAPTERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (RankFailure, Failure, Heartbeat, Wish)}
-
-
 class JobFolder:
     """Paths and records of a run folder's Slurm part."""
 
@@ -312,9 +309,13 @@ def _parsed(text: bytes) -> dict[str, Any]:
 
 def _records(kind: type[R], found: Iterable[dict[str, Any]]) -> list[R]:
     """Leaves out records without what every one has, or of wrong types, and what a newer version may have added."""
-    adapter = _ADAPTERS[kind]
-    made = []
-    for record in found:
+    made: list[R] = []
+    if not (
+        records := [record for record in found if record]
+    ):  # building an adapter takes longer than all else that is done here
+        return made
+    adapter = TypeAdapter(kind)
+    for record in records:
         with contextlib.suppress(ValidationError):
             made.append(adapter.validate_python(record))
     return made
