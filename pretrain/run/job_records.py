@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -310,12 +311,13 @@ def _parsed(text: bytes) -> dict[str, Any]:
 def _records(kind: type[R], found: Iterable[dict[str, Any]]) -> list[R]:
     """Leaves out records without what every one has, or of wrong types, and what a newer version may have added."""
     made: list[R] = []
-    if not (
-        records := [record for record in found if record]
-    ):  # building an adapter takes longer than all else that is done here
-        return made
-    adapter = TypeAdapter(kind)
-    for record in records:
+    for record in filter(None, found):
         with contextlib.suppress(ValidationError):
-            made.append(adapter.validate_python(record))
+            made.append(_adapter(kind).validate_python(record))
     return made
+
+
+@cache
+def _adapter(kind: type[R]) -> TypeAdapter[R]:
+    """Built when a record is there: that takes longer than all else that a command does here."""
+    return TypeAdapter(kind)
