@@ -318,6 +318,6 @@ def _records(kind: type[R], found: Iterable[dict[str, Any]]) -> list[R]:
 
 
 @cache
-def _adapter(kind: type[R]) -> TypeAdapter[R]:
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
     """Built when a record is there: that takes longer than all else that a command does here."""
     return TypeAdapter(kind)
