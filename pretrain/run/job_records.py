@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -106,6 +105,9 @@ class Wish:
     restart: int
     """Of the start that asks; to the next ones, and to other jobs, it means nothing."""
     time: float = field(default_factory=time.time)
+
+
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 
 
 class JobFolder:
@@ -313,11 +315,7 @@ def _records(kind: type[R], found: Iterable[dict[str, Any]]) -> list[R]:
     made: list[R] = []
     for record in filter(None, found):
         with contextlib.suppress(ValidationError):
-            made.append(_adapter(kind).validate_python(record))
+            if kind not in _ADAPTERS:  # built when a record is there: that takes longer than all else here
+                _ADAPTERS[kind] = TypeAdapter(kind)
+            made.append(_ADAPTERS[kind].validate_python(record))
     return made
-
-
-@cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    """Built when a record is there: that takes longer than all else that a command does here."""
-    return TypeAdapter(kind)
