@@ -1,6 +1,9 @@
 """What `duet train --dry-run` says: everything is checked, nothing is written."""
 
+from collections.abc import Iterator
+
 from pretrain.config.schema import Config
+from pretrain.run.run_folder import RunFolder
 
 
 def describe(config: Config, ranks: int) -> str:
@@ -20,7 +23,6 @@ def describe(config: Config, ranks: int) -> str:
     from pretrain.evaluation.batches import Batches
     from pretrain.evaluation.evaluate import held_out
     from pretrain.run import origin
-    from pretrain.run.run_folder import RunFolder
 
     check_hardware(config, ranks, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     dataset = Dataset.of(config.data)
@@ -38,21 +40,23 @@ def describe(config: Config, ranks: int) -> str:
     if folder.has_trained():
         folder.check(config, identity(config, dataset))
     with torch.device("meta"):
-        model = registry.build(config.model)
+        parameters = sum(parameter.numel() for parameter in registry.build(config.model).parameters())
+    return "\n".join(_lines(config, ranks, parameters, windows, shares))
+
+
+def _lines(config: Config, ranks: int, parameters: int, windows: int | None, shares: str | None) -> Iterator[str]:
+    folder = RunFolder(config.run_dir)
     micro_batch, accumulation = config.micro_batches(ranks)
-    start = [f"begins at  {config.run.start_from}"] if config.run.start_from else []
     samples = config.global_batch * config.train.steps
     read = f"{samples / windows:.2f} epochs" if windows else "packed into windows at the start"
     number = f"{windows:,} " if windows else ""
-    return "\n".join(
-        [
-            f"run        {folder.path}" + (" (goes on)" if folder.run_file.exists() else " (new)"),
-            *start,
-            f"model      {config.model.architecture}, {sum(p.numel() for p in model.parameters()):,} parameters",
-            f"data       {config.data.path}: {number}windows of {config.model.context} tokens",
-            *([f"           {shares}"] if shares else []),
-            f"batch      {config.batch.tokens:,} tokens = {ranks} rank(s) x {accumulation} x {micro_batch} sequences",
-            f"steps      {config.train.steps:,}: {samples * config.model.context:,} tokens, {read}",
-            f"engine     ZeRO {config.engine.zero_stage}, {config.engine.precision}",
-        ]
-    )
+    yield f"run        {folder.path}" + (" (goes on)" if folder.run_file.exists() else " (new)")
+    if config.run.start_from:
+        yield f"begins at  {config.run.start_from}"
+    yield f"model      {config.model.architecture}, {parameters:,} parameters"
+    yield f"data       {config.data.path}: {number}windows of {config.model.context} tokens"
+    if shares:
+        yield f"           {shares}"
+    yield f"batch      {config.batch.tokens:,} tokens = {ranks} rank(s) x {accumulation} x {micro_batch} sequences"
+    yield f"steps      {config.train.steps:,}: {samples * config.model.context:,} tokens, {read}"
+    yield f"engine     ZeRO {config.engine.zero_stage}, {config.engine.precision}"

@@ -23,13 +23,12 @@ from model.masks.block_gates import block_gates
 from pretrain.config.schema import Config
 from pretrain.engine import fragments
 from pretrain.engine.adamw8bit import SIGNED
-from pretrain.engine.buffers import Buffers
+from pretrain.engine.buffers import Buffers, Multipliers
 from pretrain.engine.caches import own_caches
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.fragments import Fragment, Kept
 from pretrain.engine.hardware import check_hardware
 from pretrain.engine.layer_transforms import checkpoint_activations, compile_layers
-from pretrain.engine.multipliers import Multipliers
 from pretrain.engine.optim import (
     ADAM_STATES,
     CHUNK,

@@ -16,6 +16,7 @@ from pretrain.run.run_listing import run_state
 
 OF_SOURCES = (BITS_PER_BYTE.family, VALIDATION.family)
 """What the names of a validation's numbers of one source begin with; the one that is drawn if it is there first."""
+_EXPECTED = "expected a run folder, with metrics.jsonl, run.json and config.yaml, as `duet train` makes it"
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,7 @@ def load(run_dir: Path) -> RunData:
     Raises:
         RunError: there is no such folder, no journal in it or nothing in the journal.
     """
-    expected = "expected a run folder, with metrics.jsonl, run.json and config.yaml, as `duet train` makes it"
-    journal = run_dir / "metrics.jsonl"
-    if not run_dir.is_dir():
-        raise RunError(f"{run_dir}: no such folder; {expected}")
-    if not journal.is_file():
-        told = mistaken(run_dir, RUN)
-        raise RunError(f"{run_dir}: {told or f'no metrics.jsonl in it; {expected}'}")
+    journal = _journal(run_dir)
     kinds: dict[str, list[Record]] = {}
     warnings: list[Record] = []
     damaged: list[str] = []
@@ -90,7 +85,7 @@ def load(run_dir: Path) -> RunData:
 
     points = series(sorted_out())
     if last is None:
-        raise RunError(f"{journal}: empty; {expected}")
+        raise RunError(f"{journal}: empty; {_EXPECTED}")
     try:
         content = _bytes(run_dir / "run.json")
         facts = json.loads(redact(json.dumps(unseal(content, formats=())))) if content else {}
@@ -112,6 +107,16 @@ def load(run_dir: Path) -> RunData:
         warnings=warnings,
         slowest=kinds.get("slowest", []),
     )
+
+
+def _journal(run_dir: Path) -> Path:
+    if not run_dir.is_dir():
+        raise RunError(f"{run_dir}: no such folder; {_EXPECTED}")
+    journal = run_dir / "metrics.jsonl"
+    if not journal.is_file():
+        told = mistaken(run_dir, RUN)
+        raise RunError(f"{run_dir}: {told or f'no metrics.jsonl in it; {_EXPECTED}'}")
+    return journal
 
 
 def verdict(run: RunData) -> tuple[str, str]:
