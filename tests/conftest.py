@@ -1,9 +1,14 @@
 """Fixtures for all rooms."""
 
+import contextlib
 import json
 import os
+import select
 import shutil
+import signal
+import socket
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,7 @@ import pytest
 from hypothesis import settings
 
 from tests import warm
-from tests.runs import CHARACTERS, MARKED, ROOT, build_dataset, program
+from tests.runs import CHARACTERS, MARKED, ROOT, build_dataset
 
 SLOWEST = (
     *("test_docs.py", "test_end_to_end.py", "test_health.py", "test_study.py", "test_tracking_faults.py"),
@@ -42,6 +47,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
 
 
+GRACE = 30.0
+"""Seconds for the other ranks to notice that one has failed; then they are ended."""
+
+
 class RanksFailed(AssertionError):
     """A rank did not return; carries what the ranks printed."""
 
@@ -51,15 +60,47 @@ def ranks() -> Callable[..., list[Any]]:
     """ranks("tests.distributed.cases:name", world, **args) -> the JSON result of every rank."""
 
     def run(target: str, world: int, timeout: float = 240, **args: Any) -> list[Any]:
-        request = {"target": target, "world": world, "timeout": timeout, "args": args}
-        done = program("tests.ranks", json.dumps(request), cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        answer = json.loads(done.stdout)
-        if "results" not in answer:
-            raise RanksFailed(f"exit codes {answer['codes']}\n" + "\n".join(answer["outputs"]))
-        return answer["results"]
+        with tempfile.TemporaryDirectory(prefix="ranks-") as name, contextlib.ExitStack() as stack:
+            results = [Path(name, f"{rank}.json") for rank in range(world)]
+            logs = [stack.enter_context(open(Path(name, f"{rank}.log"), "w+b")) for rank in range(world)]
+            nothing = stack.enter_context(open(os.devnull))
+            shared = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
+            shared["DUET_RENDEZVOUS"] = f"file://{name}/store"
+            programs = [
+                warm.start(
+                    "tests.ranks",
+                    [json.dumps({"target": target, "args": args, "result": str(result)})],
+                    str(ROOT),
+                    shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    [nothing.fileno(), log.fileno(), log.fileno()],
+                )
+                for rank, (result, log) in enumerate(zip(results, logs, strict=True))
+            ]
+            codes = _codes(programs, timeout)
+            if any(codes):
+                said = (Path(log.name).read_text(errors="replace") for log in logs)
+                raise RanksFailed(f"exit codes {codes}\n" + "\n".join(said))
+            return [json.loads(result.read_text()) for result in results]
 
     return run
+
+
+def _codes(programs: list[socket.socket], timeout: float) -> list[int]:
+    """How each rank ended; those that outlive another's failure by GRACE seconds, or the timeout, are ended."""
+    codes: dict[socket.socket, int] = {}
+    end = time.monotonic() + timeout
+    with contextlib.ExitStack() as stack:
+        for program in programs:
+            stack.enter_context(program)
+        while left := [program for program in programs if program not in codes]:
+            for program in select.select(left, [], [], max(0.0, end - time.monotonic()))[0]:
+                codes[program] = warm.code_of(program)
+                if codes[program]:
+                    end = min(end, time.monotonic() + GRACE)
+            if time.monotonic() > end:
+                for program in left:
+                    codes.setdefault(program, -signal.SIGKILL)
+        return [codes[program] for program in programs]
 
 
 @pytest.fixture(scope="session")

@@ -27,18 +27,31 @@ def call(
 
     Without a `timeout` signals are passed on. Raises TimeoutError, and ends the program.
     """
-    request = {"module": module, "arguments": list(arguments), "cwd": cwd, "environment": dict(environment)}
-    with _connect(environment[FOLDER]) as parent:
-        parent.settimeout(timeout)
-        content = json.dumps(request).encode()
-        socket.send_fds(parent, [len(content).to_bytes(4, "little")], list(descriptors))
-        parent.sendall(content)
+    with start(module, arguments, cwd, environment, descriptors) as program:
+        program.settimeout(timeout)
         if timeout is None:
             for number in FORWARDED:
-                signal.signal(number, lambda number, frame: parent.send(bytes([number])))
-        answer = parent.recv(4)
+                signal.signal(number, lambda number, frame: program.send(bytes([number])))
+        return code_of(program)
+
+
+def start(
+    module: str, arguments: Sequence[str], cwd: str, environment: Mapping[str, str], descriptors: Sequence[int]
+) -> socket.socket:
+    """Begin it: what is sent is a signal's number, what comes is the end, and to close it ends the program."""
+    request = {"module": module, "arguments": list(arguments), "cwd": cwd, "environment": dict(environment)}
+    program = _connect(environment[FOLDER])
+    content = json.dumps(request).encode()
+    socket.send_fds(program, [len(content).to_bytes(4, "little")], list(descriptors))
+    program.sendall(content)
+    return program
+
+
+def code_of(program: socket.socket) -> int:
+    """Wait for its end."""
+    answer = program.recv(4)
     if not answer:
-        raise EOFError(f"the parent is gone; its words are in {environment[FOLDER]}/log")
+        raise EOFError(f"the parent is gone; its words are in {os.environ[FOLDER]}/log")
     return int.from_bytes(answer, "little", signed=True)
 
 

@@ -22,7 +22,7 @@ _MODERN = {"norm": "rmsnorm", "positions": "rotary", "ff": "swiglu", "heads": 4,
 _EVERYWHERE = ["enc_ff", "dec_ff", "enc_sa", "dec_sa", "cross", "embed"]
 _ALONE = {"architecture": "decoder_only"}
 _ALONE_EVERYWHERE = ["dec_ff", "dec_sa", "embed"]
-VARIANTS: dict[str, dict[str, Any]] = {
+_CAUSAL: dict[str, dict[str, Any]] = {
     "parallel": {},
     "decoder": _ALONE,
     "serial": {"topology": "serial"},
@@ -77,7 +77,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 _T5 = {"architecture": "encoder_decoder"}
 _BERT = {"architecture": "encoder_only"}
 _BERT_EVERYWHERE = ["enc_ff", "enc_sa", "embed"]
-NOT_CAUSAL: dict[str, dict[str, Any]] = {
+_BOTH_WAYS: dict[str, dict[str, Any]] = {
     "t5": {**_T5, "norm": "rmsnorm", "cross_heads": 2, "bias": True},
     "t5_modern": {**_T5, **_MODERN, "norm_position": "post", "learned_dropout": {"sites": _EVERYWHERE}},
     "t5_embed": {
@@ -103,11 +103,61 @@ NOT_CAUSAL: dict[str, dict[str, Any]] = {
     },
 }
 """The same of the models that do not predict each token from those before it."""
-EVERY = VARIANTS | NOT_CAUSAL
+NAMED = _CAUSAL | _BOTH_WAYS
+
+
+def options(changes: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """A variant's changes by their dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in changes.items():
+        found |= options(value, f"{place}{name}.") if isinstance(value, dict) else {place + name: value}
+    return found
+
+
+def _nested(options: dict[str, Any]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for key, value in options.items():
+        *way, name = key.split(".")
+        part = changes
+        for step in way:
+            part = part.setdefault(step, {})
+        part[name] = value
+    return changes
+
+
+def _class(options: dict[str, Any]) -> tuple[object, ...]:
+    """What keeps variants apart: a suite treats them otherwise, or the one would hide the other."""
+    rounding = options.get("learned_dropout.rounding")
+    masks = options.get("learned_dropout.enabled", True), rounding if rounding != "threshold_ste" else None
+    losses = any(key.startswith("encoder_loss") for key in options), any(key.startswith("l0") for key in options)
+    return options.get("architecture"), options.get("norm") == "batchnorm", masks, losses
+
+
+def _together(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Variants joined where their options do not contradict one another; the plain ones stay plain."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, changes in variants.items():
+        mine = options(changes)
+        for other, theirs in found.items():
+            agree = all(theirs.get(key, value) == value for key, value in mine.items())
+            if mine and theirs and agree and _class(mine) == _class(theirs) and _possible(mine | theirs):
+                del found[other]
+                name, mine = f"{other}+{name}", theirs | mine
+                break
+        found[name] = mine
+    return {name: _nested(mine) for name, mine in found.items()}
+
+
+def _possible(options: dict[str, Any]) -> bool:
+    try:
+        small(**_nested(options))
+    except ValueError:
+        return False
+    return True
 
 
 def _patterned(of: str, **pattern: Any) -> dict[str, Any]:
-    return EVERY[of] | {"pattern": pattern}
+    return NAMED[of] | {"pattern": pattern}
 
 
 PATTERNED = {
@@ -143,7 +193,7 @@ def small(architecture: str = "parallel_encoder_decoder", **changes: Any) -> Any
 
 
 def variant(name: str, **changes: Any) -> Any:
-    return small(**((EVERY | PATTERNED | PATTERNED_BOTH_WAYS)[name] | changes))
+    return small(**((NAMED | EVERY | PATTERNED | PATTERNED_BOTH_WAYS)[name] | changes))
 
 
 def build(config: ModelConfig, seed: int = 0) -> TokenModel:
@@ -184,3 +234,8 @@ def open_masks(model: TokenModel, shift: float = 1.57, std: float = 0.5) -> Toke
 
 def without_dropout() -> LearnedDropoutConfig:
     return LearnedDropoutConfig(enabled=False)
+
+
+VARIANTS, NOT_CAUSAL = _together(_CAUSAL), _together(_BOTH_WAYS)
+"""Few rich variants, for suites that are to hold for each option: `a+b` has the options of both."""
+EVERY = VARIANTS | NOT_CAUSAL

@@ -63,7 +63,7 @@ def test_densities_and_states_are_those_of_a_plain_pass(name: str) -> None:
     for mask, density in found.density.items():
         assert density.shape == (ids.shape[1],)
         torch.testing.assert_close(density.mean(), plain.statistics[mask]["density"])
-    if name == "everywhere":
+    if "everywhere" in name:
         assert any(density.unique().numel() > 3 for density in found.density.values()), "tokens differ"
 
 
