@@ -3,7 +3,7 @@
 python docs/make_config_reference.py
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -16,6 +16,7 @@ from model.architectures.registry import ARCHITECTURES, DEFAULT
 from model.config.model_config import ModelConfig
 from pretrain.config.changes import mark_of
 from pretrain.config.schema import Config
+from pretrain.objectives.registry import OBJECTIVES
 
 OUT = Path(__file__).with_name("config.md")
 HEAD = """# Configuration reference
@@ -59,7 +60,7 @@ def _models() -> list[str]:
     """The keys that all architectures have, then those of each that has more."""
     of = {name: dict(_leaves("model", kind)) for name, kind in ARCHITECTURES.items()}
     shared = set.intersection(*(set(keys) for keys in of.values()))
-    names = " or ".join(f"`{name}`" for name in of)
+    names = _either(of)
     parts = ["## model\n\nOne of the architectures: first the keys that all have, then those of each.\n"]
     parts.append(COLUMNS)
     meaning = _prose(ModelConfig.model_fields["architecture"].description)
@@ -89,6 +90,8 @@ def _leaves(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, FieldI
 def _row(key: str, field: FieldInfo) -> str:
     default = "**must be given**" if field.is_required() else f"`{_value(field.default)}`"
     kind, mark = f"{_kind(field.annotation)}{_bounds(field)}", mark_of(field)
+    if key == "data.objective":
+        kind = _either(OBJECTIVES)
     return f"| `{key}` | {kind} | {default} | {_prose(field.description)} |{f' {mark} ' if mark else ' '}|"
 
 
@@ -97,7 +100,7 @@ def _kind(annotation: Any) -> str:
     if origin is Annotated:
         return _kind(arguments[0])
     if origin is Literal:
-        return " or ".join(f"`{value}`" for value in arguments)
+        return _either(arguments)
     if origin in (Union, UnionType):
         return " or ".join(_kind(argument) for argument in arguments if argument is not type(None))
     if origin is list:
@@ -107,6 +110,10 @@ def _kind(annotation: Any) -> str:
     if origin is tuple:
         return f"{len(arguments)} × {_kind(arguments[0])}"
     return {str: "text", int: "integer", float: "number", bool: "true or false"}[annotation]
+
+
+def _either(values: Iterable[object]) -> str:
+    return " or ".join(f"`{value}`" for value in values)
 
 
 def _bounds(field: FieldInfo) -> str:

@@ -5,6 +5,7 @@ With DUET_VERBOSE set, rank 0 shows what the libraries print, too.
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ def die_with(parent: int) -> None:
 def main(args: list[str]) -> int:
     """Join the other ranks and train. Exit code 2 is a mistake the user can mend."""
     started = time.time()
+    gc.disable()  # it would look again and again through what is imported; `Health` collects before the first step
     if parent := os.environ.pop("DUET_PARENT", None):
         die_with(int(parent))
 

@@ -28,6 +28,8 @@ ONLY_IN = {
 }
 MOST_FILES = 12
 """In a room, `__init__.py` aside."""
+MOST_LINES = 50
+"""Of a function's body."""
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 ROOMS = sorted({file.parent for file in FILES})
 
@@ -106,6 +108,9 @@ def test_the_rules_see_a_breach(tmp_path: Path) -> None:
     breach = tmp_path / "breach.py"
     breach.write_text("def f():\n    from pretrain import engine\n    import deepspeed.comm\n")
     assert {"pretrain", "pretrain.engine", "deepspeed.comm"} <= set(imports(breach))
+    [function] = ast.parse(breach.read_text()).body
+    assert isinstance(function, ast.FunctionDef)
+    assert body_lines(function) == 2
     with pytest.raises(CycleError):
         list(TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
 
@@ -143,9 +148,34 @@ def test_commands_that_read_a_checkpoint_load_neither_compiler_nor_engine() -> N
     assert done.returncode == 0, done.stderr
 
 
+def test_no_two_public_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for file in FILES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    assert len(places) > 200
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
 def test_files_stay_readable() -> None:
     long = {str(f.relative_to(ROOT)): n for f in FILES if (n := len(f.read_text().splitlines())) > 420}
     assert not long, f"one idea a file, about 400 lines: {long}"
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Docstring included; a signature is a table, such as that of a command's options."""
+    return (function.end_lineno or 0) - function.body[0].lineno + 1
+
+
+def test_functions_stay_readable() -> None:
+    long = {
+        f"{file.relative_to(ROOT)}: {node.name}": body_lines(node)
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and body_lines(node) > MOST_LINES
+    }
+    assert not long
 
 
 def test_a_path_in_a_command_that_is_printed_is_quoted_for_a_shell() -> None:

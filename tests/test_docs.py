@@ -57,6 +57,7 @@ RUN_ELSEWHERE = {
     "srun --kill-on-bad-exit=1 duet-rank model/tiny run/quickstart data.path=data/mine run.name=wide": "Slurm",
     "bash slurm/tokenize.sbatch 32 mine.yaml data.path=data/shared": "tests/slurm/test_tokenize.py",
     "duet data upload data/mine s3://bucket/mine": "tests/data_pipeline/storage/test_remote.py",
+    "duet checkpoint shrink runs/gated --gates --to smaller": "tests/pretrain/export/test_shrink.py",
     "duet cancel runs/first": "tests/slurm/test_status.py",
     "duet requeue runs/first": "tests/slurm/test_status.py",
     "duet resume runs/first --nodes 4": "tests/slurm/test_status.py",

@@ -190,6 +190,31 @@ def export(
     typer.echo(f"{checkpoint.path}: exported to {to or deepspeed}")
 
 
+@app.command("shrink")
+def shrink(
+    path: Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="A run folder (its newest checkpoint), or one.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder: an export of the smaller model.")],
+    gates: Annotated[bool, typer.Option("--gates", help="Remove gated blocks that no held-out token opens.")] = False,
+) -> None:
+    """Export a smaller model, without what it never uses; says the validation loss before and after.
+
+    Example: `duet checkpoint shrink runs/gated --gates --to smaller`
+    """
+    from data_pipeline.errors import ConfigError
+    from pretrain.export.shrink import shrink as remove
+    from pretrain.run.origin import parse
+
+    if not gates:
+        raise ConfigError("say what to remove: --gates, the blocks of feed forwards that no held-out token opens")
+    found = remove(*parse(path), to)
+    for name, (before, after) in found.blocks.items():
+        typer.echo(f"{name}: {after} of {before} blocks stay")
+    (many, fewer), (loss, other) = found.parameters, found.loss
+    typer.echo(f"parameters: {many:,} before, {fewer:,} after")
+    typer.echo(f"validation loss: {loss:.6f} before, {other:.6f} after")
+    typer.echo(f"exported to {to}")
+
+
 def _warn(text: str) -> None:
     typer.echo(f"warning: {text}", err=True)
 

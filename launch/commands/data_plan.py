@@ -67,6 +67,7 @@ def plan_lines(config: "Config", tokens: int | None) -> Iterator[str]:
     context = config.model.context
     wanted = config.train.steps * config.batch.tokens if tokens is None else tokens
     dataset = Dataset.of(config.data)
+    config.objective.check(dataset)
     _pack(dataset, config.data.packing, context)
     phase = wanted_phase(dataset, config.data, context)
     plan = Plan(dataset, phase, config.run.seed)

@@ -14,7 +14,7 @@ from model.gpus import GPUS
 
 if TYPE_CHECKING:
     from pretrain.config.schema import Config
-    from pretrain.planning.costs import Costs, Stage
+    from pretrain.planning.costs import RunCosts, Stage
 
 app = typer.Typer(no_args_is_help=True, help="Size and cost of a model.")
 ConfigArgs = Annotated[
@@ -43,18 +43,22 @@ def params(config: ConfigArgs, as_json: JsonOption = False) -> None:
 def flops(config: ConfigArgs, as_json: JsonOption = False) -> None:
     """Floating-point operations for each token of a full context: forward, in training, and forward by part.
 
-    Matrix products only; the token table is the head. Training is three times the forward pass.
+    Matrix products only; the token table is the head. Training is three times the forward pass. With model.block_gates
+    there are two numbers more: what is executed without closed blocks, at the density that is configured.
 
     Examples: `duet model flops model/published model.vocab_size=50257`,
     `duet model flops model/decoder-125m model.vocab_size=50257 model.context=4096 --json`
     """
-    from model.costs.flops import forward_flops_per_token, training_flops_per_token
-    from model.costs.totals import sample_flops_by_part
+    from model.costs.flops import executed_flops_per_token, forward_flops_per_token, training_flops_per_token
+    from model.costs.totals import gated_flops, sample_flops_by_part
 
     whole = _load(config)
-    model, pairs = whole.model, whole.data.objective == "pairs"
+    model, pairs = whole.model, whole.objective.of_pairs
     parts = {name: count / model.context for name, count in sample_flops_by_part(model, pairs).items()}
     totals = {"forward": forward_flops_per_token(model, pairs), "training": training_flops_per_token(model, pairs)}
+    if gated_flops(model, pairs):
+        totals["forward executed"] = executed_flops_per_token(model, pairs)
+        totals["training executed"] = executed_flops_per_token(model, pairs, training=True)
     _print(totals, parts, as_json)
 
 
@@ -132,13 +136,13 @@ def _with_vocabulary(config: "Config") -> "Config":
     return complete(config, Built(path, Manifest.load(path)))
 
 
-def _fits(found: "Costs", config: "Config") -> bool:
+def _fits(found: "RunCosts", config: "Config") -> bool:
     own = found.stages[config.engine.zero_stage].memory
     assert own is not None
     return own.total <= found.gpu_bytes
 
 
-def _tree(found: "Costs") -> dict[str, object]:
+def _tree(found: "RunCosts") -> dict[str, object]:
     tree = asdict(found)
     tree["stages"] = {
         str(number): {
@@ -152,7 +156,7 @@ def _tree(found: "Costs") -> dict[str, object]:
     return tree
 
 
-def _lines(config: "Config", found: "Costs", gpus: int, gpu: str, mfu: float) -> list[str]:
+def _lines(config: "Config", found: "RunCosts", gpus: int, gpu: str, mfu: float) -> list[str]:
     from pretrain.tracking.console import duration
 
     board, engine, steps = GPUS[gpu], config.engine, config.train.steps
@@ -162,7 +166,7 @@ def _lines(config: "Config", found: "Costs", gpus: int, gpu: str, mfu: float) ->
         f"gpus        {gpus} x {gpu}: {board.memory_gb} GB, {board.peak_flops / 1e12:g} dense bf16 TFLOP/s",
         f"batch       {config.batch.tokens:,} tokens = {gpus} rank(s) x {found.accumulation} x {found.micro_batch} "
         f"sequences of {config.model.context}",
-        f"step        {found.flops_per_step:.3g} FLOPs, {found.step_seconds:.3g} s at MFU {mfu:g}",
+        f"step        {_flops(found)}, {found.step_seconds:.3g} s at MFU {mfu:g}",
         f"speed       {found.tokens_per_second:,.0f} tokens/s",
         f"run         {steps:,} steps, {steps * config.batch.tokens:,} tokens: {duration(found.run_seconds)}, "
         f"{found.run_seconds * gpus / 3600:,.1f} GPU hours",
@@ -174,9 +178,16 @@ def _lines(config: "Config", found: "Costs", gpus: int, gpu: str, mfu: float) ->
         f"  ZeRO {''.join(f'{part:>12}' for part in _PARTS)}       total  largest micro-batch, fullest moment",
     ]
     lines += [_row(number, stage, own=number == engine.zero_stage) for number, stage in found.stages.items()]
+    if found.gates:
+        lines.insert(4, f"gates       {found.gates}")
     if not _fits(found, config):
         lines += ["", "The run does not fit. What would:", *(f"  {change}" for change in found.fitting or _NOTHING)]
     return lines
+
+
+def _flops(found: "RunCosts") -> str:
+    executed, nominal = found.executed_flops_per_step, found.flops_per_step
+    return f"{nominal:.3g} FLOPs" if executed == nominal else f"{executed:.3g} FLOPs of {nominal:.3g}"
 
 
 _NOTHING = ("a smaller model only",)

@@ -22,6 +22,7 @@ def describe(config: Config, ranks: int) -> str:
     from pretrain.run.run_folder import RunFolder
 
     dataset = Dataset.of(config.data)
+    config.objective.check(dataset)
     windows = None
     if config.data.packing == "plain" or packing_plan.prepared(dataset, config.model.context):
         plan = Plan(dataset, wanted_phase(dataset, config.data, config.model.context), config.run.seed)

@@ -266,5 +266,5 @@ def _shares(config: Config, ranks: int) -> bool:
 
 
 def _measured(records: list[Record], name: str) -> list[float]:
-    """In seconds."""
+    """Values in seconds of a metric that is recorded in milliseconds."""
     return [record.metrics[name] / 1e3 for record in records if name in record.metrics]

@@ -48,7 +48,7 @@ class LearnedDropout(SiteDropout, Cached):
             self.scale = nn.Parameter(nn.init.normal_(torch.empty(config.width), std=INIT_STD))
         else:
             self.qkv = Linear(config.width, 3 * config.width, bias=False)
-            self._attention = CausalAttention(config, config.heads)
+            self._attention = CausalAttention(config, config.heads, layer=0 if site == "embed" else layer)
         self.shift = nn.Parameter(torch.full((config.width,), self.config.shift_init))
         self._noise_site = noise_site(self.name)
 

@@ -5,7 +5,8 @@ for each kind of state; in the first also the model's buffers) and `manifest.jso
 manifest is written last and removed first: a checkpoint exists only while its manifest does.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from data_pipeline.errors import CheckpointError
 from data_pipeline.files.sealed import seal
 from data_pipeline.sampling.data_state import DataState
 from model.architectures.names import current_name, former_name
-from pretrain.checkpoint.consistency import problems
 from pretrain.checkpoint.shard_file import CheckpointShard, hash_file
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import ADAM_STATES, Engine, Fragment
@@ -28,6 +28,7 @@ from pretrain.run.checkpoint_folder import (
     FORMAT,
     MANIFEST,
     OLDEST_FORMAT,
+    UNSEALED_FORMATS,
     check_file,
     complete,
     read_manifest,
@@ -109,7 +110,7 @@ class Checkpoint:
             self.manifest = CheckpointManifest.model_validate(raw)
         except ValidationError as error:
             raise CheckpointError(f"{path / MANIFEST}: damaged: {error}") from None
-        for problem in problems(self.manifest):
+        for problem in _problems(self.manifest):
             raise CheckpointError(f"{path / MANIFEST}: damaged: {problem}")
         for shard in self.manifest.shards:
             size = check_file(path / shard.file)
@@ -287,3 +288,64 @@ def _verified(path: Path, ranks: Ranks) -> Checkpoint:
     checkpoint = Checkpoint(path)
     checkpoint.verify(ranks.rank, ranks.world_size)
     return checkpoint
+
+
+def _problems(manifest: CheckpointManifest) -> Iterator[str]:
+    """In what it does not agree with itself: all that can be checked of older ones, which have no hash."""
+    if manifest.format in UNSEALED_FORMATS:
+        yield from _odd_values(manifest)
+    files = [shard.file for shard in manifest.shards]
+    if files != [f"shard-{rank:05d}.safetensors" for rank in range(manifest.world_size)]:
+        yield f"the shards of {manifest.world_size} rank(s) are not {', '.join(files) or 'none'}"
+    if manifest.states.keys() != manifest.shapes.keys():
+        yield f"states and shapes name different parameters: {_first(manifest.states.keys() ^ manifest.shapes.keys())}"
+    held: dict[str, list[tuple[int, int]]] = {}
+    for shard in manifest.shards:
+        for name, start, numel in shard.fragments:
+            held.setdefault(name, []).append((start, numel))
+    if unknown := held.keys() - manifest.shapes.keys():
+        yield f"a fragment of {_first(unknown)}, which is no parameter"
+    for name, shape in manifest.shapes.items():
+        end = 0
+        for start, numel in sorted(held.get(name, [])):
+            if start != end:
+                break
+            end += numel
+        if end != math.prod(shape):
+            yield f"incomplete: {name} is not covered from element {end}"
+
+
+def _odd_values(manifest: CheckpointManifest) -> Iterator[str]:
+    if not 0 <= manifest.optimizer_steps <= manifest.step:
+        yield f"optimizer_steps {manifest.optimizer_steps} at step {manifest.step}"
+    if manifest.zero_stage not in range(4):
+        yield f"zero_stage {manifest.zero_stage}"
+    for key, kind in (("data", dict), ("config", dict), ("types", dict), ("tokenizer", str), ("attempt", int)):
+        if not isinstance(manifest.state.get(key, kind()), kind):
+            yield f"state.{key} is {manifest.state[key]!r:.80}"
+            return
+    data, config = manifest.state.get("data"), manifest.state.get("config")
+    if data and config:
+        yield from _odd_position(manifest.step, data, config)
+
+
+def _odd_position(step: int, data: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
+    """Every step reads a batch; after a rollback, steps are fewer by whole batches."""
+    try:
+        tokens = config["batch"]["tokens"]
+        samples = tokens // config["model"]["context"]
+        read, read_tokens = data["samples_seen"], data["tokens_seen"]
+        more = read - step * samples
+        fits = more >= 0 and more % samples == 0 and read_tokens * samples == read * tokens
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        yield f"where the data stood cannot be told: {error!r}"
+        return
+    if not fits:
+        yield (
+            f"{read} samples and {read_tokens} tokens were read by step {step}, in batches of {samples} samples and "
+            f"{tokens} tokens: that does not fit"
+        )
+
+
+def _first(names: Any) -> str:
+    return min(names)

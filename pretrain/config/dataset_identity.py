@@ -13,7 +13,7 @@ from data_pipeline.storage.manifest import Manifest
 from pretrain.config.schema import Config
 
 
-class Dataset(Protocol):
+class HasManifest(Protocol):
     """A `data_pipeline.storage.dataset.Dataset`, or as much of it as a login node has."""
 
     @property
@@ -28,7 +28,7 @@ class Built:
     manifest: Manifest
 
 
-def complete(config: Config, dataset: Dataset) -> Config:
+def complete(config: Config, dataset: HasManifest) -> Config:
     """The configuration with the dataset's vocabulary, and with its place as an absolute path.
 
     Raises:
@@ -46,7 +46,7 @@ def complete(config: Config, dataset: Dataset) -> Config:
     return config.model_copy(update={"model": model, "data": data})
 
 
-def identity(config: Config, dataset: Dataset) -> dict[str, Any]:
+def identity(config: Config, dataset: HasManifest) -> dict[str, Any]:
     """What a run folder records of its dataset; `order0_entropy` in bits per byte of the validation text."""
     manifest = dataset.manifest
     return {

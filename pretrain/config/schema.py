@@ -31,6 +31,8 @@ from pretrain.config.sections import (
     TrackingConfig,
     TrainConfig,
 )
+from pretrain.objectives.objective import Objective
+from pretrain.objectives.registry import objective_of
 
 ARCHITECTURE = "model.architecture"
 
@@ -52,25 +54,23 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
 
     @model_validator(mode="after")
     def _the_objective_fits_the_model(self) -> "Config":
-        self.model.check_objective(self.data.objective)
-        if self.data.objective == "prefix" and self.model.document_mask:
+        objective = self.objective
+        self.model.check_objective(objective.name)
+        if objective.against_documents and self.model.document_mask:
             raise ValueError(
-                "data.objective=prefix reads the start of a window both ways, whatever documents are in it; "
-                "leave model.document_mask out"
+                f"data.objective={objective.name} {objective.against_documents}; leave model.document_mask out"
             )
-        if self.data.objective == "pairs" and self.model.document_mask:
-            raise ValueError("data.objective=pairs has one pair in a row; leave model.document_mask out")
         return self
 
     @model_validator(mode="after")
     def _packed_windows_suit_the_objective(self) -> "Config":
         data = self.data
-        if data.packing == "best_fit" and data.objective not in ("causal", "masked"):
+        if data.packing == "best_fit" and not self.objective.takes_packed:
             raise ValueError(
                 f"data.packing=best_fit fills a window with several documents and padding, and data.objective="
                 f"{data.objective} takes a window as one text without gaps; take data.packing=plain"
             )
-        if data.mask_boundaries and data.objective != "causal":
+        if data.mask_boundaries and not self.objective.takes_boundaries:
             raise ValueError(
                 f"data.mask_boundaries is about the label after a document's end, which data.objective="
                 f"{data.objective} has not; leave it out"
@@ -164,7 +164,9 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         return self
 
     @model_validator(mode="after")
-    def _batch_statistics_are_taken_once(self) -> "Config":
+    def _layers_bear_what_the_engine_does(self) -> "Config":
+        if self.engine.compile and self.model.why_not_compiled:
+            raise ValueError(f"engine.compile: {self.model.why_not_compiled}")
         if self.model.norm == "batchnorm" and self.engine.activation_checkpointing:
             raise ValueError(
                 "engine.activation_checkpointing computes each layer twice, and model.norm=batchnorm would let each "
@@ -194,6 +196,11 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         return self
 
     @property
+    def objective(self) -> type[Objective]:
+        """What is made of the text for the model to learn from."""
+        return objective_of(self.data.objective)
+
+    @property
     def global_batch(self) -> int:
         """Sequences of one optimizer step over all ranks."""
         return self.batch.tokens // self.model.context
@@ -201,9 +208,8 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
     @property
     def labels_vary(self) -> bool:
         """Whether micro-batches of a step may hold unequal numbers of labels, so that ranks have to add them up."""
-        data = self.data
-        uneven = data.objective in ("prefix", "masked", "pairs") or data.packing == "best_fit"
-        return uneven or data.mask_boundaries or self.model.document_mask
+        uneven = self.objective.labels_vary or self.data.packing == "best_fit"
+        return uneven or self.data.mask_boundaries or self.model.document_mask
 
     @property
     def run_dir(self) -> Path:

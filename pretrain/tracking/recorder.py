@@ -1,4 +1,4 @@
-"""All that rank 0 tells the world about a run: journal, MLflow, terminal, report. Silent on the other ranks."""
+"""All that rank 0 writes about a run: journal, MLflow, terminal, report. Silent on the other ranks."""
 
 import shlex
 import shutil

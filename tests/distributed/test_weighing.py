@@ -19,11 +19,13 @@ CASE = "tests.distributed.weighing_cases:learn"
 MASKED = ["data.objective=masked", "model.architecture=encoder_only"]
 TWO_SEQUENCES = ["model.architecture=encoder_decoder", "model.learned_dropout.sites=[enc_ff,dec_ff,dec_sa,cross,embed]"]
 PACKED = "data.packing=best_fit"
+WINDOW = ["model.pattern.kind=window", "model.pattern.window=4", "model.pattern.sinks=1"]
+TURNS = ["model.pattern.kind=strided", "model.pattern.stride=2", "model.pattern.merge=alternate", "model.layers=2"]
 RUNS = {
     "causal": ["model.encoder_loss.kind=mse", "model.z_loss=0.01", "model.label_smoothing=0.1", "model.dropout=0.1"],
     "boundaries": ["data.mask_boundaries=true", "model.architecture=decoder_only", "model.z_loss=0.01"],
-    "packed": [PACKED, "model.encoder_loss.kind=mse", "engine.activation_checkpointing=true", "model.z_loss=0.01"],
-    "documents": [PACKED, "model.document_mask=true", "model.encoder_loss.kind=log_cosine"],
+    "packed": [PACKED, *TURNS, "model.encoder_loss.kind=mse", "engine.activation_checkpointing=true"],
+    "documents": [PACKED, *WINDOW, "model.document_mask=true", "model.encoder_loss.kind=log_cosine"],
     "prefix": ["data.objective=prefix", "model.learned_dropout.enabled=false", "model.l0.enabled=true"],
     "masked": [*MASKED, "model.label_smoothing=0.1"],
     "masked packed": [*MASKED, PACKED, "model.learned_dropout.sites=[enc_ff,enc_sa,embed]"],

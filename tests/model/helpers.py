@@ -62,6 +62,14 @@ _CAUSAL: dict[str, dict[str, Any]] = {
     "modern_decoder": {**_ALONE, **_MODERN, "kv_heads": 1, "attention": "explicit"},
     "post_norm": {"norm_position": "post", "positions": "sinusoidal", "cross_source": "layer_input"},
     "sinusoidal": {**_ALONE, "positions": "sinusoidal", "width": 18, "heads": 3},
+    "gates": {**_OFF, "bias": True, "block_gates": {"kind": "top", "blocks": 4, "density": 0.5}},
+    "gates_cosine": {
+        "learned_dropout": {"sites": ["dec_sa", "enc_ff"]},
+        "block_gates": {"kind": "cosine", "sites": ["dec_ff"], "blocks": 4},
+        "norm_position": "post",
+        "dropout": 0.1,
+    },
+    "gates_modern": {**_ALONE, **_OFF, **_MODERN, "block_gates": {"kind": "cosine", "left": {"dec_ff/01": 5}}},
     "sinusoidal_next": {"positions": "sinusoidal", "add_next_position": True, "subtract_next_position": "plain"},
 }
 """Every option at least once, in the combinations that could break one another."""
@@ -80,12 +88,14 @@ _BOTH_WAYS: dict[str, dict[str, Any]] = {
     },
     "t5_dropout": {**_T5, **_OFF, "positions": "sinusoidal", "dropout": 0.2},
     "t5_batchnorm": {**_T5, **_OFF, "norm": "batchnorm", "bias": True},
+    "t5_gates": {**_T5, **_MODERN, **_OFF, "block_gates": {"kind": "cosine", "blocks": 4}},
     "t5_l0": {**_T5, **_OFF, "attention": "flash", "l0": {"enabled": True, "sites": _EVERYWHERE}},
     "bert": {**_BERT, "norm_position": "post", "bias": True},
     "bert_batchnorm": {**_BERT, "norm": "batchnorm"},
     "bert_batchnorm_post": {**_BERT, **_OFF, "norm": "batchnorm", "norm_position": "post", "dropout": 0.2},
     "bert_modern": {**_BERT, **_MODERN, "attention": "flash", "learned_dropout": {"sites": _BERT_EVERYWHERE}},
     "bert_embed": {**_BERT, "attention": "explicit", "learned_dropout": {"sites": _BERT_EVERYWHERE, "source": "embed"}},
+    "bert_gates": {**_BERT, **_OFF, "block_gates": {"kind": "top", "blocks": 2, "density": 0.5, "left": {}}},
     "bert_dropout": {**_BERT, **_OFF, "positions": "sinusoidal", "dropout": 0.2},
     "bert_elementwise": {
         **_BERT,
@@ -100,7 +110,7 @@ def options(changes: dict[str, Any], place: str = "") -> dict[str, Any]:
     """A variant's changes by their dotted keys."""
     found: dict[str, Any] = {}
     for name, value in changes.items():
-        found |= options(value, f"{place}{name}.") if isinstance(value, dict) else {place + name: value}
+        found |= options(value, f"{place}{name}.") if isinstance(value, dict) and value else {place + name: value}
     return found
 
 
@@ -119,8 +129,8 @@ def _class(options: dict[str, Any]) -> tuple[object, ...]:
     """What keeps variants apart: a suite treats them otherwise, or the one would hide the other."""
     rounding = options.get("learned_dropout.rounding")
     masks = options.get("learned_dropout.enabled", True), rounding if rounding != "threshold_ste" else None
-    losses = any(key.startswith("encoder_loss") for key in options), any(key.startswith("l0") for key in options)
-    return options.get("architecture"), options.get("norm") == "batchnorm", masks, losses
+    parts = {key.split(".")[0] for key in options} & {"encoder_loss", "l0", "block_gates"}
+    return options.get("architecture"), options.get("norm") == "batchnorm", masks, parts
 
 
 def _together(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -146,6 +156,31 @@ def _possible(options: dict[str, Any]) -> bool:
     return True
 
 
+def _patterned(of: str, **pattern: Any) -> dict[str, Any]:
+    return NAMED[of] | {"pattern": pattern}
+
+
+PATTERNED = {
+    "window": _patterned("parallel", kind="window", window=3),
+    "sinks": _patterned("modern_decoder", kind="window", window=2, sinks=2, full_every=2),
+    "sinks_alone": _patterned("cross_first", kind="window", window=3, sinks=1),
+    "globals": _patterned("dropout_decoder", kind="window", window=2, globals=[0, 4]),
+    "strided": _patterned("serial", kind="strided", stride=3),
+    "strided_alternate": _patterned("everywhere_elementwise", kind="strided", stride=3, merge="alternate"),
+    "strided_heads": _patterned("everywhere_embed", kind="strided", stride=4, merge="heads"),
+    "fixed": _patterned("modern", kind="fixed", stride=4, summary=2),
+    "fixed_alternate": _patterned("post_norm", kind="fixed", stride=3, merge="alternate"),
+    "fixed_heads": _patterned("dropout_modern", kind="fixed", merge="heads"),
+}
+"""Each pattern with another model, so that options meet in pairs."""
+PATTERNED_BOTH_WAYS = {
+    "bert_window": _patterned("bert_modern", kind="window", window=3),
+    "bert_globals": _patterned("bert", kind="window", window=2, globals=[0, 4]),
+    "t5_strided": _patterned("t5_modern", kind="strided", stride=3, merge="alternate"),
+    "t5_fixed": _patterned("t5_embed", kind="fixed", merge="heads"),
+}
+
+
 def configured(**fields: Any) -> Any:
     """The configuration that these keys make."""
     return configure(fields)
@@ -158,7 +193,7 @@ def small(architecture: str = "parallel_encoder_decoder", **changes: Any) -> Any
 
 
 def variant(name: str, **changes: Any) -> Any:
-    return small(**((NAMED | EVERY)[name] | changes))
+    return small(**((NAMED | EVERY | PATTERNED | PATTERNED_BOTH_WAYS)[name] | changes))
 
 
 def build(config: ModelConfig, seed: int = 0) -> TokenModel:
@@ -188,6 +223,10 @@ def open_masks(model: TokenModel, shift: float = 1.57, std: float = 0.5) -> Toke
             torch.nn.init.normal_(parameter, std=10 * std, generator=generator)
         if "dropout.scale" in name:
             torch.nn.init.normal_(parameter, std=40 * std, generator=generator)
+        if name.endswith("ff.gate"):
+            torch.nn.init.normal_(parameter, std=std, generator=generator)
+        if name.endswith("ff.gate_bias"):
+            torch.nn.init.constant_(parameter, shift)
         if "dropout.log_alpha" in name:
             torch.nn.init.normal_(parameter, std=2 * std, generator=generator)
     return model

@@ -121,3 +121,16 @@ def test_utilisation() -> None:
     assert share is not None
     assert share * 1e6 == pytest.approx(2.968e-4, rel=1e-3)
     assert utilisation_per_token(config, "", 1) is None
+
+
+def test_a_pattern_counts_the_keys_that_it_lets_be_seen() -> None:
+    """Of each layer, and of its masks; the last query sees most."""
+    shape: dict[str, Any] = {"architecture": "decoder_only", "layers": 3, "width": 32, "context": 64, "vocab_size": 50}
+    full = configured(**shape)
+    window = configured(**shape, pattern={"kind": "window", "window": 8, "sinks": 2, "full_every": 3})
+    saved = 64 * 4 * 32 * (64 - 10)
+    assert forward_flops(full) - forward_flops(window) == 2 * 2 * saved
+    strided = configured(**shape, pattern={"kind": "strided", "stride": 8, "merge": "alternate"})
+    assert forward_flops(full) - forward_flops(strided) == 2 * 3 * 64 * 4 * 32 * (64 - 8)
+    halves = configured(**shape, pattern={"kind": "fixed", "stride": 8, "summary": 2, "merge": "heads"})
+    assert forward_flops(full) - forward_flops(halves) == 2 * 3 * 64 * 4 * 32 * (64 - (8 + 16) // 2)
