@@ -1,8 +1,10 @@
-"""Write docs/config.md from the typed configuration: every key, its kind, its default and what it means.
+"""Write docs/config.md and configs/schema.json from the typed configuration: every key, its kind, its default and what
+it means.
 
 python docs/make_config_reference.py
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
@@ -15,10 +17,12 @@ from pydantic.fields import FieldInfo
 from model.architectures.registry import ARCHITECTURES, DEFAULT
 from model.config.model_config import ModelConfig
 from pretrain.config.changes import mark_of
+from pretrain.config.json_schema import json_schema
 from pretrain.config.schema import Config
 from pretrain.objectives.registry import OBJECTIVES
 
 OUT = Path(__file__).with_name("config.md")
+SCHEMA = Path(__file__).parent.parent / "configs" / "schema.json"
 HEAD = """# Configuration reference
 
 Generated from the code by `python docs/make_config_reference.py`; a test holds that it is up to date.
@@ -37,6 +41,12 @@ SIGNS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
 def main() -> None:
     """Write the file."""
     OUT.write_text(reference(), encoding="utf-8")
+    SCHEMA.write_text(schema(), encoding="utf-8")
+
+
+def schema() -> str:
+    """What the presets name in their first line."""
+    return json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def reference() -> str:

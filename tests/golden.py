@@ -20,7 +20,8 @@ from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from model.architectures import registry
 from pretrain.config.dataset_identity import complete
-from pretrain.config.schema import Config, load, presets
+from pretrain.config.layers import presets
+from pretrain.config.schema import Config, load
 from pretrain.engine.distributed import Ranks, join
 from pretrain.engine.engine import Engine
 from pretrain.evaluation.batches import Batches

@@ -3,16 +3,16 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from model.config.model_config import ModelConfig
-from model.gpus import GPUS
+from data_pipeline.errors import ConfigError
+from model.gpus import GPUS, Gpu, find, near
 
 if TYPE_CHECKING:
+    from model.config.model_config import ModelConfig
     from pretrain.config.schema import Config
     from pretrain.planning.costs import RunCosts, Stage
 
@@ -62,7 +62,7 @@ def flops(config: ConfigArgs, as_json: JsonOption = False) -> None:
     _print(totals, parts, as_json)
 
 
-def _model(config: list[str]) -> ModelConfig:
+def _model(config: list[str]) -> "ModelConfig":
     return _load(config).model
 
 
@@ -86,13 +86,21 @@ def _print(totals: Mapping[str, float], parts: Mapping[str, float], as_json: boo
 
 _GIB = 2**30
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "buffers")
-GpuName = Enum("GpuName", {name: name for name in GPUS})  # type: ignore[misc]
+_OTHERS = "others by --tflops and --memory"
+_SOME = ("a100", "h100", "l40s", "rtx4090")
 
 
 def plan(
     config: ConfigArgs,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs that train together.")],
-    gpu: Annotated[GpuName, typer.Option(help="What they are.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that train together.")] = 1,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"What they are: a100, h100, rtx4090, … (docs/plan.md); {_OTHERS}."),
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="Instead of --gpu: a GPU's dense bf16 peak, in 10^12 FLOP/s.")
+    ] = None,
+    memory: Annotated[int | None, typer.Option(min=1, help="With --tflops: a GPU's memory, in 10^9 bytes.")] = None,
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of the peak that is expected; the journal has time/mfu.")
     ] = 0.4,
@@ -108,21 +116,50 @@ def plan(
     from pretrain.config.schema import load
     from pretrain.planning.costs import costs
 
+    name, board = _board(gpu, tflops, memory)
     loaded = _with_vocabulary(load(config))
-    board = GPUS[gpu.value]
     found = costs(loaded, gpus, board, mfu)
     if as_json:
         typer.echo(json.dumps(_tree(found)))
     else:
-        typer.echo("\n".join(_lines(loaded, found, gpus, gpu.value, mfu)))
+        typer.echo("\n".join(_lines(loaded, found, gpus, name, board, mfu)))
     if not _fits(found, loaded):
         raise typer.Exit(1)
 
 
+def _board(gpu: str | None, tflops: float | None, memory: int | None) -> tuple[str, Gpu]:
+    """What the GPUs are called, and what they are.
+
+    Raises:
+        ConfigError: the options do not say, or name one that is not known.
+    """
+    if gpu is None:
+        if tflops is None or memory is None:
+            raise ConfigError(
+                f"duet plan: name the GPU: --gpu NAME, such as {', '.join(_SOME)} (docs/plan.md lists {len(GPUS)}), or "
+                "--tflops T --memory GB: its dense bf16 peak and its memory"
+            )
+        return "GPU", Gpu("", memory, tflops * 1e12)
+    if tflops is not None or memory is not None:
+        raise ConfigError("--tflops and --memory are for a GPU that --gpu does not know; leave --gpu out")
+    if board := find(gpu):
+        return gpu.lower(), board
+    known = near(gpu) or _SOME
+    raise ConfigError(
+        f"--gpu {gpu}: not known; near it: {', '.join(known)} ({len(GPUS)} in docs/plan.md); any other by --tflops T "
+        "--memory GB: its dense bf16 peak and its memory"
+    )
+
+
 def _with_vocabulary(config: "Config") -> "Config":
+    from data_pipeline.places import DATASET, kind_of
+
+    path = Path(config.data.path)
+    if config.model.vocab_size is not None or kind_of(path) != DATASET:
+        return config
     from dataclasses import dataclass
 
-    from data_pipeline.storage.manifest import MANIFEST, Manifest
+    from data_pipeline.storage.manifest import Manifest
     from pretrain.config.dataset_identity import complete
 
     @dataclass(frozen=True)
@@ -130,9 +167,6 @@ def _with_vocabulary(config: "Config") -> "Config":
         path: Path
         manifest: Manifest
 
-    path = Path(config.data.path)
-    if config.model.vocab_size is not None or not (path / MANIFEST).is_file():
-        return config
     return complete(config, Built(path, Manifest.load(path)))
 
 
@@ -156,14 +190,13 @@ def _tree(found: "RunCosts") -> dict[str, object]:
     return tree
 
 
-def _lines(config: "Config", found: "RunCosts", gpus: int, gpu: str, mfu: float) -> list[str]:
+def _lines(config: "Config", found: "RunCosts", gpus: int, name: str, board: Gpu, mfu: float) -> list[str]:
     from pretrain.tracking.console import duration
 
-    board, engine, steps = GPUS[gpu], config.engine, config.train.steps
-    checkpoints = found.checkpoints
+    engine, steps, checkpoints = config.engine, config.train.steps, found.checkpoints
     lines = [
         f"model       {config.model.architecture}, {found.parameters:,} parameters",
-        f"gpus        {gpus} x {gpu}: {board.memory_gb} GB, {board.peak_flops / 1e12:g} dense bf16 TFLOP/s",
+        f"gpus        {gpus} x {name}: {board.memory_gb} GB, {board.peak_flops / 1e12:g} dense bf16 TFLOP/s",
         f"batch       {config.batch.tokens:,} tokens = {gpus} rank(s) x {found.accumulation} x {found.micro_batch} "
         f"sequences of {config.model.context}",
         f"step        {_flops(found)}, {found.step_seconds:.3g} s at MFU {mfu:g}",

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 
 from model.attention.rule import Rows
-from model.config.pattern_config import CHUNK, Pattern, Patterns
+from model.config.pattern_config import Pattern, Patterns
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 """Attention of query [.., T, d] to key and value [.., S, d] with a mask [.., T, S], or causal without one."""
@@ -63,37 +63,38 @@ class Gathered(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """Chunks of queries, one after the other, that each see sinks and a slice of the keys."""
+    """Chunks of queries, one after the other, that each see a slice of the keys and some far ones."""
 
-    slices: tuple[tuple[int, int], ...]
+    sizes: tuple[int, ...]
+    """Queries."""
+    near: tuple[tuple[int, int], ...]
     """From and to which key."""
-    sinks: int
+    far: tuple[Tensor, ...]
+    """[n] int64, other keys."""
     masks: tuple[Tensor, ...]
-    """[B, 1, Q, K] bool."""
+    """[B, 1, Q, K] bool, of far keys and near ones."""
 
     @classmethod
     def of(cls, rows: Rows, pattern: Pattern) -> "Chunks":
-        """Of a window."""
-        slices, masks = [], []
-        for start in range(0, rows.length, CHUNK):
-            queries = torch.arange(start, min(start + CHUNK, rows.length), device=rows.device)
-            first = max(0, start - pattern.window + 1)
-            end = min(rows.length, start + CHUNK + (0 if rows.causal else pattern.window - 1))
-            sinks = torch.arange(min(pattern.sinks, first), device=rows.device)
-            keys = torch.cat([sinks, torch.arange(first, end, device=rows.device)])
-            slices.append((first, end))
-            masks.append(rows.grid(pattern, queries[None], keys[None]))
-        return cls(tuple(slices), pattern.sinks, tuple(masks))
+        """Of a window with sinks, or of blocks and ends of blocks."""
+        chunks = pattern.chunks(rows.length, rows.causal)
+        far = [torch.tensor(chunk.far, dtype=torch.int64, device=rows.device) for chunk in chunks]
+        masks = []
+        for chunk, others in zip(chunks, far, strict=True):
+            queries, near = (torch.arange(r.start, r.stop, device=rows.device) for r in (chunk.queries, chunk.near))
+            masks.append(rows.grid(pattern, queries[None], torch.cat([others, near])[None]))
+        near_ = tuple((chunk.near.start, chunk.near.stop) for chunk in chunks)
+        return cls(tuple(len(chunk.queries) for chunk in chunks), near_, tuple(far), tuple(masks))
 
     def attend(self, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[B, H, T, d] of each -> [B, H, T, d]."""
         found = []
-        for part, (first, end), mask in zip(query.split(CHUNK, dim=2), self.slices, self.masks, strict=True):
-            sinks = min(self.sinks, first)
-            keys, values = (
-                torch.cat([x[:, :, :sinks], x[:, :, first:end]], 2) if sinks else x[:, :, first:end]
-                for x in (key, value)
-            )
+        parts = zip(query.split(self.sizes, dim=2), self.near, self.far, self.masks, strict=True)
+        for part, (first, last), far, mask in parts:
+            keys, values = key[:, :, first:last], value[:, :, first:last]
+            if len(far):
+                keys = torch.cat([key.index_select(2, far), keys], dim=2)
+                values = torch.cat([value.index_select(2, far), values], dim=2)
             found.append(kernel(part, keys, values, mask, False))
         return torch.cat(found, dim=2)
 

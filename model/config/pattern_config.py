@@ -13,6 +13,17 @@ _MOST_GATHERED = 128
 FEWEST = 256
 """Tokens in a row from which on other forms than a mask T x T pay."""
 
+
+class QueryChunk(NamedTuple):
+    """Queries that are computed together, and the keys that one of them may see."""
+
+    queries: range
+    near: range
+    """Keys around them."""
+    far: list[int]
+    """Other keys: sinks, and ends of blocks."""
+
+
 Form = Literal["full", "dense", "gathered", "chunks", "strided"]
 """How a pattern is computed where FlexAttention does not run: as if there were none; with a mask T x T; blocks of
 queries with those of keys that they see; chunks of queries, one after the other; each column of T / stride rows on its
@@ -66,7 +77,7 @@ class Pattern(NamedTuple):
         return self.full or self.stride == 1 or max(self.window, self.block) >= tokens
 
     def retained(self) -> tuple[int, int] | None:
-        """What no later query needs is all but the first so many positions and the last; None: all are needed."""
+        """How many of a text's first positions, and of its last, later queries need; None: all."""
         if self.full or self.stride or self.summary:
             return None
         return max([self.sinks, *(position + 1 for position in self.marked)]), max(self.window, self.block, 1)
@@ -80,15 +91,32 @@ class Pattern(NamedTuple):
         """
         if self.covers(tokens):
             return "full"
-        alone = [name for name in ("window", "stride", "block", "summary") if getattr(self, name)]
-        if prefix or self.marked or len(alone) != 1 or (documents and (self.sinks or self.block)):
-            return "dense"
-        size = self.window or self.block
-        if self.summary or tokens < max(FEWEST, 4 * size):
+        near = self.window or self.block
+        counted = self.sinks or self.block or self.summary
+        both = self.stride and (near or self.summary)
+        if prefix or self.marked or both or (documents and counted) or tokens < max(FEWEST, 4 * max(near, self.period)):
             return "dense"
         if self.stride:
             return "strided"
-        return "gathered" if size <= _MOST_GATHERED or self.block else "chunks"
+        if not self.summary and (self.block or near <= _MOST_GATHERED):
+            return "gathered"
+        return "chunks" if tokens > CHUNK else "dense"
+
+    def chunks(self, tokens: int, causal: bool) -> list[QueryChunk]:
+        """What is seen in rows of one text of so many tokens; without strides and marked positions."""
+        found, wide, long = [], max(self.window - 1, 0), max(self.block, 1)
+        far = [
+            k
+            for k in range(tokens)
+            if k < self.sinks or (self.summary and k % self.period >= self.period - self.summary)
+        ]
+        for start in range(0, tokens, CHUNK):
+            end = min(start + CHUNK, tokens)
+            first = max(0, min(start - wide, start // long * long))
+            last = end if causal else min(tokens, max(end + wide, -(-end // long) * long))
+            others = [k for k in far if k < first or (k >= last and not causal)]
+            found.append(QueryChunk(range(start, end), range(first, last), others))
+        return found
 
 
 FULL = Pattern(full=True)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from model.config.pattern_config import CHUNK, Pattern, Patterns
+from model.config.pattern_config import Pattern, Patterns
 
 _FP32 = 4
 
@@ -49,14 +49,10 @@ def _form(pattern: Pattern, of: Attended) -> str:
 def _kept(pattern: Pattern, of: Attended) -> Kept:
     form, rows = _form(pattern, of), of.rows if of.documents else 1
     if form == "chunks":
-        masks, copied = 0, 0
-        for start in range(0, of.tokens, CHUNK):
-            first = max(0, start - pattern.window + 1)
-            end = min(of.tokens, start + CHUNK + (0 if of.causal else pattern.window - 1))
-            keys = min(pattern.sinks, first) + end - first
-            masks += rows * (min(start + CHUNK, of.tokens) - start) * keys
-            copied += 2 * keys if min(pattern.sinks, first) else 0
-        return Kept(_saved(of, of.tokens, of.tokens + copied) + masks * of.size)
+        chunks = pattern.chunks(of.tokens, of.causal)
+        scores = sum(len(chunk.queries) * (len(chunk.far) + len(chunk.near)) for chunk in chunks)
+        copied = sum(2 * (len(chunk.far) + len(chunk.near)) for chunk in chunks if chunk.far)
+        return Kept(_saved(of, of.tokens, of.tokens + copied) + rows * scores * of.size)
     if form in ("full", "dense"):
         mask = 0 if form == "full" and not of.documents else rows * of.tokens**2
         return Kept(_saved(of, of.tokens, of.tokens) + mask * of.size)

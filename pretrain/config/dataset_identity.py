@@ -38,7 +38,8 @@ def complete(config: Config, dataset: HasManifest) -> Config:
     if config.model.vocab_size not in (None, vocabulary):
         raise RunError(
             f"model.vocab_size={config.model.vocab_size}, but the tokenizer of {config.data.path} has {vocabulary} "
-            "pieces; leave model.vocab_size out"
+            "pieces: another dataset. A run goes on with data of its own tokenizer only, as a new phase (data.phase); "
+            "for these data start a new run: run.name=NEW model.vocab_size=null"
         )
     model = config.model.model_copy(update={"vocab_size": vocabulary})
     path = config.data.path

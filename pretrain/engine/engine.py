@@ -17,19 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.errors import ConfigError
 from model.architectures.token_model import TokenModel
 from model.batch import Batch, Counts, ModelOutput
 from model.masks.block_gates import block_gates
 from pretrain.config.schema import Config
 from pretrain.engine import fragments
 from pretrain.engine.adamw8bit import SIGNED
-from pretrain.engine.buffers import Buffers
+from pretrain.engine.buffers import Buffers, Multipliers
 from pretrain.engine.caches import own_caches
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.fragments import Fragment, Kept
+from pretrain.engine.hardware import check_hardware
 from pretrain.engine.layer_transforms import checkpoint_activations, compile_layers
-from pretrain.engine.multipliers import Multipliers
 from pretrain.engine.optim import (
     ADAM_STATES,
     CHUNK,
@@ -102,7 +101,7 @@ class Engine:
         Raises:
             ConfigError: the ranks cannot share the batch, or the hardware cannot do what the configuration asks for.
         """
-        check_hardware(config, ranks)
+        check_hardware(config, ranks.world_size, ranks.device)
         bootstrap()
         self.stage = config.engine.zero_stage
         self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
@@ -339,24 +338,6 @@ def _initialized(model: TokenModel, config: Config, ranks: Ranks) -> Any:
 
 def _sum_of_squares(norms: list[Tensor]) -> float:
     return float(torch.stack(norms).double().square().sum()) if norms else 0.0
-
-
-def check_hardware(config: Config, ranks: Ranks) -> None:
-    """What no configuration can know by itself.
-
-    Raises:
-        ConfigError: names the key, the reason and the way on.
-    """
-    engine, device = config.engine, ranks.device.type
-    if engine.precision == "fp16" and device != "cuda":
-        raise ConfigError(f"engine.precision=fp16 needs CUDA; on {device} use engine.precision=bf16 or fp32")
-    if engine.hpz_partition_size > 1 and device != "cuda":
-        raise ConfigError(f"engine.hpz_partition_size={engine.hpz_partition_size} needs CUDA; on {device} leave it out")
-    if ranks.world_size % engine.hpz_partition_size:
-        raise ConfigError(
-            f"engine.hpz_partition_size={engine.hpz_partition_size} does not divide the {ranks.world_size} ranks; "
-            "use the number of ranks of a node"
-        )
 
 
 def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from data_pipeline.errors import CheckpointError, ConfigError, DataError, RunError
 from data_pipeline.files.filesystem import is_uri
+from data_pipeline.places import mistaken
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.tokenize.tokenizer import TOKENIZER, Tokenizer, model_file
 from model.architectures import registry
@@ -121,7 +122,8 @@ def tokenizer_of(checkpoint: Checkpoint, config: Config) -> tuple[Path, Tokenize
 def _checkpoint_of(run: Path, step: int | None) -> Path:
     folder = RunFolder(run)
     if not folder.run_file.is_file():
-        raise RunError(f"{run}: not a run folder (no run.json), and not a checkpoint or an export either")
+        told = mistaken(run, "run folder, checkpoint or export")
+        raise RunError(f"{run}: {told or 'not a run folder (no run.json), and not a checkpoint or an export either'}")
     found = complete(folder.checkpoints, lambda text: print(f"warning: {text}", file=sys.stderr))
     if not found:
         raise CheckpointError(f"{run}: no complete checkpoint yet")

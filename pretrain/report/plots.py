@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pretrain.metric_names import (
     BACKWARD_MS,
@@ -49,6 +49,11 @@ TIME_PARTS = {
     "optimizer": OPTIMIZER_MS,
     "checkpoint": CHECKPOINT_MS,
 }
+NARROW, WIDE = (5.2, 3.0), (10.5, 3.2)
+"""Width and height of a panel, in inches."""
+HEAD, TITLE = 0.9, 0.3
+"""Heights, in the overview, of what stands above all panels and above each, in inches."""
+DPI, OVERVIEW_DPI = 180, 100
 HEAT_COLUMNS = 300
 SOURCES_INSIDE = 6
 """Of more than these the legend is beside the plot."""
@@ -84,38 +89,53 @@ def panel_png(panel: Panel, runs: list[RunData]) -> bytes:
     """One panel with a transparent background, for the page."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 3.2) if panel.wide else (5.2, 3.0), layout="constrained")
+    figure = Figure(figsize=WIDE if panel.wide else NARROW, layout="constrained")
     figure.patch.set_alpha(0.0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0.0)
-    _draw(axes, panel, runs, title=False)
-    return png(figure, dpi=180)
+    _draw(axes, panel, runs)
+    return png(figure, DPI)
 
 
-def overview_png(runs: list[RunData]) -> bytes:
-    """All panels on white with the verdict above them, for a README."""
+def overview_png(runs: list[RunData], drawn: Sequence[tuple[Panel, bytes]]) -> bytes:
+    """The panels on white with the verdict above them, for a README. Made of their PNGs: to draw takes longest."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image
 
-    shown = panels(runs)
-    narrow, wide = [p for p in shown if not p.wide], [p for p in shown if p.wide]
+    narrow, wide = [one for one in drawn if not one[0].wide], [one for one in drawn if one[0].wide]
     columns = min(3, max(1, len(narrow)))
     rows = math.ceil(len(narrow) / columns)
-    height = max(rows + len(wide), 1)
-    figure = Figure(figsize=(5.0 * columns, 3.0 * height + 1.0), facecolor="white", layout="constrained")
+    width = max(NARROW[0] * columns, WIDE[0] if wide else 0.0)
+    height = HEAD + rows * (TITLE + NARROW[1]) + len(wide) * (TITLE + WIDE[1])
+    figure = Figure(figsize=(width, height), dpi=OVERVIEW_DPI, facecolor="white")
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     words = "\n".join(verdict(runs[0])) if len(runs) == 1 else ", ".join(run.name for run in runs)
-    figure.suptitle(_plain(f"{title}\n{words}"), x=0.01, ha="left", fontsize=11, color="#1f2328")
-    grid = figure.add_gridspec(height, columns)
-    places = [grid[divmod(index, columns)] for index in range(len(narrow))]
-    places += [grid[rows + index, :] for index in range(len(wide))]
-    for panel, place in zip(narrow + wide, places, strict=True):
-        _draw(figure.add_subplot(place), panel, runs, title=True)
-    return png(figure, dpi=100)
+    _write(figure, 0.1, 0.1, f"{title}\n{words}", fontsize=11)
+    tops = [HEAD + index // columns * (TITLE + NARROW[1]) for index in range(len(narrow))]
+    tops += [HEAD + rows * (TITLE + NARROW[1]) + index * (TITLE + WIDE[1]) for index in range(len(wide))]
+    lefts = [index % columns * NARROW[0] for index in range(len(narrow))] + [0.0] * len(wide)
+    for (panel, _), left, top in zip(narrow + wide, lefts, tops, strict=True):
+        _write(figure, left + 0.3, top, panel.title, fontsize=10, fontweight="bold")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    page = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+    for (panel, content), left, top in zip(narrow + wide, lefts, tops, strict=True):
+        across, down = (round(OVERVIEW_DPI * inches) for inches in (WIDE if panel.wide else NARROW))
+        picture = Image.open(io.BytesIO(content)).resize((across, down))
+        page.alpha_composite(picture, (round(OVERVIEW_DPI * left), round(OVERVIEW_DPI * (top + TITLE))))
+    buffer = io.BytesIO()
+    page.save(buffer, "png")
+    return buffer.getvalue()
 
 
-def _draw(axes: "Axes", panel: Panel, runs: list[RunData], *, title: bool) -> None:
-    if title:
-        axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color="#1f2328")
+def _write(figure: "Figure", left: float, top: float, text: str, **style: Any) -> None:
+    """Text that begins so many inches from the figure's left and upper edge."""
+    width, height = figure.get_size_inches()
+    figure.text(left / width, 1.0 - top / height, _plain(text), ha="left", va="top", color="#1f2328", **style)
+
+
+def _draw(axes: "Axes", panel: Panel, runs: list[RunData]) -> None:
     axes.tick_params(colors=INK, labelsize=8)
     axes.grid(color=INK, alpha=0.18, linewidth=0.6)
     for side, spine in axes.spines.items():
@@ -382,7 +402,7 @@ def png(figure: "Figure", dpi: int) -> bytes:
     """The figure as it is written to a file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    FigureCanvasAgg(figure)
+    figure.set_dpi(dpi)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    FigureCanvasAgg(figure).print_png(buffer)  # `savefig` draws twice where something is laid out
     return buffer.getvalue()

@@ -51,11 +51,12 @@ def write(runs: list[RunData], out: Path) -> None:
     runs = sorted(runs, key=lambda run: _value(run, measure))
     plots = out.with_name(f"{out.stem}-plots")
     plots.mkdir(parents=True, exist_ok=True)
-    pictures = [html.Picture(panel.title, panel_png(panel, runs), panel.wide) for panel in panels(runs)]
+    drawn = [(panel, panel_png(panel, runs)) for panel in panels(runs)]
+    pictures = [html.Picture(panel.title, png, panel.wide) for panel, png in drawn]
     for picture in pictures:
         write_atomic(plots / f"{picture.title.lower().replace(' ', '-')}.png", picture.png)
     content = _one_run(runs[0], pictures) if len(runs) == 1 else _several_runs(runs, pictures)
-    write_atomic(out.with_suffix(".png"), overview_png(runs))
+    write_atomic(out.with_suffix(".png"), overview_png(runs, drawn))
     write_atomic(out, content)
 
 

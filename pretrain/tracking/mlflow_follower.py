@@ -69,15 +69,22 @@ class Tracker:
 
     def __init__(self, run_dir: Path, warn: Callable[[str], None]) -> None:
         self._warn = warn
+        self._awake = threading.Event()
         self._closing = threading.Event()
         self._abandoned = threading.Event()
         self._mirror = Mirror(run_dir, self._say)
         self._complete = False
+        self._asleep = 0.0
         self._thread = threading.Thread(target=self._run, name="mlflow-mirror", daemon=True)
 
-    def start(self) -> None:
-        """Begin to follow the journal."""
+    def start(self, asleep: float = 0.0) -> None:
+        """Begin to follow the journal: once `wake` is called, or so many seconds are over."""
+        self._asleep = asleep
         self._thread.start()
+
+    def wake(self) -> None:
+        """There is something to send."""
+        self._awake.set()
 
     def close(self, timeout: float) -> bool:
         """Send what is left, trying once more at once, for at most `timeout` seconds.
@@ -86,11 +93,13 @@ class Tracker:
             whether MLflow has all of it; if not, `sync` sends the rest later.
         """
         self._closing.set()
+        self._awake.set()
         self._thread.join(timeout)
         self._abandoned.set()
         return self._complete and not self._thread.is_alive()
 
     def _run(self) -> None:
+        self._awake.wait(self._asleep)
         pause, failures, told = POLL_SECONDS, 0, False
         while True:
             last = self._closing.is_set()

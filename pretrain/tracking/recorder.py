@@ -44,6 +44,8 @@ from pretrain.tracking.mlflow_follower import Tracker, assign, unsent
 T = TypeVar("T")
 COUNTED = {STEPS_SKIPPED: "steps without an update", SPIKES: "loss spikes", ROLLBACKS: "rollbacks"}
 """What the summary tells of a run's health."""
+ASLEEP_SECONDS = 60.0
+"""MLflow waits for the first step's record at most: to import it takes as long as importing torch."""
 CLOSE_SECONDS = 10.0
 CLOSE_SECONDS_AFTER_SIGNAL = 2.0
 
@@ -99,7 +101,7 @@ class Recorder:
             )
         if tracking.mode == "online":
             self._tracker = Tracker(self._folder.path, self.warning)
-            self._tracker.start()
+            self._tracker.start(asleep=ASLEEP_SECONDS)
 
     def note(self, text: str) -> None:
         """Something the user may want to know."""
@@ -120,6 +122,8 @@ class Recorder:
             if name in lines[0].values and name.startswith(("loss/", "penalty/", "gate/")):
                 shown[name] = sum(line.values[name] for line in lines) / len(lines)
         self._console.step(lines[-1].step, shown)
+        if self._tracker:
+            self._tracker.wake()
 
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         """Results of a validation."""

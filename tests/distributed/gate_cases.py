@@ -38,13 +38,13 @@ def follow(ranks: Ranks, engine: list[str], root: str, source: str = "") -> dict
     for kind in KINDS:
         config = config_of(kind, engine)
         made = make_engine(ranks, config)
-        folder = Path(root) / kind
+        folder = Path(root) / f"{kind}-{source or f'ranks-{ranks.world_size}'}"
         losses = []
         if source:
-            Checkpoint(step_path(folder / source, SAVED)).load(made)
+            Checkpoint(step_path(folder, SAVED)).load(made)
         else:
             losses = train_steps(made, ranks, config, 1, SAVED)
-            save(made, folder / f"ranks-{ranks.world_size}", SAVED, ranks)
+            save(made, folder, SAVED, ranks)
         saved = _multipliers(made)
         losses += train_steps(made, ranks, config, SAVED + 1, 2 * SAVED)
         types = sorted({str(value.dtype) for value in made.buffers.tensors.values()})

@@ -39,11 +39,12 @@ def plain(pattern: dict[str, Any], **changes: Any) -> TokenModel:
 
 
 def in_form(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute windows in this one, and all else densely."""
+    """Compute in this one what can be, and all else densely."""
 
     def chosen(self: Pattern, tokens: int, *, documents: bool = False, prefix: bool = False) -> str:
-        only_window = self._replace(window=0, sinks=0) == Pattern()
-        return "dense" if prefix or not only_window or (documents and self.sinks) else form
+        counted = self.sinks or self.block or self.summary
+        takes = not (self.full or self.stride or self.marked or (form == "gathered" and self.summary))
+        return form if takes and not prefix and not (documents and counted) else "dense"
 
     monkeypatch.setattr(Pattern, "form", chosen)
     forms._shared.cache_clear()
@@ -64,7 +65,7 @@ FORMS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(forms, "CHUNK", 5)
+    monkeypatch.setattr(pattern_config, "CHUNK", 5)
     monkeypatch.setattr(pattern_config, "FEWEST", 1)
     forms._shared.cache_clear()
     yield
@@ -118,6 +119,8 @@ def test_each_form_is_taken_where_it_is_the_fastest(monkeypatch: pytest.MonkeyPa
         Pattern(window=3, sinks=2): forms.Gathered,
         Pattern(block=3): forms.Gathered,
         Pattern(stride=3): forms.Strided,
+        Pattern(block=3, summary=1, period=3): forms.Chunks,
+        Pattern(summary=1, period=3): forms.Chunks,
         Pattern(window=3, stride=3): Tensor,
         Pattern(window=4): Tensor,
         Pattern(window=12): type(None),
