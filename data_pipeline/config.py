@@ -1,4 +1,4 @@
-"""What the data pipeline can be told. Free of heavy imports: login nodes read this."""
+"""Configuration of the data pipeline. Free of heavy imports: login nodes read this."""
 
 import re
 from typing import Annotated, Literal, Self
@@ -166,9 +166,7 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     """Seeds the tokenizer's sample, the hash split and the shuffle."""
     shard_tokens: Annotated[int, may_change.BUILD] = Field(default=128 * 2**20, ge=1024)
     """Tokens in a shard (the last of a source in a split may hold fewer)."""
-    objective: Annotated[Literal["causal", "prefix", "masked", "span_corruption", "pairs"], may_change.IN_FORK] = (
-        "causal"
-    )
+    objective: Annotated[str, may_change.IN_FORK] = "causal"
     """What a model learns from the text: the next token; the same behind a prefix that is read both ways; tokens hidden
     by `<mask>` (BERT), which it needs among `tokenizer.user_defined_symbols`; spans cut out, each for a sentinel (T5),
     of `tokenizer.sentinels`; the target of a source, of a dataset built with `target_key`. Each needs a

@@ -1,9 +1,11 @@
-"""Write docs/config.md from the typed configuration: every key, its kind, its default and what it means.
+"""Write docs/config.md and configs/schema.json from the typed configuration: every key, its kind, its default and what
+it means.
 
 python docs/make_config_reference.py
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -15,9 +17,12 @@ from pydantic.fields import FieldInfo
 from model.architectures.registry import ARCHITECTURES, DEFAULT
 from model.config.model_config import ModelConfig
 from pretrain.config.changes import mark_of
+from pretrain.config.json_schema import json_schema
 from pretrain.config.schema import Config
+from pretrain.objectives.registry import OBJECTIVES
 
 OUT = Path(__file__).with_name("config.md")
+SCHEMA = Path(__file__).parent.parent / "configs" / "schema.json"
 HEAD = """# Configuration reference
 
 Generated from the code by `python docs/make_config_reference.py`; a test holds that it is up to date.
@@ -36,6 +41,12 @@ SIGNS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
 def main() -> None:
     """Write the file."""
     OUT.write_text(reference(), encoding="utf-8")
+    SCHEMA.write_text(schema(), encoding="utf-8")
+
+
+def schema() -> str:
+    """What the presets name in their first line."""
+    return json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def reference() -> str:
@@ -59,7 +70,7 @@ def _models() -> list[str]:
     """The keys that all architectures have, then those of each that has more."""
     of = {name: dict(_leaves("model", kind)) for name, kind in ARCHITECTURES.items()}
     shared = set.intersection(*(set(keys) for keys in of.values()))
-    names = " or ".join(f"`{name}`" for name in of)
+    names = _either(of)
     parts = ["## model\n\nOne of the architectures: first the keys that all have, then those of each.\n"]
     parts.append(COLUMNS)
     meaning = _prose(ModelConfig.model_fields["architecture"].description)
@@ -89,6 +100,8 @@ def _leaves(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, FieldI
 def _row(key: str, field: FieldInfo) -> str:
     default = "**must be given**" if field.is_required() else f"`{_value(field.default)}`"
     kind, mark = f"{_kind(field.annotation)}{_bounds(field)}", mark_of(field)
+    if key == "data.objective":
+        kind = _either(OBJECTIVES)
     return f"| `{key}` | {kind} | {default} | {_prose(field.description)} |{f' {mark} ' if mark else ' '}|"
 
 
@@ -97,7 +110,7 @@ def _kind(annotation: Any) -> str:
     if origin is Annotated:
         return _kind(arguments[0])
     if origin is Literal:
-        return " or ".join(f"`{value}`" for value in arguments)
+        return _either(arguments)
     if origin in (Union, UnionType):
         return " or ".join(_kind(argument) for argument in arguments if argument is not type(None))
     if origin is list:
@@ -107,6 +120,10 @@ def _kind(annotation: Any) -> str:
     if origin is tuple:
         return f"{len(arguments)} × {_kind(arguments[0])}"
     return {str: "text", int: "integer", float: "number", bool: "true or false"}[annotation]
+
+
+def _either(values: Iterable[object]) -> str:
+    return " or ".join(f"`{value}`" for value in values)
 
 
 def _bounds(field: FieldInfo) -> str:

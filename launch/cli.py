@@ -3,6 +3,7 @@
 import atexit
 import gc
 import io
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from data_pipeline.files.mapped import told
 from data_pipeline.secret import WAY_ON, argument_of_secret
 from launch.commands import checkpoint, data, jobs, plan, preflight, runs, status, study, submit
 from launch.commands.generate import generate
-from launch.completion import complete_configs, complete_runs
+from launch.completion import complete_configs, complete_runs, shipped
 from pretrain.run.provenance import check_code
 
 ConfigArgs = Annotated[
@@ -39,7 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Duet: pretrain parallel encoder-decoders with learned dropout, and what they are compared with.",
 )
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
@@ -52,6 +52,31 @@ app.command("submit")(submit.submit)
 app.command("preflight")(preflight.preflight)
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
+
+
+def _version(asked: bool) -> None:
+    """Print it and end; from what is installed, nothing of which is imported."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    if not asked:
+        return
+    for name in ("duet-pretrain", "torch", "deepspeed"):
+        try:
+            typer.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            typer.echo(f"{name} is not installed")
+    typer.echo(f"python {platform.python_version()}")
+    raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="The version; of torch, DeepSpeed and Python, too.", callback=_version),
+    ] = False,
+) -> None:
+    """Duet: pretrain parallel encoder-decoders with learned dropout, and what they are compared with."""
 
 
 @app.command()
@@ -173,16 +198,28 @@ def config_show(config: ConfigArgs) -> None:
     typer.echo(dump(load(config)), nl=False)
 
 
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of a configuration, for editors that complete and check YAML.
+
+    A file names it in its first line: `# yaml-language-server: $schema=duet.schema.json`.
+
+    Example: `duet config schema > duet.schema.json`
+    """
+    import json
+
+    from pretrain.config.json_schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+
+
 @config_app.command("presets")
 def config_presets() -> None:
     """List the shipped presets; `cluster/NAME` are sites, for `duet submit --cluster NAME`.
 
     Example: `duet config presets`
     """
-    from launch.slurm.site import shipped
-    from pretrain.config.schema import presets
-
-    for name in sorted([*presets(), *(f"cluster/{name}" for name in shipped())]):
+    for name in shipped():
         typer.echo(name)
 
 

@@ -17,15 +17,19 @@ def complete_runs(incomplete: str) -> list[str]:
     return runs or [f"{path}/" for path in paths if not path.name.startswith(".")]
 
 
-def complete_configs(incomplete: str) -> list[str]:
-    """Presets, and YAML files."""
-    shipped = [
+def shipped() -> list[str]:
+    """Presets and sites, in order: `model/tiny`, `cluster/gpu`, …."""
+    return sorted(
         f"{room.name}/{preset.name.removesuffix('.yaml')}"
         for room in (SOURCE / "configs").iterdir()
         if room.is_dir()
         for preset in room.iterdir()
         if preset.name.endswith(".yaml")
-    ]
+    )
+
+
+def complete_configs(incomplete: str) -> list[str]:
+    """Presets, and YAML files."""
     folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
     files = [str(path) for path in folder.glob("*.yaml")] if folder.is_dir() else []
-    return sorted(name for name in [*shipped, *files] if name.startswith(incomplete))
+    return sorted(name for name in [*shipped(), *files] if name.startswith(incomplete))

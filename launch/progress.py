@@ -17,7 +17,7 @@ _NOTHING_TO_DO = "already built from this text and these settings: nothing to do
 
 
 def megabytes(size: int) -> str:
-    """A size for people."""
+    """A size in 10^6 bytes, as text."""
     return f"{size / 1e6:.2f} MB"
 
 

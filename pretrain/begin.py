@@ -1,45 +1,152 @@
-"""How a run begins: it owns its folder, knows its data, and stands where its newest checkpoint does."""
+"""How a run begins: it owns its folder, knows its data, and opens its parts where its newest checkpoint stands."""
 
 import os
 import platform
 import shlex
+import sys
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from data_pipeline.errors import DataError, RunError
+from data_pipeline.files.filesystem import is_uri
+from data_pipeline.files.mapped import told
 from data_pipeline.sampling import packing_plan
 from data_pipeline.sampling.data_state import DataState
-from data_pipeline.sampling.sample_plan import Plan, go_on, wanted_phase
+from data_pipeline.sampling.sample_plan import Plan, go_on, told_shares, wanted_phase
 from data_pipeline.storage.dataset import Dataset
+from data_pipeline.storage.manifest import Manifest
+from model.architectures import registry
 from pretrain.checkpoint import checkpoint
 from pretrain.checkpoint.ownership import check_own
+from pretrain.checkpoint.retention import prune
+from pretrain.checkpoint.saver import Saver
 from pretrain.config.dataset_identity import complete, identity
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
+from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.evaluate import held_out
-from pretrain.run import origin
+from pretrain.health.monitor import Health
+from pretrain.health.rollback import Past, read_past
+from pretrain.life import Life
+from pretrain.run import journal, origin
+from pretrain.run.goodput import Goodput, earlier_goodput
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
+from pretrain.run.signals import StopRequest
 from pretrain.tracking.console import Console, slow_progress
+from pretrain.tracking.metrics import Meter
 from pretrain.tracking.recorder import Recorder
+from pretrain.tracking.system_metrics import SystemSampler
 
 VERIFY_UP_TO_BYTES = 10 * 2**30
 """A dataset up to this size is hashed in full at each start of a run; the ranks share the work."""
 
 
-def pack(config: Config, dataset: Dataset) -> None:
-    """Plan the windows that hold whole documents, unless that was done."""
-    packing_plan.prepare(dataset, config.model.context, slow_progress())
+@dataclass(frozen=True)
+class Claim:
+    """A run that owns its folder and knows its data; the same on every rank, but for the lease, which is rank 0's."""
+
+    config: Config
+    """Completed by the dataset's vocabulary."""
+    ranks: Ranks
+    folder: RunFolder
+    dataset: Dataset
+    batches: Batches
+    lease: Lease | None
+    attempt: int
 
 
-def own(folder: RunFolder, stack: ExitStack) -> Lease:
-    """Become the owner of the run folder, until the stack is closed. Raises RunError while another one is."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    return stack.enter_context(Lease.acquire(folder.path, Console(1).note))
+@dataclass(frozen=True)
+class Parts:
+    """What the loop works with, and where it begins."""
+
+    step: int
+    data: DataState
+    engine: Engine
+    recorder: Recorder
+    system: SystemSampler
+    life: Life
+    saver: Saver
+    health: Health
+    meter: Meter
+
+
+def claim(config: Config, ranks: Ranks, stack: ExitStack) -> Claim:
+    """Open the data, own the run folder until the stack is closed, verify the data, and tie the folder to them.
+
+    Raises:
+        UserError: on every rank, with the same message.
+    """
+    folder = RunFolder(config.run_dir)
+    config.micro_batches(ranks.world_size)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    local_rank = int(os.environ["LOCAL_RANK"]) % local_ranks  # all are the first where nobody tells how many
+    first_of_node = os.environ["LOCAL_RANK"] == "0"
+    staged = os.environ.get("DUET_DATA")  # a copy on this node's disk
+    source = config.data.model_copy(update={"path": staged}) if staged else config.data
+    remote = is_uri(source.path)  # Then one rank reads the manifest for all.
+    manifest = ranks.together(lambda: Manifest.load(source.path), only_first=True) if remote else None
+    check = ranks.is_first if remote else first_of_node
+    dataset = ranks.together(lambda: Dataset.of(source, check, manifest))
+    acquired = partial(Lease.acquire, folder.path, Console(1).note)
+    lease = ranks.together(lambda: stack.enter_context(acquired()) if ranks.is_first else None)
+    attempt = ranks.broadcast(lease.attempt if lease else None)
+    # Ranks that read the same copy share the work.
+    part, parts = (local_rank, local_ranks) if staged else (ranks.rank, ranks.world_size)
+    ranks.together(lambda: verify(dataset, part, parts, config.data.path))
+    config = ranks.together(lambda: _tie(folder, config, dataset), only_first=True)
+    if staged and config.data.packing == "best_fit":  # `_tie` has packed the first node's copy
+        pack = partial(packing_plan.prepare, dataset, config.model.context, slow_progress())
+        ranks.together(lambda: pack() if first_of_node else None)
+    batches = ranks.together(lambda: Batches.of(config, dataset, ranks.device))
+    return Claim(config, ranks, folder, dataset, batches, lease, attempt)
+
+
+def open_parts(claim: Claim, stop: StopRequest, started: float, stack: ExitStack) -> Parts:
+    """Build the model, stand where its newest checkpoint does, and open what trains, tells, saves and watches.
+
+    `started` is when the program began, in seconds since the epoch. The recorder is closed with the stack.
+
+    Raises:
+        UserError: on every rank, with the same message.
+    """
+    config, ranks, folder, train = claim.config, claim.ranks, claim.folder, claim.config.train
+    torch.manual_seed(config.run.seed)
+    model = registry.build(config.model)
+    parameters = sum(p.numel() for p in model.parameters())
+    engine = Engine(model, config, ranks)
+    recorder = stack.enter_context(Recorder(config, folder, ranks, claim.attempt))
+    stack.enter_context(told(lambda error: recorder.__exit__(type(error), error, None)))
+    step, data = _restore(claim, engine, recorder.warning)
+    goodput, past, damaged = ranks.together(lambda: _earlier(claim, step, started), only_first=True)
+    data = DataState.model_validate(past.data) if past.data else data
+    recorder.start(step, _facts(claim, parameters) | {"started": started}, past.num_rollbacks)
+    if shares := told_shares(claim.dataset, config.data, data.phases[-1]):
+        recorder.note(shares)
+    if damaged:
+        recorder.warning(journal.told_damaged(damaged))
+    warn = recorder.warning if ranks.is_first else lambda text: print(f"warning: {text}", file=sys.stderr)
+    system = SystemSampler(folder.logs, claim.attempt, step, os.environ["LOCAL_RANK"] == "0", warn)
+    life = Life(folder.path, ranks, stop, claim.lease, recorder)
+    saver = Saver(
+        engine,
+        folder.checkpoints,
+        ranks,
+        still_ours=claim.lease.check if claim.lease else lambda: None,
+        prune=lambda step: prune(folder.checkpoints, train.keep_checkpoints, train.keep_every, folder.id, upto=step),
+        warn=recorder.warning,
+        published=life.published,
+    )
+    health = Health(config, ranks, engine, recorder, folder.logs, past)
+    meter = Meter(config, engine, ranks, goodput, restarts=claim.attempt - 1)
+    return Parts(step, data, engine, recorder, system, life, saver, health, meter)
 
 
 def verify(dataset: Dataset, part: int, parts: int, path: str) -> None:
@@ -56,11 +163,12 @@ def verify(dataset: Dataset, part: int, parts: int, path: str) -> None:
         raise DataError(f"{error}. It is in this node's copy of {path}: remove {dataset.name}") from error
 
 
-def claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
+def _tie(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     """Complete the configuration by the dataset's vocabulary and tie the run folder to both."""
     config = origin.resolve(complete(config, dataset))
+    config.objective.check(dataset)
     if config.data.packing == "best_fit":
-        pack(config, dataset)
+        packing_plan.prepare(dataset, config.model.context, slow_progress())
     # Both splits must be large enough for one window.
     Plan(dataset, wanted_phase(dataset, config.data, config.model.context), config.run.seed)
     held_out(dataset, config)
@@ -69,9 +177,7 @@ def claim(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     return config
 
 
-def restore(
-    config: Config, ranks: Ranks, folder: RunFolder, dataset: Dataset, engine: Engine, recorder: Recorder
-) -> tuple[int, DataState]:
+def _restore(claim: Claim, engine: Engine, warn: Callable[[str], None]) -> tuple[int, DataState]:
     """Load the newest checkpoint: the step it was made at and where the data stand. Step 0 when there never was one.
 
     A run without one begins with that of `run.start_from`, if it has an origin.
@@ -81,7 +187,8 @@ def restore(
         DataError: it was trained on other data, or they do not last until the end.
         RunError: labels weighed otherwise when it was trained.
     """
-    found, owner = checkpoint.newest(folder.checkpoints, ranks, recorder.warning), folder
+    config, ranks, folder, dataset = claim.config, claim.ranks, claim.folder, claim.dataset
+    found, owner = checkpoint.newest(folder.checkpoints, ranks, warn), folder
     if found:
         _check_weighing(found.manifest, config, folder)
     else:
@@ -105,7 +212,7 @@ def restore(
             found.restore_rng(ranks)
             for state, now in engine.types.items():
                 if (saved := found.manifest.state.get("types", {}).get(state)) != now:
-                    recorder.warning(f"{found.path}: {state} was saved as {saved} and is {now} now: it was converted")
+                    warn(f"{found.path}: {state} was saved as {saved} and is {now} now: it was converted")
         return data
 
     data = ranks.together(load)
@@ -126,8 +233,16 @@ def _check_weighing(manifest: checkpoint.CheckpointManifest, config: Config, fol
     )
 
 
-def facts(config: Config, ranks: Ranks, dataset: Dataset, parameters: int) -> dict[str, Any]:
+def _earlier(claim: Claim, step: int, started: float) -> tuple[Goodput, Past, list[str]]:
+    """What the journal tells of the attempts before this one, up to `step`; and what in it is damaged."""
+    path, damaged = claim.folder.journal, list[str]()
+    goodput = earlier_goodput(journal.noting(journal.read(path), damaged), step, started)
+    return goodput, read_past(journal.read(path), step, claim.config.health), damaged
+
+
+def _facts(claim: Claim, parameters: int) -> dict[str, Any]:
     """What run.json and the journal tell of the machine and the sizes."""
+    ranks = claim.ranks
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or "CPU"
     return {
         "parameters": parameters,
@@ -135,6 +250,6 @@ def facts(config: Config, ranks: Ranks, dataset: Dataset, parameters: int) -> di
         "device": device,
         "host": platform.node(),
         "job": os.environ.get("SLURM_JOB_ID"),
-        "start_from": config.run.start_from,
+        "start_from": claim.config.run.start_from,
         "versions": {name: version(name) for name in ("torch", "deepspeed", "mlflow", "pyarrow", "sentencepiece")},
     }

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.saver import Published, Saver
 from pretrain.engine.distributed import Ranks
 from pretrain.metric_names import LOSS, TOKENS_PER_SECOND
 from pretrain.run.job_records import Heartbeat, JobFolder, Pulse, this_job
@@ -34,9 +34,7 @@ class Life:
     signals meanwhile (`requested`), so that no rank waits in the agreement for one that waits for its data.
     """
 
-    def __init__(
-        self, folder: Path, ranks: Ranks, stop: StopRequest, lease: Lease | None, saver: Saver, recorder: Recorder
-    ) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, stop: StopRequest, lease: Lease | None, recorder: Recorder) -> None:
         """`lease` is rank 0's."""
         self.request = 0
         """What was agreed on last: a signal, or KILL_SWITCH; 0 for none."""
@@ -45,7 +43,6 @@ class Life:
         self._ranks = ranks
         self._stop = stop
         self._lease = lease
-        self._saver = saver
         self._recorder = recorder
         self._looked = -LOOK_SECONDS
         self._switched_off = False
@@ -56,8 +53,6 @@ class Life:
         self._lead = float(os.environ.get("DUET_STOP_LEAD") or 0)
         self._edge: float | None = None
         self._longest = 0.0
-        self._saves: dict[int, float] = {}
-        """When those in flight began, by step."""
         self._told_lead = False
 
     @property
@@ -70,27 +65,27 @@ class Life:
             self._switched_off = self._folder.kill_switch.exists()
         return KILL_SWITCH if self._switched_off else self._stop.signal
 
-    def agreed_request(self) -> int:
+    def agreed_request(self, saver: Saver) -> int:
         """The greatest request that any rank knows of, 0 for none; goes on with the save in flight. A collective.
 
         Raises:
             LeaseLost: on every rank, when the run folder is no longer ours.
             CheckpointError: on every rank, when one could not write.
         """
-        request, writing = self._ranks.largest(self.requested, self._saver.writing)
+        request, writing = self._ranks.largest(self.requested, saver.writing)
         if request == LOST:
             raise LeaseLost(f"{self._path}: {LOST_FOLDER}")
-        self._saver.poll(bool(writing))
+        saver.poll(bool(writing))
         self.request = request
         return request
 
-    def check_in_validation(self) -> None:
+    def check_in_validation(self, saver: Saver) -> None:
         """At the edge of its batches; a collective.
 
         Raises:
             Stopped: on every rank, when the run is to stop.
         """
-        if self.agreed_request():
+        if self.agreed_request(saver):
             raise Stopped
         self._mark_edge()
 
@@ -111,15 +106,11 @@ class Life:
             self._heartbeat = replace(self._heartbeat, loss=values[LOSS], tokens_per_second=values[TOKENS_PER_SECOND])
         self._beat()
 
-    def saving(self, step: int) -> None:
-        """A save begins."""
-        self._saves[step] = time.perf_counter()
-
-    def published(self, step: int, path: Path, blocked: float) -> None:
-        """A checkpoint is complete; training has waited `blocked` seconds for it."""
-        self._recorder.checkpoint(step, path, blocked)
+    def published(self, checkpoint: Published) -> None:
+        """A checkpoint is complete."""
+        step, saving = checkpoint.step, checkpoint.seconds
+        self._recorder.checkpoint(step, checkpoint.path, checkpoint.blocked)
         self._heartbeat = replace(self._heartbeat, checkpoint=step)
-        saving = time.perf_counter() - self._saves.pop(step)
         if self._lead and saving + self._longest > self._lead and not self._told_lead:
             self._told_lead = True
             text = (

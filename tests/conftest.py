@@ -1,24 +1,28 @@
 """Fixtures for all rooms."""
 
+import contextlib
 import json
 import os
+import select
 import shutil
-import subprocess
-import sys
+import signal
+import socket
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from tests import warm
 from tests.runs import CHARACTERS, MARKED, ROOT, build_dataset
 
 SLOWEST = (
-    *("test_docs.py", "test_end_to_end.py", "test_health.py", "test_study.py", "test_tracking_faults.py"),
-    *("test_checkpoint.py", "test_pages.py", "test_drills.py", "test_golden.py", "test_objectives.py", "test_wheel.py"),
-    "test_formats.py",
+    *("test_docs.py", "test_tracking_faults.py", "test_pages.py", "test_policy.py", "test_submit.py", "test_health.py"),
+    *("test_end_to_end.py", "test_weighing.py", "test_checkpoint.py", "test_study.py", "test_names.py"),
+    *("test_afterwards.py", "test_wheel.py", "test_drills.py", "test_golden.py", "test_engine.py"),
 )
 """Files that take long. Begun first, so that no process has one of them left when the others are done."""
 
@@ -28,14 +32,23 @@ settings.load_profile("ci")  # seeded, and without deadlines: on a busy machine 
 def pytest_configure(config: pytest.Config) -> None:
     """What Hugging Face's libraries keep goes into a folder of this session, and they ask no server."""
     os.environ |= {"HF_HOME": tempfile.mkdtemp(prefix="duet-hf-"), "HF_HUB_OFFLINE": "1"}
+    if not hasattr(config, "workerinput"):
+        os.environ[warm.FOLDER] = tempfile.mkdtemp(prefix="duet-warm-")
+        Path(os.environ[warm.FOLDER], "session").write_text(str(os.getpid()))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ["HF_HOME"])
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ[warm.FOLDER])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
+
+
+GRACE = 30.0
+"""Seconds for the other ranks to notice that one has failed; then they are ended."""
 
 
 class RanksFailed(AssertionError):
@@ -43,26 +56,51 @@ class RanksFailed(AssertionError):
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[..., list[Any]]]:
+def ranks() -> Callable[..., list[Any]]:
     """ranks("tests.distributed.cases:name", world, **args) -> the JSON result of every rank."""
-    zygote = subprocess.Popen(
-        [sys.executable, "-m", "tests.zygote"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert zygote.stdin and zygote.stdout
-    requests, answers = zygote.stdin, zygote.stdout
-    assert answers.readline() == "ready\n"
 
     def run(target: str, world: int, timeout: float = 240, **args: Any) -> list[Any]:
-        requests.write(json.dumps({"target": target, "world": world, "timeout": timeout, "args": args}) + "\n")
-        requests.flush()
-        answer = json.loads(answers.readline())
-        if "results" not in answer:
-            raise RanksFailed(f"exit codes {answer['codes']}\n" + "\n".join(answer["outputs"]))
-        return answer["results"]
+        with tempfile.TemporaryDirectory(prefix="ranks-") as name, contextlib.ExitStack() as stack:
+            results = [Path(name, f"{rank}.json") for rank in range(world)]
+            logs = [stack.enter_context(open(Path(name, f"{rank}.log"), "w+b")) for rank in range(world)]
+            nothing = stack.enter_context(open(os.devnull))
+            shared = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
+            shared["DUET_RENDEZVOUS"] = f"file://{name}/store"
+            programs = [
+                warm.start(
+                    "tests.ranks",
+                    [json.dumps({"target": target, "args": args, "result": str(result)})],
+                    str(ROOT),
+                    shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    [nothing.fileno(), log.fileno(), log.fileno()],
+                )
+                for rank, (result, log) in enumerate(zip(results, logs, strict=True))
+            ]
+            codes = _codes(programs, timeout)
+            if any(codes):
+                said = (Path(log.name).read_text(errors="replace") for log in logs)
+                raise RanksFailed(f"exit codes {codes}\n" + "\n".join(said))
+            return [json.loads(result.read_text()) for result in results]
 
-    yield run
-    requests.close()
-    zygote.wait(timeout=120)
+    return run
+
+
+def _codes(programs: list[socket.socket], timeout: float) -> list[int]:
+    """How each rank ended; those that outlive another's failure by GRACE seconds, or the timeout, are ended."""
+    codes: dict[socket.socket, int] = {}
+    end = time.monotonic() + timeout
+    with contextlib.ExitStack() as stack:
+        for program in programs:
+            stack.enter_context(program)
+        while left := [program for program in programs if program not in codes]:
+            for program in select.select(left, [], [], max(0.0, end - time.monotonic()))[0]:
+                codes[program] = warm.code_of(program)
+                if codes[program]:
+                    end = min(end, time.monotonic() + GRACE)
+            if time.monotonic() > end:
+                for program in left:
+                    codes.setdefault(program, -signal.SIGKILL)
+        return [codes[program] for program in programs]
 
 
 @pytest.fixture(scope="session")

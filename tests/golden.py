@@ -20,7 +20,8 @@ from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from model.architectures import registry
 from pretrain.config.dataset_identity import complete
-from pretrain.config.schema import Config, load, presets
+from pretrain.config.layers import presets
+from pretrain.config.schema import Config, load
 from pretrain.engine.distributed import Ranks, join
 from pretrain.engine.engine import Engine
 from pretrain.evaluation.batches import Batches
@@ -74,7 +75,7 @@ def small_presets(dataset: Path) -> list[str]:
     return names
 
 
-def curve(ranks: Ranks, preset: str, dataset: str, seed: int | None = None) -> list[float]:
+def curve(ranks: Ranks, preset: str, dataset: str, seed: int | None = None, steps: int = STEPS) -> list[float]:
     """Cross entropy of each step, in nats per token; `seed` is that of the first weights, the preset's unless given."""
     config = config_of(preset, Path(dataset))
     opened = Dataset.open(dataset)
@@ -83,7 +84,7 @@ def curve(ranks: Ranks, preset: str, dataset: str, seed: int | None = None) -> l
     torch.manual_seed(config.run.seed if seed is None else seed)
     engine = Engine(registry.build(config.model), config, ranks)
     losses = []
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         positions = torch.arange((step - 1) * SEQUENCES, step * SEQUENCES)
         tokens = torch.from_numpy(windows.read(order.windows(positions.numpy())))
         made = batches.of_step(StepSamples(positions, tokens, None), SEQUENCES, step, config.run.seed)

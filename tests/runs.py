@@ -1,14 +1,18 @@
 """Small real runs for tests, and what their journals must prove."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from pretrain.run.journal import Record, read
+from pretrain.tracking.mlflow_store import connect
+from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -32,15 +36,33 @@ CHARACTERS, MARKED = "data/characters", "data/characters-marked"
 def duet(
     *args: str, cwd: Path | None = None, timeout: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end."""
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "launch.cli", *args],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    """Run the command line to its end, without its start."""
+    return program("launch.cli", *args, cwd=cwd, timeout=timeout, **environment)
+
+
+def program(
+    module: str, *args: str, cwd: Path | None = None, timeout: float = 240, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -P -m MODULE ARGUMENT…` to its end, forked from a process that has imported what it imports."""
+    ours = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    with open(os.devnull) as nothing, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        descriptors = [file.fileno() for file in (nothing, out, err)]
+        code = warm.call(module, args, str(cwd or Path.cwd()), ours, descriptors, timeout)
+        said = []
+        for file in (out, err):
+            file.seek(0)
+            said.append(file.read().decode())
+    return subprocess.CompletedProcess([module, *args], code, *said)
+
+
+def new_store(path: Path) -> None:
+    """An empty store of MLflow's: of a session's the first is made, the others are copies."""
+    template = Path(os.environ[warm.FOLDER], "mlflow.db")
+    with warm.locked(str(template.parent)):
+        if not template.exists():
+            connect(f"sqlite:///{template}.new")
+            os.replace(f"{template}.new", template)
+    shutil.copy(template, path)
 
 
 def build_dataset(preset: str, path: Path) -> Path:
@@ -51,12 +73,13 @@ def build_dataset(preset: str, path: Path) -> Path:
     return path
 
 
-def start_duet(*args: str, log: Path, cwd: Path | None = None) -> subprocess.Popen[bytes]:
-    """Start the command line in a session of its own."""
+def start_duet(*args: str, log: Path, cwd: Path | None = None, new: bool = False) -> subprocess.Popen[bytes]:
+    """Start the command line in a session of its own; `new`: in processes that are no forks, ranks as well."""
+    start = [sys.executable, "-P", "-m", "launch.cli"] if new else warm.command("launch.cli")
     with open(log, "ab") as file:
         return subprocess.Popen(
             # As from a terminal: a shell's background job is born with SIGINT ignored.
-            ["env", "--default-signal=INT", sys.executable, "-P", "-m", "launch.cli", *args],
+            ["env", "--default-signal=INT", *start, *args],
             cwd=cwd,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=file,
@@ -77,17 +100,22 @@ def wait_for_step(journal: Path, step: int, process: subprocess.Popen[bytes], ti
         time.sleep(0.02)
 
 
-def ranks_of(run_dir: Path) -> list[int]:
-    """Live rank processes of a run folder, found by their command line."""
+def ranks_of(run_dir: Path, rank: int | None = None) -> list[int]:
+    """Live rank processes of a run folder, all or one rank's, found by their command line."""
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             try:
-                words = (process / "cmdline").read_bytes().split(b"\0")
+                words = (process / "cmdline").read_text().split("\0")
+                if "tests.parent" in words:
+                    words = warm.recorded(int(process.name))
+                else:
+                    words += (process / "environ").read_text().split("\0")
                 state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-            except OSError:
+            except (OSError, UnicodeDecodeError):
                 continue
-            if b"pretrain" in words and f"run.dir={run_dir}".encode() in words and state not in "ZX":
+            ours = {"pretrain", f"run.dir={run_dir}", *([] if rank is None else [f"RANK={rank}"])}
+            if ours <= set(words) and state not in "ZX":
                 found.append(int(process.name))
     return found
 

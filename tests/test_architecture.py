@@ -28,6 +28,8 @@ ONLY_IN = {
 }
 MOST_FILES = 12
 """In a room, `__init__.py` aside."""
+MOST_LINES = 50
+"""Of a function's body."""
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 ROOMS = sorted({file.parent for file in FILES})
 
@@ -106,40 +108,36 @@ def test_the_rules_see_a_breach(tmp_path: Path) -> None:
     breach = tmp_path / "breach.py"
     breach.write_text("def f():\n    from pretrain import engine\n    import deepspeed.comm\n")
     assert {"pretrain", "pretrain.engine", "deepspeed.comm"} <= set(imports(breach))
+    [function] = ast.parse(breach.read_text()).body
+    assert isinstance(function, ast.FunctionDef)
+    assert body_lines(function) == 2
     with pytest.raises(CycleError):
         list(TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["train", "--help"],
-        ["data", "build", "--help"],
-        ["checkpoint", "ls", "--help"],
-        ["preflight", "--help"],
-        ["config", "show", "model/tiny"],
-        ["config", "presets"],
-        ["submit", "--help"],
-        ["status", "--help"],
-        ["logs", "--help"],
-        ["cancel", "--help"],
-        ["resume", "--help"],
-        ["status", "."],
-        ["model", "params", "--help"],
-        ["model", "flops", "model/tiny", "model.vocab_size=512"],
-        ["plan", "model/tiny", "model.vocab_size=512", "--gpus", "2", "--gpu", "h100"],
-    ],
-    ids=" ".join,
-)
-def test_login_node_commands_need_no_heavy_library(arguments: list[str]) -> None:
-    heavy = ("torch", "mlflow", "pyarrow", "deepspeed", "sentencepiece", "matplotlib", "transformers", "lm_eval")
-    blocked = f"import sys\nfor name in {heavy}:\n"
-    blocked += "    sys.modules[name] = None\n"
-    program = f"{blocked}sys.argv = ['duet', *{arguments!r}]\nfrom launch.cli import main\nmain()\n"
+def test_login_node_commands_need_no_heavy_library() -> None:
+    commands = """--help / train --help / data build --help / checkpoint ls --help / preflight --help / submit --help
+        / status --help / logs --help / cancel --help / resume --help / model params --help / status .
+        / config show model/tiny / config presets / model flops model/tiny model.vocab_size=512
+        / plan model/tiny model.vocab_size=512 --gpus 2 --gpu h100"""
+    words = [command.split() for command in commands.split(" / ")]
+    program = f"""
+import sys
+for name in ("torch", "mlflow", "pyarrow", "deepspeed", "sentencepiece", "matplotlib", "transformers", "lm_eval"):
+    sys.modules[name] = None
+from launch.cli import main
+for words in {words!r}:
+    sys.argv = ["duet", *words]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, words
+    print("the end")
+"""
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout
+    said = done.stdout.split("the end\n")
+    assert len(said) == len(words) + 1 and all(said[:-1])
 
 
 def test_commands_that_read_a_checkpoint_load_neither_compiler_nor_engine() -> None:
@@ -150,9 +148,34 @@ def test_commands_that_read_a_checkpoint_load_neither_compiler_nor_engine() -> N
     assert done.returncode == 0, done.stderr
 
 
+def test_no_two_public_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for file in FILES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    assert len(places) > 200
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
 def test_files_stay_readable() -> None:
     long = {str(f.relative_to(ROOT)): n for f in FILES if (n := len(f.read_text().splitlines())) > 420}
     assert not long, f"one idea a file, about 400 lines: {long}"
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Docstring included; a signature is a table, such as that of a command's options."""
+    return (function.end_lineno or 0) - function.body[0].lineno + 1
+
+
+def test_functions_stay_readable() -> None:
+    long = {
+        f"{file.relative_to(ROOT)}: {node.name}": body_lines(node)
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and body_lines(node) > MOST_LINES
+    }
+    assert not long
 
 
 def test_a_path_in_a_command_that_is_printed_is_quoted_for_a_shell() -> None:

@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pydantic import BaseModel
 from launch.cli import app
 from model.architectures.registry import ARCHITECTURES
 from pretrain.config.schema import Config
+from tests import warm
 from tests.runs import ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -55,6 +57,7 @@ RUN_ELSEWHERE = {
     "srun --kill-on-bad-exit=1 duet-rank model/tiny run/quickstart data.path=data/mine run.name=wide": "Slurm",
     "bash slurm/tokenize.sbatch 32 mine.yaml data.path=data/shared": "tests/slurm/test_tokenize.py",
     "duet data upload data/mine s3://bucket/mine": "tests/data_pipeline/storage/test_remote.py",
+    "duet checkpoint shrink runs/gated --gates --to smaller": "tests/pretrain/export/test_shrink.py",
     "duet cancel runs/first": "tests/slurm/test_status.py",
     "duet requeue runs/first": "tests/slurm/test_status.py",
     "duet resume runs/first --nodes 4": "tests/slurm/test_status.py",
@@ -80,9 +83,11 @@ def scripts(document: Path, done: Collection[str] = ()) -> list[str]:
     return [script for script in kept if script.strip()]
 
 
-def run_commands(document: Path, folder: Path, done_before: Collection[str] = ()) -> None:
+def run_commands(
+    document: Path, folder: Path, done_before: Collection[str] = (), programs: Path = Path(sys.executable).parent
+) -> None:
     environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "OMP_NUM_THREADS": "1",
     }
     shutil.copy(ROOT / "LICENSE", folder)
@@ -101,6 +106,16 @@ def run_commands(document: Path, folder: Path, done_before: Collection[str] = ()
 
 
 @pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for PATH in which `duet` is the real program, but for its start."""
+    folder = tmp_path_factory.mktemp("programs")
+    duet = folder / "duet"
+    duet.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {warm.__file__} launch.cli "$@"\n')
+    duet.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def done_before() -> set[str]:
     """Commands that have run in the README's folder or in a copy of it: once is enough."""
     return set()
@@ -108,7 +123,7 @@ def done_before() -> set[str]:
 
 @pytest.fixture(scope="module")
 def after_readme(tmp_path_factory: pytest.TempPathFactory, done_before: set[str]) -> Path:
-    """A folder in which the README's commands have run."""
+    """A folder in which the README's commands have run, each in a new process."""
     folder = tmp_path_factory.mktemp("readme")
     run_commands(ROOT / "README.md", folder)
     done_before |= {line for script in scripts(ROOT / "README.md") for line in script.splitlines()}
@@ -121,7 +136,7 @@ def test_the_commands_of_the_readme_run(after_readme: Path) -> None:
 
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS[1:] if scripts(d)], ids=lambda d: d.name)
 def test_the_commands_run(
-    document: Path, tmp_path: Path, request: pytest.FixtureRequest, done_before: set[str]
+    document: Path, tmp_path: Path, request: pytest.FixtureRequest, done_before: set[str], programs: Path
 ) -> None:
     folder = tmp_path / "folder"
     if document.name in CONTINUE_THE_README:
@@ -130,18 +145,18 @@ def test_the_commands_run(
             "runs/*/tracking.json"
         ):  # it tells that the folder is a copy, which has no run of its own
             known.unlink()
-        run_commands(document, folder, done_before)
+        run_commands(document, folder, done_before, programs)
         done_before |= {line for script in scripts(document) for line in script.splitlines()}
     else:
         folder.mkdir()
-        run_commands(document, folder)
+        run_commands(document, folder, programs=programs)
 
 
-def test_a_command_that_fails_is_noticed(tmp_path: Path) -> None:
+def test_a_command_that_fails_is_noticed(tmp_path: Path, programs: Path) -> None:
     document = tmp_path / "broken.md"
     document.write_text("```bash\nduet config show train.stpes=3\ntrue\n```\n")
     with pytest.raises(AssertionError, match=r"(?s)exit code 2.*nearest valid key: train\.steps"):
-        run_commands(document, tmp_path)
+        run_commands(document, tmp_path, programs=programs)
 
 
 def test_the_list_of_commands_run_elsewhere_holds_no_others() -> None:

@@ -75,7 +75,7 @@ def test_killed_at_a_random_step_and_started_again(
         command = ["train", *arguments(dataset, run_dir), "--ranks", "2"]
         step = random.Random().randrange(INTERVAL + 1, STEPS - 2)
         print(f"killed at step {step}")
-        process = start_duet(*command, log=tmp_path / "log")
+        process = start_duet(*command, log=tmp_path / "log", new=True)
         wait_for_step(run_dir / "metrics.jsonl", step, process)
         alive = ranks_of(run_dir)
         kill(process)
@@ -258,7 +258,7 @@ def test_ctrl_c_while_starting_up_is_clean(dataset: Path, tmp_path: Path, delay:
     """The delay only spreads the interrupts over interpreter start, imports and opening; each must end alike."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
     command = ["train", *arguments(dataset, run_dir, "train.steps=100000"), "--ranks", "2"]
-    process = start_duet(*command, log=log)
+    process = start_duet(*command, log=log, new=True)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.3 + delay)
     process.send_signal(signal.SIGINT)
@@ -276,21 +276,14 @@ def test_a_rank_that_dies_ends_the_run_with_a_word_about_it(dataset: Path, tmp_p
     process = start_duet("train", *arguments(dataset, run_dir, "train.steps=100000"), "--ranks", "2", log=log)
     if moment == "training":
         wait_for_step(run_dir / "metrics.jsonl", 1, process)
-    victim = wait_for_rank_1(run_dir)
-    os.kill(victim, signal.SIGKILL)
+    end = time.monotonic() + 30
+    while not (pids := ranks_of(run_dir, rank=1)):
+        assert time.monotonic() < end, "rank 1 did not start"
+        time.sleep(0.01)
+    os.kill(pids[0], signal.SIGKILL)
     assert process.wait(120) != 0
     assert ranks_of(run_dir) == []
     assert "rank 1 ended with code -9" in log.read_text()
-
-
-def wait_for_rank_1(run_dir: Path) -> int:
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        for pid in ranks_of(run_dir):
-            if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
-                return pid
-        time.sleep(0.01)
-    raise AssertionError("rank 1 did not start")
 
 
 def test_a_run_that_was_taken_over_stops_and_writes_nothing_more(

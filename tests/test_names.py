@@ -62,7 +62,7 @@ def test_files_of_a_user_do_no_harm_where_the_user_is(folder: Path) -> None:
     manifest = json.loads((folder / "data" / "manifest.json").read_text())
     assert all(source["dropped"]["function"] > 0 for source in manifest["sources"])
     settings = ["model/tiny", "run/quickstart", *SMALL, "data.path=data", "run.name=own"]
-    done = run(folder, duet, "train", *settings, "train.steps=2", "--ranks", "2")  # by `-P -m pretrain`
+    done = run(folder, duet, "train", *settings, "train.steps=2")  # by `-P -m pretrain`
     assert "step 2 of 2" in done.stdout, done.stderr
     torchrun = ["-P", "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", sys.executable]
     done = run(folder, *torchrun, rank, *settings, "train.steps=3", "run.name=second")

@@ -1,4 +1,4 @@
-"""Batches of tokens, read ahead, and the labels of each objective.
+"""The samples of each step, read ahead.
 
-May import: data_pipeline.errors, data_pipeline.sampling, data_pipeline.tokenize.
+May import: data_pipeline.errors, data_pipeline.sampling.
 """

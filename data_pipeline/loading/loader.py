@@ -29,7 +29,7 @@ class StepSamples(NamedTuple):
     """Sample positions in the run, int64 [n]."""
     tokens: torch.Tensor
     """Windows at these positions, int64 [n, T + 1]: inputs are [:, :-1], labels [:, 1:]; -1 where packed windows have
-    no token. Pairs, int64 [n, 2 T]: sources and targets side by side. Pinned if asked for."""
+    no token. Pairs, int64 [n, 2 T]: sources and targets side by side."""
     document_starts: np.ndarray | None
     """Where documents begin, and what is left of a packed window, as `row * (T + 1) + column`, ascending; a row's first
     token is not listed."""
@@ -51,9 +51,8 @@ class Reader:
         world_size: int,
         start: int = 0,
         documents: bool = False,
-        pin_memory: bool = False,
     ) -> None:
-        """`start`: samples already seen; `documents`: tell where they begin; `pin_memory`: for copies to a CUDA device.
+        """`start`: samples already seen; `documents`: tell where they begin.
 
         Raises DataError when the ranks cannot share `global_batch` equally.
         """
@@ -73,7 +72,6 @@ class Reader:
         self._world_size = world_size
         self._start = start
         self._documents = documents
-        self._pin_memory = pin_memory
 
     def __iter__(self) -> Iterator[StepSamples]:
         """Steps from `start` on. Raises DataError for a damaged shard, and where the data end."""
@@ -103,9 +101,7 @@ class Reader:
     ) -> list[StepSamples]:
         """The steps of `positions`, int64 [steps, n]; where the samples lie, in the same order."""
         steps, share = positions.shape
-        shape = (steps * share, self._width)
-        tokens = torch.empty(shape, dtype=torch.int64, pin_memory=True) if self._pin_memory else None
-        out = np.empty(shape, np.int64) if tokens is None else tokens.numpy()
+        out = np.empty((steps * share, self._width), np.int64)
         starts: list[np.ndarray] = []
         for windows, its_batches, its_offsets, rows in self._by_source(sources, batches, offsets):
             windows.copy(its_batches, its_offsets, rows, out)
@@ -115,7 +111,7 @@ class Reader:
             StepSamples(*step)
             for step in zip(
                 torch.from_numpy(positions).unbind(),
-                (torch.from_numpy(out) if tokens is None else tokens).split(share),
+                torch.from_numpy(out).split(share),
                 _by_step(np.sort(np.concatenate(starts)), steps, share * self._width) if starts else [None] * steps,
                 strict=True,
             )

@@ -27,7 +27,6 @@ def wanted_phase(dataset: Dataset, config: DataConfig, context: int, recorded: b
     Raises DataError for a weight of a source that is not there, or that cannot be used, and when windows are to be
     packed and `packing_plan.prepare` was not called.
     """
-    check_kind(dataset, config)
     sources = dataset.sources()
     kind = kind_of(dataset, config)
     if kind == "pairs":
@@ -58,21 +57,6 @@ def wanted_phase(dataset: Dataset, config: DataConfig, context: int, recorded: b
             for name in sources
         },
     )
-
-
-def check_kind(dataset: Dataset, config: DataConfig) -> None:
-    """Raises DataError unless the objective is for what the dataset holds: pairs, or text."""
-    pairs = dataset.manifest.pairs
-    if pairs and config.objective != "pairs":
-        raise DataError(
-            f"{dataset.path} holds pairs of source and target, which data.objective={config.objective} is not for; "
-            "take data.objective=pairs, or build the text without target_key"
-        )
-    if not pairs and config.objective == "pairs":
-        raise DataError(
-            f"data.objective=pairs needs pairs of source and target, and {dataset.path} holds text; build a dataset "
-            "with data.sources.NAME.target_key"
-        )
 
 
 def given_weights(config: DataConfig, sources: Collection[str]) -> Mapping[str, float]:

@@ -18,7 +18,7 @@ from data_pipeline.files.filesystem import is_uri
 from data_pipeline.ingest.splits import SPLITS, Split
 from data_pipeline.storage.manifest import MANIFEST, Manifest, ShardFacts, SourceFacts
 from data_pipeline.storage.remote_shards import RemoteShards, default_folder
-from data_pipeline.storage.shard_cache import Cache
+from data_pipeline.storage.shard_cache import ShardCache
 from data_pipeline.storage.shards import Shard
 from data_pipeline.tokenize.tokenizer import TOKENIZER, Tokenizer, model_file
 
@@ -44,7 +44,7 @@ class Dataset:
 
     @classmethod
     def open(
-        cls, path: str | Path, check: bool = True, cache: Cache | None = None, manifest: Manifest | None = None
+        cls, path: str | Path, check: bool = True, cache: ShardCache | None = None, manifest: Manifest | None = None
     ) -> Self:
         """Reads the manifest; with `check`, looks at the shards, not at their contents.
 
@@ -56,7 +56,7 @@ class Dataset:
         """
         if is_uri(str(path)):
             uri = str(path)
-            cache = cache or Cache(default_folder(), DataConfig().cache_bytes)
+            cache = cache or ShardCache(default_folder(), DataConfig().cache_bytes)
             dataset = cls(uri, manifest or Manifest.load(uri), RemoteShards(uri, cache))
             if check and dataset._remote is not None:
                 dataset._remote.check_sizes(dataset.manifest.shards)
@@ -75,7 +75,9 @@ class Dataset:
         cache = None
         if is_uri(config.path):
             # In a folder of its own, since what is there is removed when there is no room.
-            cache = Cache(Path(config.cache, "duet-cache") if config.cache else default_folder(), config.cache_bytes)
+            cache = ShardCache(
+                Path(config.cache, "duet-cache") if config.cache else default_folder(), config.cache_bytes
+            )
         return cls.open(config.path, check, cache, manifest)
 
     @property

@@ -17,6 +17,7 @@ from data_pipeline.files.atomic import disk_errors, write_atomic
 from data_pipeline.files.filesystem import is_uri, join, open_raw
 from data_pipeline.files.sealed import seal, unseal
 from data_pipeline.ingest.splits import GIVEN, Split
+from data_pipeline.places import DATASET, mistaken
 
 MANIFEST = "manifest.json"
 FORMAT: Final = 4
@@ -143,6 +144,8 @@ class Manifest(BaseModel, frozen=True):
 
         Raises DataError when there is none, it is damaged, or its format is unknown."""
         path = join(str(folder), MANIFEST) if is_uri(str(folder)) else Path(folder) / MANIFEST
+        if isinstance(path, Path) and (told := mistaken(path.parent, DATASET)):
+            raise DataError(f"{folder}: {told}")
         try:
             with open_raw(path) if isinstance(path, str) else open(path, "rb") as file:
                 content = file.read()

@@ -1,7 +1,9 @@
 """A dataset in an object store: its shards come through a cache on the node's own disk, each checked as it arrives."""
 
+import fcntl
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -9,16 +11,18 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import xxhash
 
 from data_pipeline.errors import DataError
+from data_pipeline.files.atomic import open_lock
 from data_pipeline.files.filesystem import is_uri, join, open_raw, resolve, stamp
+from data_pipeline.files.private import own_folder
 from data_pipeline.storage.manifest import MANIFEST, Manifest, ShardFacts, TokenizerFacts
-from data_pipeline.storage.shard_cache import Cache, Cached
+from data_pipeline.storage.shard_cache import CachedFile, ShardCache
 from data_pipeline.tokenize.tokenizer import JSON, MODEL, TOKENIZER, model_file
 
 if TYPE_CHECKING:
@@ -41,20 +45,43 @@ def default_folder() -> Path:
 
 
 @contextmanager
-def unused_cache(path: str, shards: int) -> Iterator[Cache | None]:
-    """For a URI, a cache that nothing is in, so that everything is fetched; of so many shards, and gone in the end."""
+def unused_cache(path: str, shards: int) -> Iterator[ShardCache | None]:
+    """For a URI, a cache that nothing is in, so that everything is fetched; of so many shards, and gone in the end.
+
+    What a killed process left goes first; a live one has locked its own.
+    """
     if not is_uri(path):
         yield None
         return
     largest = max((shard.bytes for shard in Manifest.load(path).shards), default=0)
-    with tempfile.TemporaryDirectory(prefix="duet-verify-") as folder:
-        yield Cache(Path(folder), shards * largest + _TOKENIZER_BYTES)
+    all_of_user = own_folder(Path(tempfile.gettempdir()) / f"duet-verify-{os.getuid()}")
+    with ExitStack() as stack:
+        with open_lock(all_of_user / "lock") as one_at_a_time:
+            fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+            for left in all_of_user.glob("*/"):
+                with suppress(BlockingIOError), _locked(left):
+                    shutil.rmtree(left)
+            folder = Path(tempfile.mkdtemp(dir=all_of_user))
+            stack.enter_context(_locked(folder))
+        stack.callback(shutil.rmtree, folder)
+        yield ShardCache(folder, shards * largest + _TOKENIZER_BYTES)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises BlockingIOError while another process has locked it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class RemoteShards:
     """The files of the dataset at `uri`."""
 
-    def __init__(self, uri: str, cache: Cache) -> None:
+    def __init__(self, uri: str, cache: ShardCache) -> None:
         self._uri = uri
         self.cache = cache
         self._wanted: list[ShardFacts] = []
@@ -70,7 +97,7 @@ class RemoteShards:
         """As the function."""
         check_sizes(self._uri, shards)
 
-    def get(self, shard: ShardFacts, wait: bool = True) -> Cached | None:
+    def get(self, shard: ShardFacts, wait: bool = True) -> CachedFile | None:
         """The shard's file, fetched if it is not in the cache; None if another process does that and not `wait`.
 
         Raises DataError that names the shard if it cannot be fetched as the manifest describes it."""
@@ -89,7 +116,7 @@ class RemoteShards:
                     f"{found.path} does not match its hash, and is in use; end what reads it, and remove it"
                 )
 
-    def tokenizer(self, facts: TokenizerFacts) -> Cached:
+    def tokenizer(self, facts: TokenizerFacts) -> CachedFile:
         """The tokenizer's file. Raises DataError if it is missing or another one."""
         if found := self.cache.find(facts.sha256):
             if hashlib.sha256(found.path.read_bytes()).hexdigest() == facts.sha256:

@@ -18,14 +18,14 @@ from data_pipeline.files.private import own_folder
 _PART = ".part"
 
 
-class Cached(NamedTuple):
+class CachedFile(NamedTuple):
     """A complete file. It may be removed once `lease` is closed."""
 
     path: Path
     lease: BinaryIO
 
 
-class Cache:
+class ShardCache:
     """Files by name; those least recently used go when there is no room."""
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -34,16 +34,16 @@ class Cache:
         self.folder = own_folder(folder)
         self.limit = limit
 
-    def find(self, name: str) -> Cached | None:
+    def find(self, name: str) -> CachedFile | None:
         """The file `name`, if it is there."""
         path = self.folder / name
         found = _locked(path, fcntl.LOCK_SH)
         if found is None:
             return None
         os.utime(path)
-        return Cached(path, found)
+        return CachedFile(path, found)
 
-    def get(self, name: str, size: int, fill: Callable[[BinaryIO], object], wait: bool = True) -> Cached | None:
+    def get(self, name: str, size: int, fill: Callable[[BinaryIO], object], wait: bool = True) -> CachedFile | None:
         """The file `name`, written by `fill` if it is not there; None if another process fetches it and not `wait`.
 
         Raises what `fill` raises, and DataError if there is no room or the disk refuses.

@@ -1,14 +1,23 @@
 """`duet checkpoint`: look at what a run has saved, and keep it in order."""
 
+import json
+import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+from launch.commands.runs import aligned
 
 app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, thin them out, export them.")
 PathArg = Annotated[Path, typer.Argument(metavar="PATH", help="A run folder or one checkpoint.")]
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+_SHARDS = ("SHARD", "MIB", "FRAGMENTS", "XXH3_128")
+_PARAMETERS = ("PARAMETER", "SHAPE", "VALUES", "STATES")
+_MOST_VALUE = 60
+"""Characters of a value in the table."""
 
 
 @app.command("ls")
@@ -18,7 +27,7 @@ def ls(run: RunArg) -> None:
     Example: `duet checkpoint ls runs/quickstart`
     """
     from data_pipeline.errors import CheckpointError
-    from pretrain.checkpoint.checkpoint import Checkpoint
+    from pretrain.checkpoint.manifest import CheckpointManifest
     from pretrain.checkpoint.retention import reasons
     from pretrain.run.checkpoint_folder import complete
     from pretrain.run.run_folder import RunFolder
@@ -31,7 +40,7 @@ def ls(run: RunArg) -> None:
         raise CheckpointError(f"{run}: no complete checkpoint yet")
     for path, why in found.items():
         try:
-            manifest = Checkpoint(path).manifest
+            manifest = CheckpointManifest.load(path)
         except CheckpointError as error:
             typer.echo(f"{path}  DAMAGED: {error}")
             continue
@@ -42,28 +51,37 @@ def ls(run: RunArg) -> None:
 
 
 @app.command("inspect")
-def inspect(path: PathArg) -> None:
+def inspect(
+    path: PathArg, as_json: Annotated[bool, typer.Option("--json", help="The whole manifest, as JSON.")] = False
+) -> None:
     """Say what a checkpoint (of a run: the newest) holds.
 
     Example: `duet checkpoint inspect runs/quickstart`
     """
-    checkpoint = _newest(path)
-    manifest = checkpoint.manifest
-    typer.echo(f"{checkpoint.path}")
-    typer.echo(
-        f"step {manifest.step}, written by {manifest.world_size} rank(s) at ZeRO {manifest.zero_stage}, "
-        f"{manifest.optimizer_steps} updates applied"
-    )
-    if manifest.validation_loss is not None:
-        typer.echo(f"validation loss: {manifest.validation_loss}")
-    for key, value in manifest.state.items():
-        typer.echo(f"{key}: {value}")
-    for shard in manifest.shards:
-        typer.echo(f"{shard.file}: {shard.bytes} bytes, {len(shard.fragments)} fragments, xxh3_128 {shard.xxh3_128}")
-    for name, shape in manifest.shapes.items():
-        typer.echo(f"{name:<60} {shape!s:<16} {' '.join(manifest.states[name])}")
-    for name, shape in manifest.buffers.items():
-        typer.echo(f"{name:<60} {shape!s:<16} buffer")
+    from pretrain.checkpoint.manifest import CheckpointManifest
+
+    folder = _newest(path)
+    manifest = CheckpointManifest.load(folder)
+    if as_json:
+        typer.echo(manifest.model_dump_json(indent=1))
+        return
+    facts = [
+        ("step", str(manifest.step)),
+        ("written by", f"{manifest.world_size} rank(s) at ZeRO {manifest.zero_stage}"),
+        ("updates", str(manifest.optimizer_steps)),
+        ("validation loss", str(manifest.validation_loss)),
+        *((name, _short(value)) for name, value in _flat(manifest.state)),
+    ]
+    shards = [
+        (shard.file, f"{shard.bytes / 2**20:,.1f}", str(len(shard.fragments)), shard.xxh3_128)
+        for shard in manifest.shards
+    ]
+    parameters = [(name, shape, " ".join(manifest.states[name])) for name, shape in manifest.shapes.items()]
+    parameters += [(name, shape, "buffer") for name, shape in manifest.buffers.items()]
+    rows = [(name, " x ".join(map(str, shape)), f"{math.prod(shape):,}", states) for name, shape, states in parameters]
+    typer.echo(str(folder))
+    for table in (aligned([*facts]), aligned([_SHARDS, *shards]), aligned([_PARAMETERS, *rows])):
+        typer.echo("\n" + "\n".join(table))
 
 
 @app.command("verify")
@@ -95,7 +113,7 @@ def verify(path: PathArg) -> None:
     if wrong:
         raise CheckpointError("\n".join(wrong))
     if not paths:
-        raise CheckpointError(f"{path}: neither a checkpoint nor a run folder with one")
+        raise CheckpointError(f"{path}: {_no_checkpoint(path)}")
 
 
 @app.command("diff")
@@ -110,9 +128,10 @@ def diff(
 
     Example: `duet checkpoint diff runs/quickstart runs/quickstart/checkpoints/step-000000200`
     """
+    from pretrain.checkpoint.checkpoint import Checkpoint
     from pretrain.checkpoint.differences import metadata_differences, shape_differences, tensor_differences
 
-    one, other = _newest(a), _newest(b)
+    one, other = Checkpoint(_newest(a)), Checkpoint(_newest(b))
     one.verify()
     other.verify()
     for key, (left, right) in metadata_differences(one, other).items():
@@ -141,6 +160,7 @@ def prune(
     Example: `duet checkpoint prune runs/quickstart --keep 1 --dry-run`
     """
     from pretrain.checkpoint import retention
+    from pretrain.checkpoint.checkpoint import Checkpoint
     from pretrain.checkpoint.ownership import check_own
     from pretrain.run.lease import await_unowned
     from pretrain.run.run_folder import RunFolder
@@ -148,7 +168,7 @@ def prune(
     folder = RunFolder(run)
     every = folder.config().train.keep_every
     await_unowned(run)
-    newest = _newest(run)
+    newest = Checkpoint(_newest(run))
     check_own(newest, folder)
     newest.verify()
     for path in retention.prune(folder.checkpoints, keep, every, folder.facts().get("id"), dry_run=dry_run):
@@ -190,6 +210,38 @@ def export(
     typer.echo(f"{checkpoint.path}: exported to {to or deepspeed}")
 
 
+@app.command("shrink")
+def shrink(
+    path: Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="A run folder (its newest checkpoint), or one.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder: an export of the smaller model.")],
+    gates: Annotated[bool, typer.Option("--gates", help="Remove gated blocks that no held-out token opens.")] = False,
+) -> None:
+    """Export a smaller model, without what it never uses; says the validation loss before and after.
+
+    Example: `duet checkpoint shrink runs/gated --gates --to smaller`
+    """
+    from data_pipeline.errors import ConfigError
+    from pretrain.export.shrink import shrink as remove
+    from pretrain.run.origin import parse
+
+    if not gates:
+        raise ConfigError("say what to remove: --gates, the blocks of feed forwards that no held-out token opens")
+    found = remove(*parse(path), to)
+    for name, (before, after) in found.blocks.items():
+        typer.echo(f"{name}: {after} of {before} blocks stay")
+    (many, fewer), (loss, other) = found.parameters, found.loss
+    typer.echo(f"parameters: {many:,} before, {fewer:,} after")
+    typer.echo(f"validation loss: {loss:.6f} before, {other:.6f} after")
+    typer.echo(f"exported to {to}")
+
+
+def _no_checkpoint(path: Path) -> str:
+    from data_pipeline.places import RUN, kind_of, mistaken
+
+    told = mistaken(path, "checkpoint or run folder") if kind_of(path) != RUN else None
+    return told or "neither a checkpoint nor a run folder with one"
+
+
 def _warn(text: str) -> None:
     typer.echo(f"warning: {text}", err=True)
 
@@ -201,16 +253,29 @@ def _age(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _newest(path: Path):  # type: ignore[no-untyped-def]  # naming the type would import torch
-    """A checkpoint by its folder, or the newest of a run."""
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values, in order."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _MOST_VALUE else f"{text[:_MOST_VALUE]}…"
+
+
+def _newest(path: Path) -> Path:
+    """A checkpoint's folder as it is, or the newest of a run."""
     from data_pipeline.errors import CheckpointError
-    from pretrain.checkpoint.checkpoint import Checkpoint
     from pretrain.run.checkpoint_folder import complete, is_checkpoint
     from pretrain.run.run_folder import RunFolder
 
     if is_checkpoint(path):
-        return Checkpoint(path)
+        return path
     found = complete(RunFolder(path).checkpoints, _warn)
     if not found:
-        raise CheckpointError(f"{path}: neither a checkpoint nor a run folder with one")
-    return Checkpoint(found[0])
+        raise CheckpointError(f"{path}: {_no_checkpoint(path)}")
+    return found[0]

@@ -1,13 +1,13 @@
 """`duet data plan` and `duet data locate`: what a run will read, and what a step of it read."""
 
-import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, RunError
 
 if TYPE_CHECKING:
     from data_pipeline.sampling.pair_windows import PairWindows
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from data_pipeline.storage.dataset import Dataset
     from pretrain.config.schema import Config
 
-_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _SHOWN_CHARACTERS = 80
 
 
@@ -29,9 +28,10 @@ def plan(
 
     Example: `duet data plan data/python-docs run/quickstart --tokens 100M`
     """
+    from data_pipeline.counts import number_of
     from pretrain.config.schema import load
 
-    for line in plan_lines(load(config), None if tokens is None else number_of(tokens)):
+    for line in plan_lines(load(config), None if tokens is None else number_of(tokens, "--tokens")):
         typer.echo(line)
 
 
@@ -49,14 +49,6 @@ def locate(
         typer.echo(line)
 
 
-def number_of(text: str) -> int:
-    """Tokens as people write them: 5000, 300M, 1.5B, 10T. Raises DataError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.strip().upper())
-    if not match or not (number := round(float(match[1]) * _SUFFIXES[match[2]])):
-        raise DataError(f"--tokens {text}: expected a number such as 5000, 300M, 1.5B or 10T")
-    return number
-
-
 def plan_lines(config: "Config", tokens: int | None) -> Iterator[str]:
     """How often a run reads each source. Raises DataError when the dataset cannot be read as `config` says."""
     from data_pipeline.sampling.packed_windows import PackedWindows
@@ -67,6 +59,7 @@ def plan_lines(config: "Config", tokens: int | None) -> Iterator[str]:
     context = config.model.context
     wanted = config.train.steps * config.batch.tokens if tokens is None else tokens
     dataset = Dataset.of(config.data)
+    config.objective.check(dataset)
     _pack(dataset, config.data.packing, context)
     phase = wanted_phase(dataset, config.data, context)
     plan = Plan(dataset, phase, config.run.seed)
@@ -102,6 +95,7 @@ def locate_lines(args: list[str], run: Path | None, step: int, text: bool) -> It
 
     Raises:
         DataError: both or neither are given, or there is no such step.
+        RunError: the run has not trained the step.
     """
     import numpy as np
 
@@ -112,7 +106,9 @@ def locate_lines(args: list[str], run: Path | None, step: int, text: bool) -> It
 
     if (run is None) == (not args):
         raise DataError("name either a run with --run RUN, or its configuration, such as data.path=… batch.tokens=…")
-    config = _config_of(run) if run is not None else load(args)
+    config = load(args) if run is None else _config_of(run)
+    if run is not None:
+        _check_trained(run, step, config)
     dataset = Dataset.of(config.data)
     positions = np.arange((step - 1) * config.global_batch, step * config.global_batch)
     phase = _phase_of(run, int(positions[0])) if run is not None else None
@@ -168,6 +164,20 @@ def _config_of(run: Path) -> "Config":
     from pretrain.run.run_folder import RunFolder
 
     return RunFolder(run).config()
+
+
+def _check_trained(run: Path, step: int, config: "Config") -> None:
+    """Raises RunError for a step that the run did not come to: what it will read may change until then."""
+    from pretrain.run.run_listing import run_state, saved_steps
+
+    newest = max([run_state(run).step or 0, *saved_steps(run)])
+    if step <= newest:
+        return
+    told = f"{run}: step {step} was not trained: "
+    if step > config.train.steps:
+        raise RunError(f"{told}the run has {config.train.steps} steps, and stands at {newest}")
+    read = shlex.join(["duet", "data", "locate", str(run / "config.yaml"), "--step", str(step)])
+    raise RunError(f"{told}it stands at {newest}; what it would read: {read}")
 
 
 def _phase_of(run: Path, position: int) -> "Phase | None":

@@ -1,6 +1,8 @@
 """`duet generate`: texts while they grow, as JSON, as a page, or one prompt after the other."""
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint or an export.")],
+    words: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given several times.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Texts to continue, one on each line; empty lines are left out.")
@@ -59,6 +62,9 @@ def generate(
     from pretrain.export.use import open_trained
     from pretrain.inference.continuation import Settings
 
+    if words:
+        meant = shlex.join(["duet", "generate", str(run), "--prompt", " ".join(words)])
+        raise ConfigError(f"a text to continue is given with --prompt: {meant}")
     sampling = Sampling(repetition_penalty, 0.0 if greedy else temperature, top_k or None, top_p, min_p)
     settings = Settings(sampling, tokens, tuple(stop or []), seed)
     texts = _given(prompt, prompts)
@@ -134,7 +140,9 @@ def _standard_input() -> str:
         raise ConfigError(f"standard input: not UTF-8 at byte {error.start}") from error
 
 
-_HELP = "Type a prompt. Ctrl-C stops a text, Ctrl-D ends. /set NAME VALUE changes an option, /set shows them."
+_HELP = "Type a prompt. Ctrl-C stops a text, Ctrl-D ends. /set NAME VALUE changes an option, /set shows them; /help."
+_LITERAL = "A text that begins with / is given with --prompt."
+_COMMAND = re.compile(r"/set( .*)?|/[a-z]+")
 _SAMPLING = {"repetition_penalty": float, "temperature": float, "top_k": int, "top_p": float, "min_p": float}
 _OWN = {"tokens": int, "seed": int}
 
@@ -160,12 +168,8 @@ def ask(trained: "Trained", settings: "Settings") -> None:
         except KeyboardInterrupt:
             typer.echo()
             continue
-        if line.split()[:1] == ["/set"]:
-            try:
-                settings = changed(settings, line.split()[1:])
-                typer.echo(_shown(settings))
-            except UserError as error:
-                typer.echo(str(error))
+        if _COMMAND.fullmatch(line.strip()):
+            settings = _commanded(settings, line.split())
             continue
         try:
             typer.echo(line, nl=False)
@@ -175,6 +179,21 @@ def ask(trained: "Trained", settings: "Settings") -> None:
             pass  # the reader has seen enough
         typer.echo()
         settings = replace(settings, seed=settings.seed + 1)
+
+
+def _commanded(settings: "Settings", words: list[str]) -> "Settings":
+    """Settings after a line that begins with `/`; what it asks for, or what is wrong with it, is shown."""
+    try:
+        if words[0] == "/set":
+            settings = changed(settings, words[1:])
+            typer.echo(_shown(settings))
+        elif words[0] == "/help":
+            typer.echo(f"{_HELP}\n{_shown(settings)}")
+        else:
+            typer.echo(f"{words[0]}: no command, and not sent to the model; there are /set and /help. {_LITERAL}")
+    except UserError as error:
+        typer.echo(str(error))
+    return settings
 
 
 def changed(settings: "Settings", words: list[str]) -> "Settings":

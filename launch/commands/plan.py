@@ -3,18 +3,18 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from model.config.model_config import ModelConfig
-from model.gpus import GPUS
+from data_pipeline.errors import ConfigError
+from model.gpus import GPUS, Gpu, find, near
 
 if TYPE_CHECKING:
+    from model.config.model_config import ModelConfig
     from pretrain.config.schema import Config
-    from pretrain.planning.costs import Costs, Stage
+    from pretrain.planning.costs import RunCosts, Stage
 
 app = typer.Typer(no_args_is_help=True, help="Size and cost of a model.")
 ConfigArgs = Annotated[
@@ -43,22 +43,26 @@ def params(config: ConfigArgs, as_json: JsonOption = False) -> None:
 def flops(config: ConfigArgs, as_json: JsonOption = False) -> None:
     """Floating-point operations for each token of a full context: forward, in training, and forward by part.
 
-    Matrix products only; the token table is the head. Training is three times the forward pass.
+    Matrix products only; the token table is the head. Training is three times the forward pass. With model.block_gates
+    there are two numbers more: what is executed without closed blocks, at the density that is configured.
 
     Examples: `duet model flops model/published model.vocab_size=50257`,
     `duet model flops model/decoder-125m model.vocab_size=50257 model.context=4096 --json`
     """
-    from model.costs.flops import forward_flops_per_token, training_flops_per_token
-    from model.costs.totals import sample_flops_by_part
+    from model.costs.flops import executed_flops_per_token, forward_flops_per_token, training_flops_per_token
+    from model.costs.totals import gated_flops, sample_flops_by_part
 
     whole = _load(config)
-    model, pairs = whole.model, whole.data.objective == "pairs"
+    model, pairs = whole.model, whole.objective.of_pairs
     parts = {name: count / model.context for name, count in sample_flops_by_part(model, pairs).items()}
     totals = {"forward": forward_flops_per_token(model, pairs), "training": training_flops_per_token(model, pairs)}
+    if gated_flops(model, pairs):
+        totals["forward executed"] = executed_flops_per_token(model, pairs)
+        totals["training executed"] = executed_flops_per_token(model, pairs, training=True)
     _print(totals, parts, as_json)
 
 
-def _model(config: list[str]) -> ModelConfig:
+def _model(config: list[str]) -> "ModelConfig":
     return _load(config).model
 
 
@@ -82,13 +86,21 @@ def _print(totals: Mapping[str, float], parts: Mapping[str, float], as_json: boo
 
 _GIB = 2**30
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "buffers")
-GpuName = Enum("GpuName", {name: name for name in GPUS})  # type: ignore[misc]
+_OTHERS = "others by --tflops and --memory"
+_SOME = ("a100", "h100", "l40s", "rtx4090")
 
 
 def plan(
     config: ConfigArgs,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs that train together.")],
-    gpu: Annotated[GpuName, typer.Option(help="What they are.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that train together.")] = 1,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"What they are: a100, h100, rtx4090, … (docs/plan.md); {_OTHERS}."),
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="Instead of --gpu: a GPU's dense bf16 peak, in 10^12 FLOP/s.")
+    ] = None,
+    memory: Annotated[int | None, typer.Option(min=1, help="With --tflops: a GPU's memory, in 10^9 bytes.")] = None,
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of the peak that is expected; the journal has time/mfu.")
     ] = 0.4,
@@ -104,21 +116,50 @@ def plan(
     from pretrain.config.schema import load
     from pretrain.planning.costs import costs
 
+    name, board = _board(gpu, tflops, memory)
     loaded = _with_vocabulary(load(config))
-    board = GPUS[gpu.value]
     found = costs(loaded, gpus, board, mfu)
     if as_json:
         typer.echo(json.dumps(_tree(found)))
     else:
-        typer.echo("\n".join(_lines(loaded, found, gpus, gpu.value, mfu)))
+        typer.echo("\n".join(_lines(loaded, found, gpus, name, board, mfu)))
     if not _fits(found, loaded):
         raise typer.Exit(1)
 
 
+def _board(gpu: str | None, tflops: float | None, memory: int | None) -> tuple[str, Gpu]:
+    """What the GPUs are called, and what they are.
+
+    Raises:
+        ConfigError: the options do not say, or name one that is not known.
+    """
+    if gpu is None:
+        if tflops is None or memory is None:
+            raise ConfigError(
+                f"duet plan: name the GPU: --gpu NAME, such as {', '.join(_SOME)} (docs/plan.md lists {len(GPUS)}), or "
+                "--tflops T --memory GB: its dense bf16 peak and its memory"
+            )
+        return "GPU", Gpu("", memory, tflops * 1e12)
+    if tflops is not None or memory is not None:
+        raise ConfigError("--tflops and --memory are for a GPU that --gpu does not know; leave --gpu out")
+    if board := find(gpu):
+        return gpu.lower(), board
+    known = near(gpu) or _SOME
+    raise ConfigError(
+        f"--gpu {gpu}: not known; near it: {', '.join(known)} ({len(GPUS)} in docs/plan.md); any other by --tflops T "
+        "--memory GB: its dense bf16 peak and its memory"
+    )
+
+
 def _with_vocabulary(config: "Config") -> "Config":
+    from data_pipeline.places import DATASET, kind_of
+
+    path = Path(config.data.path)
+    if config.model.vocab_size is not None or kind_of(path) != DATASET:
+        return config
     from dataclasses import dataclass
 
-    from data_pipeline.storage.manifest import MANIFEST, Manifest
+    from data_pipeline.storage.manifest import Manifest
     from pretrain.config.dataset_identity import complete
 
     @dataclass(frozen=True)
@@ -126,19 +167,16 @@ def _with_vocabulary(config: "Config") -> "Config":
         path: Path
         manifest: Manifest
 
-    path = Path(config.data.path)
-    if config.model.vocab_size is not None or not (path / MANIFEST).is_file():
-        return config
     return complete(config, Built(path, Manifest.load(path)))
 
 
-def _fits(found: "Costs", config: "Config") -> bool:
+def _fits(found: "RunCosts", config: "Config") -> bool:
     own = found.stages[config.engine.zero_stage].memory
     assert own is not None
     return own.total <= found.gpu_bytes
 
 
-def _tree(found: "Costs") -> dict[str, object]:
+def _tree(found: "RunCosts") -> dict[str, object]:
     tree = asdict(found)
     tree["stages"] = {
         str(number): {
@@ -152,17 +190,16 @@ def _tree(found: "Costs") -> dict[str, object]:
     return tree
 
 
-def _lines(config: "Config", found: "Costs", gpus: int, gpu: str, mfu: float) -> list[str]:
-    from pretrain.tracking.console import duration
+def _lines(config: "Config", found: "RunCosts", gpus: int, name: str, board: Gpu, mfu: float) -> list[str]:
+    from pretrain.tracking.durations import duration
 
-    board, engine, steps = GPUS[gpu], config.engine, config.train.steps
-    checkpoints = found.checkpoints
+    engine, steps, checkpoints = config.engine, config.train.steps, found.checkpoints
     lines = [
         f"model       {config.model.architecture}, {found.parameters:,} parameters",
-        f"gpus        {gpus} x {gpu}: {board.memory_gb} GB, {board.peak_flops / 1e12:g} dense bf16 TFLOP/s",
+        f"gpus        {gpus} x {name}: {board.memory_gb} GB, {board.peak_flops / 1e12:g} dense bf16 TFLOP/s",
         f"batch       {config.batch.tokens:,} tokens = {gpus} rank(s) x {found.accumulation} x {found.micro_batch} "
         f"sequences of {config.model.context}",
-        f"step        {found.flops_per_step:.3g} FLOPs, {found.step_seconds:.3g} s at MFU {mfu:g}",
+        f"step        {_flops(found)}, {found.step_seconds:.3g} s at MFU {mfu:g}",
         f"speed       {found.tokens_per_second:,.0f} tokens/s",
         f"run         {steps:,} steps, {steps * config.batch.tokens:,} tokens: {duration(found.run_seconds)}, "
         f"{found.run_seconds * gpus / 3600:,.1f} GPU hours",
@@ -174,9 +211,16 @@ def _lines(config: "Config", found: "Costs", gpus: int, gpu: str, mfu: float) ->
         f"  ZeRO {''.join(f'{part:>12}' for part in _PARTS)}       total  largest micro-batch, fullest moment",
     ]
     lines += [_row(number, stage, own=number == engine.zero_stage) for number, stage in found.stages.items()]
+    if found.gates:
+        lines.insert(4, f"gates       {found.gates}")
     if not _fits(found, config):
         lines += ["", "The run does not fit. What would:", *(f"  {change}" for change in found.fitting or _NOTHING)]
     return lines
+
+
+def _flops(found: "RunCosts") -> str:
+    executed, nominal = found.executed_flops_per_step, found.flops_per_step
+    return f"{nominal:.3g} FLOPs" if executed == nominal else f"{executed:.3g} FLOPs of {nominal:.3g}"
 
 
 _NOTHING = ("a smaller model only",)

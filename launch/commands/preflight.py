@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import ConfigError, UserError
-from launch.slurm.exclude import exclude
-from pretrain.preflight.verdict import Verdict
-from pretrain.run.job_records import JobFolder, RankFailure, this_job
 
 if TYPE_CHECKING:
     from pretrain.preflight.exchange import Place
+    from pretrain.preflight.verdict import Verdict
+    from pretrain.run.job_records import JobFolder
 
 GOOD, FAILED, STOP, AVOID = 0, 1, 2, 11
 """FAILED: the group broke, and no node can be named: try again. STOP: another try cannot mend it. AVOID: bad nodes are
@@ -62,6 +61,7 @@ def check(config: list[str], run: Path | None, as_json: bool = False) -> int:
     loaded = load(config)
     from pretrain.preflight.exchange import Place
     from pretrain.preflight.group import Limits, open_store, preflight
+    from pretrain.run.job_records import JobFolder
 
     place = place_of(os.environ, Place)
     limits = Limits()
@@ -77,8 +77,11 @@ def check(config: list[str], run: Path | None, as_json: bool = False) -> int:
     return code
 
 
-def conclude(verdict: Verdict, folder: JobFolder | None) -> tuple[int, str | None]:
+def conclude(verdict: "Verdict", folder: "JobFolder | None") -> tuple[int, str | None]:
     """The exit code, and why bad nodes were not excluded. Writes to the run's list, and what failed for the policy."""
+    from launch.slurm.exclude import exclude
+    from pretrain.run.job_records import RankFailure, this_job
+
     if verdict.good:
         return GOOD, None
     code, refusal = FAILED, None
@@ -95,7 +98,7 @@ def conclude(verdict: Verdict, folder: JobFolder | None) -> tuple[int, str | Non
     return code, refusal
 
 
-def describe(verdict: Verdict, code: int, refusal: str | None) -> str:
+def describe(verdict: "Verdict", code: int, refusal: str | None) -> str:
     """The verdict in lines: what was measured, then warnings, then what stops the job."""
     width = max((len(name) for name in verdict.measured), default=0)
     lines = [
@@ -115,7 +118,7 @@ def describe(verdict: Verdict, code: int, refusal: str | None) -> str:
     return "\n".join(lines)
 
 
-def _failures(verdict: Verdict) -> list[str]:
+def _failures(verdict: "Verdict") -> list[str]:
     bad = [f"bad node {node}: {'; '.join(reasons)}" for node, reasons in verdict.bad.items()]
     return [*verdict.shared, *verdict.exchange, *bad]
 

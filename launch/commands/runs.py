@@ -30,9 +30,13 @@ def ls(
 
     Example: `duet runs ls runs`
     """
+    from data_pipeline.errors import RunError
+    from data_pipeline.places import RUN, mistaken
     from pretrain.run.run_listing import list_runs
 
     runs = list_runs(folder)
+    if not runs and (told := mistaken(folder, RUN)):
+        raise RunError(f"{folder}: {told}")
     if as_json:
         typer.echo(json.dumps([_strict(asdict(run)) for run in runs], indent=1))
         return
@@ -47,7 +51,7 @@ def aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _row(run: "RunState") -> tuple[str, ...]:
-    from pretrain.tracking.console import duration
+    from pretrain.tracking.durations import duration
 
     return (
         run.path,

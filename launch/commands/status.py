@@ -48,6 +48,7 @@ def status(
 
 
 def _text(paths: list[Path]) -> str:
+    from data_pipeline.places import RUN, mistaken
     from launch.slurm.run_files import is_run
     from launch.slurm.run_status import statuses
 
@@ -56,7 +57,7 @@ def _text(paths: list[Path]) -> str:
     single = len(found) == 1 and len(paths) == 1 and is_run(paths[0])
     lines = _block(found[0], now) if single else aligned([COLUMNS, *(_row(one, now) for one in found)])
     if not found:
-        lines = [f"no runs in {', '.join(map(str, paths))}"]
+        lines = [f"{path}: {mistaken(path, RUN) or 'no runs in it'}" for path in paths]
     return "\n".join([*lines, *([_printable(problem)] if problem else [])])
 
 
@@ -174,7 +175,7 @@ def _moment(when: float | None, now: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    from pretrain.tracking.console import duration
+    from pretrain.tracking.durations import duration
 
     return duration(max(0.0, seconds))
 

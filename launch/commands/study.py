@@ -1,4 +1,4 @@
-"""`duet study`: many runs that are compared, trained by one command and told by another."""
+"""`duet study`: many runs that are compared, trained by one command and compared by another."""
 
 import os
 import shlex

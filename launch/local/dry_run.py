@@ -1,6 +1,9 @@
 """What `duet train --dry-run` says: everything is checked, nothing is written."""
 
+from collections.abc import Iterator
+
 from pretrain.config.schema import Config
+from pretrain.run.run_folder import RunFolder
 
 
 def describe(config: Config, ranks: int) -> str:
@@ -12,19 +15,22 @@ def describe(config: Config, ranks: int) -> str:
     import torch
 
     from data_pipeline.sampling import packing_plan
-    from data_pipeline.sampling.sample_plan import Plan, wanted_phase
+    from data_pipeline.sampling.sample_plan import Plan, told_shares, wanted_phase
     from data_pipeline.storage.dataset import Dataset
     from model.architectures import registry
     from pretrain.config.dataset_identity import complete, identity
+    from pretrain.engine.hardware import check_hardware
     from pretrain.evaluation.batches import Batches
     from pretrain.evaluation.evaluate import held_out
     from pretrain.run import origin
-    from pretrain.run.run_folder import RunFolder
 
+    check_hardware(config, ranks, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     dataset = Dataset.of(config.data)
-    windows = None
+    config.objective.check(dataset)
+    windows, shares = None, None
     if config.data.packing == "plain" or packing_plan.prepared(dataset, config.model.context):
-        plan = Plan(dataset, wanted_phase(dataset, config.data, config.model.context), config.run.seed)
+        phase = wanted_phase(dataset, config.data, config.model.context)
+        plan, shares = Plan(dataset, phase, config.run.seed), told_shares(dataset, config.data, phase)
         windows = sum(len(of_source) for of_source in plan.windows.values())
         held_out(dataset, config)
     Batches.of(config, dataset, torch.device("cpu"))  # needs pieces of the tokenizer
@@ -34,20 +40,23 @@ def describe(config: Config, ranks: int) -> str:
     if folder.has_trained():
         folder.check(config, identity(config, dataset))
     with torch.device("meta"):
-        model = registry.build(config.model)
+        parameters = sum(parameter.numel() for parameter in registry.build(config.model).parameters())
+    return "\n".join(_lines(config, ranks, parameters, windows, shares))
+
+
+def _lines(config: Config, ranks: int, parameters: int, windows: int | None, shares: str | None) -> Iterator[str]:
+    folder = RunFolder(config.run_dir)
     micro_batch, accumulation = config.micro_batches(ranks)
-    start = [f"begins at  {config.run.start_from}"] if config.run.start_from else []
     samples = config.global_batch * config.train.steps
     read = f"{samples / windows:.2f} epochs" if windows else "packed into windows at the start"
     number = f"{windows:,} " if windows else ""
-    return "\n".join(
-        [
-            f"run        {folder.path}" + (" (goes on)" if folder.run_file.exists() else " (new)"),
-            *start,
-            f"model      {config.model.architecture}, {sum(p.numel() for p in model.parameters()):,} parameters",
-            f"data       {config.data.path}: {number}windows of {config.model.context} tokens",
-            f"batch      {config.batch.tokens:,} tokens = {ranks} rank(s) x {accumulation} x {micro_batch} sequences",
-            f"steps      {config.train.steps:,}: {samples * config.model.context:,} tokens, {read}",
-            f"engine     ZeRO {config.engine.zero_stage}, {config.engine.precision}",
-        ]
-    )
+    yield f"run        {folder.path}" + (" (goes on)" if folder.run_file.exists() else " (new)")
+    if config.run.start_from:
+        yield f"begins at  {config.run.start_from}"
+    yield f"model      {config.model.architecture}, {parameters:,} parameters"
+    yield f"data       {config.data.path}: {number}windows of {config.model.context} tokens"
+    if shares:
+        yield f"           {shares}"
+    yield f"batch      {config.batch.tokens:,} tokens = {ranks} rank(s) x {accumulation} x {micro_batch} sequences"
+    yield f"steps      {config.train.steps:,}: {samples * config.model.context:,} tokens, {read}"
+    yield f"engine     ZeRO {config.engine.zero_stage}, {config.engine.precision}"

@@ -64,8 +64,7 @@ def count(config: Config, what: Counted) -> float:
     """Parameters of the model, or FLOPs of the whole training."""
     if what == "parameters":
         return num_parameters(config.model)
-    pairs = config.data.objective == "pairs"
-    return training_flops_per_token(config.model, pairs) * config.batch.tokens * config.train.steps
+    return training_flops_per_token(config.model, config.objective.of_pairs) * config.batch.tokens * config.train.steps
 
 
 def _complete(config: Config) -> tuple[Config, Built]:

@@ -25,7 +25,7 @@ from pretrain.run.journal import Record
 from pretrain.run.lease import check_unowned
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.run_listing import tail
-from pretrain.tracking.console import duration
+from pretrain.tracking.durations import duration
 
 GIB = 1 << 30
 LARGEST_FACTOR = 4
@@ -266,5 +266,5 @@ def _shares(config: Config, ranks: int) -> bool:
 
 
 def _measured(records: list[Record], name: str) -> list[float]:
-    """In seconds."""
+    """Values in seconds of a metric that is recorded in milliseconds."""
     return [record.metrics[name] / 1e3 for record in records if name in record.metrics]

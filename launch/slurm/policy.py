@@ -18,6 +18,7 @@ from pathlib import Path
 from data_pipeline.errors import CheckpointError
 from launch.slurm.exclude import exclude
 from pretrain.run.job_records import Failure, JobFolder, RankFailure, this_job
+from pretrain.run.lease import LOST_FOLDER
 from pretrain.run.run_listing import End, recorded_end, saved_steps
 
 LAUNCH_FAILED = 233
@@ -224,6 +225,9 @@ def main(args: list[str]) -> int:
     parser.add_argument("--max-crashes", type=int, default=3)
     parser.add_argument("--log", type=Path, help="where srun's own words went")
     given = parser.parse_args(args)
+    if not given.run_dir.is_dir():  # the batch script has seen it
+        print(f"policy: nothing is written, and the job is not requeued: {given.run_dir}: {LOST_FOLDER}", flush=True)
+        return Action.STOP if given.rc else Action.DONE
     job, restart = this_job()
     folder = JobFolder(given.run_dir)
     words = _words(given.log, job, restart)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import RunError
+from data_pipeline.places import RUN, mistaken
 from launch.slurm import client
 from launch.slurm.client import Job, SlurmError
 from launch.slurm.run_files import RunFiles, find_runs, is_run, read_files
@@ -172,7 +173,8 @@ def join(files: RunFiles, jobs: list[Job], *, asked: bool, now: float | None = N
 
 def _files(run_dir: Path) -> RunFiles:
     if not is_run(run_dir):
-        raise RunError(f"{run_dir}: not a run folder; `duet status FOLDER` lists those in a folder")
+        told = mistaken(run_dir, RUN) or "not a run folder; `duet status FOLDER` lists those in a folder"
+        raise RunError(f"{run_dir}: {told}")
     return read_files(run_dir)
 
 
@@ -296,6 +298,6 @@ def _current(jobs: list[Job]) -> Job | None:
 
 
 def _clock(seconds: float) -> str:
-    from pretrain.tracking.console import duration
+    from pretrain.tracking.durations import duration
 
     return duration(max(0.0, seconds))

@@ -1,4 +1,4 @@
-"""The architectures, what they share, and the objective they are trained for.
+"""The architectures, and what they share.
 
 May import: data_pipeline.errors, model.attention, model.batch, model.config, model.costs, model.layers,
 model.masks.

@@ -23,7 +23,7 @@ class Embedded(NamedTuple):
     """Of the mask on E."""
 
 
-class Source(NamedTuple):
+class SourceSequence(NamedTuple):
     """The sequence that is read where another is written (`Traits.two_sequences`)."""
 
     embedded: Embedded
@@ -32,7 +32,7 @@ class Source(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """What an architecture gives."""
+    """What a backbone computes."""
 
     x: Tensor
     """[B, T, C], before the last norm; in a causal model vector t depends on tokens up to t only."""
@@ -47,7 +47,7 @@ class Hidden(NamedTuple):
 class Backbone(nn.Module):
     """The layers of an architecture. `TokenModel` has the tables before them and the head behind them."""
 
-    def forward(self, embedded: Embedded, keys: Tensor | None, source: Source | None = None) -> Hidden:
+    def forward(self, embedded: Embedded, keys: Tensor | None, source: SourceSequence | None = None) -> Hidden:
         """Run the layers.
 
         Args:

@@ -7,8 +7,9 @@ from model.attention.visibility import CAUSAL, Visible
 from model.config.transformer import TransformerConfig, TwoStreamConfig
 from model.layers.batch_norm import apply_norm
 from model.layers.layers import FeedForward, residual_std, stream_norm
+from model.masks.block_gates import BlockFeedForward
 from model.masks.site import SiteDropout, Statistics
-from model.masks.sites import dropout_at
+from model.masks.sites import dropout_at, feed_forward_at
 
 
 class Residual:
@@ -38,6 +39,15 @@ class Residual:
         self.statistics |= statistics
         self.x = self._norm(norm, self.x + update) if self._post_norm else self.x + update
 
+    def feed(self, ff: FeedForward | BlockFeedForward, dropout: SiteDropout, norm: nn.Module) -> None:
+        """Add what a feed forward makes of the stream."""
+        if isinstance(ff, BlockFeedForward):
+            update, statistics = ff(self.normed(norm), self._keys, self._visible)
+            self.statistics |= statistics
+        else:
+            update = ff(self.normed(norm))
+        self.add(update, dropout, norm)
+
     def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         return apply_norm(norm, x, self._keys, self._visible.padding)
 
@@ -51,10 +61,10 @@ class EncoderLayer(nn.Module):
         self._post_norm = config.norm_position == "post"
         std = residual_std(config)
         self.attention_norm = stream_norm(config, both_ways=not config.causal)
-        self.attention = SelfAttention(config, f"{'dec' if alone else 'enc'}_sa/{layer:02d}", std)
+        self.attention = SelfAttention(config, f"{'dec' if alone else 'enc'}_sa/{layer:02d}", std, layer)
         self.attention_dropout = dropout_at(config, "dec_sa" if alone else "enc_sa", layer)
         self.ff_norm = stream_norm(config, both_ways=not config.causal)
-        self.ff = FeedForward(config, std)
+        self.ff = feed_forward_at(config, "dec_ff" if alone else "enc_ff", layer, std)
         self.ff_dropout = dropout_at(config, "dec_ff" if alone else "enc_ff", layer)
 
     def forward(
@@ -64,7 +74,7 @@ class EncoderLayer(nn.Module):
         stream = Residual(x, keys, source, visible, self._post_norm)
         update = self.attention(stream.normed(self.attention_norm), keys, visible)
         stream.add(update, self.attention_dropout, self.attention_norm)
-        stream.add(self.ff(stream.normed(self.ff_norm)), self.ff_dropout, self.ff_norm)
+        stream.feed(self.ff, self.ff_dropout, self.ff_norm)
         return stream.x, stream.statistics
 
 
@@ -81,15 +91,15 @@ class DecoderLayer(nn.Module):
         self._cross_first = config.decoder_order == "cross_self_ff"
         std = residual_std(config, config.decoder_residual_writes)
         self.attention_norm = stream_norm(config)
-        self.attention = SelfAttention(config, f"dec_sa/{layer:02d}", std)
+        self.attention = SelfAttention(config, f"dec_sa/{layer:02d}", std, layer)
         self.attention_dropout = dropout_at(config, "dec_sa", layer)
         self.cross_norm = stream_norm(config)
         # The encoder's stream is normed already where norms come after the additions.
         self.encoder_norm = nn.Identity() if self._post_norm else stream_norm(config)
-        self.cross_attention = CrossAttention(config, f"cross/{layer:02d}", std)
+        self.cross_attention = CrossAttention(config, f"cross/{layer:02d}", std, layer)
         self.cross_dropout = dropout_at(config, "cross", layer)
         self.ff_norm = stream_norm(config)
-        self.ff = FeedForward(config, std)
+        self.ff = feed_forward_at(config, "dec_ff", layer, std)
         self.ff_dropout = dropout_at(config, "dec_ff", layer)
 
     def forward(
@@ -109,7 +119,7 @@ class DecoderLayer(nn.Module):
             else:
                 update = self.attention(stream.normed(self.attention_norm), keys, visible)
                 stream.add(update, self.attention_dropout, self.attention_norm)
-        stream.add(self.ff(stream.normed(self.ff_norm)), self.ff_dropout, self.ff_norm)
+        stream.feed(self.ff, self.ff_dropout, self.ff_norm)
         return stream.x, stream.statistics
 
     def cross(self, stream: Residual, encoder: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> None:

@@ -12,12 +12,12 @@ from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar, NamedTuple, get_args
+from typing import ClassVar, NamedTuple
 
 from data_pipeline.errors import ConfigError
 from model.architectures import measured
 from model.config.mask_config import Site
-from model.config.model_config import ModelConfig, Objective, Traits
+from model.config.model_config import ModelConfig, Traits
 
 FOLDER, GROUP = "architecture", "duet.architectures"
 """In a run folder and in an export: where the source lies. And the entry points of installed packages."""
@@ -44,7 +44,10 @@ class Named(NamedTuple):
 class Recorded(ModelConfig, extra="allow", frozen=True):
     """What the files of a run hold of a model whose source is not run: the keys as they are."""
 
-    traits: ClassVar = Traits(get_args(Objective), "is not loaded", causal=False, documents_apart=True)
+    traits: ClassVar = Traits((), "is not loaded", causal=False, documents_apart=True)
+
+    def check_objective(self, objective: str) -> None:
+        """What it can learn from, its source says."""
 
     @property
     def dropout_sites(self) -> tuple[Site, ...]:

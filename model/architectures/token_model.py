@@ -1,37 +1,30 @@
-"""What the architectures share: tables, last norm, tied head and objective, around an architecture's layers."""
+"""What the architectures share: tables, last norm, tied head and loss, around an architecture's layers."""
 
 from collections.abc import Callable
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError
-from model.architectures.backbone import Backbone, Embedded, Source
-from model.architectures.objective import Auxiliary, objective
+from model.architectures.backbone import Backbone, Embedded, Hidden, SourceSequence
 from model.attention.cache import Cached
 from model.attention.visibility import CAUSAL, Visible, visible_in, visible_source, visible_target
 from model.batch import Batch, ModelOutput
+from model.config.mask_config import PenaltyConfig
 from model.config.model_config import ModelConfig
 from model.config.transformer import TransformerConfig
 from model.layers.batch_norm import apply_norm
+from model.layers.chunked_loss import TokenLoss
 from model.layers.layers import INIT_STD, Embedding, TiedEmbedding, stream_norm
 from model.layers.noise import sample_keys
 from model.layers.positions import sinusoid
+from model.masks.block_gates import BLOCK_PENALTY, block_gates
 from model.masks.learned_dropout import MaskSource
-from model.masks.site import SiteDropout, Statistics
+from model.masks.penalties import weight_at
+from model.masks.site import SiteDropout
 from model.masks.sites import dropout_at
-
-
-class Read(NamedTuple):
-    """What the head reads, and what was found on the way."""
-
-    x: Tensor
-    """[B, T, C]."""
-    statistics: Statistics
-    """Of the masks."""
-    auxiliary: Auxiliary
-    """The architecture's own loss."""
+from model.masks.telemetry import KEPT
 
 
 class TokenModel(Cached):
@@ -61,7 +54,7 @@ class TokenModel(Cached):
     @overload
     def forward(self, inputs: Tensor) -> Tensor: ...
     def forward(self, inputs: Batch | Tensor) -> ModelOutput | Tensor:
-        """The objective of a batch; of bare ids [B, T] what `logits` gives.
+        """The loss of a batch; of bare ids [B, T] what `logits` gives.
 
         One entrance for both, because a partitioned model (ZeRO-3) gathers its weights only when called.
         """
@@ -70,17 +63,18 @@ class TokenModel(Cached):
         keys = sample_keys(inputs.seed, inputs.step, inputs.samples) if self.training else None
         if self.config.document_mask and inputs.segment_ids is None:
             raise ValueError("model.document_mask is on, and the batch does not say where documents are")
-        x, statistics, auxiliary = self.hidden(inputs.input_ids, keys, inputs)
+        self._compute_open_blocks(inputs.step)
+        found = self.hidden(inputs.input_ids, keys, inputs)
         smoothing, z_weight = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
         count = None if inputs.counts is None else inputs.counts.labels
-        tokens = self.token_embed(x, inputs.labels, smoothing, z_weight, count)
-        return objective(tokens, inputs, statistics, auxiliary, self.config, self.training)
+        tokens = self.token_embed(found.x, inputs.labels, smoothing, z_weight, count)
+        return self._output(tokens, found, inputs.step)
 
     def predict(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None) -> Tensor:
         """Logits [B, T, V] of input_ids [B, T]; all else as in `hidden`."""
         return self.token_embed(self.hidden(input_ids, keys, batch).x)
 
-    def hidden(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None) -> Read:
+    def hidden(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None) -> Hidden:
         """What the head reads, x [B, T, C], of input_ids [B, T], T <= context.
 
         `batch`: what else it says of these inputs: documents, prefixes, what a decoder reads. Where that is another
@@ -95,7 +89,7 @@ class TokenModel(Cached):
         x = self.backbone.finish(x, embedded)
         if self.cache is not None:
             x = self.cache.asked(x)
-        return Read(x, found.statistics, Auxiliary(found.auxiliary, found.metrics))
+        return found._replace(x=x)
 
     def embed(self, input_ids: Tensor, keys: Tensor | None, visible: Visible, dropout: SiteDropout) -> Embedded:
         """What a stream starts from: the tokens [B, T] in vectors, with positions and past a site."""
@@ -115,19 +109,58 @@ class TokenModel(Cached):
         """All of them; the table that is also the head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def _read(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None) -> tuple[Embedded, Source | None]:
+    def _compute_open_blocks(self, step: Tensor) -> None:
+        """Leave closed blocks out of training from the step on that is configured; waits for the device if one is."""
+        gates = self.config.block_gates if isinstance(self.config, TransformerConfig) else None
+        if gates is not None and gates.train_sparse_after is not None:
+            for ff in block_gates(self):
+                ff.sparse = gates.sparse_at(int(step))
+
+    def _read(
+        self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None
+    ) -> tuple[Embedded, SourceSequence | None]:
         """The text in which tokens are predicted, and the one that is read for it if it is another."""
         if self.config.traits.two_sequences:
             if batch is None or batch.decoder_input_ids is None:
                 raise ConfigError(f"{self.config.architecture} reads two sequences, and there is one only")
-            within, across = visible_source(batch)
+            within, across = visible_source(batch, self.config)
             source = self.embed(input_ids, keys, within, self.embed_dropout)
-            target = self.embed(batch.decoder_input_ids, keys, visible_target(batch), self.target_dropout)
-            return target, Source(source, across)
-        visible = CAUSAL._replace(causal=self.config.causal) if batch is None else visible_in(batch, self.config)
-        if self.cache is not None:
-            visible = visible._replace(positions=self.cache.positions(input_ids.shape[1]))
+            target = self.embed(batch.decoder_input_ids, keys, visible_target(batch, self.config), self.target_dropout)
+            return target, SourceSequence(source, across)
+        if self.cache is None:
+            visible = visible_in(input_ids, batch, self.config)
+        else:
+            visible = CAUSAL._replace(positions=self.cache.positions(input_ids.shape[1]))
         return self.embed(input_ids, keys, visible, self.embed_dropout), None
+
+    def _output(self, tokens: TokenLoss, found: Hidden, step: Tensor) -> ModelOutput:
+        """The loss of the tokens; in training plus that of the architecture and the penalties, means over the masks.
+
+        Every mask counts alike. In evaluation the penalties are measured but do not enter the loss.
+        """
+        loss, config = tokens.loss, self.config
+        metrics = {"cross_entropy": tokens.cross_entropy}
+        if config.z_loss:
+            metrics["z_loss"] = tokens.z_loss
+        if found.statistics:
+            names = dict.fromkeys(name for mask in found.statistics.values() for name in mask)
+            told = {name: {mask: v[name] for mask, v in found.statistics.items() if name in v} for name in names}
+            stacked = {name: torch.stack([*of_mask.values()]) for name, of_mask in told.items() if name != KEPT}
+            mean = {name: values.mean() for name, values in stacked.items()}
+            if self.training and BLOCK_PENALTY in stacked:  # each feed forward's is a constraint of its own
+                loss = loss + stacked[BLOCK_PENALTY].sum()
+            for name, penalty in _penalties(config).items():
+                if name in mean:
+                    weight = metrics[f"{name}_weight"] = weight_at(step, penalty)
+                    if self.training:
+                        loss = loss + weight * mean[name]
+            metrics |= mean
+            metrics |= {f"{name}/{mask}": value for name, values in told.items() for mask, value in values.items()}
+        if found.auxiliary is not None:
+            loss = loss + found.auxiliary
+            metrics |= found.metrics
+        metrics["loss"] = loss
+        return ModelOutput(loss, {name: value.detach() for name, value in metrics.items()}, tokens.by_token)
 
     def _with_positions(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, T, C] with their positions, and the position vectors one further where they are used.
@@ -149,3 +182,13 @@ class TokenModel(Cached):
             return self.position_embed(positions)
         # As large as a table that starts at N(0, 0.02), or the sines would drown the tokens.
         return (sinusoid(positions, self.config.width) * (2**0.5 * INIT_STD)).to(self.token_embed.weight.dtype)
+
+
+def _penalties(config: ModelConfig) -> dict[str, PenaltyConfig]:
+    """The penalties on masks, by the statistic that they penalise."""
+    if not isinstance(config, TransformerConfig):
+        return {}
+    of_gates: dict[str, PenaltyConfig] = {"block_entropy": config.block_gates.entropy}
+    if config.l0.enabled:
+        return {"l0": config.l0} | of_gates
+    return {"entropy": config.learned_dropout.entropy, "l1": config.learned_dropout.l1} | of_gates

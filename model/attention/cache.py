@@ -6,11 +6,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from model.attention.ring import Ring
+from model.attention.rule import Rows
+from model.config.pattern_config import FULL, Patterns
+
 
 class Cached(nn.Module):
     """A module that goes on where its cache ends, while it has one."""
 
     cache: "Cache | None" = None
+    patterns: Patterns = (FULL,)
+    """What it sees of a text, if it looks back."""
 
 
 class Cache:
@@ -33,7 +39,9 @@ class Cache:
         self._padding = padding
         self._capacity = capacity
         self._stored: dict[Cached, tuple[Tensor, Tensor]] = {}
-        self._visible = torch.empty(0)
+        self._rows: Rows | None = None
+        self._masks: dict[tuple[Patterns, Ring | None], Tensor] = {}
+        """Of the pass that is under way."""
 
     @torch.no_grad()
     def logits(self, model: nn.Module, input_ids: Tensor) -> Tensor:
@@ -45,7 +53,11 @@ class Cache:
         end = self.length + input_ids.shape[1]
         if end > self._capacity:
             raise ValueError(f"{end} tokens do not fit a cache of {self._capacity}")
-        self._visible = self._mask(end)
+        columns = torch.arange(end, device=input_ids.device)
+        # Pads see each other: a softmax over nothing is NaN, which would spread.
+        positions = columns - self._padding[:, None]
+        self._rows = Rows(positions.shape, input_ids.device, segments=positions < 0, positions=positions)
+        self._masks = {}
         with self.used_by(model):
             found = model(input_ids)[:, -1]
         self.length = end
@@ -79,8 +91,11 @@ class Cache:
             key, value: [B, H, T, d].
 
         Returns:
-            All keys and all values so far, [B, H, S, d], and which the new queries see: bool [B, 1, T, S].
+            Keys and values, [B, H, S, d], all so far or what a layer with windows still needs, and which of them the
+            new queries see: bool [B, G, T, S] for G groups of heads.
         """
+        if ring := Ring.of(place.patterns, self._capacity):
+            return self._extend_ring(ring, place, key, value)
         end = self.length + key.shape[2]
         if place not in self._stored:
             shape = (*key.shape[:2], self._capacity, key.shape[3])
@@ -88,16 +103,43 @@ class Cache:
         keys, values = self._stored[place]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end], self._visible
+        return keys[:, :, :end], values[:, :, :end], self._mask(place.patterns)
 
     def reorder(self, rows: Tensor) -> None:
         """Go on with these rows [B'] int64, in this order; a row may come several times or not at all."""
         self._padding = self._padding[rows]
         self._stored = {place: (keys[rows], values[rows]) for place, (keys, values) in self._stored.items()}
 
-    def _mask(self, end: int) -> Tensor:
-        """Of the columns from `length` to `end`: what each sees of all, [B, 1, T, S], aligned at the bottom right."""
-        seen = torch.arange(end, device=self._padding.device)
-        own = seen[self.length :, None]
-        # A pad sees itself: a softmax over nothing is NaN, which would spread.
-        return ((seen <= own) & (seen >= self._padding[:, None, None]) | (seen == own))[:, None]
+    def _extend_ring(self, ring: Ring, place: Cached, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if place not in self._stored:  # zeros, since pads see slots that hold nothing
+            shape = (*key.shape[:2], ring.size, key.shape[3])
+            self._stored[place] = key.new_zeros(shape), value.new_zeros(shape)
+        keys, values = self._stored[place]
+        count, last = key.shape[2], self.length - 1 - self._padding
+        if count == 1:
+            rows, slots = torch.arange(len(last), device=last.device), ring.slot(last + 1)
+            keys[rows, :, slots] = key[:, :, 0]
+            values[rows, :, slots] = value[:, :, 0]
+        else:
+            keys, values = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+            sources = ring.sources(last, count)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+            self._stored[place] = keys.gather(2, sources), values.gather(2, sources)
+        return keys, values, self._mask(place.patterns, ring)
+
+    def _mask(self, patterns: Patterns, ring: Ring | None = None) -> Tensor:
+        """Of the new columns: what each sees of all, or of the slots of a ring; made once in a pass."""
+        assert self._rows is not None
+        if (patterns, ring) not in self._masks:
+            made = self._rows.dense(patterns, self.length) if ring is None else self._ring_mask(patterns, ring)
+            self._masks[patterns, ring] = made
+        return self._masks[patterns, ring]
+
+    def _ring_mask(self, patterns: Patterns, ring: Ring) -> Tensor:
+        """[B, G, T, S]: S are its slots and, behind them, more than one new column; one stands in its slot already."""
+        assert self._rows is not None and self._rows.positions is not None
+        new = self._rows.positions[:, self.length :]
+        alone = new.shape[1] == 1
+        held = ring.held(new[:, -1] if alone else new[:, 0] - 1)
+        positions = torch.cat([held, new], dim=1).clamp(min=-1)
+        rows = Rows(positions.shape, positions.device, not alone, positions < 0, positions)
+        return rows.dense(patterns, ring.size)[..., : ring.size if alone else None]

@@ -1,13 +1,12 @@
 """What a query may see of the keys: all up to its own position, everything, and no other document than its own."""
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from model.attention.forms import Mask, mask_of
+from model.attention.rule import Rows
 from model.batch import IGNORE, Batch
 from model.config.model_config import ModelConfig
 
@@ -17,8 +16,11 @@ class Visible(NamedTuple):
 
     causal: bool = True
     """Keys up to the query's own position; else all. Not read where there is a `mask`."""
-    mask: Tensor | BlockMask | None = None
-    """[B, 1, T, T] bool, True where a query sees a key, or the same for FlexAttention."""
+    mask: Mask = None
+    """[B, 1, T, T] bool, True where a query sees a key, or a form of it; None for all. To layers with the first of the
+    configuration's patterns."""
+    others: tuple[Mask, ...] = ()
+    """The same to layers with each further pattern."""
     positions: Tensor | None = None
     """[B, T] int64, place of each token in its document; its place in the row unless given."""
     aligned: bool = True
@@ -29,90 +31,55 @@ class Visible(NamedTuple):
     num_tokens: Tensor | None = None
     """0-d: what sums over positions are divided by where there is padding; the number of the others unless given."""
 
+    def of(self, pattern: int) -> "Visible":
+        """To a layer with this one of the configuration's patterns."""
+        return self._replace(mask=self.others[pattern - 1], others=()) if self.others and pattern else self
+
 
 CAUSAL = Visible()
-EVERYTHING = Visible(causal=False)
 ACROSS = Visible(causal=False, aligned=False)
 """All of another sequence."""
 
 
-def visible_in(batch: Batch, config: ModelConfig) -> Visible:
-    """What self attention over the inputs of a batch may see.
+def visible_in(input_ids: Tensor, batch: Batch | None, config: ModelConfig) -> Visible:
+    """What self attention over inputs [B, T] may see, which are all of one text unless a batch says otherwise.
 
     On CUDA in blocks for FlexAttention, of which those without a visible key are never computed; elsewhere, and where
-    its kernels cannot be had (`ModelConfig.sees_in_blocks`), a dense mask.
+    its kernels cannot be had (`ModelConfig.sees_in_blocks`), in the form that is fastest (`Pattern.form`).
     """
-    if batch.segment_ids is None and batch.prefix_lengths is None:
-        return _counting(CAUSAL._replace(causal=config.causal, positions=batch.position_ids), batch)
-    in_blocks = batch.input_ids.is_cuda and config.sees_in_blocks
-    mask = block_mask(batch, config.causal) if in_blocks else dense_mask(batch, config.causal)
-    return _counting(Visible(mask=mask, positions=batch.position_ids), batch)
+    rows = Rows(input_ids.shape, input_ids.device, config.causal)
+    if batch is None:
+        return _seen(rows, config)
+    rows = replace(rows, segments=batch.segment_ids, positions=batch.position_ids, prefixes=batch.prefix_lengths)
+    return _counting(_seen(rows, config), batch)
+
+
+def _seen(rows: Rows, config: ModelConfig) -> Visible:
+    in_blocks = rows.device.type == "cuda" and config.sees_in_blocks
+    masks = [mask_of(rows, patterns, in_blocks=in_blocks, dense=config.needs_weights) for patterns in config.patterns]
+    return Visible(rows.causal, masks[0], tuple(masks[1:]), rows.positions)
 
 
 def _counting(visible: Visible, batch: Batch) -> Visible:
     return visible._replace(padding=batch.padding, num_tokens=None if batch.counts is None else batch.counts.tokens)
 
 
-def visible_target(batch: Batch) -> Visible:
+def visible_target(batch: Batch, config: ModelConfig) -> Visible:
     """What the decoder of two sequences may see of what it has written."""
-    if batch.padding is None:
-        return CAUSAL
-    count = None if batch.counts is None else batch.counts.labels
-    return CAUSAL._replace(padding=batch.labels == IGNORE, num_tokens=count)
-
-
-def visible_source(batch: Batch) -> tuple[Visible, Visible]:
-    """What the encoder of two sequences may see of its inputs, and the decoder of them: all but padding."""
-    if batch.segment_ids is None:
-        return _counting(EVERYTHING, batch), ACROSS
-    keys = (batch.segment_ids == 0)[:, None, None]
     assert batch.decoder_input_ids is not None
-    across = keys.expand(-1, 1, batch.decoder_input_ids.shape[1], -1)
-    within = EVERYTHING._replace(mask=dense_mask(batch, causal=False))
-    return _counting(within, batch), ACROSS._replace(mask=across)
+    visible = _seen(Rows(batch.decoder_input_ids.shape, batch.decoder_input_ids.device), config)
+    if batch.padding is None:
+        return visible
+    count = None if batch.counts is None else batch.counts.labels
+    return visible._replace(padding=batch.labels == IGNORE, num_tokens=count)
 
 
-def dense_mask(batch: Batch, causal: bool) -> Tensor:
-    """[B, 1, T, T] bool: True where a query sees a key."""
-    rows, length = batch.input_ids.shape
-    device = batch.input_ids.device
-    row, place = torch.arange(rows, device=device)[:, None, None], torch.arange(length, device=device)
-    return _rule(batch, causal)(row, place, place[:, None], place).expand(rows, length, length)[:, None]
-
-
-def block_mask(batch: Batch, causal: bool) -> BlockMask:
-    """The same, for FlexAttention."""
-    rows, length = batch.input_ids.shape
-    return create_block_mask(_rule(batch, causal), rows, None, length, length, device=batch.input_ids.device.type)
-
-
-def _rule(batch: Batch, causal: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Whether query q of row b sees key k, by their numbers: the form that FlexAttention asks for."""
-    segments, prefixes = batch.segment_ids, batch.prefix_lengths
-
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = q >= k if causal else k >= 0
-        if prefixes is not None:
-            seen = seen | (k < prefixes[b])
-        if segments is not None:
-            seen = seen & (segments[b, q] == segments[b, k])
-        return seen
-
-    return sees
-
-
-def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
-    """FlexAttention over [B, H, T, d]; compiled on CUDA, elsewhere in the plain form that torch has for checks.
-
-    Not run on a GPU yet: checked against the dense mask in the plain form only.
-    """
-    if query.is_cuda and not torch.compiler.is_compiling():
-        return _compiled_flex()(query, key, value, block_mask=mask)
-    found = flex_attention(query, key, value, block_mask=mask)
-    assert isinstance(found, Tensor)
-    return found
-
-
-@cache
-def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+def visible_source(batch: Batch, config: ModelConfig) -> tuple[Visible, Visible]:
+    """What the encoder of two sequences may see of its inputs, and the decoder of them: all but padding."""
+    ids, segments = batch.input_ids, batch.segment_ids
+    within = _counting(_seen(Rows(ids.shape, ids.device, False, segments), config), batch)
+    if segments is None:
+        return within, ACROSS
+    assert batch.decoder_input_ids is not None
+    keys = (segments == 0)[:, None, None]
+    return within, ACROSS._replace(mask=keys.expand(-1, 1, batch.decoder_input_ids.shape[1], -1))

@@ -1,4 +1,4 @@
-"""What a model and its masks can be told. Free of torch.
+"""Configuration of a model and its masks. Free of torch.
 
 May import: nothing of ours.
 """

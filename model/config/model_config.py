@@ -1,4 +1,4 @@
-"""What every architecture can be told. Free of torch: login nodes read this.
+"""Configuration that every architecture has. Free of torch: login nodes read this.
 
 Each architecture has a class of its own, which adds what is its own (`model/architectures/NAME/spec.py`).
 """
@@ -9,9 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from model.config.mask_config import Site
-
-Objective = Literal["causal", "prefix", "masked", "span_corruption", "pairs"]
-"""What is made of the text for a model to learn from, as `data.objective` names it."""
+from model.config.pattern_config import FULL, Patterns
 
 _SMALLEST_IN_BLOCKS = 16
 """Channels of a head that FlexAttention's kernels need at least."""
@@ -22,8 +20,8 @@ NO_VOCABULARY = "model.vocab_size is not set: take it from the dataset's tokeniz
 class Traits:
     """What the rest of the house has to know of an architecture."""
 
-    objectives: tuple[Objective, ...]
-    """What it can learn from."""
+    objectives: tuple[str, ...]
+    """What it can learn from, as `data.objective` names it."""
     because: str
     """Why from these; completes "…, which"."""
     sites: tuple[Site, ...] = ()
@@ -34,6 +32,9 @@ class Traits:
     """Each token is predicted from those before it, so the model can continue a text and has bits per byte."""
     why_not_continued: str = ""
     """Why it cannot continue a text; for one that is not causal."""
+    decodings: tuple[str, ...] = ("autoregressive",)
+    """How it can make text, as `DECODINGS` (model/generation/decoding.py) names them, the usual one first; for one that
+    is causal."""
     cached: bool = False
     """All that looks back is attention of ours, whose keys and values are kept (model/attention/cache.py), so that each
     token of a text is read once; else the whole text is, for each new token."""
@@ -98,9 +99,19 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
         return ()
 
     @property
+    def why_not_compiled(self) -> str:
+        """What keeps layers from being compiled; empty where nothing does."""
+        return ""
+
+    @property
     def needs_weights(self) -> bool:
         """Attention weights are formed, in training at least."""
         return False
+
+    @property
+    def patterns(self) -> tuple[Patterns, ...]:
+        """The different ones that layers have, in the order in which they come."""
+        return ((FULL,),)
 
     @property
     def smallest_head(self) -> int:
@@ -130,7 +141,7 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
         """One in each layer that has the site."""
         return sum(map(self.masks_at, sites))
 
-    def check_objective(self, objective: Objective) -> None:
+    def check_objective(self, objective: str) -> None:
         """Raises ValueError unless the architecture can learn from it."""
         fitting = self.traits.objectives
         if objective not in fitting:

@@ -1,11 +1,14 @@
-"""What architectures of attention and feed forward can be told, of one stream and of two. Free of torch."""
+"""Configuration of architectures of attention and feed forward, of one stream and of two. Free of torch."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
+from model.config.gates_config import BlockGatesConfig, GatedSite
 from model.config.mask_config import L0Config, LearnedDropoutConfig, Site
 from model.config.model_config import ModelConfig
+from model.config.pattern_config import PatternConfig, Patterns
 
 
 class TransformerConfig(ModelConfig, frozen=True):
@@ -24,8 +27,10 @@ class TransformerConfig(ModelConfig, frozen=True):
     """Kernels that never form the T x T weights or an error, plain matrix products, or whatever fits."""
     attention_dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Of the attention weights; the rate `dropout` unless given. Needs `explicit` attention."""
+    pattern: PatternConfig = PatternConfig()
     learned_dropout: LearnedDropoutConfig = LearnedDropoutConfig()
     l0: L0Config = L0Config()
+    block_gates: BlockGatesConfig = BlockGatesConfig()
 
     @property
     def heads_by_key(self) -> dict[str, int]:
@@ -58,6 +63,15 @@ class TransformerConfig(ModelConfig, frozen=True):
         return self.attention == "explicit" or self.attention_rate > 0.0
 
     @property
+    def patterns(self) -> tuple[Patterns, ...]:
+        """The different ones that layers have, in the order in which they come."""
+        return tuple(dict.fromkeys(self.pattern.of_layer(layer, self.context) for layer in range(self.layers)))
+
+    def pattern_of(self, layer: int) -> int:
+        """Which of the `patterns` a layer of each stream has."""
+        return self.patterns.index(self.pattern.of_layer(layer, self.context))
+
+    @property
     def shares_mask_source(self) -> bool:
         """All masks come from one attention over the embedded tokens."""
         return bool(self.dropout_sites) and self.learned_dropout.source == "embed"
@@ -71,6 +85,32 @@ class TransformerConfig(ModelConfig, frozen=True):
     def l0_sites(self) -> tuple[Site, ...]:
         """Sites of hard-concrete gates; none when they are off."""
         return self._sites_of(self.l0)
+
+    @property
+    def gate_sites(self) -> tuple[Site, ...]:
+        """Feed forwards in gated blocks; none when there are no gates."""
+        gates = self.block_gates
+        feed_forwards = [site for site in self.traits.default_sites if site in get_args(GatedSite)]
+        return () if gates.kind == "none" else tuple(gates.sites or feed_forwards)
+
+    def blocks_at(self, site: Site, layer: int) -> int:
+        """Blocks of a gated feed forward; `layer` counts from 0 in its stream."""
+        return self.block_gates.left.get(f"{site}/{layer:02d}", self.block_gates.blocks)
+
+    @property
+    def block_width(self) -> int:
+        """Hidden units of a block."""
+        return self.hidden_width // self.block_gates.blocks
+
+    @property
+    def why_not_compiled(self) -> str:
+        """What keeps layers from being compiled; empty where nothing does."""
+        if self.block_gates.train_sparse_after is None:
+            return ""
+        return (
+            "model.block_gates.train_sparse_after groups tokens by open block, as many as there happen to be, and "
+            "compiled layers need fixed shapes; leave one of them out"
+        )
 
     def _sites_of(self, masks: LearnedDropoutConfig | L0Config) -> tuple[Site, ...]:
         return tuple(masks.sites or self.traits.default_sites) if masks.enabled else ()
@@ -98,9 +138,19 @@ class TransformerConfig(ModelConfig, frozen=True):
         return self
 
     @model_validator(mode="after")
+    def _pattern_fits(self) -> "TransformerConfig":
+        self.pattern.check(self.layers, self.heads_by_key, self.context)
+        return self
+
+    @model_validator(mode="after")
     def _sites_are_there(self) -> "TransformerConfig":
         valid = self.traits.sites
-        for key, sites in (("learned_dropout", self.learned_dropout.sites), ("l0", self.l0.sites)):
+        named: dict[str, Sequence[Site] | None] = {
+            "learned_dropout": self.learned_dropout.sites,
+            "l0": self.l0.sites,
+            "block_gates": self.block_gates.sites,
+        }
+        for key, sites in named.items():
             for site in sites or ():
                 if site not in valid:
                     raise ValueError(f"{key}.sites: {self.architecture} has no site {site}; it has {', '.join(valid)}")
@@ -124,6 +174,33 @@ class TransformerConfig(ModelConfig, frozen=True):
             raise ValueError("l0 and learned_dropout are both enabled; set learned_dropout.enabled=false, or l0's")
         if self.learned_dropout.detach_embed and self.learned_dropout.source != "embed":
             raise ValueError("learned_dropout.detach_embed is about source=embed; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _gates_fit_the_feed_forward(self) -> "TransformerConfig":
+        gates = self.block_gates
+        if gates.kind == "none":
+            return self
+        if self.hidden_width % gates.blocks:
+            width = -(-self.hidden_width // gates.blocks) * gates.blocks
+            raise ValueError(
+                f"block_gates.blocks={gates.blocks} does not divide the {self.hidden_width} hidden units of a feed "
+                f"forward; take ff_width={width}"
+            )
+        for key, sites in (("learned_dropout", self.dropout_sites), ("l0", self.l0_sites)):
+            if twice := [site for site in self.gate_sites if site in sites]:
+                raise ValueError(
+                    f"block_gates and {key} would both stand at {' and '.join(twice)}, two masks on one update; name "
+                    f"other sites in {key}.sites, or set {key}.enabled=false"
+                )
+        least = gates.num_open if gates.kind == "top" else 1
+        places = [f"{site}/{layer:02d}" for site in self.gate_sites for layer in range(self.masks_at(site))]
+        for place, blocks in gates.left.items():
+            if place not in places or not least <= blocks <= gates.blocks:
+                raise ValueError(
+                    f"block_gates.left: {place}: {blocks}; expected {least} to {gates.blocks} blocks of one of "
+                    f"{', '.join(places)}"
+                )
         return self
 
 

@@ -1,8 +1,10 @@
 """FLOPs per token, and the share of a device's peak that they are. Free of torch."""
 
 from model.config.model_config import ModelConfig
-from model.costs.totals import CostsUnknown, forward_flops
+from model.config.transformer import TransformerConfig
+from model.costs.totals import CostsUnknown, executed_flops, forward_flops, gated_flops
 from model.gpus import peak_flops
+from model.layers.block_sizes import pays
 
 
 def forward_flops_per_token(config: ModelConfig, pairs: bool = False) -> float:
@@ -13,6 +15,25 @@ def forward_flops_per_token(config: ModelConfig, pairs: bool = False) -> float:
 def training_flops_per_token(config: ModelConfig, pairs: bool = False) -> float:
     """Three times the forward pass: the backward pass computes two products for each one (PaLM, appendix B)."""
     return 3 * forward_flops_per_token(config, pairs)
+
+
+def executed_flops_per_token(config: ModelConfig, pairs: bool = False, *, training: bool = False) -> float:
+    """The same without closed blocks, at the density that is configured and where open blocks alone are computed.
+
+    `training`: three times as many; of gates whose training never leaves closed blocks out, all.
+    """
+    if not training:
+        return executed_flops(config, pairs) / config.context
+    if not isinstance(config, TransformerConfig) or config.block_gates.sparse_at(None):
+        return 3 * executed_flops(config, pairs) / config.context
+    return training_flops_per_token(config, pairs)
+
+
+def trains_open_blocks(config: ModelConfig, tokens: int, *, compiled: bool, cuda: bool) -> bool:
+    """Whether a micro-batch of so many tokens is trained by open blocks alone, once `train_sparse_after` is past."""
+    if not isinstance(config, TransformerConfig) or not config.block_gates.sparse_at(None) or compiled:
+        return False
+    return pays(tokens, config.width, config.block_width, cuda=cuda)
 
 
 def utilisation_per_token(config: ModelConfig, device_name: str, num_devices: int, pairs: bool = False) -> float | None:
@@ -28,3 +49,8 @@ def utilisation_per_token(config: ModelConfig, device_name: str, num_devices: in
         return training_flops_per_token(config, pairs) / (peak * num_devices)
     except CostsUnknown:
         return None
+
+
+def gated_share(config: ModelConfig, pairs: bool = False) -> float:
+    """Of the FLOPs of a token, the share that blocks with a gate have."""
+    return gated_flops(config, pairs) / forward_flops(config, pairs)

@@ -8,7 +8,7 @@ vocabulary V, feed forward of width F (three maps for SwiGLU), and g heads of qu
 
     attention                  2 (2 + 2 / g) C² + 4 T C
     cross attention            4 C², of what is read 4 C² / g, and 4 S C over S read tokens
-    feed forward               2 (2 or 3) F C
+    feed forward               2 (2 or 3) F C; with G block gates 2 G C more, and of F only what is open is executed
     learned dropout, a mask    6 C² + 4 T C; nothing where it comes from the element alone (docs/model.md B1)
     its shared source          8 C² + 4 T C
     head                       2 V C
@@ -19,32 +19,34 @@ bf16, else 4), a token of a layer with the defaults keeps
     norm                its input C e, 2 statistics e
     self attention      its input C e, queries, keys and values 3 C e, sums 4 H, result C e
     cross attention     the same with its own heads, and of the encoder's norm C e and 2 e
-    feed forward        its input C e, 2 F e
-    learned dropout     what is masked C e, its attention 4 C e + 4 H, the mask C e, and in fp32 four times 4 C: the
-                        angle, the mask, and what its penalty needs
+    feed forward        its input C e, 2 F e; with G block gates F e + G (e + 5) more, of `cosine` F e + G (e + 8)
+    learned dropout     what is masked C e, its attention 4 C e + 4 H, the mask C e, and in fp32 twice 4 C: the angle,
+                        and the slope of its entropy
 
 so that one of a decoder-only model without masks keeps (8 C + 2 F) e + 4 H + 4 e. Korthikanti et al. 2022
-(arXiv:2205.05198, section 4) count alike. Estimates are: the encoder's loss; hard-concrete gates. RMSNorm on CUDA is
-one kernel, which keeps less than counted here; what `engine.compile` does is not in it.
+(arXiv:2205.05198, section 4) count alike. Estimates are: the encoder's loss; hard-concrete gates; gated blocks where
+open ones alone are computed, which keep less than counted here. RMSNorm on CUDA is one kernel, which keeps less than
+counted here; what `engine.compile` does is not in it.
 """
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from model.config.mask_config import Site
 from model.config.model_config import ModelConfig
+from model.config.pattern_config import FULL, Patterns, keys_seen
 from model.config.transformer import TransformerConfig, TwoStreamConfig
+from model.costs.kernels import Attended, Kept, kept_by
 from model.layers.chunks import chunk_tokens
 
-_LOGS = {"shannon": 2, "complement": 3, "binary": 5}
-"""Tensors of a mask's size that the kinds of its entropy keep, beside the mask itself."""
 _FP32 = 4
 
 
 class Part(NamedTuple):
-    """One part, once."""
+    """Costs of one part of a model."""
 
     name: str = ""
     """As `duet model params` and `flops` print it; parts of a name are added up."""
@@ -53,10 +55,14 @@ class Part(NamedTuple):
     """Of a forward pass over a sample."""
     saved: int = 0
     """Bytes kept for the backward pass of a micro-batch."""
+    gated: int = 0
+    """Of the FLOPs, those of blocks that have a gate: what is left out were all of them closed."""
+    closed: int = 0
+    """Of these, what is left out at the density that is configured."""
 
 
 class Costs(NamedTuple):
-    """All of a model."""
+    """Costs of a model, by part."""
 
     outside: list[Part]
     """What is in no layer."""
@@ -92,6 +98,24 @@ class Shape:
     """Bytes of an element of weights and activations, 2 or 4."""
     dense_mask: bool = False
     """Attention gets a mask [B, 1, T, T] (`model.attention.visibility`), not blocks and not only the order."""
+    in_blocks: bool = False
+    """What patterns let be seen goes to FlexAttention, not to a form of our own (`Pattern.form`)."""
+    patterns: Patterns = (FULL,)
+    """Of the layer; before the layers, of the first one."""
+    layer: int = 0
+    """Its number in its stream, where blocks were taken out of single feed forwards; else 0."""
+
+    def by_pattern(self, layers: int) -> list[tuple[int, "Shape"]]:
+        """The shapes of a stream's layers, and so many layers of each."""
+        config = _transformer(self)
+        alike = not config.block_gates.left
+        numbered = ((layer, config.pattern.of_layer(layer, config.context)) for layer in range(layers))
+        found = Counter((0 if alike else layer, patterns) for layer, patterns in numbered)
+        return [(count, replace(self, layer=layer, patterns=patterns)) for (layer, patterns), count in found.items()]
+
+    def scores(self, tokens: int, causal: bool) -> int:
+        """FLOPs of q k^T and of the weights times v, in self attention."""
+        return round(4 * tokens * keys_seen(self.patterns, tokens, causal) * self.config.width)
 
     @property
     def post(self) -> bool:
@@ -172,7 +196,7 @@ def embedded(shape: Shape, tokens: int, *, causal: bool | None = None, again: bo
         return parts
     if config.shares_mask_source:
         square = 2 * config.width**2
-        flops = tokens * 4 * square + 4 * tokens**2 * config.width
+        flops = tokens * 4 * square + shape.scores(tokens, causal)
         saved = attention_bytes(shape, tokens, tokens, config.heads, causal=causal) + shape.vectors(tokens)
         if "embed" not in config.dropout_sites and (config.dropout or not (shape.norm_keeps_input or shape.post)):
             saved += shape.vectors(tokens)
@@ -197,7 +221,7 @@ def one_stream(shape: Shape, tokens: int, sites: tuple[Site, Site], *, stream: s
     norms = [norm(shape, tokens, both_ways=not config.causal), Part(saved=shape.vectors(tokens))] * 2
     own = self_attention(shape, tokens, f"{stream}: attention", causal=config.causal)
     masks = chain.from_iterable(site(shape, name, tokens, config.causal) for name in sites)
-    return [*norms, own, feed_forward(shape, tokens, f"{stream}: feed forward"), *masks]
+    return [*norms, own, feed_forward(shape, tokens, f"{stream}: feed forward", sites[1]), *masks]
 
 
 def cross_layer(shape: Shape, tokens: int, read: int, *, aligned: bool = True) -> list[Part]:
@@ -210,7 +234,8 @@ def cross_layer(shape: Shape, tokens: int, read: int, *, aligned: bool = True) -
     parts.append(self_attention(shape, tokens, "decoder: attention", causal=True))
     width, keys = config.width, config.width // config.queries_per_kv_head
     weights = linear_weights(config, width, width) * 2 + linear_weights(config, width, 2 * keys)
-    flops = tokens * 4 * width**2 + read * 4 * width * keys + 4 * read * tokens * width
+    flops = tokens * 4 * width**2 + read * 4 * width * keys
+    flops += shape.scores(tokens, causal=True) if aligned else 4 * read * tokens * width
     saved = attention_bytes(
         shape,
         tokens,
@@ -222,7 +247,7 @@ def cross_layer(shape: Shape, tokens: int, read: int, *, aligned: bool = True) -
         **_in_layers(config),
     )
     parts.append(Part("decoder: cross attention", weights, flops, saved))
-    parts.append(feed_forward(shape, tokens, "decoder: feed forward"))
+    parts.append(feed_forward(shape, tokens, "decoder: feed forward", "dec_ff"))
     sites: tuple[Site, ...] = ("dec_sa", "cross", "dec_ff")
     return [*parts, *chain.from_iterable(site(shape, name, tokens, causal=True) for name in sites)]
 
@@ -232,18 +257,30 @@ def self_attention(shape: Shape, tokens: int, name: str, *, causal: bool) -> Par
     config = _transformer(shape)
     width, keys = config.width, config.width // config.queries_per_kv_head
     weights = linear_weights(config, width, width + 2 * keys) + linear_weights(config, width, width)
-    flops = tokens * (4 * width**2 + 4 * width * keys) + 4 * tokens**2 * width
+    flops = tokens * (4 * width**2 + 4 * width * keys) + shape.scores(tokens, causal)
     saved = attention_bytes(shape, tokens, tokens, config.heads, causal=causal, **_in_layers(config))
     return Part(name, weights, flops, saved)
 
 
-def feed_forward(shape: Shape, tokens: int, name: str) -> Part:
-    """C -> F -> C."""
+def feed_forward(shape: Shape, tokens: int, name: str, site: Site | None = None) -> Part:
+    """C -> F -> C; where its `site` has block gates, of the blocks that are there in the shape's layer."""
     config = _transformer(shape)
-    hidden, gates = config.hidden_width, 2 if config.ff == "swiglu" else 1
-    weights = linear_weights(config, config.width, gates * hidden) + linear_weights(config, hidden, config.width)
-    flops = tokens * 2 * (gates + 1) * hidden * config.width
-    return Part(name, weights, flops, shape.rows * tokens * 2 * gates * hidden * shape.size)
+    width, outputs, gates = config.width, 2 if config.ff == "swiglu" else 1, config.block_gates
+    gated = site is not None and site in config.gate_sites
+    blocks = config.blocks_at(site, shape.layer) if site and gated else 1
+    hidden = blocks * config.block_width if gated else config.hidden_width
+    weights = linear_weights(config, width, outputs * hidden) + linear_weights(config, hidden, width)
+    flops, positions = tokens * 2 * (outputs + 1) * hidden * width, shape.rows * tokens
+    saved = positions * 2 * outputs * hidden * shape.size
+    if not gated:
+        return Part(name, weights, flops, saved)
+    closed = round(flops * max(0.0, 1.0 - gates.density * gates.blocks / blocks))
+    in_fp32 = 5 if gates.kind == "top" else 4 * 2
+    saved += positions * (hidden * shape.size + blocks * (in_fp32 + shape.size))
+    if shape.size < _FP32:  # a copy of what is read, and one of the gates' map
+        saved += shape.vectors(tokens, _FP32) + blocks * width * _FP32
+    gate = tokens * 2 * blocks * width
+    return Part(name, weights + blocks * (width + 1), flops + gate, saved, gated=flops, closed=closed)
 
 
 def site(shape: Shape, name: Site, tokens: int, causal: bool) -> list[Part]:
@@ -261,11 +298,12 @@ def site(shape: Shape, name: Site, tokens: int, causal: bool) -> list[Part]:
         weights, flops = 2 * width, 0
         saved += 0 if exact else shape.vectors(tokens, _FP32)
     else:
-        weights, flops = (3 * width + 1) * width, tokens * 6 * width**2 + 4 * tokens**2 * width
-        saved += attention_bytes(shape, tokens, tokens, config.heads, causal=causal)
-        saved -= shape.vectors(tokens) if config.attention == "explicit" else 0  # no map reads the result
-    in_fp32 = 2 + _LOGS[masks.entropy.kind] + (masks.rounding == "sigmoid")
-    used = 0 if exact and masks.rounding in ("none", "sigmoid") else 1
+        weights, flops = (3 * width + 1) * width, tokens * 6 * width**2 + shape.scores(tokens, causal)
+        saved += attention_bytes(shape, tokens, tokens, config.heads, causal=causal, read=False)
+    squared, rounding = masks.l1.kind == "squared", masks.rounding
+    in_fp32 = 2 + squared + (rounding == "sigmoid")
+    # What is used is one of them already.
+    used = 0 if exact and (rounding == "sigmoid" or (rounding == "none" and squared)) else 1
     saved += in_fp32 * shape.vectors(tokens, _FP32) + used * shape.vectors(tokens)
     return [*parts, Part("masks", weights, flops, saved)]
 
@@ -281,30 +319,34 @@ def attention_bytes(
     rate: float = 0.0,
     cross: bool = False,
     aligned: bool = True,
+    read: bool = True,
 ) -> int:
-    """Saved from the projections to the result, which a linear map reads."""
+    """Saved from the projections to the result; `read`: by a linear map, which keeps it."""
     config, rows, size = _transformer(shape), shape.rows, shape.size
     turned = config.positions == "rotary" and aligned
     square = heads * queries * keys
-    total = shape.vectors(queries)  # the result
+    total = shape.vectors(queries) if read else 0
+    patterns = shape.patterns if aligned and not shape.in_blocks else (FULL,)
     if config.attention == "explicit" or rate:
         total += shape.vectors(queries) + 2 * shape.vectors(keys)
         # The weights in fp32 and, where that is another type, in 16 bits; with dropout its factors and result.
         low = size < _FP32
         total += rows * square * (_FP32 + low * size + (rate > 0) * (1 if low else 2) * size)
-        if shape.dense_mask:
-            total += rows * queries * keys
-        elif causal:
-            total += queries * keys
+        if shape.dense_mask or causal or not all(pattern.covers(keys) for pattern in patterns):
+            groups = heads if len(patterns) > 1 else 1
+            total += (rows if shape.dense_mask else 1) * groups * queries * keys
     else:
-        total += rows * heads * queries * 4
-        total += shape.vectors(queries) + 2 * shape.vectors(keys)
+        kept = Kept(rows * heads * queries * 4 + (rows * queries * keys * size if shape.dense_mask else 0))
+        if aligned:
+            kept = kept_by(patterns, Attended(rows, keys, config.width, heads, size, causal, shape.dense_mask))
+        total += kept.saved + (0 if read or kept.result else shape.vectors(queries))
         # Kernels read views of the projections, or turned and repeated copies beside them.
-        if turned and group == 1:
+        if kept.views:
+            total += shape.vectors(queries) + 2 * shape.vectors(keys)
+        if kept.views and turned and group == 1:
             total += shape.vectors(keys) + (0 if cross else shape.vectors(queries))
-        elif not turned and not cross and group > 1:
+        elif kept.views and not turned and not cross and group > 1:
             total += 2 * shape.vectors(keys) // group
-        total += rows * queries * keys * size if shape.dense_mask else 0
     if turned:
         tables = rows if config.document_mask else 1
         total += tables * (queries + keys) * (config.width // heads // 2) * 2 * _FP32

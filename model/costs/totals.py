@@ -73,8 +73,24 @@ def forward_flops(config: ModelConfig, pairs: bool = False) -> int:
     return sum(sample_flops_by_part(config, pairs).values())
 
 
+def gated_flops(config: ModelConfig, pairs: bool = False) -> int:
+    """Of a sample's `forward_flops`, those of blocks that have a gate."""
+    return sum(count * part.gated for count, part in costs(config, pairs=pairs).parts())
+
+
+def executed_flops(config: ModelConfig, pairs: bool = False) -> int:
+    """`forward_flops` without those of closed blocks, at the density that is configured."""
+    return forward_flops(config, pairs) - sum(count * part.closed for count, part in costs(config, pairs=pairs).parts())
+
+
 def activations(
-    config: ModelConfig, rows: int, size: int, *, pairs: bool = False, dense_mask: bool = False
+    config: ModelConfig,
+    rows: int,
+    size: int,
+    *,
+    pairs: bool = False,
+    dense_mask: bool = False,
+    in_blocks: bool = False,
 ) -> Activations:
     """Count for a micro-batch of `rows` samples.
 
@@ -83,11 +99,12 @@ def activations(
         pairs: the objective is `pairs`: an encoder-decoder of two sequences reads and writes a full context each.
         dense_mask: attention gets a mask [B, 1, T, T] (`model.attention.visibility`), not blocks and not only the
             order.
+        in_blocks: patterns go to FlexAttention.
 
     Raises:
         ConfigError: `vocab_size` is not known yet.
     """
-    shape = shape_of(config, rows, size, pairs=pairs, dense_mask=dense_mask)
+    shape = shape_of(config, rows, size, pairs=pairs, dense_mask=dense_mask, in_blocks=in_blocks)
     found = _priced(config).costs(shape)
     of_layer = [(count, _saved(parts)) for count, parts in found.layers]
     loss, logits = loss_bytes(shape)
@@ -107,14 +124,20 @@ def costs(config: ModelConfig, *, pairs: bool = False) -> Costs:
 
 
 def shape_of(
-    config: ModelConfig, rows: int = 1, size: int = 4, *, pairs: bool = False, dense_mask: bool = False
+    config: ModelConfig,
+    rows: int = 1,
+    size: int = 4,
+    *,
+    pairs: bool = False,
+    dense_mask: bool = False,
+    in_blocks: bool = False,
 ) -> Shape:
     """The shape of a micro-batch; see `activations`. Raises ConfigError without a vocabulary."""
     if config.vocab_size is None:
         raise ConfigError(NO_VOCABULARY)
     two_full = pairs and config.traits.two_sequences
     inputs, targets = (config.context, config.context) if two_full else config.lengths
-    return Shape(config, inputs, targets, rows, size, dense_mask)
+    return Shape(config, inputs, targets, rows, size, dense_mask, in_blocks, config.patterns[0])
 
 
 def _priced(config: ModelConfig) -> Priced:

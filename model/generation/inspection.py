@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model.architectures.token_model import TokenModel
 from model.attention.attention import CausalAttention
 from model.batch import Batch
+from model.masks.block_gates import BlockFeedForward
 from model.masks.site import SiteDropout
 
 Look = Callable[[str, Tensor], None]
@@ -26,7 +27,8 @@ class Inspection(NamedTuple):
     states: Tensor
     """[T, C], what the head reads."""
     density: dict[str, Tensor]
-    """By mask, for example `enc_ff/00`: the share of elements that it keeps of each token, [T] float32."""
+    """By mask, for example `enc_ff/00`: the share of elements that it keeps of each token, or of blocks that it opens,
+    [T] float32."""
 
 
 class Scores(NamedTuple):
@@ -57,6 +59,8 @@ def inspect(model: TokenModel, ids: Tensor, look: Look | None = None) -> Inspect
     for module in model.modules():
         if isinstance(module, SiteDropout):
             hooks.append(module.register_forward_hook(partial(_density, density)))
+        elif isinstance(module, BlockFeedForward):
+            hooks.append(module.register_forward_hook(partial(_open_share, density)))
         elif isinstance(module, CausalAttention) and module.name and look:
             hooks.append(module.register_forward_hook(partial(_weights, look)))
     try:
@@ -92,6 +96,11 @@ def _density(found: dict[str, Tensor], module: nn.Module, inputs: tuple[Any, ...
     kept = module.kept(x, source, visible)
     if kept is not None:
         found[module.name] = kept[0].float().mean(-1)
+
+
+def _open_share(found: dict[str, Tensor], module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
+    assert isinstance(module, BlockFeedForward)
+    found[module.name] = module.gates(inputs[0]).opened[0].float().mean(-1)
 
 
 def _weights(look: Look, module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:

@@ -11,87 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_pipeline.errors import CheckpointError
-from data_pipeline.files.sealed import seal
 from data_pipeline.sampling.data_state import DataState
-from model.architectures.names import current_name, former_name
-from pretrain.checkpoint.consistency import problems
-from pretrain.checkpoint.shard_file import CheckpointShard, hash_file
+from pretrain.checkpoint.manifest import CheckpointManifest, CheckpointShard
+from pretrain.checkpoint.shard_file import hash_file
 from pretrain.engine.distributed import Ranks
-from pretrain.engine.engine import ADAM_STATES, Engine, Fragment
+from pretrain.engine.engine import Engine, Fragment
 from pretrain.engine.rng import restore_rng_states
-from pretrain.run.checkpoint_folder import (
-    FORMAT,
-    MANIFEST,
-    OLDEST_FORMAT,
-    check_file,
-    complete,
-    read_manifest,
-)
+from pretrain.run.checkpoint_folder import complete
 
 RNG = "rng/"
 """Before the name of a shard's tensors that hold the states of its rank's random number generators."""
-BUFFER = "buffer/"
-"""Before the name of the first shard's tensors that hold the model's buffers."""
-LAST_WITHOUT_BACKBONE = 3
-NAMED = ("shapes", "states", "buffers")
-"""Fields of a manifest that are by the name of a parameter or buffer."""
-
-
-class CheckpointManifest(BaseModel, extra="forbid", frozen=True):
-    """What makes a directory a checkpoint."""
-
-    format: int = FORMAT
-    step: int
-    optimizer_steps: int
-    """Updates AdamW has applied; less than `step` by the skipped ones."""
-    world_size: int
-    zero_stage: int
-    shapes: dict[str, list[int]]
-    states: dict[str, tuple[str, ...]]
-    """What each parameter is made of: fp32, and what its optimizer keeps."""
-    buffers: dict[str, list[int]] = {}
-    """Shapes of the model's buffers."""
-    shards: list[CheckpointShard]
-    state: dict[str, Any]
-    """Everything that is not a tensor: data position, fingerprint, tokenizer, configuration, attempt, commit."""
-    validation_loss: float | None = None
-    """Of this very step, in nats a token, when there was a validation."""
-    saved: float | None = None
-    """Seconds since the epoch, at the copy."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_the_states(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and raw.get("format") == OLDEST_FORMAT and isinstance(raw.get("shapes"), dict):
-            return raw | {"states": dict.fromkeys(raw["shapes"], ADAM_STATES)}
-        return raw
-
-    @model_validator(mode="after")
-    def _name_as_today(self) -> "CheckpointManifest":
-        """Until format 3 an architecture's parameters were the model's own, without `backbone.` before their names."""
-        if self.format > LAST_WITHOUT_BACKBONE:
-            return self
-        named = {field: {current_name(name): value for name, value in getattr(self, field).items()} for field in NAMED}
-        shards = [
-            shard.model_copy(update={"fragments": [(current_name(name), *place) for name, *place in shard.fragments]})
-            for shard in self.shards
-        ]
-        for field, value in {**named, "shards": shards}.items():
-            object.__setattr__(self, field, value)
-        return self
-
-    def stored_name(self, buffer: str) -> str:
-        """What a buffer is called in the first shard."""
-        return BUFFER + (former_name(buffer) if self.format <= LAST_WITHOUT_BACKBONE else buffer)
-
-    def sealed(self) -> str:
-        """As it stands on disk, with its own hash."""
-        return seal(self.model_dump_json(indent=1))
 
 
 class Checkpoint:
@@ -104,19 +38,7 @@ class Checkpoint:
             CheckpointError: names the file that is missing, unreadable, altered or of the wrong size.
         """
         self.path = path
-        raw = read_manifest(path)
-        try:
-            self.manifest = CheckpointManifest.model_validate(raw)
-        except ValidationError as error:
-            raise CheckpointError(f"{path / MANIFEST}: damaged: {error}") from None
-        for problem in problems(self.manifest):
-            raise CheckpointError(f"{path / MANIFEST}: damaged: {problem}")
-        for shard in self.manifest.shards:
-            size = check_file(path / shard.file)
-            if size != shard.bytes:
-                raise CheckpointError(
-                    f"{path / shard.file}: {size} bytes, the manifest says {shard.bytes}: truncated or altered"
-                )
+        self.manifest = CheckpointManifest.load(path)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compare every shard (or every `parts`-th, from `part`) with its hash and its tensors with the manifest.

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from data_pipeline.errors import CheckpointError
-from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.run.checkpoint_folder import complete, is_incomplete, named, remove, step_of
 
 
@@ -23,7 +23,7 @@ def reasons(
     newest = 0
     for path in complete(root):
         try:
-            manifest = Checkpoint(path).manifest
+            manifest = CheckpointManifest.load(path)
         except CheckpointError:
             found[path] = ["cannot be read"]
             continue

@@ -1,12 +1,10 @@
 """Saving behind the training: one thread of each rank copies and writes; an update waits until the copy is made.
 
-A save has two parts. First each rank's thread copies what the rank holds and writes it, its shard; then rank 0's thread
-publishes: it writes the manifest, which makes the directory a checkpoint, and lets old ones go. No pass forward or
-backward changes parameters or optimizer states, so the copy has time until the engine is about to: then the main thread
-takes part in what is left of it (`Engine.before_change`). The threads never touch the process group. That every rank
-is done with its part is agreed on by the main threads, at the edge of a step, with a flag that travels with the request
-to stop. So collectives keep their order, a rank whose disk is full still can say so, and nothing depends on how soon
-one node sees the other's files.
+A save has two parts. First each rank's thread makes the engine's snapshot and writes it, its shard; then rank 0's
+thread publishes: it writes the manifest, which makes the directory a checkpoint, and lets old ones go. The threads
+never touch the process group. That every rank is done with its part is agreed on by the main threads, at the edge of a
+step, with a flag that travels with the request to stop. So collectives keep their order, a rank whose disk is full
+still can say so, and nothing depends on how soon one node sees the other's files.
 """
 
 import time
@@ -14,28 +12,31 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, Queue
 from threading import Event
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from data_pipeline.errors import CheckpointError
 from data_pipeline.files.atomic import sync_folder, write_atomic
-from pretrain.checkpoint.checkpoint import BUFFER, RNG, CheckpointManifest
-from pretrain.checkpoint.shard_file import CheckpointShard, write_error, write_tensors
+from pretrain.checkpoint.checkpoint import RNG
+from pretrain.checkpoint.manifest import BUFFER, CheckpointManifest, CheckpointShard
+from pretrain.checkpoint.shard_file import write_error, write_tensors
 from pretrain.engine.distributed import Ranks
-from pretrain.engine.engine import Engine, Fragment
+from pretrain.engine.engine import Engine
 from pretrain.engine.rng import rng_states
 from pretrain.run.checkpoint_folder import MANIFEST, make_room, step_path
 
-COPY_BLOCK = 4 * 2**20
-"""Bytes that a thread copies at once."""
-Blocks = Queue[tuple[np.ndarray, np.ndarray]]
-"""What is still to be copied: to, from; each uint8 [n], n at most COPY_BLOCK."""
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint that is complete."""
+
+    step: int
+    path: Path
+    blocked: float
+    """Seconds that training has waited for it."""
+    seconds: float
+    """From the beginning of the save on."""
 
 
 @dataclass
@@ -45,12 +46,13 @@ class _Save:
     path: Path
     content: dict[str, Any]
     """Of the manifest, but for the shards."""
-    blocks: Blocks
     work: Future[Any]
     """Of this rank's thread: its shard, later the publication."""
+    since: float
+    """When it began, by `time.perf_counter()`."""
+    blocked: float
+    """Seconds that training has waited for it, but for what updates wait for the snapshot."""
     publishing: bool = False
-    blocked: float = 0.0
-    """Seconds that training has waited for this save."""
 
 
 class Saver:
@@ -65,7 +67,7 @@ class Saver:
         still_ours: Callable[[], None],
         prune: Callable[[int], object],
         warn: Callable[[str], None],
-        published: Callable[[int, Path, float], None],
+        published: Callable[[Published], None],
     ) -> None:
         """Starts nothing yet.
 
@@ -73,7 +75,7 @@ class Saver:
             still_ours: on rank 0's thread, right before the manifest is written; raises when the folder was taken over.
             prune: on rank 0's thread, when the manifest of a step is written. What it cannot do is a warning.
             warn: on rank 0, also on its thread: what could not be cleared away, once.
-            published: on every rank's main thread, after that: step, directory, how many seconds training waited.
+            published: on every rank's main thread, after that.
         """
         self._engine = engine
         self._root = root
@@ -83,7 +85,6 @@ class Saver:
         self._warn = warn
         self._warned: set[str] = set()
         self._published = published
-        self._buffers: dict[str, Tensor] = {}
         self._save: _Save | None = None
         self._abandoned = Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -96,9 +97,8 @@ class Saver:
     def start(self, step: int, state: dict[str, Any], validation_loss: float | None = None) -> None:
         """Begin to save the engine's state as it is now; a collective.
 
-        On a CPU the thread copies it while training goes on, and the engine calls back before it changes; what is on a
-        GPU is copied here. Waits for the save before, if it is still in flight. `state` is rank 0's: all that the
-        manifest is to hold beside the tensors.
+        On a CPU the thread copies it while training goes on; what is on a GPU is copied here. Waits for the save
+        before, if it is still in flight. `state` is rank 0's: all that the manifest is to hold beside the tensors.
 
         Raises:
             CheckpointError: on every rank, when one could not write.
@@ -106,45 +106,34 @@ class Saver:
         self.join()
         since = time.perf_counter()
         path = step_path(self._root, step)
-
-        def prepare() -> None:
-            self._still_ours()  # else another's folder would get it, or one that was renamed would be made again
-            try:
-                make_room(path, self._warn)
-                self._root.mkdir(exist_ok=True)
-                path.mkdir()
-            except OSError as error:
-                raise write_error(path, error) from error
-
-        self._ranks.together(prepare, only_first=True)
-        fragments = self._engine.owned_fragments()
-        blocks = self._begin_copy(fragments)
-        self._engine.before_change = self._finish_copy
-        tensors = self._buffers | {RNG + name: values for name, values in rng_states().items()}
-        buffers = self._engine.buffers.tensors
+        self._ranks.together(lambda: self._prepare(path), only_first=True)
+        engine, file = self._engine, path / f"shard-{self._ranks.rank:05d}.safetensors"
+        fragments = engine.owned_fragments()
+        engine.snapshot.begin(fragments)
+        spans = [(f.name, f.start, f.numel) for f in fragments]
+        tensors = engine.snapshot.tensors | {RNG + name: values for name, values in rng_states().items()}
         if self._ranks.is_first:
+            buffers = engine.buffers.tensors
             tensors |= {BUFFER + name: values.to("cpu", copy=True) for name, values in buffers.items()}
         content = {
             "step": step,
-            "optimizer_steps": self._engine.optimizer_steps,
+            "optimizer_steps": engine.optimizer_steps,
             "world_size": self._ranks.world_size,
-            "zero_stage": self._engine.stage,
-            "shapes": self._engine.shapes,
-            "states": self._engine.states,
-            "buffers": {name: list(values.shape) for name, values in buffers.items()},
+            "zero_stage": engine.stage,
+            "shapes": engine.shapes,
+            "states": engine.states,
+            "buffers": {name: list(values.shape) for name, values in engine.buffers.tensors.items()},
             "state": state,
             "validation_loss": validation_loss,
             "saved": time.time(),
         }
-        file = path / f"shard-{self._ranks.rank:05d}.safetensors"
-        spans = [(f.name, f.start, f.numel) for f in fragments]
 
         def write() -> CheckpointShard:
-            _copy(blocks)
+            engine.snapshot.copy()
             size, digest = write_tensors(file, tensors, self._abandoned)
             return CheckpointShard(file=file.name, bytes=size, xxh3_128=digest, fragments=spans)
 
-        self._save = _Save(path, content, blocks, self._thread.submit(write), blocked=time.perf_counter() - since)
+        self._save = _Save(path, content, self._thread.submit(write), since, time.perf_counter() - since)
 
     def poll(self, writing: bool) -> None:
         """Go on with the save in flight, unless a rank is still `writing`; a collective, and `writing` is agreed on.
@@ -184,7 +173,17 @@ class Saver:
             self._save = save
         save.blocked += time.perf_counter() - since
         if self._save is None:
-            self._published(save.content["step"], save.path, save.blocked)
+            blocked = save.blocked + self._engine.snapshot.waited
+            self._published(Published(save.content["step"], save.path, blocked, time.perf_counter() - save.since))
+
+    def _prepare(self, path: Path) -> None:
+        self._still_ours()  # else another's folder would get it, or one that was renamed would be made again
+        try:
+            make_room(path, self._warn)
+            self._root.mkdir(exist_ok=True)
+            path.mkdir()
+        except OSError as error:
+            raise write_error(path, error) from error
 
     def _publish(self, save: _Save, shards: list[CheckpointShard]) -> None:
         if not self._ranks.is_first:
@@ -207,61 +206,3 @@ class Saver:
         if text not in self._warned:
             self._warned.add(text)
             self._warn(text)
-
-    def _begin_copy(self, fragments: list[Fragment]) -> Blocks:
-        """Into a flat tensor for each kind of state, in memory that is allocated once: the save before has ended.
-
-        Returns:
-            what is left to be copied.
-        """
-        cuda = self._ranks.device.type == "cuda"
-        if not self._buffers:
-            sizes: dict[str, tuple[int, torch.dtype]] = {}
-            for fragment in fragments:
-                for state, values in fragment.states.items():
-                    sizes[state] = (sizes.get(state, (0, values.dtype))[0] + fragment.numel, values.dtype)
-            for state, (numel, dtype) in sizes.items():
-                self._buffers[state] = torch.empty(numel, dtype=dtype, pin_memory=cuda)
-        ends = dict.fromkeys(self._buffers, 0)
-        blocks = Blocks()
-        for fragment in fragments:
-            for state, values in fragment.states.items():
-                start, ends[state] = ends[state], ends[state] + fragment.numel
-                buffer = self._buffers[state][start : ends[state]]
-                if cuda:
-                    buffer.copy_(values, non_blocking=True)
-                else:
-                    _put(blocks, buffer, values)
-        if cuda:
-            torch.cuda.synchronize(self._ranks.device)
-        return blocks
-
-    def _finish_copy(self) -> None:
-        """The engine is about to change what is being copied."""
-        if self._save:
-            since = time.perf_counter()
-            _copy(self._save.blocks)
-            self._save.blocked += time.perf_counter() - since
-
-
-def _put(blocks: Blocks, buffer: Tensor, values: Tensor) -> None:
-    to, source = (tensor.view(torch.uint8).numpy() for tensor in (buffer, values))
-    for start in range(0, len(to), COPY_BLOCK):
-        blocks.put((to[start : start + COPY_BLOCK], source[start : start + COPY_BLOCK]))
-
-
-def _copy(blocks: Blocks) -> None:
-    """Take part in the copy until it is made. A thread that fails leaves the rest to the other, and its save fails.
-
-    By memcpy: torch's own copy waits at a barrier of its threads, long when other work has the cores.
-    """
-    while True:
-        try:
-            to, source = blocks.get_nowait()
-        except Empty:
-            break
-        try:
-            np.copyto(to, source)
-        finally:
-            blocks.task_done()
-    blocks.join()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import xxhash
-from pydantic import BaseModel
 from torch import Tensor
 
 from data_pipeline.errors import CheckpointError
@@ -30,15 +29,6 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-class CheckpointShard(BaseModel, extra="forbid", frozen=True):
-    """One rank's file and the fragments in it, in order: (parameter, start, numel)."""
-
-    file: str
-    bytes: int
-    xxh3_128: str
-    fragments: list[tuple[str, int, int]]
 
 
 def write_tensors(
@@ -79,7 +69,7 @@ def write_error(path: Path, error: OSError) -> CheckpointError:
 
 
 def hash_file(path: Path) -> str:
-    """As in `CheckpointShard.xxh3_128`."""
+    """As in `CheckpointShard.xxh3_128` (pretrain/checkpoint/manifest.py)."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):

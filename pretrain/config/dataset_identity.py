@@ -13,7 +13,7 @@ from data_pipeline.storage.manifest import Manifest
 from pretrain.config.schema import Config
 
 
-class Dataset(Protocol):
+class HasManifest(Protocol):
     """A `data_pipeline.storage.dataset.Dataset`, or as much of it as a login node has."""
 
     @property
@@ -28,7 +28,7 @@ class Built:
     manifest: Manifest
 
 
-def complete(config: Config, dataset: Dataset) -> Config:
+def complete(config: Config, dataset: HasManifest) -> Config:
     """The configuration with the dataset's vocabulary, and with its place as an absolute path.
 
     Raises:
@@ -38,7 +38,8 @@ def complete(config: Config, dataset: Dataset) -> Config:
     if config.model.vocab_size not in (None, vocabulary):
         raise RunError(
             f"model.vocab_size={config.model.vocab_size}, but the tokenizer of {config.data.path} has {vocabulary} "
-            "pieces; leave model.vocab_size out"
+            "pieces: another dataset. A run goes on with data of its own tokenizer only, as a new phase (data.phase); "
+            "for these data start a new run: run.name=NEW model.vocab_size=null"
         )
     model = config.model.model_copy(update={"vocab_size": vocabulary})
     path = config.data.path
@@ -46,7 +47,7 @@ def complete(config: Config, dataset: Dataset) -> Config:
     return config.model_copy(update={"model": model, "data": data})
 
 
-def identity(config: Config, dataset: Dataset) -> dict[str, Any]:
+def identity(config: Config, dataset: HasManifest) -> dict[str, Any]:
     """What a run folder records of its dataset; `order0_entropy` in bits per byte of the validation text."""
     manifest = dataset.manifest
     return {

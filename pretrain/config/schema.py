@@ -3,23 +3,23 @@
 Defaults < YAML files or presets, in the order given < dotted overrides (`optimizer.lr=3e-4`).
 """
 
-import difflib
+from contextlib import suppress
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError, model_validator
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError
+from data_pipeline.places import DATASET, mistaken
 from data_pipeline.secret import WAY_ON, argument_of_secret, key_of_secret
-from duet_pretrain import SOURCE
 from model.architectures import external
 from model.architectures.registry import DEFAULT, SOURCES, AnyModelConfig, class_of, configure
-from pretrain.config import yaml_files
+from model.config.model_config import ModelConfig
+from pretrain.config import layers
+from pretrain.config.explain import explain, origin
+from pretrain.config.keys import Keys
 from pretrain.config.sections import (
     BatchConfig,
     EngineConfig,
@@ -31,6 +31,8 @@ from pretrain.config.sections import (
     TrackingConfig,
     TrainConfig,
 )
+from pretrain.objectives.objective import Objective
+from pretrain.objectives.registry import objective_of
 
 ARCHITECTURE = "model.architecture"
 
@@ -52,25 +54,23 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
 
     @model_validator(mode="after")
     def _the_objective_fits_the_model(self) -> "Config":
-        self.model.check_objective(self.data.objective)
-        if self.data.objective == "prefix" and self.model.document_mask:
+        objective = self.objective
+        self.model.check_objective(objective.name)
+        if objective.against_documents and self.model.document_mask:
             raise ValueError(
-                "data.objective=prefix reads the start of a window both ways, whatever documents are in it; "
-                "leave model.document_mask out"
+                f"data.objective={objective.name} {objective.against_documents}; leave model.document_mask out"
             )
-        if self.data.objective == "pairs" and self.model.document_mask:
-            raise ValueError("data.objective=pairs has one pair in a row; leave model.document_mask out")
         return self
 
     @model_validator(mode="after")
     def _packed_windows_suit_the_objective(self) -> "Config":
         data = self.data
-        if data.packing == "best_fit" and data.objective not in ("causal", "masked"):
+        if data.packing == "best_fit" and not self.objective.takes_packed:
             raise ValueError(
                 f"data.packing=best_fit fills a window with several documents and padding, and data.objective="
                 f"{data.objective} takes a window as one text without gaps; take data.packing=plain"
             )
-        if data.mask_boundaries and data.objective != "causal":
+        if data.mask_boundaries and not self.objective.takes_boundaries:
             raise ValueError(
                 f"data.mask_boundaries is about the label after a document's end, which data.objective="
                 f"{data.objective} has not; leave it out"
@@ -81,10 +81,9 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
     def _batch_holds_whole_sequences(self) -> "Config":
         tokens, context = self.batch.tokens, self.model.context
         if tokens % context:
-            near = [n for n in (tokens // context * context, (tokens // context + 1) * context) if n]
             raise ValueError(
                 f"batch.tokens={tokens} is not a multiple of model.context={context}; "
-                f"nearest: {' or '.join(map(str, near))}"
+                f"nearest: {_nearest_multiples(tokens, context)}"
             )
         return self
 
@@ -94,10 +93,9 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         if total is None:
             return self
         if total % step:
-            near = [n for n in (total // step * step, (total // step + 1) * step) if n]
             raise ValueError(
                 f"train.tokens={total} is not a whole number of steps of batch.tokens={step}; "
-                f"nearest: {' or '.join(map(str, near))}"
+                f"nearest: {_nearest_multiples(total, step)}"
             )
         # From here on there are steps only: what is written into a run folder says it once.
         object.__setattr__(self, "train", self.train.model_copy(update={"steps": total // step, "tokens": None}))
@@ -164,7 +162,9 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         return self
 
     @model_validator(mode="after")
-    def _batch_statistics_are_taken_once(self) -> "Config":
+    def _layers_bear_what_the_engine_does(self) -> "Config":
+        if self.engine.compile and self.model.why_not_compiled:
+            raise ValueError(f"engine.compile: {self.model.why_not_compiled}")
         if self.model.norm == "batchnorm" and self.engine.activation_checkpointing:
             raise ValueError(
                 "engine.activation_checkpointing computes each layer twice, and model.norm=batchnorm would let each "
@@ -194,6 +194,11 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         return self
 
     @property
+    def objective(self) -> type[Objective]:
+        """What is made of the text for the model to learn from."""
+        return objective_of(self.data.objective)
+
+    @property
     def global_batch(self) -> int:
         """Sequences of one optimizer step over all ranks."""
         return self.batch.tokens // self.model.context
@@ -201,9 +206,8 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
     @property
     def labels_vary(self) -> bool:
         """Whether micro-batches of a step may hold unequal numbers of labels, so that ranks have to add them up."""
-        data = self.data
-        uneven = data.objective in ("prefix", "masked", "pairs") or data.packing == "best_fit"
-        return uneven or data.mask_boundaries or self.model.document_mask
+        uneven = self.objective.labels_vary or self.data.packing == "best_fit"
+        return uneven or self.data.mask_boundaries or self.model.document_mask
 
     @property
     def run_dir(self) -> Path:
@@ -225,7 +229,8 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
         if sequences % world_size:
             raise ConfigError(
                 f"batch.tokens={self.batch.tokens} is {sequences} sequences, which {world_size} ranks cannot share "
-                f"evenly; numbers of ranks that can: {_nearest_divisors(sequences, world_size)}"
+                f"evenly; numbers of ranks that can: {_nearest_divisors(sequences, world_size)}; batch.tokens that "
+                f"{world_size} can: {_nearest_multiples(self.batch.tokens, world_size * self.model.context)}"
             )
         share = sequences // world_size
         micro = self.batch.micro_batch or share
@@ -235,6 +240,11 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
                 f"nearest that do: {_nearest_divisors(share, micro)}"
             )
         return micro, share // micro
+
+
+def _nearest_multiples(number: int, of: int) -> str:
+    below = number // of * of
+    return " or ".join(str(multiple) for multiple in (below, below + of) if multiple)
 
 
 def _nearest_divisors(number: int, near: int) -> str:
@@ -254,35 +264,20 @@ def load(args: list[str]) -> Config:
     """
     if key := argument_of_secret(args, ()):  # before anything is parsed, and shown in an error
         raise ConfigError(f"command line: {key}: {WAY_ON}")
-    stack: list[tuple[str, dict[str, Any]]] = []
-    for arg in sorted(args, key=lambda a: "=" in a and not _is_file(a)):
-        stack.append((arg, _placed(arg, _parse(arg))))
-        if _is_file(arg) and Path(arg).with_name("run.json").is_file():
-            named = any(other.startswith("run.name=") for other in args)
-            stack.append((arg, {"run": {"dir": None if named else str(Path(arg).parent)}}))
-    try:
-        merged: Any = OmegaConf.to_container(OmegaConf.merge({}, *(tree for _, tree in stack)), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"configuration: {error}") from error
+    stack = layers.read(args)
+    merged = layers.merged(stack)
     if key := key_of_secret(merged):
-        raise ConfigError(f"{_origin(key.split('.'), stack)}: {key}: {WAY_ON}")
+        raise ConfigError(f"{origin(key.split('.'), stack)}: {key}: {WAY_ON}")
     _check_text(merged)
+    sources = layers.sources(stack)
+    keys = Keys(Config, _model_class(merged, sources))
     try:
-        return Config.model_validate(merged, context={SOURCES: _sources(stack)})
+        config = Config.model_validate(layers.spelt_out(merged, Config, keys), context={SOURCES: sources})
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(detail, stack) for detail in error.errors())) from error
-
-
-def presets() -> list[str]:
-    """Names of the shipped presets: `model/tiny`, `run/quickstart`, …; sites (`launch.slurm.site`) are none of them."""
-    root = SOURCE / "configs"
-    return sorted(
-        f"{room.name}/{preset.name.removesuffix('.yaml')}"
-        for room in root.iterdir()
-        if room.is_dir() and room.name != "cluster"
-        for preset in room.iterdir()
-        if preset.name.endswith(".yaml")
-    )
+        raise ConfigError("\n".join(explain(detail, stack, keys) for detail in error.errors())) from error
+    if told := mistaken(Path(config.data.path), DATASET):
+        raise ConfigError(f"{origin(['data', 'path'], stack)}: data.path={config.data.path}: {told}")
+    return config
 
 
 def dump(config: Config) -> str:
@@ -301,24 +296,13 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _placed(arg: str, tree: dict[str, Any]) -> dict[str, Any]:
-    """What `arg` says, with the place of an architecture's file as seen from there."""
-    if _holds(tree, ["model", "architecture"]) and isinstance(named := tree["model"]["architecture"], str):
-        tree["model"]["architecture"] = external.absolute(named, Path(arg).parent if _is_file(arg) else Path.cwd())
-    return tree
-
-
-def _sources(stack: list[tuple[str, dict[str, Any]]]) -> list[Path]:
-    """Folders of runs that the files in the stack lie in: at the top, or in `slurm`."""
-    files = [Path(name).absolute() for name, _ in stack if _is_file(name)]
-    return list(dict.fromkeys(folder for file in files for folder in file.parents[:2]))
-
-
-def _is_file(arg: str) -> bool:
-    try:
-        return Path(arg).is_file()
-    except (OSError, ValueError):  # an override may be longer than a name can be
-        return False
+def _model_class(merged: dict[str, Any], sources: list[Path]) -> type[ModelConfig]:
+    """That of the architecture which is named; of the default one where it is not known, which validation says."""
+    model = merged.get("model")
+    named = str(model.get("architecture", DEFAULT)) if isinstance(model, dict) else DEFAULT
+    with suppress(ValueError):
+        return class_of(named, sources)[1]
+    return class_of(DEFAULT)[1]
 
 
 def _check_text(tree: Any) -> None:
@@ -331,75 +315,6 @@ def _check_text(tree: Any) -> None:
             tree.encode("utf-8")
         except UnicodeEncodeError:
             raise ConfigError(f"configuration: {tree!a} is not UTF-8; name it otherwise") from None
-
-
-def _parse(arg: str) -> dict[str, Any]:
-    path = Path(arg)
-    try:
-        if _is_file(arg):
-            text = path.read_text(encoding="utf-8")
-        elif "=" in arg:
-            return OmegaConf.to_container(OmegaConf.from_dotlist([arg]))  # type: ignore[return-value]
-        elif arg in presets():
-            text = (SOURCE / "configs" / f"{arg}.yaml").read_text(encoding="utf-8")
-        else:
-            near = difflib.get_close_matches(arg, presets(), n=3)
-            hint = f"did you mean {', '.join(near)}? " if near else ""
-            raise ConfigError(f"{arg}: no such file or preset; {hint}presets: {', '.join(presets())}")
-        tree = OmegaConf.to_container(OmegaConf.create(text)) if isinstance(yaml_files.parse(text), dict) else None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:
-        raise ConfigError(f"{arg}: cannot be read as YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{arg}: expected keys and values, such as `train: {{steps: 100}}`")
-    return {str(key): value for key, value in tree.items()}
-
-
-def _explain(detail: Any, stack: list[tuple[str, dict[str, Any]]]) -> str:
-    """One pydantic error in the user's terms: where it was set, what is wrong, what would be right."""
-    location = [str(part) for part in detail["loc"]]
-    key = ".".join(location)
-    origin = _origin(location, stack)
-    if detail["type"] == "extra_forbidden":
-        valid = _valid_keys(location[:-1], stack)
-        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
-        prefix = ".".join(location[:-1])
-        hint = f"; nearest valid key: {'.'.join(filter(None, (prefix, near[0])))}" if near else ""
-        return f"{origin}: unknown key {key}{hint}"
-    message = detail["msg"].removeprefix("Value error, ")
-    # Our own messages name what they want named: a value may be a password.
-    show = detail["type"] != "value_error" and not isinstance(detail["input"], dict | BaseModel)
-    given = f" (given: {detail['input']!r})" if show else ""
-    return f"{origin}: {key + ': ' if key else ''}{message}{given}"
-
-
-def _origin(location: list[str], stack: list[tuple[str, dict[str, Any]]]) -> str:
-    """Where a key was set last."""
-    origin = next((name for name, tree in reversed(stack) if _holds(tree, location)), "configuration")
-    return "command line" if "=" in origin else origin  # which may hold a password
-
-
-def _holds(tree: Any, location: list[str]) -> bool:
-    for part in location:
-        if not isinstance(tree, dict) or part not in tree:
-            return False
-        tree = tree[part]
-    return bool(location)
-
-
-def _valid_keys(location: list[str], stack: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    """Keys at a dotted location; those of a model are of the architecture that was chosen last."""
-    kind: Any = Config
-    for part in location:
-        if kind is Config and part == "model":
-            chosen = [tree["model"]["architecture"] for _, tree in stack if _holds(tree, ["model", "architecture"])]
-            kind = class_of(chosen[-1] if chosen else DEFAULT, _sources(stack))[1]
-        elif isinstance(kind, type) and issubclass(kind, BaseModel):
-            kind = kind.model_fields[part].annotation
-        else:
-            kind = get_args(kind)[-1]
-        if get_origin(kind) in (Union, UnionType):
-            kind = next(arm for arm in get_args(kind) if arm is not type(None))
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,16 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.errors import ConfigError
 from model.architectures.token_model import TokenModel
 from model.batch import Batch, Counts, ModelOutput
+from model.masks.block_gates import block_gates
 from pretrain.config.schema import Config
 from pretrain.engine import fragments
 from pretrain.engine.adamw8bit import SIGNED
-from pretrain.engine.buffers import Buffers
+from pretrain.engine.buffers import Buffers, Multipliers
 from pretrain.engine.caches import own_caches
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.fragments import Fragment, Kept
+from pretrain.engine.hardware import check_hardware
 from pretrain.engine.layer_transforms import checkpoint_activations, compile_layers
 from pretrain.engine.optim import (
     ADAM_STATES,
@@ -40,6 +41,11 @@ from pretrain.engine.optim import (
     set_learning_rate,
 )
 from pretrain.engine.profiling import Stopwatch
+from pretrain.engine.snapshot import Snapshot
+
+Guard = Callable[[list[dict[str, Tensor]]], Tensor]
+"""Given the metrics of a step's micro-batches it returns a factor [] of the last one's loss, before that one's backward
+pass: NaN on any rank makes all of them skip the step."""
 
 
 def bootstrap() -> None:
@@ -95,11 +101,8 @@ class Engine:
         Raises:
             ConfigError: the ranks cannot share the batch, or the hardware cannot do what the configuration asks for.
         """
-        check_hardware(config, ranks)
+        check_hardware(config, ranks.world_size, ranks.device)
         bootstrap()
-        import deepspeed
-        from deepspeed.utils import groups
-
         self.stage = config.engine.zero_stage
         self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         self._ranks = ranks
@@ -109,33 +112,19 @@ class Engine:
         self._offloads = config.engine.offload != "none"
         self._lr = 0.0
         self._applied = False
-        self.guard: Callable[[list[dict[str, Tensor]]], Tensor] | None = None
-        """Given the metrics of a step's micro-batches it returns a factor [] of the last one's loss, before that one's
-        backward pass: NaN on any rank makes all of them skip the step."""
-        self.before_change: Callable[[], None] = lambda: None
-        """Called before parameters or optimizer states change: before an update, and when `fragments` gives them out.
-        Nothing else changes them, neither pass of a step does; `tests/distributed/test_saver.py` holds that."""
+        self.snapshot = Snapshot(ranks.device)
+        """The copy of a save. It is made before parameters or optimizer states change: before an update, and when
+        `fragments` gives them out. Nothing else changes them; `tests/distributed/test_saver.py` holds that."""
         self.stopwatch = Stopwatch(ranks.device)
         # The table of tokens is first in the forward pass, so its gradient is the last; hooks run in order of
         # registration, and DeepSpeed's, which may wait for other ranks, come later.
         model.token_embed.weight.register_post_accumulate_grad_hook(lambda _: self.stopwatch.lap("backward"))
-        if config.engine.activation_checkpointing:
-            checkpoint_activations(model)
-        if config.engine.compile:
-            compile_layers(model)
-        # DeepSpeed works in a group of its own, which it would give torch's timeout of half an hour.
-        groups._WORLD_GROUP = dist.new_group(timeout=timedelta(minutes=config.engine.timeout_minutes))
-        if not (muon := config.optimizer.kind == "muon"):
-            _import_muon_uncompiled()
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=parameter_groups(model, config.optimizer) if muon else None,
-            optimizer=None if muon else adamw(model, config.optimizer, ranks.device),
-            config=deepspeed_config(config, ranks),
-            dist_init_required=False,
-        )
+        self._deepspeed = _initialized(model, config, ranks)
         self._names: dict[Any, str] = self._deepspeed.param_names
         self.buffers = Buffers(model, ranks)
+        self._multipliers = Multipliers(model, ranks)
+        self.gated_sites = [gates.name for gates in block_gates(model)]
+        """Of feed forwards in gated blocks, for example `enc_ff/00`."""
         momentum_type = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         fragments.create_states(self._deepspeed.optimizer, self.stage, ranks.rank, momentum_type)
         self.states: dict[str, tuple[str, ...]] = {
@@ -146,7 +135,7 @@ class Engine:
         self.types: dict[str, str] = {}
         """Types of the states that are not always fp32; another one in a checkpoint is converted when it is loaded.
         Moments in 8 bits are of another type where DeepSpeed's partitions, and so the blocks, may be others."""
-        if muon:
+        if config.optimizer.kind == "muon":
             self.types = {fragments.MOMENTUM: str(momentum_type).removeprefix("torch.")}
         elif config.optimizer.kind == "adamw8bit":
             layout = f"zero_stage={self.stage}, {config.engine.precision}, world size {ranks.world_size}"
@@ -159,7 +148,9 @@ class Engine:
         model: TokenModel = self._deepspeed.module
         return model
 
-    def train_step(self, micro_batches: Sequence[Batch], lr: float) -> tuple[list[dict[str, Tensor]], Tensor, bool]:
+    def train_step(
+        self, micro_batches: Sequence[Batch], lr: float, guard: Guard | None = None
+    ) -> tuple[list[dict[str, Tensor]], Tensor, bool]:
         """One optimizer step over all micro-batches of this rank, in which every label of all ranks weighs alike.
 
         Laps of the stopwatch: `forward`, `backward` up to the last gradient, `reduce` until the backward pass returns,
@@ -169,7 +160,7 @@ class Engine:
 
         Returns:
             metrics of each micro-batch, whose means over all ranks are the step's; the global gradient norm before
-            clipping (0-d); and whether the update was applied: DeepSpeed skips it on all ranks when a gradient is not
+            clipping (0-d); and whether the update was applied: it is skipped on all ranks when a gradient is not
             finite.
         """
         self._deepspeed.train()
@@ -183,35 +174,40 @@ class Engine:
         for batch in micro_batches:
             output: ModelOutput = self._deepspeed(batch)
             self.stopwatch.lap("forward")
-            loss = output.loss
-            if self.guard and batch is micro_batches[-1]:
-                loss = loss * self.guard([*metrics, output.metrics])
-            self._deepspeed.backward(loss)
-            self.stopwatch.lap("reduce")
-            if batch is micro_batches[-1] and self.stage == 0:
-                norm = self._gradient_norm()
-                if not torch.isfinite(norm):  # the one stage that DeepSpeed does not guard in fp32
-                    self._deepspeed.optimizer.zero_grad()
-                    self._deepspeed.micro_steps += 1  # what step() would have counted
-                    self.stopwatch.lap("optimizer")
-                    self._applied = False
-                    self.buffers.after_step(applied=False)
-                    return [*metrics, output.metrics], norm, False
-            if self._deepspeed.is_gradient_accumulation_boundary():  # else step() only counts
-                self.before_change()
-                self.stopwatch.start()  # no part of the update
-            self._deepspeed.step()
-            self.stopwatch.lap("optimizer")
             metrics.append(output.metrics)
-        if self.stage:
+            is_last = len(metrics) == len(micro_batches)
+            self._deepspeed.backward(output.loss * guard(metrics) if guard and is_last else output.loss)
+            self.stopwatch.lap("reduce")
+            if not is_last:
+                self._deepspeed.step()  # only counts
+                self.stopwatch.lap("optimizer")
+        norm = self._update()
+        if self._applied:
+            self._multipliers.after_step(metrics)
+        self.buffers.after_step(self._applied)
+        return metrics, norm, self._applied
+
+    def _update(self) -> Tensor:
+        """Update with the gradients there are, unless one is not finite. Returns their norm before clipping, 0-d."""
+        norm = self._gradient_norm() if self.stage == 0 else None
+        if norm is not None and not torch.isfinite(norm):  # the one stage that DeepSpeed does not guard in fp32
+            self._deepspeed.optimizer.zero_grad()
+            self._deepspeed.micro_steps += 1  # what step() would have counted
+            self.stopwatch.lap("optimizer")
+            self._applied = False
+            return norm
+        self.snapshot.before_change()
+        self.stopwatch.start()  # no part of the update
+        self._deepspeed.step()
+        self.stopwatch.lap("optimizer")
+        if norm is None:
             norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32)
         self._applied = self._deepspeed.was_step_applied()
         if not self._applied and self._offloads and self.stage < 3:
             # DeepSpeed 0.19.8 forgets to: every later step would add to what is not finite, and be skipped, too.
             gradients = self._deepspeed.optimizer.averaged_gradients
             gradients.update(dict.fromkeys(gradients))
-        self.buffers.after_step(self._applied)
-        return metrics, norm, self._applied
+        return norm
 
     def replay(self, micro_batches: Sequence[Batch], lr: float) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
         """Compute a skipped step again, from the same weights, samples and noise; it is skipped again in any case.
@@ -232,11 +228,9 @@ class Engine:
             return note
 
         hooks = [parameter.register_hook(watch(name)) for parameter, name in self._names.items()]
-        guard, self.guard = self.guard, None
         try:
             metrics, _, applied = self.train_step(micro_batches, lr)
         finally:
-            self.guard = guard
             for hook in hooks:
                 hook.remove()
         assert not applied
@@ -269,7 +263,7 @@ class Engine:
 
         Under Muon at stages 1 and 2, ranks that share a parameter each hold all of its momentum: that comes last.
         """
-        self.before_change()
+        self.snapshot.before_change()
         optimizer = self._deepspeed.optimizer
         self._kept = fragments.kept_states(optimizer)
         pieces = self._pieces(self.states, self._kept)
@@ -319,26 +313,31 @@ class Engine:
         return torch.nn.utils.get_total_norm(gradients).float()
 
 
+def _initialized(model: TokenModel, config: Config, ranks: Ranks) -> Any:
+    """DeepSpeed's engine, of a model whose layers are compiled and keep what they are told to; a collective."""
+    import deepspeed
+    from deepspeed.utils import groups
+
+    if config.engine.activation_checkpointing:
+        checkpoint_activations(model)
+    if config.engine.compile:
+        compile_layers(model)
+    # DeepSpeed works in a group of its own, which it would give torch's timeout of half an hour.
+    groups._WORLD_GROUP = dist.new_group(timeout=timedelta(minutes=config.engine.timeout_minutes))
+    if not (muon := config.optimizer.kind == "muon"):
+        _import_muon_uncompiled()
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model, config.optimizer) if muon else None,
+        optimizer=None if muon else adamw(model, config.optimizer, ranks.device),
+        config=deepspeed_config(config, ranks),
+        dist_init_required=False,
+    )
+    return engine
+
+
 def _sum_of_squares(norms: list[Tensor]) -> float:
     return float(torch.stack(norms).double().square().sum()) if norms else 0.0
-
-
-def check_hardware(config: Config, ranks: Ranks) -> None:
-    """What no configuration can know by itself.
-
-    Raises:
-        ConfigError: names the key, the reason and the way on.
-    """
-    engine, device = config.engine, ranks.device.type
-    if engine.precision == "fp16" and device != "cuda":
-        raise ConfigError(f"engine.precision=fp16 needs CUDA; on {device} use engine.precision=bf16 or fp32")
-    if engine.hpz_partition_size > 1 and device != "cuda":
-        raise ConfigError(f"engine.hpz_partition_size={engine.hpz_partition_size} needs CUDA; on {device} leave it out")
-    if ranks.world_size % engine.hpz_partition_size:
-        raise ConfigError(
-            f"engine.hpz_partition_size={engine.hpz_partition_size} does not divide the {ranks.world_size} ranks; "
-            "use the number of ranks of a node"
-        )
 
 
 def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:

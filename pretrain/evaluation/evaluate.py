@@ -45,7 +45,7 @@ def evaluate(
     text_bytes: Mapping[str, int],
     batch: int,
     ranks: Ranks,
-    batches: Batches | None = None,
+    batches: Batches,
     edge: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Predict what `batches` asks for of the held-out text, in non-overlapping windows: every token but the first.
@@ -55,7 +55,7 @@ def evaluate(
     Args:
         text_bytes: UTF-8 bytes of that text by source, for bits per byte.
         batch: windows of a forward pass on each rank.
-        batches: makes them; for causal models, unless given.
+        batches: makes them.
         edge: called before each batch, as often on every rank; may raise to break off.
 
     Returns:
@@ -67,13 +67,11 @@ def evaluate(
     Raises:
         DataError: there is nothing to predict.
     """
-    batches = batches or Batches(ranks.device)
     model.eval()
     # Every rank makes the same number of forward passes (ZeRO-3 gathers in each); what is missing counts for nothing.
     rounds = math.ceil(len(windows) / (batch * ranks.world_size))
-    nats, count = 0.0, 0
-    gates: dict[str, np.ndarray] = {}
     sources = windows.sources if len(windows.sources) > 1 else []
+    tally: dict[str, np.ndarray] = {VALIDATION: np.zeros((2, 1))}
     by_source = np.zeros((2, len(sources)))
     for index in range(rounds):
         edge()
@@ -82,44 +80,48 @@ def evaluate(
         inputs = batches.of_validation(windows, indices)
         output: ModelOutput = model(inputs)
         counts = inputs.labels != IGNORE
-        predicted = int(counts.sum())
-        count += predicted
-        nats += float(output.metrics["cross_entropy"]) * predicted
-        for name, sums_and_number in _gates(output.metrics).items():
-            gates[name] = gates.get(name, 0.0) + sums_and_number
-        if sources and predicted:
+        for name, sum_and_number in _sums(output.metrics, int(counts.sum())).items():
+            tally[name] = tally.get(name, 0.0) + sum_and_number
+        if sources and counts.any():
             assert output.by_token is not None
             of_labels, kept = output.by_token.double().cpu().numpy(), counts.cpu().numpy()
             which = np.broadcast_to(batches.sources_of_labels(windows, indices), kept.shape)[kept]
             by_source += [np.bincount(which, of_label, len(sources)) for of_label in (of_labels[kept], None)]
-    columns = [np.array([[nats], [count]]), *gates.values(), by_source]
-    sums, numbers = ranks.sum(torch.from_numpy(np.hstack(columns))).numpy()
-    if not numbers[0]:
-        raise DataError("the held-out text is too short: nothing in it is to be predicted; hold out more")
-    result: dict[str, float] = {VALIDATION: float(sums[0] / numbers[0])}
-    if batches.predicts_every_token:
-        result[BITS_PER_BYTE] = _bits(result[VALIDATION] * float(numbers[0])) / sum(text_bytes.values())
-    means = dict(zip(gates, sums[1:] / numbers[1:], strict=False))
-    for gate in GATES:
-        if of_masks := [float(value) for name, value in means.items() if name.startswith(f"{gate}/")]:
-            result[of_validation(gate)] = sum(of_masks) / len(of_masks)
-    for name, total, number in zip(sources, sums[1 + len(gates) :], numbers[1 + len(gates) :], strict=True):
-        if number:
-            result[VALIDATION.of(name)] = float(total / number)
-            if batches.predicts_every_token and text_bytes[name]:
-                result[BITS_PER_BYTE.of(name)] = _bits(float(total)) / text_bytes[name]
-    return result
+    table = ranks.sum(torch.from_numpy(np.hstack([*tally.values(), by_source]))).numpy()
+    whole = dict(zip([*tally, *map(VALIDATION.of, sources)], table.T, strict=True))
+    return _means(whole, text_bytes if batches.objective.predicts_every_token else {})
 
 
-def _gates(metrics: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Of each mask in a batch, such as `density/enc_ff/00`: the sum over positions, and their number, [2, 1]."""
-    found = {}
+def _sums(metrics: Mapping[str, Tensor], predicted: int) -> dict[str, np.ndarray]:
+    """Of a batch, the sum of something and of how many it is, [2, 1]: the losses of labels, and over positions those of
+    each mask, such as `density/enc_ff/00`."""
+    found: dict[str, np.ndarray] = {VALIDATION: np.array([[float(metrics["cross_entropy"]) * predicted], [predicted]])}
     for name, value in metrics.items():
         gate, _, mask = name.partition("/")
         if mask and gate in GATES:
             positions = float(metrics[f"{KEPT}/{mask}"][-1])
             found[name] = np.array([[float(value) * positions], [positions]])
     return found
+
+
+def _means(whole: Mapping[str, np.ndarray], text_bytes: Mapping[str, int]) -> dict[str, float]:
+    """What `evaluate` returns, of sums and numbers, [2] each, over all ranks; no bits per byte without bytes."""
+    nats, labels = whole[VALIDATION]
+    if not labels:
+        raise DataError("the held-out text is too short: nothing in it is to be predicted; hold out more")
+    result: dict[str, float] = {VALIDATION: float(nats / labels)}
+    if text_bytes:
+        result[BITS_PER_BYTE] = _bits(result[VALIDATION] * float(labels)) / sum(text_bytes.values())
+    for gate in GATES:
+        if of_masks := [float(sums[0] / sums[1]) for name, sums in whole.items() if name.startswith(f"{gate}/")]:
+            result[of_validation(gate)] = sum(of_masks) / len(of_masks)
+    for name, (total, number) in whole.items():
+        if name.startswith(VALIDATION.family) and number:
+            source = name.removeprefix(VALIDATION.family)
+            result[name] = float(total / number)
+            if size := text_bytes.get(source):
+                result[BITS_PER_BYTE.of(source)] = _bits(float(total)) / size
+    return result
 
 
 def _bits(nats: float) -> float:

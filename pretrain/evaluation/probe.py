@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.sampling.kinds import AnyWindows
+from model.masks.block_gates import BlockFeedForward
 from model.masks.learned_dropout import LearnedDropout
 from pretrain.evaluation.batches import Batches
 from pretrain.metric_names import FLIPS
@@ -27,13 +28,13 @@ class Probe:
 
     @torch.no_grad()
     def flips(self, model: nn.Module) -> dict[str, float]:
-        """Share of elements whose m crossed 0.5 since the last call; a collective.
+        """Share of elements whose m crossed 0.5 since the last call, or of blocks that opened or closed; a collective.
 
         Returns:
             the mean over all masks as `gate/flips`, and each one's as `gate/flips/enc_ff/00`; nothing the first time,
-            nor for a model without learned dropout.
+            nor for a model with neither learned dropout nor block gates.
         """
-        masks = [module for module in model.modules() if isinstance(module, LearnedDropout)]
+        masks = [module for module in model.modules() if isinstance(module, LearnedDropout | BlockFeedForward)]
         if not masks:
             return {}
         model.eval()

@@ -20,6 +20,7 @@ try:
     from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer
     from model.architectures import registry
     from model.attention import cache
+    from model.attention.rule import Rows
     from pretrain.inference.trained import check_objective
 except ImportError as error:
     raise ImportError(
@@ -48,13 +49,13 @@ class KeptByTransformers(cache.Cache):
         """
         super().__init__(attention_mask.new_zeros(len(attention_mask), dtype=torch.int64), attention_mask.shape[1])
         self._kept = kept
-        self._places = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -count:]
+        places = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        self._places = places[:, -count:]
         self._logits = logits
         self._calls = 0
-        own = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        queries = own[-count:, None]
-        # A pad sees itself: a softmax over nothing is NaN, which would spread.
-        self._visible = ((own <= queries) & attention_mask[:, None] | (own == queries))[:, None]
+        self.length = attention_mask.shape[1] - count
+        # Pads see each other: a softmax over nothing is NaN, which would spread.
+        self._rows = Rows(attention_mask.shape, attention_mask.device, segments=attention_mask, positions=places)
 
     def positions(self, count: int) -> Tensor:
         """Of the columns in their texts: [B, T] int64; pads have any."""
@@ -65,7 +66,7 @@ class KeptByTransformers(cache.Cache):
         if self._kept is not None:
             key, value = self._kept.update(key, value, self._calls)
         self._calls += 1
-        return key, value, self._visible
+        return key, value, self._mask(place.patterns)
 
     def asked(self, x: Tensor) -> Tensor:
         """[B, T, C] -> the columns of which logits are asked."""

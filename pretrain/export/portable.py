@@ -8,7 +8,7 @@ Of an architecture that is not ours: its source, in architecture/, and nothing f
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from data_pipeline.errors import CheckpointError
 from data_pipeline.files.atomic import disk_errors, sync_folder, write_atomic, write_json
@@ -27,12 +28,12 @@ from model.architectures.names import current_name
 from model.architectures.registry import AnyModelConfig
 from model.architectures.token_model import TokenModel
 from model.attention.attention import CausalAttention
-from model.config.model_config import Objective
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.checkpoint.shard_file import write_tensors
 from pretrain.config.architecture import keep
 from pretrain.config.schema import Config
 from pretrain.inference.trained import Trained, tokenizer_of
+from pretrain.objectives.registry import ObjectiveName
 from pretrain.run.checkpoint_folder import MANIFEST
 
 FORMAT = 2
@@ -57,7 +58,7 @@ class ExportFacts(BaseModel, extra="forbid", frozen=True):
 
     format: int = FORMAT
     model: AnyModelConfig
-    objective: Objective
+    objective: ObjectiveName
     run: str
     step: int
     commit: str | None
@@ -66,11 +67,20 @@ class ExportFacts(BaseModel, extra="forbid", frozen=True):
     """Fingerprint of the data it was trained on."""
 
 
-def write_export(checkpoint: Checkpoint, config: Config, folder: Path, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
+def write_export(
+    checkpoint: Checkpoint,
+    config: Config,
+    folder: Path,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a checkpoint's model into a new folder, which is there whole or not at all.
 
     The same weights give the same bytes, whatever wrote the checkpoint. Parameters are rounded to `dtype`, buffers are
     not; the tied head is the token table, which is in the file once.
+
+    Args:
+        weights: in the place of the checkpoint's, where `config` is of a model that was made from it.
 
     Raises:
         CheckpointError: the folder is there already or cannot be written; the checkpoint is of another model.
@@ -79,10 +89,12 @@ def write_export(checkpoint: Checkpoint, config: Config, folder: Path, dtype: Li
     if folder.exists():
         raise CheckpointError(f"{folder}: is there already; name a new folder")
     file, tokenizer = tokenizer_of(checkpoint, config)
-    weights, state = checkpoint.weights(), checkpoint.manifest.state
+    state = checkpoint.manifest.state
     with torch.device("meta"):
         model = registry.build(config.model)
-    checkpoint.check_shapes({name: list(values.shape) for name, values in model.named_parameters()})
+    if weights is None:
+        weights = checkpoint.weights()
+        checkpoint.check_shapes({name: list(values.shape) for name, values in model.named_parameters()})
     facts = ExportFacts(
         model=config.model,
         objective=config.data.objective,

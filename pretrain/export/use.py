@@ -1,12 +1,16 @@
 """A trained model after the run: where it is read from, and its validation."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.storage.dataset import Dataset
+from model.architectures.token_model import TokenModel
 from model.config.mask_config import EVAL_ROUNDINGS
 from model.config.transformer import TransformerConfig
+from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.config.schema import Config
 from pretrain.engine.caches import own_caches
 from pretrain.engine.distributed import join
@@ -52,7 +56,13 @@ def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> di
     checkpoint, config = find_checkpoint(run, step)
     if rounding:
         config = _rounded(run, config, rounding)
-    model = read_model(checkpoint, config)
+    with validating(checkpoint, config) as validate:
+        return validate(read_model(checkpoint, config))
+
+
+@contextmanager
+def validating(checkpoint: Checkpoint, config: Config) -> Iterator[Callable[[TokenModel], dict[str, float]]]:
+    """What validates models over the held-out text of a checkpoint's run, as `evaluate_run` does, and raises as it."""
     own_caches()
     tokenizer_of(checkpoint, config)  # as many pieces may be others
     dataset = Dataset.of(config.data)
@@ -67,7 +77,8 @@ def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> di
     with join(config.engine.timeout_minutes) as ranks:
         batch = max(1, 8192 // config.model.context)
         batches = Batches.of(config, dataset, ranks.device)
-        return evaluate(model.to(ranks.device), windows, held_out_bytes(dataset), batch, ranks, batches)
+        sizes = held_out_bytes(dataset)
+        yield lambda model: evaluate(model.to(ranks.device), windows, sizes, batch, ranks, batches)
 
 
 def _rounded(run: Path, config: Config, rounding: str) -> Config:

@@ -17,13 +17,13 @@ from data_pipeline.sampling.data_state import DataState
 from model.batch import Batch
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
-from pretrain.engine.engine import Engine
+from pretrain.engine.engine import Engine, Guard
 from pretrain.health.nonfinite import Diagnosis, diagnose
 from pretrain.health.rollback import Past
 from pretrain.health.spikes import Spike, StepLoss
-from pretrain.health.trends import Growth, Straggler
+from pretrain.health.trends import Closed, Growth, Straggler
 from pretrain.health.watchdog import Watchdog
-from pretrain.metric_names import GRAD_NORM, HOST_MEMORY, LOSS, MEMORY, SAMPLES_SEEN, SKIPPED, SPIKES
+from pretrain.metric_names import DENSITY, GRAD_NORM, HOST_MEMORY, LOSS, MEMORY, SAMPLES_SEEN, SKIPPED, SPIKES
 from pretrain.tracking.metrics import StepMetrics
 from pretrain.tracking.recorder import Recorder
 
@@ -44,6 +44,8 @@ class Health:
         """Of the whole run."""
         self.spike: Spike | None = None
         """Of the last window: what the run has to be rolled back for."""
+        self.guard: Guard | None = self._nan_if_spiked if config.health.on_spike == "skip" else None
+        """For the engine's steps."""
         self._config = config.health
         self._global_batch = config.global_batch
         self._ranks = ranks
@@ -60,11 +62,10 @@ class Health:
         self._guarded: Tensor | None = None
         self._last_finite = "none"
         self._straggler = Straggler()
+        self._closed = Closed()
         self._growth = {name: Growth(what) for name, what in GROWS.items()}
         if ranks.device.type == "cpu":  # they are the same there
             del self._growth[MEMORY]
-        if self._config.on_spike == "skip":
-            engine.guard = self._guard
 
     @property
     def too_many_skipped(self) -> bool:
@@ -153,7 +154,7 @@ class Health:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def _guard(self, metrics: list[dict[str, Tensor]]) -> Tensor:
+    def _nan_if_spiked(self, metrics: list[dict[str, Tensor]]) -> Tensor:
         """NaN when the step's loss, over all ranks, is a spike; else 1. Nothing waits for the device."""
         mean = self._ranks.mean_on_device(torch.stack([of_one["cross_entropy"].float() for of_one in metrics]).mean())
         spiked = (mean > self._past.spikes.limit) & mean.isfinite()
@@ -200,6 +201,8 @@ class Health:
     def _tell_trends(self, last: StepMetrics) -> None:
         if text := self._straggler.after(last.slowest):
             self._recorder.health("straggler", last.step, text)
+        if text := self._closed.after({site: last.values[DENSITY.of(site)] for site in self._engine.gated_sites}):
+            self._recorder.health("closed", last.step, text)
         for name, growth in self._growth.items():
             if text := growth.after(last.values[name]):
                 self._recorder.health("growth", last.step, text)

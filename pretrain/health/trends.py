@@ -1,7 +1,8 @@
-"""What shows only over several windows of logging: a rank that stays slow, memory that keeps growing."""
+"""What shows only from window to window of logging: a slow rank, growing memory, gates that have closed."""
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from itertools import pairwise
 
 from pretrain.tracking.metrics import Slowest
@@ -15,6 +16,8 @@ RISES = 8
 RISES_OF = 10
 GROWTH = 1.25
 LEAST_GROWTH_GIB = 0.1
+CLOSED = 1e-3
+"""Density of gates below which hardly a token opens any."""
 
 
 class Straggler:
@@ -67,4 +70,23 @@ class Growth:
         return (
             f"{self._what} keeps growing: {self._level:.2f} GiB after the warm-up, {values[0]:.2f} GiB "
             f"{len(values) - 1} windows ago, {gib:.2f} GiB now (the largest of all ranks)"
+        )
+
+
+class Closed:
+    """Names feed forwards whose gates have all closed, each once until it opens again."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def after(self, densities: Mapping[str, float]) -> str | None:
+        """A window is over with these densities, by site and layer; what to tell the user, if anything."""
+        now = {name for name, density in densities.items() if density < CLOSED}
+        new, self._told = sorted(now - self._told), now
+        if not new:
+            return None
+        return (
+            f"the gates of {', '.join(new)} have closed: fewer than {CLOSED:.1%} of the blocks were open, so that the "
+            "feed forward adds nothing; a lower model.block_gates.dual_rate or a later train_sparse_after leaves them "
+            "time, and duet checkpoint shrink removes what stays closed"
         )

@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from model.generation.generate import Drawn, Generation
+from model.generation.generate import Generation
 from model.generation.inspection import score
 from model.generation.sampling import Sampling
+from model.generation.texts import Drawn
 from pretrain.inference.text import GrowingText, check_text
 from pretrain.inference.trained import Trained
 
@@ -19,7 +20,7 @@ LIKELIEST = 5
 
 @dataclass(frozen=True)
 class Settings:
-    """How texts are continued."""
+    """Sampling, lengths, stops and seed of a continuation."""
 
     sampling: Sampling
     tokens: int = 200
@@ -46,7 +47,7 @@ class Token(NamedTuple):
 
 @dataclass
 class Text:
-    """One of them."""
+    """A prompt and its continuation."""
 
     prompt: str
     prompt_ids: list[int]
@@ -101,47 +102,51 @@ class Continuation:
 
     def pieces(self) -> Iterator[tuple[int, str]]:
         """(number of the text, piece of it) as soon as a piece is certain; without the prompts."""
-        going = list(range(len(self.texts)))
-        for _ in range(self.settings.tokens):
-            if not going:
-                break
+        going, left = list(range(len(self.texts))), self.settings.tokens
+        while going and left > 0:
             found = self._generation.step()
-            if self._recorded:
-                self._record(found)
+            drawn = self._generation.drawn
+            assert drawn is not None
+            records = recorded(drawn, self.settings.sampling) if self._recorded else {}
             for number in going:
-                text = self.texts[number]
-                if number not in found:
-                    text.finish = "end"
-                    continue
-                yield self._shown(number, text.growing.add(found[number]))
-                if text.growing.ended:
-                    text.finish = "stop"
-                    self._generation.end(number)
-            going = [number for number in found if not self.texts[number].growing.ended]
+                yield from self._grown(number, found.get(number, [])[:left], records.get(number, []))
+            going = [number for number in going if not self._generation.has_ended(number)]
+            left -= drawn.tokens.shape[1]
         for number, text in enumerate(self.texts):
             yield self._shown(number, text.growing.finish())
 
-    def _record(self, found: dict[int, int]) -> None:
-        assert self._generation.drawn is not None
-        for number, token in recorded(self._generation.drawn, self.settings.sampling).items():
-            if number in found:  # the end token is no part of the text
-                self.texts[number].drawn.append(token)
+    def _grown(self, number: int, tokens: list[int], records: list[Token]) -> Iterator[tuple[int, str]]:
+        """A text with the tokens of a step before its end; `records`: of all that were drawn, if they are recorded."""
+        text = self.texts[number]
+        for place, token in enumerate(tokens):
+            text.drawn += records[place : place + 1]
+            yield self._shown(number, text.growing.add(token))
+            if text.growing.ended:
+                text.finish = "stop"
+                self._generation.end(number)
+                return
+        if self._generation.has_ended(number):
+            text.finish = "end"
 
     def _shown(self, number: int, piece: str) -> tuple[int, str]:
         self.texts[number].continuation += piece
         return number, piece
 
 
-def recorded(drawn: Drawn, sampling: Sampling) -> dict[int, Token]:
+def recorded(drawn: Drawn, sampling: Sampling) -> dict[int, list[Token]]:
     """How likely each token of a step was, by the number of its text."""
-    sampled: list[float] = [0.0] * len(drawn.texts)
+    sampled = torch.zeros_like(drawn.tokens, dtype=torch.float32)
     if sampling.temperature:
         probabilities = sampling.probabilities(drawn.logits, drawn.present)
-        sampled = probabilities.gather(-1, drawn.tokens[:, None])[:, 0].log().tolist()
-    tokens = scored(drawn.tokens, drawn.logits)
+        sampled = probabilities.gather(-1, drawn.tokens[..., None])[..., 0].log()
     return {
-        number: token._replace(sampling_log_probability=own)
-        for number, token, own in zip(drawn.texts, tokens, sampled, strict=True)
+        number: [
+            token._replace(sampling_log_probability=own)
+            for token, own in zip(scored(tokens, logits), owns, strict=True)
+        ]
+        for number, tokens, logits, owns in zip(
+            drawn.numbers, drawn.tokens, drawn.logits, sampled.tolist(), strict=True
+        )
     }
 
 

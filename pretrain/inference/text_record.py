@@ -1,4 +1,4 @@
-"""What is told of a generated text: each token with its probability, its gates, and what it attends to.
+"""The record of a generated text: each token with its probability, its gates, and what it attends to.
 
 The fields are described in docs/generate.md.
 """

@@ -8,17 +8,19 @@ from pydantic import ValidationError
 
 from data_pipeline.errors import CheckpointError, ConfigError, DataError, RunError
 from data_pipeline.files.filesystem import is_uri
+from data_pipeline.places import mistaken
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.tokenize.tokenizer import TOKENIZER, Tokenizer, model_file
 from model.architectures import registry
 from model.architectures.token_model import TokenModel
-from model.config.model_config import ModelConfig, Objective
-from model.generation.generate import check_continues
+from model.config.model_config import ModelConfig
+from model.generation.decoding import check_continues
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.checkpoint.ownership import check_own
 from pretrain.config.architecture import opened
 from pretrain.config.schema import Config
 from pretrain.engine.buffers import persistent_buffers
+from pretrain.objectives.registry import objective_of
 from pretrain.run.checkpoint_folder import complete, is_checkpoint, step_of, step_path
 from pretrain.run.run_folder import RunFolder
 
@@ -29,8 +31,8 @@ class Trained(NamedTuple):
     model: TokenModel
     """In fp32 and evaluation mode, on the CPU; its shape is `model.config`."""
     tokenizer: Tokenizer
-    objective: Objective
-    """What it learned from."""
+    objective: str
+    """What it learned from, as `data.objective` names it."""
     run: str
     """Name of the run that trained it."""
     step: int
@@ -40,10 +42,10 @@ class Trained(NamedTuple):
         check_objective(self.model.config, self.objective)
 
 
-def check_objective(config: ModelConfig, objective: Objective) -> None:
+def check_objective(config: ModelConfig, objective: str) -> None:
     """Raises ConfigError unless a model of this shape and objective continues texts."""
     check_continues(config)
-    if objective != "causal":
+    if not objective_of(objective).continues_text:
         raise ConfigError(
             f"the model was trained with data.objective={objective}, where a prompt is read both ways; it is not "
             "generated from"
@@ -120,7 +122,8 @@ def tokenizer_of(checkpoint: Checkpoint, config: Config) -> tuple[Path, Tokenize
 def _checkpoint_of(run: Path, step: int | None) -> Path:
     folder = RunFolder(run)
     if not folder.run_file.is_file():
-        raise RunError(f"{run}: not a run folder (no run.json), and not a checkpoint or an export either")
+        told = mistaken(run, "run folder, checkpoint or export")
+        raise RunError(f"{run}: {told or 'not a run folder (no run.json), and not a checkpoint or an export either'}")
     found = complete(folder.checkpoints, lambda text: print(f"warning: {text}", file=sys.stderr))
     if not found:
         raise CheckpointError(f"{run}: no complete checkpoint yet")

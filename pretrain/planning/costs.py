@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from data_pipeline.errors import ConfigError
-from model.costs.flops import training_flops_per_token
+from model.config.transformer import TransformerConfig
+from model.costs.flops import executed_flops_per_token, training_flops_per_token, trains_open_blocks
 from model.costs.totals import num_parameters
 from model.gpus import Gpu
+from model.layers.block_sizes import pays
 from pretrain.config.schema import Config
 from pretrain.planning.memory import Memory, memory
 
@@ -28,7 +30,7 @@ class Stage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Costs:
+class RunCosts:
     """Of a run; bytes, seconds and FLOPs."""
 
     parameters: int
@@ -37,6 +39,10 @@ class Costs:
     stages: dict[int, Stage]
     gpu_bytes: float
     flops_per_step: float
+    executed_flops_per_step: float
+    """Without those of closed blocks, where training leaves them out and gains by it."""
+    gates: str
+    """What is to be said of block gates; empty where there are none."""
     step_seconds: float
     tokens_per_second: float
     run_seconds: float
@@ -47,7 +53,7 @@ class Costs:
     """Where the configuration itself does not fit: changes with which it does, nearest first."""
 
 
-def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> Costs:
+def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> RunCosts:
     """Count for a number of GPUs.
 
     Args:
@@ -62,16 +68,19 @@ def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> Costs:
     stages = {stage: _stage(config, stage, gpus, size) for stage in range(4)}
     own = stages[config.engine.zero_stage].memory
     assert own is not None
-    flops = training_flops_per_token(config.model, config.data.objective == "pairs") * config.batch.tokens
-    seconds = flops / (gpu.peak_flops * utilisation * gpus)
+    flops = training_flops_per_token(config.model, config.objective.of_pairs) * config.batch.tokens
+    gates, executed = _gates(config, micro_batch, flops)
+    seconds = executed / (gpu.peak_flops * utilisation * gpus)
     parameters = num_parameters(config.model)
-    return Costs(
+    return RunCosts(
         parameters=parameters,
         micro_batch=micro_batch,
         accumulation=accumulation,
         stages=stages,
         gpu_bytes=size,
         flops_per_step=flops,
+        executed_flops_per_step=executed,
+        gates=gates,
         step_seconds=seconds,
         tokens_per_second=config.batch.tokens / seconds,
         run_seconds=seconds * config.train.steps,
@@ -79,6 +88,28 @@ def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> Costs:
         checkpoints=_checkpoints(config),
         fitting=_fitting(config, gpus, size) if own.total > size else [],
     )
+
+
+def _gates(config: Config, micro_batch: int, flops: float) -> tuple[str, float]:
+    """What block gates do to a step on GPUs, in words, and the FLOPs that it executes."""
+    model = config.model
+    if not isinstance(model, TransformerConfig) or not model.gate_sites:
+        return "", flops
+    tokens, gates = micro_batch * model.context, model.block_gates
+    shape = f"{gates.blocks} blocks of {model.block_width} hidden units, {gates.density:g} of them open"
+    alone = pays(1, model.width, model.block_width)
+    decoding = "" if alone else "; on a CPU they are too small to decode by: take fewer blocks or a larger model"
+    if not gates.sparse_at(None):
+        return f"{shape}; training computes all: model.block_gates.train_sparse_after is not set{decoding}", flops
+    if not trains_open_blocks(model, tokens, compiled=config.engine.compile, cuda=True):
+        reason = (
+            "engine.compile takes fixed shapes"
+            if config.engine.compile
+            else f"too small to gain by it in micro-batches of {tokens:,} tokens"
+        )
+        return f"{shape}; training computes all, {reason}{decoding}", flops
+    executed = executed_flops_per_token(model, config.objective.of_pairs, training=True) * config.batch.tokens
+    return f"{shape}; training computes these alone{decoding}", executed
 
 
 def largest_micro_batch(config: Config, gpus: int, size: float) -> int | None:

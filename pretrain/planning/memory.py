@@ -135,12 +135,17 @@ def element_size(config: Config) -> int:
 
 
 def _activations(config: Config, micro_batch: int, device: Device) -> Activations:
-    model, objective = config.model, config.data.objective
-    pairs = objective == "pairs"
-    padded = objective == "masked" and config.data.packing == "best_fit"
-    masked = model.document_mask or objective in ("prefix", "pairs") or padded
+    model, objective = config.model, config.objective
+    masked = model.document_mask or objective.restricts_attention(config.data.packing == "best_fit")
     in_blocks = device == "cuda" and model.sees_in_blocks
-    return activations(model, micro_batch, element_size(config), pairs=pairs, dense_mask=masked and not in_blocks)
+    return activations(
+        model,
+        micro_batch,
+        element_size(config),
+        pairs=objective.of_pairs,
+        dense_mask=masked and not in_blocks,
+        in_blocks=in_blocks,
+    )
 
 
 def _buffers(config: Config, parameters: int, device: Device) -> tuple[float, float, float]:

@@ -17,7 +17,7 @@ MIN_FREE = 0.95
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuState:
     """One line of `nvidia-smi --query-gpu`. Memory in MiB; None is what the GPU does not tell."""
 
     index: int
@@ -41,14 +41,14 @@ class Process:
     memory: float | None
 
 
-def parse_gpus(text: str) -> list[Gpu]:
+def parse_gpus(text: str) -> list[GpuState]:
     """Output of `nvidia-smi --query-gpu=GPU_FIELDS --format=csv,noheader,nounits`.
 
     Raises:
         ValueError: it is something else, such as an error message of the driver.
     """
     return [
-        Gpu(int(index), uuid, name, driver, _number(memory), _number(free), _count(errors))
+        GpuState(int(index), uuid, name, driver, _number(memory), _number(free), _count(errors))
         for index, uuid, name, driver, memory, free, errors in _rows(text, 7)
     ]
 
@@ -85,7 +85,7 @@ def inspect(expected: int, ours: set[int] | None) -> tuple[list[Finding], dict[s
     return list(judge_gpus(gpus, processes, expected)), same
 
 
-def judge_gpus(gpus: list[Gpu], processes: list[Process], expected: int) -> Iterator[Finding]:
+def judge_gpus(gpus: list[GpuState], processes: list[Process], expected: int) -> Iterator[Finding]:
     """What is wrong, while no rank of ours has opened a GPU: any process on one is somebody else's."""
     if len(gpus) < expected:
         yield _bad(f"{len(gpus)} of {expected} GPUs are there")

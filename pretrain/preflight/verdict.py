@@ -90,7 +90,7 @@ class Verdict:
         return not (self.bad or self.shared or self.exchange)
 
     def blame(self, node: str, reason: str) -> None:
-        """A node is bad."""
+        """Say that a node is bad."""
         self.bad.setdefault(node, []).append(reason)
 
 

@@ -21,6 +21,7 @@ from pretrain.metric_names import (
     LOSS,
     MEMORY,
     MFU,
+    MULTIPLIER,
     OPTIMIZER_MS,
     PEAK_MEMORY,
     RANK_SPREAD,
@@ -313,6 +314,13 @@ PANELS = (
     Panel("Memory", (MEMORY, PEAK_MEMORY), _draw_memory),
     Panel("Gate density", (DENSITY,), _metric(DENSITY)),
     Panel("Gate density by site and layer", (DENSITY.family,), _sites(DENSITY.family, 1.0), single=True, wide=True),
+    Panel(
+        "Multiplier of the gates' density by site and layer",
+        (MULTIPLIER.family,),
+        _sites(MULTIPLIER.family, None),
+        single=True,
+        wide=True,
+    ),
     Panel(
         "Gate entropy by site and layer",
         (GATE_ENTROPY.family,),

@@ -18,6 +18,7 @@ from typing import Any
 from data_pipeline.errors import CheckpointError
 from data_pipeline.files.atomic import sync_folder
 from data_pipeline.files.sealed import unseal
+from data_pipeline.places import DATASET, kind_of
 
 MANIFEST = "manifest.json"
 FORMAT = 4
@@ -152,9 +153,10 @@ def make_room(path: Path, warn: Callable[[str], None]) -> None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path means a checkpoint: it has a manifest, or the name of one and cannot be looked into."""
+    """Whether a path means a checkpoint: it has a manifest, or the name of one and cannot be looked into. A dataset,
+    which has a manifest of its own, is none."""
     if os.path.lexists(path / MANIFEST):
-        return True
+        return kind_of(path) != DATASET
     return step_of(path) is not None and os.path.lexists(path) and not os.access(path, os.X_OK)
 
 

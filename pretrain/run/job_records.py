@@ -107,7 +107,7 @@ class Wish:
     time: float = field(default_factory=time.time)
 
 
-_ADAPTERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (RankFailure, Failure, Heartbeat, Wish)}
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 
 
 class JobFolder:
@@ -312,9 +312,10 @@ def _parsed(text: bytes) -> dict[str, Any]:
 
 def _records(kind: type[R], found: Iterable[dict[str, Any]]) -> list[R]:
     """Leaves out records without what every one has, or of wrong types, and what a newer version may have added."""
-    adapter = _ADAPTERS[kind]
-    made = []
-    for record in found:
+    made: list[R] = []
+    for record in filter(None, found):
         with contextlib.suppress(ValidationError):
-            made.append(adapter.validate_python(record))
+            if kind not in _ADAPTERS:  # built when a record is there: that takes longer than all else here
+                _ADAPTERS[kind] = TypeAdapter(kind)
+            made.append(_ADAPTERS[kind].validate_python(record))
     return made

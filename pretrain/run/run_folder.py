@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from data_pipeline.errors import CheckpointError, RunError
 from data_pipeline.files.atomic import write_atomic
 from data_pipeline.files.sealed import unseal, write_sealed
+from data_pipeline.places import RUN, mistaken
 from model.architectures.external import is_external
 from pretrain.config import architecture
 from pretrain.config.changes import refused, refused_in_fork, told
@@ -148,7 +149,9 @@ class RunFolder:
     def _new_run(self, ours: Config, config: Config, changed: list[str]) -> str:
         """A command, or what there is to say in its place."""
         saved = self.saved_steps()
-        if refused_in_fork(ours, config) or not saved:
+        if kept := list(refused_in_fork(ours, config)):
+            return f"from scratch, with another run.name (--from begins with a checkpoint, and keeps {', '.join(kept)})"
+        if not saved:
             return "from scratch, with another run.name"
         values = differences(ours, config)
         given = [f"{key}={_plain(values[key][1])}" for key in changed if not key.startswith("run.")]
@@ -157,6 +160,8 @@ class RunFolder:
     def _content(self) -> dict[str, Any]:
         if not self.run_file.is_file():
             lost = self.journal.exists() or bool(self.saved_steps())
+            if not lost and (told := mistaken(self.path, RUN)):
+                raise RunError(f"{self.path}: {told}")
             what = "run.json is missing; restore it from a copy" if lost else "not a run folder (no run.json)"
             raise RunError(f"{self.path}: {what}, or start a new run: `duet train` makes one")
         try:

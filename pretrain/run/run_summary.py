@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipeline.errors import RunError
 from data_pipeline.files.sealed import unseal
+from data_pipeline.places import RUN, mistaken
 from data_pipeline.secret import redact
 from pretrain.metric_names import BITS_PER_BYTE, LOSS, VALIDATION
 from pretrain.run.journal import HEALTH, Point, Record, noting, read, series, told_damaged
@@ -15,6 +16,7 @@ from pretrain.run.run_listing import run_state
 
 OF_SOURCES = (BITS_PER_BYTE.family, VALIDATION.family)
 """What the names of a validation's numbers of one source begin with; the one that is drawn if it is there first."""
+_EXPECTED = "expected a run folder, with metrics.jsonl, run.json and config.yaml, as `duet train` makes it"
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,7 @@ def load(run_dir: Path) -> RunData:
     Raises:
         RunError: there is no such folder, no journal in it or nothing in the journal.
     """
-    expected = "expected a run folder, with metrics.jsonl, run.json and config.yaml, as `duet train` makes it"
-    journal = run_dir / "metrics.jsonl"
-    if not run_dir.is_dir():
-        raise RunError(f"{run_dir}: no such folder; {expected}")
-    if not journal.is_file():
-        raise RunError(f"{run_dir}: no metrics.jsonl in it; {expected}")
+    journal = _journal(run_dir)
     kinds: dict[str, list[Record]] = {}
     warnings: list[Record] = []
     damaged: list[str] = []
@@ -88,7 +85,7 @@ def load(run_dir: Path) -> RunData:
 
     points = series(sorted_out())
     if last is None:
-        raise RunError(f"{journal}: empty; {expected}")
+        raise RunError(f"{journal}: empty; {_EXPECTED}")
     try:
         content = _bytes(run_dir / "run.json")
         facts = json.loads(redact(json.dumps(unseal(content, formats=())))) if content else {}
@@ -110,6 +107,16 @@ def load(run_dir: Path) -> RunData:
         warnings=warnings,
         slowest=kinds.get("slowest", []),
     )
+
+
+def _journal(run_dir: Path) -> Path:
+    if not run_dir.is_dir():
+        raise RunError(f"{run_dir}: no such folder; {_EXPECTED}")
+    journal = run_dir / "metrics.jsonl"
+    if not journal.is_file():
+        told = mistaken(run_dir, RUN)
+        raise RunError(f"{run_dir}: {told or f'no metrics.jsonl in it; {_EXPECTED}'}")
+    return journal
 
 
 def verdict(run: RunData) -> tuple[str, str]:

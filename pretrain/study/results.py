@@ -63,7 +63,7 @@ def keep(run: StudyRun, folder: Path) -> bool:
 
 
 def _line(record: Record, here: str) -> bytes:
-    """Without what tells of the machine, or of the folder that it stood in."""
+    """A record without what depends on the machine or on the folder."""
     content = {"format": FORMAT, "time": record.time, "attempt": record.attempt, "kind": record.kind}
     if record.kind == "metrics":
         finite = {name: value if math.isfinite(value) else str(value) for name, value in record.metrics.items()}
@@ -99,9 +99,8 @@ class Result:
     @property
     def flops(self) -> float:
         """FLOPs of the whole training: matrix products, as `duet model flops` counts them."""
-        pairs = self.config.data.objective == "pairs"
         tokens = self.config.batch.tokens * self.config.train.steps
-        return training_flops_per_token(self.config.model, pairs) * tokens
+        return training_flops_per_token(self.config.model, self.config.objective.of_pairs) * tokens
 
     @property
     def speed(self) -> float:
@@ -135,7 +134,7 @@ class Results:
 
 
 def mean(values: Iterable[float]) -> float:
-    """Arithmetic."""
+    """Arithmetic mean of the values."""
     return statistics.fmean(values)
 
 

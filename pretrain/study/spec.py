@@ -1,4 +1,4 @@
-"""A study: runs that differ in what is compared, as one YAML file tells them. Free of torch."""
+"""A study: runs that differ in what is compared, as one YAML file describes them. Free of torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class Section(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=T
 
 
 class Study(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """All of a study."""
+    """A study, as its file has it."""
 
     name: Name
     """Of the folder below `runs` that holds its runs, and of the experiment in MLflow."""

@@ -11,7 +11,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from model.costs.flops import utilisation_per_token
+from model.config.transformer import TransformerConfig
+from model.costs.flops import gated_share, trains_open_blocks, utilisation_per_token
 from model.masks.telemetry import told
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
@@ -72,8 +73,15 @@ class Meter:
         self._restarts = restarts
         self._tokens_per_step = config.batch.tokens
         device_name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
-        pairs = config.data.objective == "pairs"
-        self._utilisation_per_token = utilisation_per_token(config.model, device_name, ranks.world_size, pairs)
+        self._utilisation_per_token = utilisation_per_token(
+            config.model, device_name, ranks.world_size, config.objective.of_pairs
+        )
+        self._gates = config.model.block_gates if isinstance(config.model, TransformerConfig) else None
+        tokens, cuda = config.micro_batches(ranks.world_size)[0] * config.model.context, ranks.device.type == "cuda"
+        sparse = self._utilisation_per_token is not None and trains_open_blocks(
+            config.model, tokens, compiled=config.engine.compile, cuda=cuda
+        )
+        self._gated_share = gated_share(config.model, config.objective.of_pairs) if sparse else 0.0
         self._hosts = ranks.gather(platform.node())
         self._shapes: dict[str, torch.Size] = {}
         self._steps: list[tuple[int, Tensor, Mapping[str, Any]]] = []
@@ -94,9 +102,8 @@ class Meter:
         self._steps.append((step, torch.cat(means), known))
 
     def flush(self) -> list[StepMetrics]:
-        """All steps since the last flush, averaged over the ranks; the last one carries what is told of them all.
-
-        That are times, norms, and, since there are many, what is told of single masks.
+        """All steps since the last flush, averaged over the ranks; the last one carries what is measured
+        over all of them: times, norms, and, since there are many, the metrics of single masks.
 
         A collective: every rank calls it at the same steps.
         """
@@ -122,7 +129,7 @@ class Meter:
         values = (
             last.values
             | _named(masks, of_a_mask=True)
-            | self._times(seconds, len(lines), parts)
+            | self._times(seconds, len(lines), parts, last.step, masks)
             | about_ranks
             | self._health(last.step)
         )
@@ -133,12 +140,19 @@ class Meter:
         """Leave out of the speed what happened since the last flush: validation, a checkpoint."""
         self._since = time.perf_counter()
 
-    def _times(self, seconds: float, steps: int, parts: dict[str, float]) -> dict[str, float]:
+    def rewind(self, goodput: Goodput) -> None:
+        """The run went back to an older checkpoint; so much is productive still."""
+        self._goodput = goodput
+        self.resume_clock()
+
+    def _times(
+        self, seconds: float, steps: int, parts: dict[str, float], step: int, masks: Mapping[str, float]
+    ) -> dict[str, float]:
         """Speed, means over the window's steps, and shares.
 
         The step is timed by the clock, its parts by rank 0's stopwatch. They leave out what is neither: agreement on
         signals, logging. `time/backward_ms` includes the reduction of gradients. `time/mfu` is a share of the dense
-        bf16 peak, in fp32, too.
+        bf16 peak, in fp32, too; of gated blocks only those count that were computed.
         """
         speed = self._tokens_per_step * steps / seconds
         milliseconds = {part: 1e3 * parts[part] / steps for part in parts}
@@ -153,8 +167,15 @@ class Meter:
             GOODPUT: self._goodput.share(),
         }
         if self._utilisation_per_token:
-            values[MFU] = speed * self._utilisation_per_token
+            values[MFU] = speed * self._utilisation_per_token * self._executed(step, masks)
         return values
+
+    def _executed(self, step: int, masks: Mapping[str, float]) -> float:
+        """Of the FLOPs of a token, the share that was executed at `step`, by what is told of single masks."""
+        if not self._gated_share or self._gates is None or not self._gates.sparse_at(step):
+            return 1.0
+        density = [masks[f"density/{site}"] for site in self._engine.gated_sites]
+        return 1.0 - self._gated_share * (1.0 - sum(density) / len(density))
 
     def _compare_ranks(self, parts: dict[str, float]) -> tuple[dict[str, float], Slowest | None]:
         """Norms over all ranks, the largest memory, and how far the slowest is behind; who it is, if that is much.
@@ -193,7 +214,7 @@ def _rows(names: Iterable[str], table: Tensor) -> list[dict[str, float]]:
 
 
 def _named(row: dict[str, float], *, of_a_mask: bool) -> dict[str, float]:
-    """What is told of single masks, such as `density/enc_ff/0`, or all else."""
+    """By the journal's names: the metrics of single masks, such as `density/enc_ff/0`, or all others."""
     return {of_model(name): value for name, value in row.items() if ("/" in name) == of_a_mask}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import RunError
+from data_pipeline.places import RUN, mistaken
 from data_pipeline.secret import redact
 from pretrain.run.journal import Record, read_from
 from pretrain.run.run_summary import load, verdict
@@ -45,6 +46,8 @@ class Mirror:
     def __init__(self, run_dir: Path, warn: Callable[[str], None]) -> None:
         state = State.load(run_dir, warn)
         if state is None:
+            if told := mistaken(run_dir, RUN):
+                raise RunError(f"{run_dir}: {told}")
             raise RunError(
                 f"{run_dir}: not a tracked run (no tracking.json); `duet train` makes one unless tracking.mode=off"
             )

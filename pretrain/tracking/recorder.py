@@ -1,4 +1,4 @@
-"""All that rank 0 tells the world about a run: journal, MLflow, terminal, report. Silent on the other ranks."""
+"""All that rank 0 writes about a run: journal, MLflow, terminal, report. Silent on the other ranks."""
 
 import shlex
 import shutil
@@ -45,7 +45,7 @@ T = TypeVar("T")
 COUNTED = {STEPS_SKIPPED: "steps without an update", SPIKES: "loss spikes", ROLLBACKS: "rollbacks"}
 """What the summary tells of a run's health."""
 ASLEEP_SECONDS = 60.0
-"""MLflow waits so long for the first step, at most: importing it takes a second, and would take that from the step."""
+"""MLflow waits for the first step's record at most: to import it takes as long as importing torch."""
 CLOSE_SECONDS = 10.0
 CLOSE_SECONDS_AFTER_SIGNAL = 2.0
 

@@ -42,6 +42,7 @@ def run_dir(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for command in (
         ["data", "build", "data/characters", source, f"data.path={data}"],
         ["train", *SMALL, f"data.path={data}", f"run.dir={run}", *cadence, "tracking.mode=online", "--ranks", "2"],
+        ["report", str(run)],
     ):
         done = duet(*command)
         assert done.returncode == 0, done.stderr

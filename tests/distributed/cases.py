@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.sampling.data_state import DataState
 from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from model.architectures import registry
@@ -21,15 +22,17 @@ from model.architectures.token_model import TokenModel
 from model.batch import Batch
 from pretrain.checkpoint import checkpoint
 from pretrain.checkpoint.retention import prune
-from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.saver import Published, Saver
 from pretrain.config.schema import Config, load
 from pretrain.engine.distributed import Ranks
-from pretrain.engine.engine import Engine
+from pretrain.engine.engine import Engine, Guard
+from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.evaluate import evaluate
 from pretrain.report import report
 from pretrain.run.job_records import FailureFile
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.signals import StopRequest
+from pretrain.tracking.metrics import Meter
 
 VOCABULARY = 41
 
@@ -58,7 +61,9 @@ def make_engine(ranks: Ranks, config: Config, seed: int = 0) -> Engine:
     return Engine(registry.build(config.model), config, ranks)
 
 
-def train_steps(engine: Engine, ranks: Ranks, config: Config, first: int, last: int) -> list[float]:
+def train_steps(
+    engine: Engine, ranks: Ranks, config: Config, first: int, last: int, guard: Guard | None = None
+) -> list[float]:
     """Steps first..last on tokens that are a function of the global sample only; mean loss of each."""
     losses = []
     micro_batch, _ = config.micro_batches(ranks.world_size)
@@ -70,7 +75,7 @@ def train_steps(engine: Engine, ranks: Ranks, config: Config, first: int, last: 
             for samples in mine.split(micro_batch)
             for tokens in [torch.stack([_tokens(int(s), config.model.context) for s in samples])]
         ]
-        metrics, _, _ = engine.train_step(batches, lr=1e-2)
+        metrics, _, _ = engine.train_step(batches, 1e-2, guard)
         mean = torch.stack([m["loss"].float() for m in metrics]).mean()
         losses.append(float(ranks.sum(mean)) / ranks.world_size)
     return losses
@@ -113,9 +118,9 @@ def a_saver(
     still_ours: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = print,
 ) -> Saver:
-    def published(step: int, path: Path, seconds: float) -> None:
-        assert (path / "manifest.json").is_file(), "told too early"
-        assert seconds > 0
+    def published(checkpoint: Published) -> None:
+        assert (checkpoint.path / "manifest.json").is_file(), "told too early"
+        assert 0 < checkpoint.blocked <= checkpoint.seconds
 
     return Saver(
         engine,
@@ -224,7 +229,7 @@ def train_run(
         now = tokens // config.batch.tokens
         return original_lr(config, tokens)
 
-    def step(engine: Engine, batches: Any, lr: float) -> Any:
+    def step(*given: Any) -> Any:
         if ranks.rank == 1 and now == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if ranks.rank == 1 and signal_at and now == signal_at[0]:
@@ -234,7 +239,7 @@ def train_run(
             (load(args).run_dir / "attempts" / "000002.json").write_text("{}")
             heart.join(30)  # it ends when it has noticed
             assert not heart.is_alive()
-        return original_step(engine, batches, lr)
+        return original_step(*given)
 
     start = Saver.start
 
@@ -258,7 +263,7 @@ def train_run(
             self, replace(target, states={"fp32": target.states["fp32"]})
         )
     elif sabotage == "forget the data position":
-        trainer.DataState.model_validate = classmethod(  # type: ignore[method-assign,assignment]
+        DataState.model_validate = classmethod(  # type: ignore[method-assign,assignment]
             lambda cls, content: cls(**(content | {"samples_seen": 0}))
         )
     return trainer.train(load(args), ranks, StopRequest(), time.time(), FailureFile(ranks.rank))
@@ -270,8 +275,10 @@ def validate_in_batches_of(ranks: Ranks, run: str, sizes: list[int]) -> list[dic
 
     checkpoint, config = find_checkpoint(Path(run))
     model = read_model(checkpoint, config)
-    windows = Windows.of(Dataset.open(config.data.path), "validation", config.model.context, partial=True)
-    return [evaluate(model, windows, {"text": 1000}, size, ranks) for size in sizes]
+    dataset = Dataset.open(config.data.path)
+    windows = Windows.of(dataset, "validation", config.model.context, partial=True)
+    batches = Batches.of(config, dataset, ranks.device)
+    return [evaluate(model, windows, {"text": 1000}, size, ranks, batches) for size in sizes]
 
 
 def update_ratios(ranks: Ranks, engines: list[tuple[int, str]], mask_lr: float | None) -> list[dict[str, Any]]:
@@ -379,10 +386,8 @@ def host_waits(ranks: Ranks, args: list[str], sabotage: bool = False) -> list[st
 
     for name in WAITS:
         watch(name)
-    for owner, name in ((trainer.Meter, "__init__"), (trainer.Meter, "flush")):
+    for owner, name in ((Meter, "__init__"), (Meter, "flush"), (trainer.Loop, "_validate"), (trainer.Loop, "_save")):
         exempt(owner, name)
-    for name in ("validation", "save_checkpoint"):
-        exempt(trainer, name)
     if torch.cuda.is_available():
         torch.cuda.set_sync_debug_mode("warn")
         warnings.simplefilter("always")

@@ -142,7 +142,7 @@ def snapshots(ranks: Ranks, root: str) -> dict[str, Any]:
     saved = [digest(engine, ranks)]
     with a_saver(engine, Path(root), ranks) as subject:
         subject.start(2, {})
-        pointers = [{state: buffer.data_ptr() for state, buffer in subject._buffers.items()}]
+        pointers = [{state: buffer.data_ptr() for state, buffer in engine.snapshot.tensors.items()}]
         polls = []
         for step in (3, 4, 5):
             train_steps(engine, ranks, config, step, step)
@@ -162,7 +162,7 @@ def snapshots(ranks: Ranks, root: str) -> dict[str, Any]:
         saver.Saver.join = join  # type: ignore[method-assign]
         train_steps(engine, ranks, config, 6, 6)
         subject.join()
-        pointers.append({state: buffer.data_ptr() for state, buffer in subject._buffers.items()})
+        pointers.append({state: buffer.data_ptr() for state, buffer in engine.snapshot.tensors.items()})
     loaded = []
     for step in (2, 5):
         Checkpoint(step_path(Path(root), step)).load(engine)

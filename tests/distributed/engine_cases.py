@@ -76,15 +76,15 @@ def with_and_without_a_skipped_step(ranks: Ranks, args: list[str]) -> list[tuple
         applied: list[bool] = []
         train_step = engine.train_step
 
-        def noted(batches: Any, lr: float, train_step: Any = train_step, applied: list[bool] = applied) -> Any:
-            result = train_step(batches, lr)
+        def noted(batches: Any, *more: Any, train_step: Any = train_step, applied: list[bool] = applied) -> Any:
+            result = train_step(batches, *more)
             applied.append(result[2])
             return result
 
         engine.train_step = noted  # type: ignore[assignment, method-assign]
         for step in steps:
-            engine.guard = (lambda metrics: torch.tensor(torch.nan)) if step == 2 else None
-            train_steps(engine, ranks, config, step, step)
+            guard = (lambda metrics: torch.tensor(torch.nan)) if step == 2 else None
+            train_steps(engine, ranks, config, step, step, guard)
         found.append((applied, digest(engine, ranks)))
     return found
 
@@ -109,8 +109,8 @@ def norms(ranks: Ranks, args: list[str], steps: int) -> dict[str, Any]:
     told: list[float] = []
     step = engine.train_step
 
-    def remember(batches: Any, lr: float) -> Any:
-        metrics, norm, applied = step(batches, lr)
+    def remember(*given: Any) -> Any:
+        metrics, norm, applied = step(*given)
         told.append(float(norm))
         return metrics, norm, applied
 

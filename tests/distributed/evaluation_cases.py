@@ -18,6 +18,7 @@ from pretrain.engine.engine import Engine
 from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.evaluate import evaluate, held_out, held_out_bytes
 from pretrain.export.use import open_trained
+from tests.objectives import objective
 
 BATCH = 4
 
@@ -70,9 +71,9 @@ def validate_text(ranks: Ranks, path: str, texts: list[str]) -> float:
         def read(self, indices: np.ndarray) -> np.ndarray:
             return np.lib.stride_tricks.sliding_window_view(self._stream, self.context + 1)[indices * self.context]
 
-    bits = 0.0
+    batches, bits = Batches(ranks.device, objective()), 0.0
     for text in texts:
         windows: Any = Windows(text)
-        found = evaluate(trained.model, windows, {"text": len(text.encode())}, 3, ranks)
+        found = evaluate(trained.model, windows, {"text": len(text.encode())}, 3, ranks, batches)
         bits += found["loss/val_bits_per_byte"] * len(text.encode())
     return bits / sum(len(text.encode()) for text in texts)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from model.architectures import registry
 from model.architectures.token_model import TokenModel
 from model.batch import Batch
 from pretrain import trainer
@@ -54,7 +55,7 @@ def run(
     def meets(samples: tuple[int, ...], batch: Batch) -> bool:
         return bool(set(samples) & set(batch.samples.tolist()))
 
-    factor, build = 1.0, trainer.registry.build
+    factor, build = 1.0, registry.build
 
     def look(model: torch.nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal poisoned, factor
@@ -78,7 +79,7 @@ def run(
         )
         return model
 
-    trainer.registry.build = build_poisoned
+    registry.build = build_poisoned
     if sabotage == "look at nothing again":
         monitor.diagnose = lambda step, *rest: Diagnosis(step, [], ranks.world_size)
     elif sabotage == "go back but keep the weights":

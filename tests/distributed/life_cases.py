@@ -16,6 +16,7 @@ from pretrain import life, trainer
 from pretrain.config.schema import load
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
+from pretrain.evaluation.batches import Batches
 from pretrain.report import report
 from pretrain.run.job_records import FailureFile, JobFolder
 from pretrain.run.signals import StopRequest
@@ -36,7 +37,7 @@ def run(ranks: Ranks, args: list[str], job: str | None = None, restart: int = 0,
 
 def signalled_in_validation(ranks: Ranks, args: list[str], at: int) -> list[int]:
     """Rank 1 alone gets the planned signal in the batch number `at` of the first validation. Returns batches, too."""
-    batches, of_validation = [0], trainer.Batches.of_validation
+    batches, of_validation = [0], Batches.of_validation
 
     def count(*given: Any) -> Any:
         batches[0] += 1
@@ -44,7 +45,7 @@ def signalled_in_validation(ranks: Ranks, args: list[str], at: int) -> list[int]
             os.kill(os.getpid(), signal.SIGUSR1)
         return of_validation(*given)
 
-    trainer.Batches.of_validation = count  # type: ignore[assignment,method-assign]
+    Batches.of_validation = count  # type: ignore[assignment,method-assign]
     return [run(ranks, args, job="7"), batches[0]]
 
 
@@ -77,8 +78,7 @@ def stopped_behind_its_start(ranks: Ranks, run_dir: str) -> int:
     """From step 10 to 11, back to 6, on to 7, and the planned signal. Returns the steps that the wish tells of."""
     os.environ["SLURM_JOB_ID"] = "7"
     recording: Any = SimpleNamespace(attempt=1)
-    saver: Any = None
-    ours = life.Life(Path(run_dir), ranks, StopRequest(), None, saver, recording)
+    ours = life.Life(Path(run_dir), ranks, StopRequest(), None, recording)
     ours.begin(10)
     for step in (11, 7):
         ours.after_step(step, [])

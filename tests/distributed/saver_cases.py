@@ -11,6 +11,7 @@ import xxhash
 
 from pretrain.checkpoint import saver
 from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.engine import snapshot
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
 from pretrain.run.checkpoint_folder import complete, step_path
@@ -47,7 +48,7 @@ def change_while_copying(
 ) -> list[dict[str, Any]]:
     """For each set-up and each way to change an engine: its state at a save, after the change, and what was saved."""
     torch._dynamo.config.disable = True  # Muon's kernel as it is written: compiling it takes half a minute
-    saver.Blocks = HeldUp
+    snapshot.Blocks = HeldUp
     HeldUp.waits = sabotage != "do not wait"
     results = []
     for number, args in enumerate(setups):
@@ -65,14 +66,12 @@ def change_while_copying(
             with a_saver(engine, folder, ranks) as subject:
                 subject.start(step, {})
                 if sabotage == "no gate":
-                    engine.before_change = lambda: None
+                    engine.snapshot.before_change = lambda: None  # type: ignore[method-assign]
                 assert TAKEN.wait(60)
                 if way == "load":
                     Checkpoint(step_path(folder, 1)).load(engine)
                 elif way == "skip a step":
-                    engine.guard = lambda metrics: torch.tensor(torch.nan)
-                    train_steps(engine, ranks, config, step, step)
-                    engine.guard = None
+                    train_steps(engine, ranks, config, step, step, lambda metrics: torch.tensor(torch.nan))
                 if way != "load":
                     train_steps(engine, ranks, config, step, step)
                 changed = _state(engine)
@@ -101,7 +100,7 @@ def wait_at_the_gate(ranks: Ranks, root: str) -> list[float]:
                 threading.Timer(AT_GATE, RELEASE.set).start()
             Queue.join(self)
 
-    saver.Blocks = Slow
+    snapshot.Blocks = Slow
     config = small()
     engine = make_engine(ranks, config)
     told: list[float] = []
@@ -112,7 +111,7 @@ def wait_at_the_gate(ranks: Ranks, root: str) -> list[float]:
         still_ours=lambda: None,
         prune=lambda step: None,
         warn=print,
-        published=lambda step, path, seconds: told.append(seconds),
+        published=lambda checkpoint: told.append(checkpoint.blocked),
     )
     with subject:
         subject.start(1, {})
@@ -134,7 +133,7 @@ def fail_to_copy(ranks: Ranks, root: str) -> None:
 
     config = small()
     engine = make_engine(ranks, config)
-    saver.np.copyto = failing  # type: ignore[assignment]
+    snapshot.np.copyto = failing  # type: ignore[assignment]
     with a_saver(engine, Path(root), ranks) as subject:
         subject.start(1, {})
         assert ranks.rank == 0 or TAKEN.wait(60)

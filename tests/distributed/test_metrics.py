@@ -167,7 +167,7 @@ def test_skipped_steps_are_counted(ranks: Ranks, dataset: Path, tmp_path: Path) 
     assert skipped == 10
 
 
-@pytest.mark.parametrize(("stage", "own"), [(0, ["engine.py:train_step"]), (1, []), (3, [])])
+@pytest.mark.parametrize(("stage", "own"), [(0, ["engine.py:_update"]), (1, []), (3, [])])
 def test_nothing_of_ours_waits_for_the_device_between_flushes(
     ranks: Ranks, dataset: Path, tmp_path: Path, stage: int, own: list[str]
 ) -> None:

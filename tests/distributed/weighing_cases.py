@@ -63,7 +63,7 @@ def learned(ranks: Ranks, args: list[str]) -> dict[str, float]:
         global_batch=config.global_batch,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        documents=batches.needs_documents,
+        documents=batches.objective.needs_documents,
     )
     meter = Meter(config, engine, ranks, Goodput(time.time()), restarts=0)
     micro_batch, _ = config.micro_batches(ranks.world_size)

@@ -89,7 +89,7 @@ def test_a_run_that_is_killed_thirty_times_is_the_run_that_was_not(dataset: Path
     seed = int(os.environ.get("DRILL_SEED", "30"))
     chance, kills = random.Random(seed), dict[str, int]()
     while sum(kills.values()) < KILLS:
-        process = start_duet(*command(run_dir), log=tmp_path / "log")
+        process = start_duet(*command(run_dir), log=tmp_path / "log", new=True)
         moment = wait_for_moment(chance, run_dir, process)
         alive = ranks_of(run_dir)
         assert process.poll() is None, f"it ended before it was killed: {(tmp_path / 'log').read_text()[-2000:]}"

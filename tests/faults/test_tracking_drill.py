@@ -107,7 +107,7 @@ def test_a_training_run_through_a_server_that_dies_and_its_own_death(server: Ser
     journal = run_dir / "metrics.jsonl"
     try:
         server.start()
-        process = start_duet(*command, log=tmp_path / "log")
+        process = start_duet(*command, log=tmp_path / "log", new=True)
         wait_for_step(journal, 150, process)
         server.kill()
         wait_for_step(journal, 300, process)
@@ -117,7 +117,7 @@ def test_a_training_run_through_a_server_that_dies_and_its_own_death(server: Ser
         assert sync(run_dir).status == "KILLED"
         assert_mirrors(run_dir)
 
-        process = start_duet(*command, log=tmp_path / "log")
+        process = start_duet(*command, log=tmp_path / "log", new=True)
         wait_for_step(journal, max(r.step or 0 for r in read(journal)) + 150, process)
         server.kill()
         process.send_signal(signal.SIGTERM)

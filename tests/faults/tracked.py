@@ -20,8 +20,9 @@ from typing import Any
 
 from pretrain.tracking.mlflow_state import State, default_uri
 from pretrain.tracking.mlflow_store import connect
-from tests.conftest import ROOT
+from tests import warm
 from tests.ports import free_port
+from tests.runs import ROOT, new_store
 
 ANSWERS = {
     "500": b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 4\r\nConnection: close\r\n\r\nOops",
@@ -55,7 +56,7 @@ class Writer:
         arguments = json.dumps([str(run_dir), {"optimizer": {"lr": lr}, "a": None}, uri, mode, resumed_from])
         clean = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.writer", arguments], cwd=ROOT, env=clean | dict(environment or {}),
+            warm.command("tests.faults.writer", arguments), cwd=ROOT, env=clean | dict(environment or {}),
             text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         self._answer()
@@ -110,7 +111,7 @@ class Server:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir()
-        connect(f"sqlite:///{folder}/mlflow.db")
+        new_store(folder / "mlflow.db")
 
     def start(self) -> None:
         """Returns when it answers."""

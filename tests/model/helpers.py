@@ -22,7 +22,7 @@ _MODERN = {"norm": "rmsnorm", "positions": "rotary", "ff": "swiglu", "heads": 4,
 _EVERYWHERE = ["enc_ff", "dec_ff", "enc_sa", "dec_sa", "cross", "embed"]
 _ALONE = {"architecture": "decoder_only"}
 _ALONE_EVERYWHERE = ["dec_ff", "dec_sa", "embed"]
-VARIANTS: dict[str, dict[str, Any]] = {
+_CAUSAL: dict[str, dict[str, Any]] = {
     "parallel": {},
     "decoder": _ALONE,
     "serial": {"topology": "serial"},
@@ -62,6 +62,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "modern_decoder": {**_ALONE, **_MODERN, "kv_heads": 1, "attention": "explicit"},
     "post_norm": {"norm_position": "post", "positions": "sinusoidal", "cross_source": "layer_input"},
     "sinusoidal": {**_ALONE, "positions": "sinusoidal", "width": 18, "heads": 3},
+    "gates": {**_OFF, "bias": True, "block_gates": {"kind": "top", "blocks": 4, "density": 0.5}},
+    "gates_cosine": {
+        "learned_dropout": {"sites": ["dec_sa", "enc_ff"]},
+        "block_gates": {"kind": "cosine", "sites": ["dec_ff"], "blocks": 4},
+        "norm_position": "post",
+        "dropout": 0.1,
+    },
+    "gates_modern": {**_ALONE, **_OFF, **_MODERN, "block_gates": {"kind": "cosine", "left": {"dec_ff/01": 5}}},
     "sinusoidal_next": {"positions": "sinusoidal", "add_next_position": True, "subtract_next_position": "plain"},
 }
 """Every option at least once, in the combinations that could break one another."""
@@ -69,7 +77,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 _T5 = {"architecture": "encoder_decoder"}
 _BERT = {"architecture": "encoder_only"}
 _BERT_EVERYWHERE = ["enc_ff", "enc_sa", "embed"]
-NOT_CAUSAL: dict[str, dict[str, Any]] = {
+_BOTH_WAYS: dict[str, dict[str, Any]] = {
     "t5": {**_T5, "norm": "rmsnorm", "cross_heads": 2, "bias": True},
     "t5_modern": {**_T5, **_MODERN, "norm_position": "post", "learned_dropout": {"sites": _EVERYWHERE}},
     "t5_embed": {
@@ -80,12 +88,14 @@ NOT_CAUSAL: dict[str, dict[str, Any]] = {
     },
     "t5_dropout": {**_T5, **_OFF, "positions": "sinusoidal", "dropout": 0.2},
     "t5_batchnorm": {**_T5, **_OFF, "norm": "batchnorm", "bias": True},
+    "t5_gates": {**_T5, **_MODERN, **_OFF, "block_gates": {"kind": "cosine", "blocks": 4}},
     "t5_l0": {**_T5, **_OFF, "attention": "flash", "l0": {"enabled": True, "sites": _EVERYWHERE}},
     "bert": {**_BERT, "norm_position": "post", "bias": True},
     "bert_batchnorm": {**_BERT, "norm": "batchnorm"},
     "bert_batchnorm_post": {**_BERT, **_OFF, "norm": "batchnorm", "norm_position": "post", "dropout": 0.2},
     "bert_modern": {**_BERT, **_MODERN, "attention": "flash", "learned_dropout": {"sites": _BERT_EVERYWHERE}},
     "bert_embed": {**_BERT, "attention": "explicit", "learned_dropout": {"sites": _BERT_EVERYWHERE, "source": "embed"}},
+    "bert_gates": {**_BERT, **_OFF, "block_gates": {"kind": "top", "blocks": 2, "density": 0.5, "left": {}}},
     "bert_dropout": {**_BERT, **_OFF, "positions": "sinusoidal", "dropout": 0.2},
     "bert_elementwise": {
         **_BERT,
@@ -93,7 +103,82 @@ NOT_CAUSAL: dict[str, dict[str, Any]] = {
     },
 }
 """The same of the models that do not predict each token from those before it."""
-EVERY = VARIANTS | NOT_CAUSAL
+NAMED = _CAUSAL | _BOTH_WAYS
+
+
+def options(changes: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """A variant's changes by their dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in changes.items():
+        found |= options(value, f"{place}{name}.") if isinstance(value, dict) and value else {place + name: value}
+    return found
+
+
+def _nested(options: dict[str, Any]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for key, value in options.items():
+        *way, name = key.split(".")
+        part = changes
+        for step in way:
+            part = part.setdefault(step, {})
+        part[name] = value
+    return changes
+
+
+def _class(options: dict[str, Any]) -> tuple[object, ...]:
+    """What keeps variants apart: a suite treats them otherwise, or the one would hide the other."""
+    rounding = options.get("learned_dropout.rounding")
+    masks = options.get("learned_dropout.enabled", True), rounding if rounding != "threshold_ste" else None
+    parts = {key.split(".")[0] for key in options} & {"encoder_loss", "l0", "block_gates"}
+    return options.get("architecture"), options.get("norm") == "batchnorm", masks, parts
+
+
+def _together(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Variants joined where their options do not contradict one another; the plain ones stay plain."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, changes in variants.items():
+        mine = options(changes)
+        for other, theirs in found.items():
+            agree = all(theirs.get(key, value) == value for key, value in mine.items())
+            if mine and theirs and agree and _class(mine) == _class(theirs) and _possible(mine | theirs):
+                del found[other]
+                name, mine = f"{other}+{name}", theirs | mine
+                break
+        found[name] = mine
+    return {name: _nested(mine) for name, mine in found.items()}
+
+
+def _possible(options: dict[str, Any]) -> bool:
+    try:
+        small(**_nested(options))
+    except ValueError:
+        return False
+    return True
+
+
+def _patterned(of: str, **pattern: Any) -> dict[str, Any]:
+    return NAMED[of] | {"pattern": pattern}
+
+
+PATTERNED = {
+    "window": _patterned("parallel", kind="window", window=3),
+    "sinks": _patterned("modern_decoder", kind="window", window=2, sinks=2, full_every=2),
+    "sinks_alone": _patterned("cross_first", kind="window", window=3, sinks=1),
+    "globals": _patterned("dropout_decoder", kind="window", window=2, globals=[0, 4]),
+    "strided": _patterned("serial", kind="strided", stride=3),
+    "strided_alternate": _patterned("everywhere_elementwise", kind="strided", stride=3, merge="alternate"),
+    "strided_heads": _patterned("everywhere_embed", kind="strided", stride=4, merge="heads"),
+    "fixed": _patterned("modern", kind="fixed", stride=4, summary=2),
+    "fixed_alternate": _patterned("post_norm", kind="fixed", stride=3, merge="alternate"),
+    "fixed_heads": _patterned("dropout_modern", kind="fixed", merge="heads"),
+}
+"""Each pattern with another model, so that options meet in pairs."""
+PATTERNED_BOTH_WAYS = {
+    "bert_window": _patterned("bert_modern", kind="window", window=3),
+    "bert_globals": _patterned("bert", kind="window", window=2, globals=[0, 4]),
+    "t5_strided": _patterned("t5_modern", kind="strided", stride=3, merge="alternate"),
+    "t5_fixed": _patterned("t5_embed", kind="fixed", merge="heads"),
+}
 
 
 def configured(**fields: Any) -> Any:
@@ -108,7 +193,7 @@ def small(architecture: str = "parallel_encoder_decoder", **changes: Any) -> Any
 
 
 def variant(name: str, **changes: Any) -> Any:
-    return small(**(EVERY[name] | changes))
+    return small(**((NAMED | EVERY | PATTERNED | PATTERNED_BOTH_WAYS)[name] | changes))
 
 
 def build(config: ModelConfig, seed: int = 0) -> TokenModel:
@@ -138,6 +223,10 @@ def open_masks(model: TokenModel, shift: float = 1.57, std: float = 0.5) -> Toke
             torch.nn.init.normal_(parameter, std=10 * std, generator=generator)
         if "dropout.scale" in name:
             torch.nn.init.normal_(parameter, std=40 * std, generator=generator)
+        if name.endswith("ff.gate"):
+            torch.nn.init.normal_(parameter, std=std, generator=generator)
+        if name.endswith("ff.gate_bias"):
+            torch.nn.init.constant_(parameter, shift)
         if "dropout.log_alpha" in name:
             torch.nn.init.normal_(parameter, std=2 * std, generator=generator)
     return model
@@ -145,3 +234,8 @@ def open_masks(model: TokenModel, shift: float = 1.57, std: float = 0.5) -> Toke
 
 def without_dropout() -> LearnedDropoutConfig:
     return LearnedDropoutConfig(enabled=False)
+
+
+VARIANTS, NOT_CAUSAL = _together(_CAUSAL), _together(_BOTH_WAYS)
+"""Few rich variants, for suites that are to hold for each option: `a+b` has the options of both."""
+EVERY = VARIANTS | NOT_CAUSAL

@@ -16,6 +16,7 @@ from tests.runs import ROOT, SMALL, attempts, check_resumed, newest_on_disk
 from tests.slurm.cluster import Cluster
 from tests.slurm.faulty import PLACE
 from tests.slurm.processes import programs, signal_all, wait_until
+from tests.warm import command
 
 SCRIPT = ROOT / "slurm" / "pretrain.sbatch"
 STEPS, INTERVAL = 30, 5
@@ -23,7 +24,7 @@ TRAINER = "tests.slurm.faulty"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 PYTHON = """#!/bin/bash
 # The trainer is started with its faults, which its code need not have; anything else as it is.
-[ "$1 $2 $3" != "-P -m pretrain" ] || {{ shift 3; set -- -P -m {trainer} "$@"; }}
+[ "$1 $2 $3" != "-P -m pretrain" ] || {{ shift 3; set -- {trainer} "$@"; }}
 export PYTHONPATH=${{PYTHONPATH:+$PYTHONPATH:}}{root}
 exec {python} "$@"
 """
@@ -39,11 +40,17 @@ def arguments(dataset: Path, run_dir: Path, *more: str) -> list[str]:
 class Drill:
     """One job, its run folder, and what was on disk each time it was queued again."""
 
-    def __init__(self, cluster: Cluster, folder: Path, dataset: Path, *more: str, run_dir: Path | None = None) -> None:
-        """`more` are settings of the run; its folder is `folder`/run unless given. Submits nothing yet."""
+    def __init__(
+        self, cluster: Cluster, folder: Path, dataset: Path, *more: str, run_dir: Path | None = None, warm: bool = False
+    ) -> None:
+        """`more` are settings of the run; its folder is `folder`/run unless given. Submits nothing yet.
+
+        `warm`: the ranks are forks, of which a SIGSTOP reaches none.
+        """
         folder.mkdir(exist_ok=True)
         self.cluster = cluster
         self.folder = folder
+        self._trainer = command(TRAINER)[1:] if warm else ["-P", "-m", TRAINER]
         self.run_dir = run_dir or folder / "run"
         self.journal = self.run_dir / "metrics.jsonl"
         self.log = folder / "log"
@@ -73,18 +80,17 @@ class Drill:
     def submit(self, nodes: int = 2, *options: str) -> str:
         """A new job on the run's folder, with the faults that were asked for since the last one; its number."""
         size = [f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
-        command = ["sbatch", "--parsable", *size, f"--output={self.log}", *options, str(self._script)]
-        command += self.arguments
+        words = ["sbatch", "--parsable", *size, f"--output={self.log}", *options, str(self._script), *self.arguments]
         site = {"DUET_CODE": str(ROOT), "DUET_PYTHON": self.python(), "DUET_PREFLIGHT": "0"}
-        return self.begin(self.cluster.run(*command, environment=site | self.environment()).split(";")[0].strip())
+        return self.begin(self.cluster.run(*words, environment=site | self.environment()).split(";")[0].strip())
 
     def submit_by_command(self, checkout: Path) -> str:
         """The same by `duet submit`, from a checkout."""
         site = {"gpus_per_node": 0, "python": self.python(), "environment": self.environment(), "time": "0:30:00"}
         file = self.folder / "site.yaml"
         file.write_text(yaml.safe_dump(site))
-        command = ["-P", "-m", "launch.cli", "submit", *self.arguments, "--cluster", str(file), "--nodes", "2"]
-        said = self.cluster.run(sys.executable, *command, environment={"PYTHONPATH": str(checkout)})
+        words = ["-P", "-m", "launch.cli", "submit", *self.arguments, "--cluster", str(file), "--nodes", "2"]
+        said = self.cluster.run(sys.executable, *words, environment={"PYTHONPATH": str(checkout)})
         job = said.split()[1].removesuffix(":")
         self.log = self.run_dir / "logs" / f"slurm-{job}.out"
         return self.begin(job)
@@ -92,7 +98,7 @@ class Drill:
     def python(self) -> str:
         """A program that is Python, but for the trainer."""
         file = self.folder / "python"
-        file.write_text(PYTHON.format(trainer=TRAINER, root=ROOT, python=shlex.quote(sys.executable)))
+        file.write_text(PYTHON.format(trainer=shlex.join(self._trainer), root=ROOT, python=shlex.quote(sys.executable)))
         file.chmod(0o755)
         return str(file)
 

@@ -28,7 +28,7 @@ SOFT = "model.learned_dropout.rounding=none"
 def stopped(slurm: Cluster, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Drill, Path]:
     """A job on two nodes that the planned signal stopped in step 7 and that is queued again; a copy of its run."""
     folder = tmp_path_factory.mktemp("stopped")
-    drill = Drill(slurm, folder, dataset)
+    drill = Drill(slurm, folder, dataset, warm=True)
     drill.report_slowly(3, patience=1)
     drill.hold(7)
     drill.hold(17, rank=1, restart=1)
@@ -59,7 +59,7 @@ def test_from_two_nodes_to_one(
     cluster: Cluster, stopped: tuple[Drill, Path], dataset: Path, reference: Reference, tmp_path: Path
 ) -> None:
     _, run_dir = stopped
-    drill = Drill(cluster, tmp_path, dataset, run_dir=run_dir)
+    drill = Drill(cluster, tmp_path, dataset, run_dir=run_dir, warm=True)
     drill.submit(nodes=1)
     drill.wait_ended()
     check_close(drill.journal, reference(2), WITH_NOISE)

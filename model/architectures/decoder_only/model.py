@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from model.architectures.backbone import Backbone, Embedded, Hidden, Source, one_stream
+from model.architectures.backbone import Backbone, Embedded, Hidden, SourceSequence, one_stream
 from model.architectures.blocks import EncoderLayer
 from model.architectures.decoder_only.spec import DecoderOnlyConfig
 
@@ -15,6 +15,6 @@ class DecoderOnly(Backbone):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config, layer, alone=True) for layer in range(config.layers))
 
-    def forward(self, embedded: Embedded, keys: Tensor | None, source: Source | None = None) -> Hidden:
+    def forward(self, embedded: Embedded, keys: Tensor | None, source: SourceSequence | None = None) -> Hidden:
         """See `Backbone.forward`."""
         return Hidden(*one_stream(self.layers, embedded, keys))

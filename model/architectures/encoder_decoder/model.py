@@ -6,7 +6,7 @@ the first, or the target of a pair.
 
 from torch import Tensor, nn
 
-from model.architectures.backbone import Backbone, Embedded, Hidden, Source, one_stream
+from model.architectures.backbone import Backbone, Embedded, Hidden, SourceSequence, one_stream
 from model.architectures.blocks import DecoderLayer, EncoderLayer
 from model.architectures.encoder_decoder.spec import EncoderDecoderConfig
 
@@ -20,7 +20,7 @@ class EncoderDecoder(Backbone):
         self.encoder = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.layers))
         self.decoder = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.layers))
 
-    def forward(self, embedded: Embedded, keys: Tensor | None, source: Source | None = None) -> Hidden:
+    def forward(self, embedded: Embedded, keys: Tensor | None, source: SourceSequence | None = None) -> Hidden:
         """See `Backbone.forward`."""
         assert source is not None
         read, statistics = one_stream(self.encoder, source.embedded, keys)

@@ -1,4 +1,4 @@
-"""What an encoder-decoder of two sequences can be told, and what it costs. Free of torch."""
+"""Configuration and costs of an encoder-decoder of two sequences. Free of torch."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -48,18 +48,14 @@ class EncoderDecoderConfig(TwoStreamConfig, frozen=True):
     def costs(self, shape: Shape) -> Costs:
         """L encoder layers over the inputs, L decoder layers over the targets; both sequences are embedded."""
         inputs, targets = shape.inputs, shape.targets
-        encoder = one_stream(shape, inputs, ("enc_sa", "enc_ff"), stream="encoder")
-        decoder = cross_layer(shape, targets, inputs, aligned=False)
-        outside = [
-            *embedded(shape, inputs),
-            *embedded(shape, targets, causal=True, again=True),
-            *end(shape),
-            *head(shape),
-        ]
+        sites: tuple[Site, Site] = ("enc_sa", "enc_ff")
+        each = shape.by_pattern(self.layers)
+        encoder = [(n, one_stream(of, inputs, sites, stream="encoder")) for n, of in each]
+        decoder = [(n, cross_layer(of, targets, inputs, aligned=False)) for n, of in each]
+        written = embedded(shape, targets, causal=True, again=True)
+        outside = [*embedded(shape, inputs), *written, *end(shape), *head(shape)]
         kept = (self.layers + 1) * shape.vectors(inputs) + self.layers * shape.vectors(targets)
-        return Costs(
-            [*outside], [(self.layers, encoder), (self.layers, decoder), (1, last_output(shape, inputs))], kept
-        )
+        return Costs(outside, [*encoder, *decoder, (1, last_output(shape, inputs))], kept)
 
     def build(self) -> "EncoderDecoder":
         """The layers."""

@@ -5,7 +5,7 @@ The head is the tied table alone: no map before it, no bias.
 
 from torch import Tensor, nn
 
-from model.architectures.backbone import Backbone, Embedded, Hidden, Source, one_stream
+from model.architectures.backbone import Backbone, Embedded, Hidden, SourceSequence, one_stream
 from model.architectures.blocks import EncoderLayer
 from model.architectures.encoder_only.spec import EncoderOnlyConfig
 
@@ -18,6 +18,6 @@ class EncoderOnly(Backbone):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.layers))
 
-    def forward(self, embedded: Embedded, keys: Tensor | None, source: Source | None = None) -> Hidden:
+    def forward(self, embedded: Embedded, keys: Tensor | None, source: SourceSequence | None = None) -> Hidden:
         """See `Backbone.forward`."""
         return Hidden(*one_stream(self.layers, embedded, keys))

@@ -1,4 +1,4 @@
-"""What an encoder-only model can be told, and what it costs. Free of torch."""
+"""Configuration and costs of an encoder-only model. Free of torch."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -28,9 +28,9 @@ class EncoderOnlyConfig(TransformerConfig, frozen=True):
 
     def costs(self, shape: Shape) -> Costs:
         """L layers of one stream."""
-        layer = one_stream(shape, shape.inputs, ("enc_sa", "enc_ff"))
+        layers = [(n, one_stream(of, shape.inputs, ("enc_sa", "enc_ff"))) for n, of in shape.by_pattern(self.layers)]
         outside = [*embedded(shape, shape.inputs), *end(shape), *head(shape)]
-        return Costs(outside, [(self.layers, layer)], shape.vectors(shape.inputs) * self.layers)
+        return Costs(outside, layers, shape.vectors(shape.inputs) * self.layers)
 
     def build(self) -> "EncoderOnly":
         """The layers."""

@@ -10,7 +10,7 @@ from itertools import chain, repeat
 
 from torch import Tensor, nn
 
-from model.architectures.backbone import Backbone, Embedded, Hidden, Source
+from model.architectures.backbone import Backbone, Embedded, Hidden, SourceSequence
 from model.architectures.blocks import DecoderLayer, EncoderLayer
 from model.architectures.parallel_encoder_decoder.encoder_loss import EncoderLoss
 from model.architectures.parallel_encoder_decoder.spec import ParallelEncoderDecoderConfig
@@ -35,7 +35,7 @@ class ParallelEncoderDecoder(Backbone):
         # Not made when it is off: parameters without a gradient would break data parallelism.
         self.encoder_loss = None if config.encoder_loss.kind == "none" else EncoderLoss(config)
 
-    def forward(self, embedded: Embedded, keys: Tensor | None, source: Source | None = None) -> Hidden:
+    def forward(self, embedded: Embedded, keys: Tensor | None, source: SourceSequence | None = None) -> Hidden:
         """See `Backbone.forward`."""
         statistics = embedded.statistics.copy()
         outputs = self._encode(embedded, keys, statistics)

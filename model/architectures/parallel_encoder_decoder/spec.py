@@ -1,4 +1,4 @@
-"""What the encoder-decoder of two streams over one text can be told, and what it costs. Free of torch."""
+"""Configuration and costs of the encoder-decoder of two streams over one text. Free of torch."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -86,8 +86,9 @@ class ParallelEncoderDecoderConfig(TwoStreamConfig, frozen=True):
     def costs(self, shape: Shape) -> Costs:
         """L encoder and L decoder layers over the same tokens, and the map from the embedded tokens to the decoder."""
         tokens, layers = shape.inputs, self.num_encoder_layers
-        encoder = one_stream(shape, tokens, ("enc_sa", "enc_ff"), stream="encoder")
-        decoder = cross_layer(shape, tokens, tokens)
+        sites: tuple[Site, Site] = ("enc_sa", "enc_ff")
+        encoder = [(n, one_stream(of, tokens, sites, stream="encoder")) for n, of in shape.by_pattern(layers)]
+        decoder = [(n, cross_layer(of, tokens, tokens)) for n, of in shape.by_pattern(self.layers)]
         outside = [*embedded(shape, tokens), linear(shape, "decoder input", tokens)]
         if self.decoder_input_norm:
             outside += [norm(shape, tokens, inputs=False), Part(saved=shape.vectors(tokens))]
@@ -99,7 +100,7 @@ class ParallelEncoderDecoderConfig(TwoStreamConfig, frozen=True):
             # Where the first norm does not keep the embedded tokens, the map to the decoder does.
             between = [*between, Part(saved=shape.vectors(tokens))]
         kept = (layers + 1 + self.layers) * shape.vectors(tokens)
-        return Costs(outside, [(layers, encoder), (self.layers, decoder), (1, between)], kept)
+        return Costs(outside, [*encoder, *decoder, (1, between)], kept)
 
     def build(self) -> "ParallelEncoderDecoder":
         """The layers."""

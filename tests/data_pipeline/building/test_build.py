@@ -356,6 +356,7 @@ def test_large_vocabularies_are_stored_as_int32(tmp_path: Path) -> None:
     assert "".join(texts(Dataset.open(tmp_path / "d"))["train"]) in file.read_text()
 
 
+@pytest.mark.drill
 def test_a_long_document_takes_bounded_memory(tmp_path: Path) -> None:
     """120 MB with and without newlines cost hardly more than 48 MB do, which fill the buffers: 12 MB do not always."""
     paragraph = prose(20_000, 3).encode()

@@ -64,13 +64,13 @@ def truncating(ranks: Any, args: list[str], shards: list[str]) -> int:
 
     step, steps = Engine.train_step, 0
 
-    def then_truncate(engine: Engine, batches: Any, lr: float) -> Any:
+    def then_truncate(*given: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps == 2 and ranks.is_first:
             for shard in shards:
                 os.truncate(shard, 0)
-        return step(engine, batches, lr)
+        return step(*given)
 
     Engine.train_step = then_truncate  # type: ignore[method-assign, assignment]
     return train_run(ranks, args)

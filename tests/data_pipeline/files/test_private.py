@@ -16,7 +16,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.files.atomic import open_lock, write_atomic
 from data_pipeline.files.private import own_folder
 from data_pipeline.sampling.packing_plan import prepare
-from data_pipeline.storage.shard_cache import Cache
+from data_pipeline.storage.shard_cache import ShardCache
 from pretrain.engine.caches import CACHES, own_caches
 from tests.data_pipeline.storage.test_recorded import settings
 from tests.runs import ROOT
@@ -93,7 +93,7 @@ def test_a_folder_of_another_user_is_refused(scratch: Path, monkeypatch: pytest.
     (scratch / "mine").mkdir()
     as_other(lambda: (scratch / "link").symlink_to("mine"))
     with pytest.raises(DataError, match="duet-cache is another user's"):
-        Cache(scratch / "duet-cache", 10**6)
+        ShardCache(scratch / "duet-cache", 10**6)
     for name in ("given", "link"):
         with pytest.raises(DataError, match=f"{name} is (another user's|a link)"):
             own_folder(scratch / name, given=True)

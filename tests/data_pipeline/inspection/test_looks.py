@@ -14,7 +14,7 @@ from data_pipeline.sampling.mixture import Mixture
 from data_pipeline.sampling.sample_plan import Plan, wanted_phase
 from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
-from launch.commands.data_plan import locate_lines, number_of, plan_lines
+from launch.commands.data_plan import locate_lines, plan_lines
 from pretrain.config.schema import load
 from tests.data_pipeline.inspection.test_commands import duet_data
 
@@ -69,17 +69,6 @@ def test_a_plan_says_how_often_each_source_is_read(mixed: Dataset) -> None:
     dropped = list(plan_lines(load([*repeat, "data.exhausted=drop"]), 64_000))
     assert dropped[-1] == f"from sample {end:,} (step {end // 8 + 1:,}) without small"
     assert f"{small * 64:,} tokens read        1.00 epochs, at most 1.00" in "".join(dropped)
-
-
-@pytest.mark.parametrize(("text", "number"), [("10B", 10**10), ("1.5k", 1500), (" 7 ", 7), ("2T", 2 * 10**12)])
-def test_numbers_as_people_write_them(text: str, number: int) -> None:
-    assert number_of(text) == number
-
-
-@pytest.mark.parametrize("text", ["", "ten", "-1", "0", "1e9", "5 G"])
-def test_other_numbers_are_errors(text: str) -> None:
-    with pytest.raises(DataError, match="expected a number such as 5000, 300M"):
-        number_of(text)
 
 
 def test_inspecting_shows_every_source(mixed: Dataset) -> None:

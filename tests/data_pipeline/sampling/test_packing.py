@@ -18,7 +18,6 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.inspection.locate import locate
 from data_pipeline.inspection.statistics import documents
-from data_pipeline.loading.collate import sequences
 from data_pipeline.loading.loader import Reader
 from data_pipeline.sampling import packing_plan
 from data_pipeline.sampling.best_fit import pack
@@ -30,6 +29,7 @@ from data_pipeline.sampling.shuffle import SampleOrder
 from data_pipeline.storage.dataset import Dataset
 from launch.commands.data_plan import locate_lines
 from pretrain.config.schema import load
+from pretrain.objectives.documents import sequences
 from pretrain.run.journal import read
 from tests.data_pipeline.conftest import config
 from tests.data_pipeline.inspection.test_commands import duet_data
@@ -239,11 +239,11 @@ def test_any_ranks_read_the_reference_order(packed: Dataset, data: st.DataObject
             state = state.after(batch, 0)
             for step in steps:
                 assert step.document_starts is not None
-                found = sequences(step.document_starts, len(step.tokens), CONTEXT)
+                segments, _ = sequences(step.document_starts, len(step.tokens), CONTEXT)
                 hole = step.tokens.numpy()[:, :-1] < 0
                 for row in np.flatnonzero(hole.any(axis=1)):  # padding has a segment of its own
-                    assert len(set(found.segment_ids[row, hole[row]])) == 1
-                    assert not set(found.segment_ids[row, hole[row]]) & set(found.segment_ids[row, ~hole[row]])
+                    assert len(set(segments[row, hole[row]])) == 1
+                    assert not set(segments[row, hole[row]]) & set(segments[row, ~hole[row]])
     source, index = plan.at(np.arange(len(rows)))
     windows = list(plan.windows.values())
     for k, i, tokens in zip(source.tolist(), index.tolist(), rows, strict=True):

@@ -19,7 +19,6 @@ from data_pipeline.building.api import build
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.inspection.locate import locate
-from data_pipeline.loading.collate import IGNORE, joined_pairs
 from data_pipeline.loading.loader import Reader
 from data_pipeline.sampling.data_state import DataState
 from data_pipeline.sampling.pair_windows import PairWindows
@@ -28,12 +27,17 @@ from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.manifest import Manifest
 from launch.commands.data_plan import locate_lines
 from model.architectures import registry
+from pretrain import begin
 from pretrain.config.schema import load
 from pretrain.evaluation.batches import Batches
+from pretrain.objectives.objective import IGNORE
+from pretrain.objectives.pairs import joined
 from pretrain.run.journal import read
+from pretrain.run.run_folder import RunFolder
 from tests.data_pipeline.conftest import config
 from tests.data_pipeline.inspection.test_commands import duet_data
 from tests.model.helpers import configured
+from tests.objectives import objective
 from tests.runs import SMALL
 
 CPU = torch.device("cpu")
@@ -177,7 +181,7 @@ def test_a_decoder_alone_reads_source_and_target_on_end(context: int, sizes: lis
     for row, (source, target) in enumerate(sizes):
         rows[row, : min(source, context)] = 100 + np.arange(min(source, context))
         rows[row, context : context + min(target, context)] = 200 + np.arange(min(target, context))
-    inputs, labels, prefixes, padding = joined_pairs(rows)
+    inputs, labels, prefixes, padding = joined(rows).values()
     for row, (source, target) in enumerate(sizes):
         source, target = min(source, context), min(target, context)
         kept = labels[row][labels[row] != IGNORE].tolist()
@@ -198,12 +202,12 @@ def test_padding_makes_no_difference_to_two_sequences(paired: Dataset) -> None:
     )
     torch.manual_seed(0)
     model = registry.build(model_config).eval()
-    made = Batches(CPU, "pairs", context=CONTEXT, tokenizer=paired.tokenizer(), two_sequences=True)
+    made = Batches(CPU, objective("pairs", CONTEXT, paired.tokenizer(), two_sequences=True))
     windows = PairWindows.of(paired, "validation", CONTEXT)
     batch = made.of_validation(windows, np.arange(8))
     assert batch.segment_ids is not None and batch.decoder_input_ids is not None
     assert (batch.decoder_input_ids[:, 0] == paired.manifest.tokenizer.eos_id).all()
-    assert not made.predicts_every_token and not made.needs_documents
+    assert not made.objective.predicts_every_token and not made.objective.needs_documents
     padded = 0
     for row in range(8):
         source, target = (text[:CONTEXT] for _, text in windows.origin(row).documents)
@@ -269,12 +273,19 @@ def test_files_without_pairs_are_named(tmp_path: Path, jsonl: Callable[[str, lis
             build(config(tmp_path / "d", sources={"a": {"paths": [str(file)], **TARGETED}}, split=split))
 
 
-def test_objective_and_dataset_must_fit(paired: Dataset, mixed: Dataset) -> None:
-    fresh = DataState(fingerprint=paired.manifest.fingerprint, seed=SEED)
-    with pytest.raises(DataError, match=r"holds pairs of source and target, which data\.objective=causal"):
-        go_on(fresh, paired, DataConfig(path="d"), CONTEXT)
-    with pytest.raises(DataError, match=r"data\.objective=pairs needs pairs"):
-        go_on(fresh, mixed, wanted(), CONTEXT)
+def test_objective_and_dataset_must_fit(paired: Dataset, mixed: Dataset, tmp_path: Path) -> None:
+    for dataset, name, message in (
+        (paired, "causal", "holds pairs of source and target, which data.objective=causal is not for"),
+        (mixed, "pairs", "data.objective=pairs needs pairs of source and target, and .* holds text"),
+    ):
+        args = [f"data.path={dataset.path}", f"data.objective={name}"]
+        with pytest.raises(DataError, match=message):
+            Batches.of(load(args), dataset, CPU)
+        with pytest.raises(DataError, match=message):
+            duet_data("plan", *args)
+        with pytest.raises(DataError, match=message):
+            begin._tie(RunFolder(tmp_path / "run"), load(args), dataset)
+        assert not (tmp_path / "run").exists()
     for args, message in (
         (["model/encoder-tiny", "data.objective=pairs"], "does not fit model.architecture=encoder_only"),
         (["data.objective=pairs", "data.packing=best_fit"], "objective=pairs takes a window as one text"),

@@ -27,11 +27,11 @@ from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage import remote_shards
 from data_pipeline.storage.dataset import BLOCK_SHARDS, Dataset
 from data_pipeline.storage.manifest import MANIFEST, Manifest, ShardFacts
-from data_pipeline.storage.remote_shards import RemoteShards, upload
-from data_pipeline.storage.shard_cache import Cache
+from data_pipeline.storage.remote_shards import RemoteShards, unused_cache, upload
+from data_pipeline.storage.shard_cache import ShardCache
 from tests.data_pipeline.conftest import config, prose, put
 from tests.data_pipeline.inspection.test_commands import duet_data
-from tests.runs import SMALL, attempts
+from tests.runs import ROOT, SMALL, attempts
 
 CONTEXT, BATCH = 32, 64
 
@@ -115,7 +115,7 @@ def test_a_small_cache_keeps_to_its_bytes_and_reading_stays_exact(
         most = max(most, held(tmp_path))
 
     monkeypatch.setattr(os, "replace", watched)
-    found = Dataset.open(uri, cache=Cache(tmp_path, limit))
+    found = Dataset.open(uri, cache=ShardCache(tmp_path, limit))
     num_windows = len(Windows.of(local, "train", CONTEXT))
     steps = 2 * num_windows // BATCH
     assert read(plan_of(found), steps) == read(plan_of(local), steps)
@@ -139,7 +139,7 @@ def test_a_warm_start_fetches_nothing_and_a_resume_only_what_it_reads(
     paths = [{shard.path for shard in windows.shards_of(first, end)} for first, end, _ in (block, following)]
     for wanted in (paths[0] | paths[1], set()):
         fetched.clear()
-        found = Dataset.open(uri, cache=Cache(tmp_path, limit))
+        found = Dataset.open(uri, cache=ShardCache(tmp_path, limit))
         assert read(plan_of(found), 4, middle) == read(plan, 4, middle)
         settle(found)
         assert set(fetched) == wanted
@@ -149,7 +149,7 @@ def test_a_warm_start_fetches_nothing_and_a_resume_only_what_it_reads(
 
 def test_packing_wants_a_folder(uri: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at a URI; copy it, or set data.packing=plain"):
-        packing_plan.prepare(Dataset.open(uri, cache=Cache(tmp_path, 2**30)), CONTEXT)
+        packing_plan.prepare(Dataset.open(uri, cache=ShardCache(tmp_path, 2**30)), CONTEXT)
 
 
 @given(st.integers(1, 400), st.integers(1, 90), st.integers(0, 1200))
@@ -196,7 +196,7 @@ def test_a_cache_removes_no_file_of_its_users(local: Dataset, uri: str, tmp_path
 def test_nobody_elses_folder_is_the_cache(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever can write there would choose what is trained on."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert Cache(remote_shards.default_folder(), 1).folder.stat().st_mode & 0o777 == 0o700
+    assert ShardCache(remote_shards.default_folder(), 1).folder.stat().st_mode & 0o777 == 0o700
     me = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: me + 1)
     (tmp_path / f"duet-cache-{me + 1}").mkdir()  # by me
@@ -209,25 +209,25 @@ def test_what_was_altered_in_the_cache_is_fetched_again(
 ) -> None:
     facts, limit = local.manifest.shards[0], needed(local)
     for content in (b"x" * facts.bytes, b"short"):
-        found = Dataset.open(uri, cache=Cache(tmp_path / "cache", limit))
+        found = Dataset.open(uri, cache=ShardCache(tmp_path / "cache", limit))
         found.shard(facts)
         found._open.clear()
         file = tmp_path / "cache" / f"{facts.xxh3_128}.arrow"
         file.write_bytes(content)
-        again = Dataset.open(uri, cache=Cache(tmp_path / "cache", limit))
+        again = Dataset.open(uri, cache=ShardCache(tmp_path / "cache", limit))
         assert np.array_equal(again.shard(facts).tokens(0), local.shard(facts).tokens(0))
         assert f"{file} does not match its hash" in capsys.readouterr().err
     assert fetched == [facts.path] * 3
     found.tokenizer()
     (tmp_path / "cache" / local.manifest.tokenizer.sha256).write_bytes(b"another")
-    assert Dataset.open(uri, cache=Cache(tmp_path / "cache", limit)).tokenizer().sha256 == local.tokenizer().sha256
+    assert Dataset.open(uri, cache=ShardCache(tmp_path / "cache", limit)).tokenizer().sha256 == local.tokenizer().sha256
 
 
 def test_a_kill_in_the_middle_leaves_nothing_torn(local: Dataset, uri: str, tmp_path: Path, fetched: list[str]) -> None:
     program = (
         "import os, signal, sys\n"
         "from data_pipeline.storage import remote_shards as remote\n"
-        "from data_pipeline.storage.shard_cache import Cache\n"
+        "from data_pipeline.storage.shard_cache import ShardCache\n"
         "from data_pipeline.storage.manifest import Manifest\n"
         "from pathlib import Path\n"
         "remote._PART_BYTES, add, parts = 256, remote._add, []\n"
@@ -238,7 +238,7 @@ def test_a_kill_in_the_middle_leaves_nothing_torn(local: Dataset, uri: str, tmp_
         "        part[1].flush()\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "remote._add = die\n"
-        "shards = remote.RemoteShards(sys.argv[1], Cache(Path(sys.argv[2]), 2**30))\n"
+        "shards = remote.RemoteShards(sys.argv[1], ShardCache(Path(sys.argv[2]), 2**30))\n"
         "shards.get(Manifest.load(sys.argv[1]).shards[0])\n"
     )
     done = subprocess.run([sys.executable, "-c", program, uri, str(tmp_path)], capture_output=True, text=True)
@@ -249,7 +249,7 @@ def test_a_kill_in_the_middle_leaves_nothing_torn(local: Dataset, uri: str, tmp_
     original = (Path(local.path) / facts.path).read_bytes()
     assert left.read_bytes()[: 5 * 256] == original[: 5 * 256]
     # What a dead process left counts, and goes first.
-    cache = Cache(tmp_path, facts.bytes + 5000)
+    cache = ShardCache(tmp_path, facts.bytes + 5000)
     cache.get("other", facts.bytes, lambda out: out.truncate())
     assert not left.exists()
     shards = RemoteShards(uri, cache)
@@ -268,7 +268,7 @@ def test_a_damaged_object_is_fetched_again_and_then_refused_by_name(
     damaged[len(good) // 2] ^= 1
     name = join(store("sets/damaged"), facts.path)
     put(name, bytes(damaged))
-    shards = RemoteShards(store("sets/damaged"), Cache(tmp_path, 2**30))
+    shards = RemoteShards(store("sets/damaged"), ShardCache(tmp_path, 2**30))
     with pytest.raises(DataError, match=rf"shard {facts.path} of s3.*in 5 attempts: it does not match its hash"):
         shards.get(facts)
     assert fetched == [facts.path] * 5
@@ -287,7 +287,7 @@ def test_a_damaged_object_is_fetched_again_and_then_refused_by_name(
 
 
 def test_what_is_in_use_is_not_removed(tmp_path: Path) -> None:
-    cache = Cache(tmp_path, 100)
+    cache = ShardCache(tmp_path, 100)
 
     def get(name: str) -> Any:
         return cache.get(name, 40, lambda out: out.write(name.encode() * 40))
@@ -313,9 +313,9 @@ def test_what_does_not_fit_is_said_before_anything_is_read(local: Dataset, uri: 
         (limit - 1, "block", rf"data\.cache_bytes={limit - 1} is too little for s3.* are {limit} bytes"),
     ):
         with pytest.raises(DataError, match=message):
-            plan_of(Dataset.open(uri, cache=Cache(tmp_path, size)), order=order)
+            plan_of(Dataset.open(uri, cache=ShardCache(tmp_path, size)), order=order)
     everything = sum(shard.bytes for shard in local.manifest.shards)
-    plan = plan_of(Dataset.open(uri, cache=Cache(tmp_path, everything)), order="global")
+    plan = plan_of(Dataset.open(uri, cache=ShardCache(tmp_path, everything)), order="global")
     assert read(plan, 1) == read(plan_of(local, order="global"), 1)
 
 
@@ -339,7 +339,7 @@ def test_an_upload_is_a_dataset_when_it_is_complete(
     assert upload(Path(local.path), where) == len(local.manifest.shards) - 3
     assert upload(Path(local.path), where) == 0
     assert Manifest.load(where) == local.manifest
-    found = Dataset.open(where, cache=Cache(tmp_path / "cache", 2**30))
+    found = Dataset.open(where, cache=ShardCache(tmp_path / "cache", 2**30))
     assert found.tokenizer().sha256 == local.tokenizer().sha256
     filesystem, path = resolve(join(where, local.manifest.shards[5].path))
     filesystem.delete_file(path)
@@ -368,10 +368,30 @@ def test_commands_take_a_uri(
     put(join(where, facts.path), bytes(damaged))
     with pytest.raises(DataError, match=f"shard {facts.path} .*does not match its hash"):
         duet_data("verify", where)  # Though the cache, which `inspect` filled, has it as it was.
-    assert [file.name for file in tmp_path.iterdir()] == [f"duet-cache-{os.getuid()}"]
+    left = [str(file.relative_to(tmp_path)) for file in tmp_path.glob("duet-verify-*/*")]
+    assert left == [f"duet-verify-{os.getuid()}/lock"]
     for arguments in (("build", f"data.path={where}", "data.sources.a.paths=[x]"), ("upload", str(local.path), "x")):
         with pytest.raises(DataError, match="URI"):
             duet_data(*arguments)
+
+
+def test_what_a_killed_check_of_a_dataset_has_fetched_goes_with_the_next(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    killed = (
+        "import os, sys\nfrom data_pipeline.storage.remote_shards import unused_cache\n"
+        "with unused_cache(sys.argv[1], 1) as cache:\n"
+        "    (cache.folder / 'shard').touch()\n    os.kill(os.getpid(), 9)\n"
+    )
+    with unused_cache(uri, 1) as live:
+        assert live
+        assert subprocess.run([sys.executable, "-c", killed, uri], cwd=ROOT).returncode == -signal.SIGKILL
+        assert len(list(tmp_path.glob("*/*/shard"))) == 1
+        with unused_cache(uri, 1) as next_one:
+            assert next_one
+            assert {folder for folder in tmp_path.glob("*/*") if folder.is_dir()} == {live.folder, next_one.folder}
 
 
 @pytest.mark.drill

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from data_pipeline.errors import ConfigError
 from launch.cli import app
+from model.gpus import GPUS, find
 
 RUN = ["model/parallel-1b3", "model.vocab_size=50304", "batch.tokens=1048576"]
 WHERE = ["--gpus", "64", "--gpu", "h100"]
@@ -68,7 +70,13 @@ def test_without_a_vocabulary() -> None:
     assert "model.vocab_size is not set" in str(done.exception)
 
 
-def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
-    done = CliRunner().invoke(app, ["plan", *RUN, "--gpus", "1", "--gpu", "v100"])
-    assert done.exit_code == 2
-    assert "a100-40gb" in done.stderr
+@pytest.mark.parametrize("name", ["A100-80GB", "NVIDIA GeForce RTX 4090", "rtx_4090", "H100", "MI300X", *GPUS])
+def test_a_gpu_is_known_in_any_case_and_spelling(name: str) -> None:
+    assert find(name) is not None
+
+
+def test_a_gpu_that_is_not_known_is_told_by_its_peak_and_its_memory() -> None:
+    known = json.loads(plan(*RUN, "--gpus", "64", "--gpu", "H100", "--json"))
+    assert json.loads(plan(*RUN, "--gpus", "64", "--tflops", "989", "--memory", "80", "--json")) == known
+    for options in (["--gpu", "h100", "--tflops", "989"], ["--tflops", "989"], ["--memory", "80"]):
+        assert isinstance(CliRunner().invoke(app, ["plan", *RUN, *options]).exception, ConfigError)

@@ -131,6 +131,12 @@ def test_the_end_of_this_start_is_looked_for_in_the_run_folder(tmp_path: Path, m
     assert policy.main([*command, "--max-crashes", "9"]) == Action.REQUEUE, "what is torn tells of no end"
 
 
+@pytest.mark.parametrize(("rc", "action"), [("2", Action.STOP), ("0", Action.DONE)])
+def test_a_run_folder_that_was_renamed_is_not_made_anew(tmp_path: Path, rc: str, action: Action) -> None:
+    assert policy.main([str(tmp_path / "run"), "--rc", rc]) == action
+    assert not list(tmp_path.iterdir())
+
+
 @given(st.integers(1, 6))
 def test_so_many_crashes_and_a_new_checkpoint_counts_anew(max_crashes: int) -> None:
     earlier: list[Failure] = []

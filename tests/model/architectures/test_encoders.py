@@ -16,7 +16,7 @@ from model.generation.sampling import Sampling
 from model.layers.noise import sample_keys
 from model.masks import learned_dropout
 from tests.model.attention.test_causality import LeakyAttention, leaky
-from tests.model.helpers import EVERY, NOT_CAUSAL, VOCABULARY, batch_of, build, open_masks, small, variant
+from tests.model.helpers import NAMED, NOT_CAUSAL, VOCABULARY, batch_of, build, open_masks, small, variant
 
 T5 = [name for name in NOT_CAUSAL if name.startswith("t5")]
 BERT = [name for name in NOT_CAUSAL if name.startswith("bert")]
@@ -71,7 +71,7 @@ def test_an_encoder_sees_both_ways(name: str) -> None:
     config = variant(name)
     model = open_masks(build(config)).double()
     batch = batch_of(config, sequences=1)
-    layers: Any = model.backbone.encoder if name in T5 else model.backbone.layers
+    layers: Any = model.backbone.encoder if name.startswith("t5") else model.backbone.layers
     found: list[Tensor] = []
     layers[-1].register_forward_hook(lambda module, args, output: found.append(output[0]))
     ids = batch.input_ids
@@ -90,7 +90,7 @@ def test_masks_of_an_encoder_see_both_ways(name: str, monkeypatch: pytest.Monkey
         name, layers=1, learned_dropout={"sites": ["enc_ff"], "eval_rounding": "none"}, norm_position="pre"
     )
     model = open_masks(build(config)).double()
-    layers: Any = model.backbone.encoder if name in T5 else model.backbone.layers
+    layers: Any = model.backbone.encoder if name.startswith("t5") else model.backbone.layers
     torch.nn.init.zeros_(layers[0].attention.out.weight)
     torch.nn.init.normal_(layers[0].ff.down.weight, std=1.0, generator=torch.Generator().manual_seed(5))
     batch = batch_of(config, sequences=1)
@@ -154,7 +154,7 @@ def test_labels_that_are_not_chosen_count_for_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_it_does_not_continue_a_text(name: str) -> None:
-    with pytest.raises(ConfigError, match=str(EVERY[name]["architecture"])):
+    with pytest.raises(ConfigError, match=str(NAMED[name]["architecture"])):
         next(generate(build(variant(name)), torch.tensor([3, 1]), Sampling(), max_new_tokens=1))
 
 

@@ -283,8 +283,8 @@ def test_texts_of_different_lengths_grow_side_by_side_as_alone(tmp_path: Path) -
     together = Generation(model, prompts, greedy)
     texts: list[list[int]] = [[], [], []]
     for _ in range(10):
-        for number, token in together.step().items():
-            texts[number].append(token)
+        for number, tokens in together.step().items():
+            texts[number] += tokens
     assert texts == [list(generate(model, prompt, greedy, max_new_tokens=10)) for prompt in prompts]
 
 

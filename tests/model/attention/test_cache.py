@@ -65,7 +65,9 @@ def test_a_text_in_a_padded_batch_is_the_text_alone(name: str) -> None:
 def test_the_check_catches_a_mask_aligned_at_the_top_left(
     name: str, chunks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def top_left(self: Cache, end: int) -> Tensor:
+    def top_left(self: Cache, *_: object) -> Tensor:
+        assert self._rows is not None
+        end = self._rows.length
         return torch.ones(end - self.length, end, dtype=torch.bool).tril()[None, None]
 
     monkeypatch.setattr(Cache, "_mask", top_left)

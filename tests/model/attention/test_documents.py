@@ -10,8 +10,9 @@ from torch import Tensor
 from model.architectures import token_model
 from model.architectures.parallel_encoder_decoder.encoder_loss import EncoderLoss
 from model.attention.attention import CausalAttention
+from model.attention.rule import Rows
 from model.attention.visibility import CAUSAL as EARLIER
-from model.attention.visibility import Visible, block_mask, dense_mask
+from model.attention.visibility import Visible
 from model.batch import Batch
 from model.config.model_config import ModelConfig
 from model.layers.noise import sample_keys
@@ -31,6 +32,11 @@ def packed(config: ModelConfig) -> Batch:
     segments = torch.tensor([[i for i, n in enumerate(row) for _ in range(n)] for row in ROWS])
     positions = torch.tensor([[p for n in row for p in range(n)] for row in ROWS])
     return replace(batch_of(config), segment_ids=segments, position_ids=positions)
+
+
+def rows_of(batch: Batch, causal: bool = True) -> Rows:
+    ids = batch.input_ids
+    return Rows(ids.shape, ids.device, causal, batch.segment_ids, batch.position_ids, batch.prefix_lengths)
 
 
 def documents() -> list[tuple[int, slice]]:
@@ -128,8 +134,9 @@ def test_a_prefix_is_read_both_ways_and_the_rest_causally(name: str) -> None:
 def test_both_forms_of_a_mask_say_the_same(causal: bool, prefixes: Tensor | None) -> None:
     batch = replace(packed(small()), prefix_lengths=prefixes)
     row, head, query, key = torch.meshgrid(*(torch.arange(n) for n in (3, 1, 12, 12)), indexing="ij")
-    dense = dense_mask(batch, causal)
-    assert torch.equal(block_mask(batch, causal).mask_mod(row, head, query, key), dense)
+    rows = rows_of(batch, causal)
+    dense = rows.dense()
+    assert torch.equal(rows.blocks().mask_mod(row, head, query, key), dense)
     expected = [
         [
             [
@@ -153,8 +160,8 @@ def test_blocks_and_dense_masks_give_the_same(name: str, monkeypatch: pytest.Mon
     batch = packed(config)
     expected = model.predict(batch.input_ids, None, batch)
 
-    def in_blocks(batch: Batch, config: ModelConfig) -> Visible:
-        return Visible(mask=block_mask(batch, config.causal), positions=batch.position_ids)
+    def in_blocks(input_ids: Tensor, batch: Batch, config: ModelConfig) -> Visible:
+        return Visible(mask=rows_of(batch, config.causal).blocks(), positions=batch.position_ids)
 
     monkeypatch.setattr(token_model, "visible_in", in_blocks)
     with torch.no_grad():  # the plain form has no backward pass

@@ -15,7 +15,7 @@ from model.architectures import registry
 from model.architectures.registry import configure
 from model.config.mask_config import EntropyConfig, L1Config, LearnedDropoutConfig
 from model.masks.bistability import peak, warnings_for
-from tests.model.helpers import EVERY, configured, variant
+from tests.model.helpers import EVERY, NAMED, configured, options, variant
 
 PRESETS = sorted((Path(__file__).parents[3] / "configs" / "model").glob("*.yaml"))
 
@@ -113,6 +113,14 @@ def test_an_objective_has_to_fit(architecture: Any, objective: Any, message: str
 
 def test_flash_attention_goes_with_dropout_elsewhere() -> None:
     assert configured(attention="flash", dropout=0.1, attention_dropout=0.0).attention_rate == 0.0
+
+
+def test_the_variants_that_were_joined_have_lost_no_option() -> None:
+    few, all_of_them = ({(key, str(value)) for v in some.values() for key, value in options(v).items()}
+                        for some in (EVERY, NAMED))  # fmt: skip
+    assert few == all_of_them
+    assert len(EVERY) < 0.7 * len(NAMED)
+    assert {alone for name in EVERY for alone in name.split("+")} == NAMED.keys()
 
 
 @pytest.mark.parametrize("name", EVERY)

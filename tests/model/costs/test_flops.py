@@ -10,9 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config.mask_config import LearnedDropoutConfig
 from model.config.model_config import ModelConfig
-from model.costs.flops import forward_flops_per_token, training_flops_per_token, utilisation_per_token
-from model.costs.totals import forward_flops, sample_flops_by_part
+from model.costs.flops import (
+    executed_flops_per_token,
+    forward_flops_per_token,
+    training_flops_per_token,
+    utilisation_per_token,
+)
+from model.costs.totals import executed_flops, forward_flops, sample_flops_by_part
 from model.gpus import peak_flops
+from model.masks import block_gates
 from tests.model.helpers import ARCHITECTURES, EVERY, batch_of, build, configured, variant
 
 SHAPES: list[dict[str, Any]] = [
@@ -91,6 +97,17 @@ def test_each_part_is_what_torch_counts_in_its_modules(name: str) -> None:
     assert sum(parts.values()) == forward_flops(config)
 
 
+@pytest.mark.parametrize("name", ["gates", "bert_gates"])
+def test_what_is_executed_is_what_torch_counts_where_closed_blocks_are_left_out(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_gates, "pays", lambda *sizes, **options: True)
+    config = variant(name)
+    assert counted(config, 2, backward=False) == 2 * executed_flops(config) < 2 * forward_flops(config)
+    executed = executed_flops_per_token(config, training=True) * 2 * config.context
+    assert counted(config, 2, backward=True) == executed == pytest.approx(6 * executed_flops(config))
+
+
 @pytest.mark.parametrize(("sites", "expected"), [(0, 25_051_136), (2, 31_342_592)])
 def test_known_values(sites: int, expected: int) -> None:
     config = configured(learned_dropout=dropout(sites, "parallel_encoder_decoder"), **SHAPES[0])
@@ -103,9 +120,15 @@ def test_known_values(sites: int, expected: int) -> None:
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H200", 989e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2e12),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("x86_64", None),
     ],
 )
@@ -121,3 +144,16 @@ def test_utilisation() -> None:
     assert share is not None
     assert share * 1e6 == pytest.approx(2.968e-4, rel=1e-3)
     assert utilisation_per_token(config, "", 1) is None
+
+
+def test_a_pattern_counts_the_keys_that_it_lets_be_seen() -> None:
+    """Of each layer, and of its masks; the last query sees most."""
+    shape: dict[str, Any] = {"architecture": "decoder_only", "layers": 3, "width": 32, "context": 64, "vocab_size": 50}
+    full = configured(**shape)
+    window = configured(**shape, pattern={"kind": "window", "window": 8, "sinks": 2, "full_every": 3})
+    saved = 64 * 4 * 32 * (64 - 10)
+    assert forward_flops(full) - forward_flops(window) == 2 * 2 * saved
+    strided = configured(**shape, pattern={"kind": "strided", "stride": 8, "merge": "alternate"})
+    assert forward_flops(full) - forward_flops(strided) == 2 * 3 * 64 * 4 * 32 * (64 - 8)
+    halves = configured(**shape, pattern={"kind": "fixed", "stride": 8, "summary": 2, "merge": "heads"})
+    assert forward_flops(full) - forward_flops(halves) == 2 * 3 * 64 * 4 * 32 * (64 - (8 + 16) // 2)

@@ -7,7 +7,8 @@ from data_pipeline.errors import ConfigError
 from model.architectures import registry
 from model.config.model_config import ModelConfig
 from model.costs.totals import num_parameters
-from pretrain.config.schema import load, presets
+from pretrain.config.layers import presets
+from pretrain.config.schema import load
 from tests.model.helpers import EVERY, configured, variant
 
 

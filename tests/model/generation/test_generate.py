@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import ConfigError
 from model.attention.cache import Cache
 from model.generation.generate import Generation, generate
 from model.generation.sampling import Sampling
+from tests.model.generation.two_at_once import make_two_at_once
 from tests.model.helpers import VARIANTS, VOCABULARY, build, open_masks, small, variant
 
 MODEL = open_masks(build(small())).double().eval()
@@ -54,8 +56,8 @@ def grown(prompts: list[Tensor], steps: int, seed: int, eos_id: int | None = Non
     generation = Generation(MODEL, prompts, Sampling(), eos_id=eos_id, generators=generators)
     texts: list[list[int]] = [[] for _ in prompts]
     for _ in range(steps):
-        for text, token in generation.step().items():
-            texts[text].append(token)
+        for text, tokens in generation.step().items():
+            texts[text] += tokens
     return texts
 
 
@@ -76,7 +78,7 @@ def test_a_text_that_is_ended_grows_no_more_and_disturbs_no_other() -> None:
     ended = Generation(MODEL, PROMPTS, GREEDY)
     for step in range(8):
         expected, found = whole.step(), ended.step()
-        assert found == {text: token for text, token in expected.items() if step < 3 or text not in (1, 3)}
+        assert found == {text: tokens for text, tokens in expected.items() if step < 3 or text not in (1, 3)}
         if step == 2:
             ended.end(1)
             ended.end(3)
@@ -106,8 +108,8 @@ def test_a_penalty_knows_all_that_the_text_holds(monkeypatch: pytest.MonkeyPatch
     texts = [prompt.tolist() for prompt in PROMPTS]
     for _ in range(15):
         before = [set(text) for text in texts]
-        for text, token in generation.step().items():
-            texts[text].append(token)
+        for text, tokens in generation.step().items():
+            texts[text] += tokens
         assert [set(row.nonzero().flatten().tolist()) for row in seen[-1]] == before
 
 
@@ -116,6 +118,16 @@ def test_the_end_token_ends_the_text_and_is_not_given_out() -> None:
     end = greedy[-1]
     found = list(generate(MODEL, PROMPT, GREEDY, max_new_tokens=10, eos_id=end))
     assert found == greedy[: greedy.index(end)]
+
+
+def test_a_strategy_that_makes_several_tokens_makes_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = list(generate(MODEL, PROMPT, GREEDY, max_new_tokens=11))
+    together = grown(PROMPTS, 20, seed=5, eos_id=2)
+    with pytest.raises(ConfigError, match="decoding=two: parallel_encoder_decoder makes text by autoregressive"):
+        Generation(MODEL, PROMPTS, GREEDY, decoding="two")
+    make_two_at_once(MODEL.config, monkeypatch)
+    assert list(generate(MODEL, PROMPT, GREEDY, max_new_tokens=11)) == whole
+    assert grown(PROMPTS, 10, seed=5, eos_id=2) == together
 
 
 def test_an_empty_prompt_is_refused() -> None:

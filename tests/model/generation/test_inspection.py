@@ -63,7 +63,7 @@ def test_densities_and_states_are_those_of_a_plain_pass(name: str) -> None:
     for mask, density in found.density.items():
         assert density.shape == (ids.shape[1],)
         torch.testing.assert_close(density.mean(), plain.statistics[mask]["density"])
-    if name == "everywhere":
+    if "everywhere" in name:
         assert any(density.unique().numel() > 3 for density in found.density.values()), "tokens differ"
 
 
@@ -103,10 +103,10 @@ def test_what_was_drawn_from_is_told() -> None:
         found = generation.step()
         drawn = generation.drawn
         assert drawn is not None
-        assert dict(zip(drawn.texts, drawn.tokens.tolist(), strict=True)) == found
-        for row, text in enumerate(drawn.texts):
+        assert dict(zip(drawn.numbers, drawn.tokens.tolist(), strict=True)) == found
+        for row, text in enumerate(drawn.numbers):
             if len(texts[text]) <= model.config.context:
                 again = model.token_embed(inspect(model, torch.tensor(texts[text])).states[-1:])
-                torch.testing.assert_close(drawn.logits[row], again[0], rtol=0, atol=1e-12)
-            assert set(drawn.present[row].nonzero().flatten().tolist()) == set(texts[text])
-            texts[text].append(found[text])
+                torch.testing.assert_close(drawn.logits[row], again, rtol=0, atol=1e-12)
+            assert set(drawn.present[row, 0].nonzero().flatten().tolist()) == set(texts[text])
+            texts[text] += found[text]

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
 from data_pipeline.errors import ConfigError
-from model.attention import attention
+from model.attention import softmax
 from model.attention.attention import CausalAttention
 from model.layers.dropout import dropout, noise_site, weight_dropout
 from model.layers.noise import sample_keys
@@ -83,8 +83,8 @@ def test_flash_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     message = "no fused kernel for heads of 8 channels in torch.float32 on cpu; take auto"
     strided = torch.randn(1, 2, 8, 8).mT  # the fused ones want channels side by side
     with pytest.raises(ConfigError, match=message):
-        attention._fused(strided, strided, strided)
-    monkeypatch.setattr(attention, "_FUSED", [SDPBackend.CUDNN_ATTENTION])  # which a CPU has not
+        softmax._fused(strided, strided, strided, None, True)
+    monkeypatch.setattr(softmax, "_FUSED", [SDPBackend.CUDNN_ATTENTION])  # which a CPU has not
     model = build(small(attention="flash"))
     with pytest.raises(ConfigError, match=message):
         model.logits(torch.zeros(1, 4, dtype=torch.int64))

@@ -11,7 +11,7 @@ from model.masks import learned_dropout
 from model.masks.learned_dropout import LearnedDropout, cosine_mask, straight_through
 from model.masks.site import SiteDropout
 from model.masks.telemetry import mask_statistics, told
-from tests.model.helpers import VARIANTS, batch_of, build, open_masks, small, variant
+from tests.model.helpers import NAMED, batch_of, build, open_masks, small, variant
 
 KINDS = (
     *("entropy", "l1", "mask_slope", "density", "mask_mean", "mask_near_zero", "mask_near_one"),
@@ -144,7 +144,7 @@ def test_mask_gradients_survive_bf16_weights(name: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(learned_dropout, "cosine_mask", kept)
     # Without penalties, whose gradient is never 0: only what comes through the output counts.
-    masks_of = VARIANTS[name].get("learned_dropout", {})
+    masks_of = NAMED[name].get("learned_dropout", {})
     config = variant(name, width=32, learned_dropout=masks_of | {"l1": {"weight": 0.0}})
     model = build(config).bfloat16()
     (model(batch_of(config)).loss / 160_000).backward()  # the share of one token in a batch of that many

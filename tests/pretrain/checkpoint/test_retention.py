@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import CheckpointError
 from pretrain.checkpoint import retention
-from pretrain.checkpoint.checkpoint import CheckpointManifest
+from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.checkpoint.retention import prune, reasons
 from pretrain.run.checkpoint_folder import complete, step_of, step_path
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError
-from pretrain.config.schema import Config, differences, dump, load, presets
+from pretrain.config.layers import presets
+from pretrain.config.schema import Config, differences, dump, load
 
 
 def test_later_files_win_and_overrides_win_over_files_wherever_they_stand(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from model.masks.learned_dropout import LearnedDropout
 from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.probe import Probe
 from tests.model.helpers import configured
+from tests.objectives import objective
 
-CPU = torch.device("cpu")
+CAUSAL = Batches(torch.device("cpu"), objective())
 
 
 def config(dataset: Path, *, enabled: bool) -> ModelConfig:
@@ -29,7 +30,7 @@ def config(dataset: Path, *, enabled: bool) -> ModelConfig:
 def test_exactly_the_masks_that_moved_have_flips(dataset: Path) -> None:
     torch.manual_seed(0)
     model = registry.build(config(dataset, enabled=True))
-    probe = Probe(Windows.of(Dataset.open(dataset), "validation", 16, partial=True), Batches(CPU), compiled=False)
+    probe = Probe(Windows.of(Dataset.open(dataset), "validation", 16, partial=True), CAUSAL, compiled=False)
     assert probe.flips(model) == {}, "nothing to compare with"
     assert set(probe.flips(model).values()) == {0.0}, "nothing has moved"
     [last] = [m for m in model.modules() if isinstance(m, LearnedDropout) and m.name == "dec_ff/01"]
@@ -60,7 +61,7 @@ def test_padding_has_no_flips(dataset: Path) -> None:
         for module in model.modules():
             if isinstance(module, FeedForward):  # what is masked is small at the start, and its angles are
                 torch.nn.init.normal_(module.down.weight, std=1.0)
-        probe = Probe(windows, Batches(CPU), compiled=False)
+        probe = Probe(windows, CAUSAL, compiled=False)
         probe.flips(model)
         for module in model.modules():
             if isinstance(module, LearnedDropout):
@@ -72,5 +73,5 @@ def test_padding_has_no_flips(dataset: Path) -> None:
 
 def test_a_model_without_masks_has_none(dataset: Path) -> None:
     model = registry.build(config(dataset, enabled=False))
-    probe = Probe(Windows.of(Dataset.open(dataset), "validation", 16, partial=True), Batches(CPU), compiled=False)
+    probe = Probe(Windows.of(Dataset.open(dataset), "validation", 16, partial=True), CAUSAL, compiled=False)
     assert probe.flips(model) == probe.flips(model) == {}

@@ -14,7 +14,7 @@ from pretrain.config.sections import HealthConfig
 from pretrain.health import trends
 from pretrain.health.rollback import read_past
 from pretrain.health.spikes import Spikes, StepLoss
-from pretrain.health.trends import Growth, Straggler
+from pretrain.health.trends import Closed, Growth, Straggler
 from pretrain.run.goodput import earlier_goodput
 from pretrain.run.journal import Journal, Record, read, series
 from pretrain.tracking.metrics import Slowest
@@ -154,6 +154,16 @@ def test_a_straggler_is_named_once_it_lasts(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(trends, "SLOW_SECONDS", 1e9)
     straggler = Straggler()
     assert [straggler.after(slow(1)) for _ in range(50)] == [None] * 50
+
+
+def test_gates_that_close_are_told_once_until_they_open_again() -> None:
+    closed = Closed()
+    assert closed.after({"dec_ff/00": 0.2, "dec_ff/01": 0.01}) is None
+    assert "gates of dec_ff/01 have closed" in (closed.after({"dec_ff/00": 0.2, "dec_ff/01": 0.0}) or "")
+    assert closed.after({"dec_ff/00": 0.2, "dec_ff/01": 0.0005}) is None
+    assert "gates of dec_ff/00 have" in (closed.after({"dec_ff/00": 0.0, "dec_ff/01": 0.0}) or "")
+    assert closed.after({"dec_ff/00": 0.1, "dec_ff/01": 0.1}) is None
+    assert "dec_ff/00, dec_ff/01" in (closed.after({"dec_ff/00": 0.0, "dec_ff/01": 0.0}) or "")
 
 
 def test_growth_is_told_once_and_a_jump_or_noise_is_none() -> None:

@@ -23,6 +23,7 @@ from pretrain.inference.attention_rows import AttentionRows
 from pretrain.inference.continuation import Continuation, Settings
 from pretrain.inference.text_page import TOKENS, prepare, records, write_page
 from pretrain.inference.trained import Trained
+from tests.model.generation.two_at_once import make_two_at_once
 from tests.model.helpers import build, open_masks, small
 
 SAMPLED = Sampling(repetition_penalty=1.3, temperature=0.7, top_k=20, top_p=0.95)
@@ -140,8 +141,11 @@ def test_a_long_prompt_is_scored_whole_and_its_pieces_are_the_text(tokenizer: To
         assert density == pytest.approx(seen.density[mask].tolist(), abs=1e-6)
 
 
-def test_a_text_says_why_it_ended(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("two_at_once", [False, True])
+def test_a_text_says_why_it_ended(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, two_at_once: bool) -> None:
     which = trained(tokenizer)
+    if two_at_once:
+        make_two_at_once(which.model.config, monkeypatch)
     greedy = Settings(Sampling(temperature=0.0), tokens=9)
     [one] = told(which, ["the"], greedy)
     assert (one["finish"], len(one["tokens"])) == ("length", 9 + sum(token["prompt"] for token in one["tokens"]))

@@ -64,6 +64,35 @@ def test_time_is_flops_over_what_the_gpus_do() -> None:
     assert found.tokens_per_second * found.run_seconds == pytest.approx(500 * 1572864)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said", "share"),
+    [
+        (["kind=top"], "training computes all, too small to gain by it in micro-batches of 2,048 tokens", 1.0),
+        (["kind=cosine"], "training computes all: model.block_gates.train_sparse_after is not set", 1.0),
+        (["kind=top", "wide"], "8 blocks of 8192 hidden units, 0.25 of them open; training computes these alone", 0.6),
+        (["kind=top", "wide", "compile"], "training computes all, engine.compile takes fixed shapes", 1.0),
+        (["kind=top", "blocks=512"], "too small to decode by: take fewer blocks or a larger model", 1.0),
+    ],
+)
+def test_gates_that_gain_nothing_are_told_and_time_is_that_of_what_is_executed(
+    changes: list[str], said: str, share: float
+) -> None:
+    off = ["model.learned_dropout.enabled=false", "batch.micro_batch=1"]
+    gates = [f"model.block_gates.{change}" for change in changes if "=" in change]
+    wide = ["model.width=16384", "model.heads=128", "batch.tokens=32768"] if "wide" in changes else []
+    config = config_of(*off, *gates, *wide, f"engine.compile={'compile' in changes}")
+    found = costs(config, 1, GPU, 0.4)
+    assert said in found.gates
+    assert found.executed_flops_per_step / found.flops_per_step == pytest.approx(share, abs=0.15)
+    assert found.step_seconds == pytest.approx(found.executed_flops_per_step / (GPU.peak_flops * 0.4))
+
+
+def test_gates_that_group_tokens_are_not_compiled() -> None:
+    gates = ["model.block_gates.kind=cosine", "model.block_gates.train_sparse_after=9"]
+    with pytest.raises(ConfigError, match="engine.compile: model.block_gates.train_sparse_after groups tokens"):
+        config_of("model.learned_dropout.enabled=false", "engine.compile=true", *gates)
+
+
 def test_state_is_divided_as_zero_says() -> None:
     """DeepSpeed's formula for AdamW in mixed precision, with gradients summed in fp32: 2 + 4 + 12 bytes."""
     config = config_of()

@@ -31,7 +31,7 @@ from pretrain.planning.memory import memory
 from pretrain.run.checkpoint_folder import step_path
 from pretrain.run.journal import read, series
 from pretrain.run.run_folder import RunFolder
-from tests.runs import documented_architecture
+from tests.runs import documented_architecture, duet, program
 
 Ranks = Callable[..., list[Any]]
 TRAIN = "tests.distributed.cases:train_run"
@@ -100,7 +100,7 @@ def test_what_only_reads_runs_no_source(run: Run, tmp_path: Path) -> None:
     marker, path = tmp_path / "ran", str(run.path)
     commands = [["status", path], ["runs", "ls", str(tmp_path)], ["report", path], ["track", "sync", path, "--new-run"]]
     commands += [["checkpoint", name, path] for name in ("ls", "verify", "inspect")]
-    program = (
+    source = (
         "import sys, json, os\nfrom typer.testing import CliRunner\nfrom launch.cli import app\n"
         "for words in json.loads(sys.argv[1]):\n"
         "    done = CliRunner().invoke(app, words)\n"
@@ -109,9 +109,7 @@ def test_what_only_reads_runs_no_source(run: Run, tmp_path: Path) -> None:
         "assert CliRunner().invoke(app, ['generate', sys.argv[2], '--prompt', 'a', '--tokens', '1']).exit_code == 0\n"
         "assert os.path.exists(os.environ['MARKER'])  # so that the marker is one\n"
     )
-    words = [sys.executable, "-P", "-c", program, json.dumps(commands), path]
-    environment = ENVIRONMENT | {"MARKER": str(marker)}
-    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = program("-c", source, json.dumps(commands), path, cwd=tmp_path, MARKER=str(marker))
     assert done.returncode == 0, done.stderr
 
 
@@ -211,8 +209,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(tmp_path: Path, text: str | No
     file = tmp_path / "gla.py"
     if text:
         file.write_text(text)
-    words = [sys.executable, "-P", "-m", "launch.cli", "train", f"model.architecture={file}:GLA"]
-    done = subprocess.run(words, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
+    done = duet("train", f"model.architecture={file}:GLA", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: command line: model: architecture: ")
     assert len(done.stderr.splitlines()) == 1

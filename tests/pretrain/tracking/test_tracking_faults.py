@@ -10,6 +10,7 @@ from data_pipeline.errors import RunError
 from pretrain.tracking.mlflow_follower import sync
 from tests.faults.tracked import Gate, Server, Writer, assert_mirrors, run_of, until
 from tests.ports import free_port
+from tests.pretrain.tracking.test_tracking_store import Run
 
 FAULTS = ("500", "403", "wrong port", "hung")
 TOKEN = "a-token-nobody-may-read"
@@ -120,3 +121,22 @@ def test_a_server_that_is_never_there(tmp_path: Path) -> None:
     assert not writer.end(timeout=10.0)
     with pytest.raises(RunError, match="nothing is lost"):
         sync(tmp_path / "a")
+
+
+def test_a_server_slower_than_the_time_a_call_has(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch takes longer than the first timeout; and it loses its store on the way."""
+    gate = Gate(None, server.port, slow=b"log-batch", seconds=1.3)
+    run = Run(tmp_path / "a", gate.uri).steps(20).end()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    assert sync(run.path).num_metrics == 20 * 3
+    gate.close()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    run = Run(tmp_path / "b", server.uri).steps(20).end()
+    sync(run.path)
+    server.kill()
+    server.lose_store()
+    server.start()
+    assert sync(run.path).num_metrics == 20 * 3
+    assert_mirrors(run.path)

@@ -17,7 +17,8 @@ from pretrain.tracking import mlflow_follower
 from pretrain.tracking.mlflow_follower import Tracker, assign, sync, unsent
 from pretrain.tracking.mlflow_state import FORMAT, State, default_uri
 from pretrain.tracking.mlflow_store import connect
-from tests.faults.tracked import Gate, Server, assert_mirrors, run_of, until
+from tests.faults.tracked import assert_mirrors, run_of, until
+from tests.runs import new_store
 
 
 class Run:
@@ -25,6 +26,8 @@ class Run:
 
     def __init__(self, run_dir: Path, uri: str | None = None, sources: dict[str, Any] | None = None) -> None:
         run_dir.mkdir(parents=True)
+        if uri is None:
+            new_store(run_dir.parent / "mlflow.db")
         self.path = run_dir
         self.journal = Journal(run_dir / "metrics.jsonl", 1)
         self.step = 0
@@ -261,33 +264,6 @@ def test_names_that_mlflow_refuses_are_all_there(tmp_path: Path) -> None:
     assert data.metrics["progress/epoch_web -x5b-en-x5d-"] == 1.0
     assert len([name for name in data.params if name.endswith(".paths") or "-x-" in name]) == len(sources)
     assert sync(run.path).num_metrics == 0
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("mlflow") / "server")
-    server.start()
-    yield server
-    server.kill()
-
-
-def test_a_server_slower_than_the_time_a_call_has(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each batch takes longer than the first timeout; and it loses its store on the way."""
-    gate = Gate(None, server.port, slow=b"log-batch", seconds=1.3)
-    run = Run(tmp_path / "a", gate.uri).steps(20).end()
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    assert sync(run.path).num_metrics == 20 * 3
-    gate.close()
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-    run = Run(tmp_path / "b", server.uri).steps(20).end()
-    sync(run.path)
-    server.kill()
-    server.lose_store()
-    server.start()
-    assert sync(run.path).num_metrics == 20 * 3
-    assert_mirrors(run.path)
 
 
 @pytest.mark.usefixtures("quick")

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.loading.collate import SpanCorruption
 from data_pipeline.loading.loader import StepSamples
 from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
@@ -18,6 +18,7 @@ from model.batch import IGNORE, Batch
 from pretrain.config.schema import load
 from pretrain.evaluation.batches import Batches
 from tests.model.helpers import configured
+from tests.objectives import objective as of_name
 
 CPU = torch.device("cpu")
 OBJECTIVES = ("causal", "prefix", "masked", "span_corruption")
@@ -33,14 +34,16 @@ def step_samples(rows: int = 6) -> StepSamples:
 
 def batches(objective: Any, dataset: Path, document_mask: bool = False) -> Batches:
     tokenizer = Dataset.open(dataset).tokenizer()
-    return Batches(CPU, objective, context=CONTEXT, document_mask=document_mask, tokenizer=tokenizer)
+    return Batches(CPU, of_name(objective, CONTEXT, tokenizer, document_mask=document_mask))
 
 
 @pytest.mark.parametrize("context", [10, 11, 17, 64, 100, 333, 512, 2048])
 def test_the_model_knows_the_lengths_that_span_corruption_makes(context: int) -> None:
-    inputs, labels = SpanCorruption(context, range(10, 500), eos_id=1)(
-        np.full((1, context + 1), 5), np.zeros(1, np.int64), 0
+    tokenizer: Any = SimpleNamespace(sentinel_ids=list(range(10, 500)), eos_id=1)
+    made = of_name("span_corruption", context, tokenizer).arrays(
+        np.full((1, context + 1), 5), np.zeros(1, np.int64), None, 0
     )
+    inputs, labels = made["input_ids"], made["labels"]
     config = configured(architecture="encoder_decoder", context=context)
     assert (inputs.shape[1], labels.shape[1]) == config.lengths
 
@@ -76,16 +79,16 @@ def test_documents_are_where_the_reader_says(dataset: Path) -> None:
 def test_boundaries_alone_can_be_left_out() -> None:
     samples = step_samples()
     assert samples.document_starts is not None
-    made = Batches(CPU, mask_boundaries=True)
+    made = Batches(CPU, of_name(mask_boundaries=True))
     [batch] = made.of_step(samples, 6, 1, seed=0)
-    [plain] = Batches(CPU).of_step(samples, 6, 1, seed=0)
-    assert made.needs_documents and batch.segment_ids is None and batch.position_ids is None
+    [plain] = Batches(CPU, of_name()).of_step(samples, 6, 1, seed=0)
+    assert made.objective.needs_documents and batch.segment_ids is None and batch.position_ids is None
     row, column = np.divmod(samples.document_starts, CONTEXT + 1)
     changed = torch.zeros(6, CONTEXT, dtype=torch.bool)
     changed[row, column - 1] = True
     assert torch.equal(batch.labels, torch.where(changed, IGNORE, plain.labels))
-    predicting = [Batches(CPU), made, Batches(CPU, packed=True), Batches(CPU, document_mask=True)]
-    assert [batches.predicts_every_token for batches in predicting] == [True, False, False, False]
+    settings: tuple[dict[str, Any], ...] = ({}, {"mask_boundaries": True}, {"packed": True}, {"document_mask": True})
+    assert [of_name(**setting).predicts_every_token for setting in settings] == [True, False, False, False]
 
 
 def test_a_decoder_reads_what_it_wrote(marked_dataset: Path) -> None:
@@ -144,6 +147,8 @@ def test_pieces_that_are_missing_are_named(objective: Any, message: str, dataset
         (["model/encoder-tiny", "data.objective=causal"], "sees every token, the next one included"),
         (["model/decoder-tiny", "data.objective=masked"], "does not fit model.architecture=decoder_only"),
         (["data.objective=prefix", "model.document_mask=true"], "whatever documents are in it"),
+        (["data.objective=next"], "data.objective=next: no such objective; there are causal, prefix, masked, span"),
+        (["data.objective=prefix", "data.mask_boundaries=true"], "data.objective=prefix has not"),
     ],
 )
 def test_an_objective_that_does_not_fit_is_refused(args: list[str], message: str) -> None:

@@ -1,0 +1,166 @@
+"""What patterns save: windows and strides against plain causal attention and against a dense mask, and what a token
+costs behind a long text. CPU seconds of one thread.
+
+Exits with 1 when a target is missed.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.architectures import registry
+from model.architectures.decoder_only.spec import DecoderOnlyConfig
+from model.attention import forms
+from model.attention.cache import Cache
+from model.attention.forms import mask_of
+from model.attention.rule import Rows
+from model.attention.softmax import Softmax
+from model.attention.visibility import Visible
+
+HEADS, CHANNELS = 4, 64
+SHAPE = {"width": HEADS * CHANNELS, "heads": HEADS, "layers": 2, "learned_dropout": {"enabled": False}}
+TOKENS = 2048
+"""Of a micro-batch: rows of T tokens; one row where T is more."""
+RUNS = 7
+WINDOW = 512
+STEPS, TEXTS = 48, 4
+"""Tokens that are read one by one, of so many texts side by side."""
+
+
+class Case(NamedTuple):
+    """A ratio of medians."""
+
+    name: str
+    length: int
+    pattern: dict[str, Any]
+    against: str
+    """What takes longer: `causal`, without a pattern, or `dense`, a mask T x T."""
+    target: float
+    backward: bool = True
+
+
+CASES = [
+    Case("window 64, T 2,048", 2048, {"kind": "window", "window": 64}, "causal", 2.5),
+    Case("window 64, T 2,048", 2048, {"kind": "window", "window": 64}, "dense", 5.0),
+    Case("window 64, T 2,048, forward", 2048, {"kind": "window", "window": 64}, "causal", 2.0, backward=False),
+    Case("window 256, T 2,048", 2048, {"kind": "window", "window": 256}, "causal", 1.0),
+    Case("window 256, T 2,048", 2048, {"kind": "window", "window": 256}, "dense", 2.0),
+    Case("strided in turns, T 2,048", 2048, {"kind": "strided", "merge": "alternate"}, "dense", 5.0),
+    Case("fixed in turns, T 2,048", 2048, {"kind": "fixed", "merge": "alternate"}, "dense", 3.0),
+    Case("fixed, T 2,048", 2048, {"kind": "fixed"}, "dense", 2.0),
+    Case("fixed, T 2,048", 2048, {"kind": "fixed"}, "causal", 1.0),
+    Case("fixed, T 512", 512, {"kind": "fixed"}, "dense", 1.0),
+    Case("strided by heads, T 2,048", 2048, {"kind": "strided", "merge": "heads"}, "dense", 3.0),
+    Case("window 64, T 512", 512, {"kind": "window", "window": 64}, "causal", 1.0),
+    Case("window 64, T 512", 512, {"kind": "window", "window": 64}, "dense", 1.0),
+    Case("window 64 with 4 sinks, T 512", 512, {"kind": "window", "window": 64, "sinks": 4}, "dense", 1.0),
+    Case("window 32, T 256", 256, {"kind": "window", "window": 32}, "causal", 1.0),
+    Case("strided in turns, T 256", 256, {"kind": "strided", "merge": "alternate"}, "dense", 1.0),
+    Case("strided in turns, T 512", 512, {"kind": "strided", "merge": "alternate"}, "dense", 1.5),
+    Case("window 64, T 8,192", 8192, {"kind": "window", "window": 64}, "causal", 8.0),
+    Case("window 512, T 8,192", 8192, {"kind": "window", "window": 512}, "causal", 2.0),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print rows as JSON")
+    as_json = parser.parse_args().json
+    torch.set_num_threads(1)
+    rows = [measure(case) for case in CASES] + decoding()
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print("| medians | ratio | at least |\n|---|---|---|")
+        for row in rows:
+            print(f"| {row['name']} | {row['ratio']:.2f} | {row['target']:.2f} |")
+    return int(any(row["ratio"] < row["target"] for row in rows))
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Layers of the pattern, and as many of what it is held against, in turn."""
+    torch.manual_seed(0)
+    config = DecoderOnlyConfig.model_validate(SHAPE | {"context": case.length, "pattern": case.pattern})
+    rows = Rows(torch.Size((max(1, TOKENS // case.length), case.length)), torch.device("cpu"))
+    own = [mask_of(rows, patterns, in_blocks=False, dense=False) for patterns in config.patterns]
+    other: list[forms.Mask] = [None if case.against == "causal" else rows.dense(p) for p in config.patterns]
+    mixer = Softmax(config)
+    given = [torch.randn(rows.shape[0], HEADS, case.length, CHANNELS, requires_grad=True) for _ in range(3)]
+    fast: list[float] = []
+    slow: list[float] = []
+    for _ in range(RUNS):
+        for times, masks in ((fast, own), (slow, other)):
+            times.append(sum(seconds(lambda: attend(mixer, given, mask, case.backward)) for mask in masks))  # noqa: B023
+    taken = " and ".join(dict.fromkeys(type(mask).__name__.lower().replace("tensor", "dense") for mask in own))
+    both = statistics.median(slow), statistics.median(fast)
+    return {
+        "name": f"{case.name} ({taken}, {1e3 * both[1]:.1f} ms) / {case.against} ({1e3 * both[0]:.1f} ms)",
+        "ratio": both[0] / both[1],
+        "target": case.target,
+    }
+
+
+def attend(mixer: Softmax, given: list[Tensor], mask: forms.Mask, backward: bool) -> None:
+    with torch.set_grad_enabled(backward):
+        found = mixer(*given, None, Visible(mask=mask))
+    if backward:
+        found.backward(torch.ones_like(found))
+        for x in given:
+            x.grad = None
+
+
+def decoding() -> list[dict[str, Any]]:
+    """Time a token behind a window's text and behind one eight times as long, with a window and without, in turn."""
+    ends = WINDOW, 8 * WINDOW
+    times: dict[tuple[str, int], list[float]] = {}
+    caches: dict[tuple[str, int], Callable[[], None]] = {}
+    for kind in ("window", "full"):
+        pattern = {"kind": "window", "window": WINDOW} if kind == "window" else {}
+        for end in ends:
+            caches[kind, end] = reader(pattern, end)
+    for _ in range(STEPS):
+        for key, step in caches.items():
+            times.setdefault(key, []).append(seconds(step))
+    medians = {key: statistics.median(found) for key, found in times.items()}
+    rows = []
+    for kind, target in (("window", 1 / 1.15), ("full", 1.5)):
+        short, long = (medians[kind, end] for end in ends)
+        ratio = short / long if kind == "window" else long / short
+        called = (
+            "window 512: a token behind 512 / behind 4,096" if kind == "window" else "full: behind 4,096 / behind 512"
+        )
+        rows.append({"name": f"{called} ({1e3 * short:.2f} and {1e3 * long:.2f} ms)", "ratio": ratio, "target": target})
+    return rows
+
+
+def reader(pattern: dict[str, Any], end: int) -> Callable[[], None]:
+    """Reads a token more of a text that has `end` already."""
+    torch.manual_seed(0)
+    options = {"vocab_size": 512, "context": end + STEPS, "positions": "rotary", "pattern": pattern}
+    model = registry.build(DecoderOnlyConfig.model_validate(SHAPE | options)).eval()
+    ids = torch.randint(512, (TEXTS, end + STEPS))
+    cache = Cache(torch.zeros(TEXTS, dtype=torch.int64), end + STEPS)
+    for part in ids[:, :end].split(WINDOW, dim=1):
+        cache.logits(model, part)
+
+    def step() -> None:
+        cache.logits(model, ids[:, cache.length : cache.length + 1])
+
+    return step
+
+
+def seconds(run: Callable[[], None]) -> float:
+    since = time.process_time()
+    run()
+    return time.process_time() - since
+
+
+if __name__ == "__main__":
+    sys.exit(main())

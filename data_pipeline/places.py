@@ -1,0 +1,36 @@
+"""What a folder is, by the files that make it one: for errors about one that stands where another is wanted.
+
+Standard library only: every room may import this leaf.
+"""
+
+import shlex
+from contextlib import suppress
+from pathlib import Path
+
+RUN, CHECKPOINT, EXPORT, DATASET = "run folder", "checkpoint", "export", "dataset"
+
+
+def kind_of(folder: Path) -> str | None:
+    """One of the four; None for any other folder, for what is none, and where one may not look."""
+    with suppress(OSError):
+        if (folder / "run.json").is_file():
+            return RUN
+        if (folder / "EXPORT.txt").is_file():
+            return EXPORT
+        if (folder / "manifest.json").is_file():
+            return DATASET if (folder / "tokenizer").is_dir() else CHECKPOINT
+    return None
+
+
+def mistaken(folder: Path, wanted: str) -> str | None:
+    """What is said of a folder that is one of the four, and not what is `wanted`; None of any other folder."""
+    kind = kind_of(folder)
+    if kind is None or kind == wanted:
+        return None
+    look = {
+        DATASET: f"`duet data inspect {shlex.quote(str(folder))}` looks into it",
+        EXPORT: f"`duet generate {shlex.quote(str(folder))}` takes it",
+        CHECKPOINT: f"`duet checkpoint inspect {shlex.quote(str(folder))}` looks into it",
+        RUN: f"`duet config show {shlex.quote(str(folder / 'config.yaml'))}` names its dataset: data.path",
+    }
+    return f"this is {'an' if kind == EXPORT else 'a'} {kind}, and a {wanted} is wanted; {look[kind]}"

@@ -1,0 +1,180 @@
+"""Forms of a mask that form less than T x T scores, exact all: blocks, chunks and columns of a row of tokens."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask
+
+from model.attention.rule import Rows
+from model.config.pattern_config import Pattern, Patterns
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
+"""Attention of query [.., T, d] to key and value [.., S, d] with a mask [.., T, S], or causal without one."""
+
+
+class Gathered(NamedTuple):
+    """Blocks of queries, side by side, that each see sinks, so many blocks before and after, and their own."""
+
+    size: int
+    before: int
+    after: int
+    sinks: int
+    mask: Tensor
+    """[B, n, size, K] bool."""
+
+    @classmethod
+    def of(cls, rows: Rows, pattern: Pattern) -> "Gathered":
+        """Of a window, or of blocks that see nothing but themselves."""
+        size = pattern.window or pattern.block
+        before = int(bool(pattern.window))
+        after = 0 if rows.causal else before
+        starts = torch.arange(0, rows.length, size, device=rows.device)[:, None]
+        within = torch.arange(-before * size, (1 + after) * size, device=rows.device)
+        sinks = torch.arange(pattern.sinks, device=rows.device).expand(len(starts), -1)
+        sinks = sinks.masked_fill(sinks >= starts - before * size, -1)  # these stand in the blocks, too
+        keys = torch.cat([sinks, starts + within], dim=1)
+        queries = starts + torch.arange(size, device=rows.device)
+        return cls(size, before, after, pattern.sinks, rows.grid(pattern, queries, keys))
+
+    def attend(self, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[B, H, T, d] of each -> [B, H, T, d]."""
+        rows, heads, length, _ = query.shape
+        blocks = self.mask.shape[1]
+        query = _padded(query, blocks * self.size).unflatten(2, (blocks, self.size))
+        mask = self.mask if len(self.mask) == 1 else self.mask.repeat_interleave(heads, dim=0)
+        key, value = (self._keys(x, blocks).flatten(0, 1) for x in (key, value))
+        found = kernel(query.flatten(0, 1), key, value, mask, False)
+        return found.unflatten(0, (rows, heads)).flatten(2, 3)[:, :, :length]
+
+    def _keys(self, x: Tensor, blocks: int) -> Tensor:
+        """[B, H, T, d] -> what each block may see, [B, H, n, K, d]."""
+        own = _padded(x, blocks * self.size).unflatten(2, (blocks, self.size))
+        parts = [x[:, :, None, : self.sinks].expand(-1, -1, blocks, -1, -1)] if self.sinks else []
+        if self.before:
+            parts.append(functional.pad(own, (0, 0, 0, 0, 1, 0))[:, :, :-1])
+        parts.append(own)
+        if self.after:
+            parts.append(functional.pad(own, (0, 0, 0, 0, 0, 1))[:, :, 1:])
+        return torch.cat(parts, dim=3)
+
+
+class Chunks(NamedTuple):
+    """Chunks of queries, one after the other, that each see a slice of the keys and some far ones."""
+
+    sizes: tuple[int, ...]
+    """Queries."""
+    near: tuple[tuple[int, int], ...]
+    """From and to which key."""
+    far: tuple[Tensor, ...]
+    """[n] int64, other keys."""
+    masks: tuple[Tensor, ...]
+    """[B, 1, Q, K] bool, of far keys and near ones."""
+
+    @classmethod
+    def of(cls, rows: Rows, pattern: Pattern) -> "Chunks":
+        """Of a window with sinks, or of blocks and ends of blocks."""
+        chunks = pattern.chunks(rows.length, rows.causal)
+        far = [torch.tensor(chunk.far, dtype=torch.int64, device=rows.device) for chunk in chunks]
+        masks = []
+        for chunk, others in zip(chunks, far, strict=True):
+            queries, near = (torch.arange(r.start, r.stop, device=rows.device) for r in (chunk.queries, chunk.near))
+            masks.append(rows.grid(pattern, queries[None], torch.cat([others, near])[None]))
+        near_ = tuple((chunk.near.start, chunk.near.stop) for chunk in chunks)
+        return cls(tuple(len(chunk.queries) for chunk in chunks), near_, tuple(far), tuple(masks))
+
+    def attend(self, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[B, H, T, d] of each -> [B, H, T, d]."""
+        found = []
+        parts = zip(query.split(self.sizes, dim=2), self.near, self.far, self.masks, strict=True)
+        for part, (first, last), far, mask in parts:
+            keys, values = key[:, :, first:last], value[:, :, first:last]
+            if len(far):
+                keys = torch.cat([key.index_select(2, far), keys], dim=2)
+                values = torch.cat([value.index_select(2, far), values], dim=2)
+            found.append(kernel(part, keys, values, mask, False))
+        return torch.cat(found, dim=2)
+
+
+class Strided(NamedTuple):
+    """Positions that are a multiple of the stride apart: each column of a row that is cut into lines."""
+
+    stride: int
+    mask: Tensor | None
+    """[B, stride, n, n] bool; None where each sees all before it."""
+
+    @classmethod
+    def of(cls, rows: Rows, pattern: Pattern) -> "Strided":
+        """Of a stride alone."""
+        if rows.alike and rows.causal:
+            return cls(pattern.stride, None)
+        lines = torch.arange(0, rows.length, pattern.stride, device=rows.device)
+        columns = torch.arange(pattern.stride, device=rows.device)[:, None] + lines
+        return cls(pattern.stride, rows.grid(pattern, columns, columns))
+
+    def attend(self, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[B, H, T, d] of each -> [B, H, T, d]."""
+        rows, heads, length, _ = query.shape
+        lines = -(-length // self.stride)
+
+        def cut(x: Tensor) -> Tensor:
+            return _padded(x, lines * self.stride).unflatten(2, (lines, self.stride)).transpose(2, 3).flatten(0, 1)
+
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask.repeat_interleave(heads, dim=0)
+        found = kernel(cut(query), cut(key), cut(value), mask, self.mask is None)
+        return found.unflatten(0, (rows, heads)).transpose(2, 3).flatten(2, 3)[:, :, :length]
+
+
+class Halves(NamedTuple):
+    """One mask for each half of the heads."""
+
+    masks: tuple["Mask", ...]
+
+
+Mask = Tensor | BlockMask | Gathered | Chunks | Strided | Halves | None
+"""What is seen: [B, G, T, S] bool for each of G groups of heads side by side, a form of it, or None: see `Visible`."""
+_FORMS: dict[str, Callable[[Rows, Pattern], Mask]] = {
+    "gathered": Gathered.of,
+    "chunks": Chunks.of,
+    "strided": Strided.of,
+}
+
+
+def mask_of(rows: Rows, patterns: Patterns, *, in_blocks: bool, dense: bool) -> Mask:
+    """The mask of a layer's patterns.
+
+    Args:
+        in_blocks: FlexAttention takes it.
+        dense: the weights are formed, so the mask is T x T.
+    """
+    return (_shared if rows.alike else _made)(rows, patterns, in_blocks, dense)
+
+
+def _made(rows: Rows, patterns: Patterns, in_blocks: bool, dense: bool) -> Mask:
+    if rows.whole and all(pattern.covers(rows.length) for pattern in patterns):
+        return None
+    if dense:
+        return rows.dense(patterns)
+    if in_blocks:
+        masks: list[Mask] = [rows.blocks(pattern) for pattern in patterns]
+    else:
+        masks = [_form(rows, pattern) for pattern in patterns]
+    return masks[0] if len(masks) == 1 else Halves(tuple(masks))
+
+
+def _form(rows: Rows, pattern: Pattern) -> Mask:
+    form = pattern.form(rows.length, documents=not rows.alike, prefix=rows.prefixes is not None)
+    if form == "full" and rows.whole:
+        return None
+    return _FORMS[form](rows, pattern) if form in _FORMS else rows.dense((pattern,))
+
+
+_shared = lru_cache(maxsize=8)(_made)
+"""Of rows that are alike, for all batches of that length."""
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    return functional.pad(x, (0, 0, 0, length - x.shape[2])) if length > x.shape[2] else x

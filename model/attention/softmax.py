@@ -1,0 +1,108 @@
+"""How scores become weights, and weights a result: the softmax, by whatever kernel fits."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from data_pipeline.errors import ConfigError
+from model.attention.forms import Chunks, Gathered, Halves, Mask, Strided
+from model.attention.visibility import Visible
+from model.config.transformer import TransformerConfig
+from model.layers.dropout import noise_site, weight_dropout
+
+_FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+
+
+class Softmax(nn.Module):
+    """softmax(q k^T / sqrt(d)) v, as "Attention Is All You Need", equation 1, over what is visible.
+
+    What an attention mixes its values with. It has no parameters, and a cache keeps its keys and values.
+    """
+
+    def __init__(self, config: TransformerConfig, name: str = "", rate: float = 0.0) -> None:
+        """`name` of the attention keys the noise; `rate` is that of dropout on the weights, in training."""
+        super().__init__()
+        self._kernel = config.attention
+        self._rate = rate
+        self._site = noise_site(f"attention/{name}")
+        self._context = config.context
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
+        """Query [B, H, T, d], key and value [B, H, S, d], noise keys [B] or None in evaluation -> [B, H, T, d].
+
+        Raises:
+            ConfigError: no fused kernel takes these, and the configuration wants one.
+        """
+        if self._kernel == "explicit" or (self._rate and keys is not None):
+            weights = self.weights(query, key, visible).to(value.dtype)
+            if self._rate and keys is not None:
+                weights = weight_dropout(weights, keys, self._site, self._rate, self._context)
+            return weights @ value
+        return self._attend(query, key, value, visible.mask, visible.causal)
+
+    def weights(self, query: Tensor, key: Tensor, visible: Visible) -> Tensor:
+        """What each query gives each key in evaluation, [B, H, T, S] in fp32 at least."""
+        scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+        mask = visible.mask
+        assert mask is None or isinstance(mask, Tensor)
+        if mask is None and visible.causal:
+            mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+        elif mask is not None and 1 < mask.shape[1] < scores.shape[1]:
+            mask = mask.repeat_interleave(scores.shape[1] // mask.shape[1], dim=1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, causal: bool) -> Tensor:
+        if isinstance(mask, Tensor) and 1 < mask.shape[1] < query.shape[1]:
+            mask = Halves(mask.split(1, dim=1))
+        if isinstance(mask, Halves):
+            queries, keys, values = (x.chunk(len(mask.masks), dim=1) for x in (query, key, value))
+            groups = zip(queries, keys, values, mask.masks, strict=True)
+            return torch.cat([self._attend(q, k, v, m, causal) for q, k, v, m in groups], dim=1)
+        if isinstance(mask, BlockMask):
+            return _in_blocks(query, key, value, mask)
+        kernel = _fused if self._kernel == "flash" else _plain
+        if isinstance(mask, Gathered | Chunks | Strided):
+            return mask.attend(kernel, query, key, value)
+        return kernel(query, key, value, mask, causal and mask is None)
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    try:
+        with sdpa_kernel(_FUSED):
+            return _plain(query, key, value, mask, causal)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in ("No available kernel", "No viable backend")):
+            raise
+        raise ConfigError(
+            f"model.attention=flash: torch has no fused kernel for heads of {query.shape[-1]} channels in "
+            f"{query.dtype} on {query.device.type}; take auto"
+        ) from error
+
+
+def _in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+    """FlexAttention over [B, H, T, d]; compiled on CUDA, elsewhere in the plain form that torch has for checks.
+
+    Not run on a GPU yet: checked against the dense mask in the plain form only.
+    """
+    if query.is_cuda and not torch.compiler.is_compiling():
+        return _compiled_flex()(query, key, value, block_mask=mask)
+    found = flex_attention(query, key, value, block_mask=mask)
+    assert isinstance(found, Tensor)
+    return found
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=False)

@@ -1,0 +1,4 @@
+"""What a model learns from: each objective makes inputs and labels of windows of tokens. Free of torch.
+
+May import: data_pipeline.errors, data_pipeline.sampling, data_pipeline.storage, data_pipeline.tokenize.
+"""
