@@ -1,6 +1,7 @@
 """What a training step of ours costs beside the same step in a bare DeepSpeed loop and in a bare torch loop.
 
-The trainer runs as it is, on one rank with ZeRO 1 in fp32. Whenever it asks for the next samples, both bare loops take
+Once with few tokens a step, and, with compiled layers in all three, with more. The trainer runs as it is, on one rank
+with ZeRO 1 in fp32, for each size in a process of its own. Whenever it asks for the next samples, both bare loops take
 a step of theirs on the same tokens; so the three take turns, and what lies between two requests is a step of ours:
 forward, backward, update, and all that the trainer does beside them. Exits with 1 when the target is missed.
 """
@@ -15,41 +16,60 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from data_pipeline.storage.dataset import Dataset
 from model.architectures import registry
+from model.architectures.token_model import TokenModel
 from model.batch import Batch
 from pretrain import trainer
 from pretrain.config.dataset_identity import complete
 from pretrain.config.schema import Config, load
 from pretrain.engine.distributed import join
 from pretrain.engine.engine import bootstrap
+from pretrain.engine.layer_transforms import compile_layers
 from pretrain.run.job_records import FailureFile
 from pretrain.run.signals import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP, PAIRS = 10, 200
-TARGET = 1.05
-MODEL = ["model.layers=3", "model.width=320", "model.heads=5", "model.context=64", "batch.tokens=128"]
-"""10.6 M parameters."""
+WARM_UP = 10
+SMALL = ("model.layers=2", "model.width=128", "model.heads=4", "model.context=128")
+"""1.2 M parameters."""
 Step = Callable[[Batch], None]
+
+
+class Case(NamedTuple):
+    """A size. Targets are of ours beside bare DeepSpeed and beside bare torch."""
+
+    model: tuple[str, ...]
+    pairs: int
+    compiled: bool
+    targets: tuple[float, float | None]
+
+
+CASES = {
+    # 10.6 M parameters
+    128: Case(("model.layers=3", "model.width=320", "model.heads=5", "model.context=64"), 200, False, (1.05, None)),
+    2048: Case(SMALL, 100, True, (1.03, 1.05)),
+    8192: Case(SMALL, 30, True, (1.03, 1.05)),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
-    as_json = parser.parse_args().json
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        seconds = take_turns(Path(folder))
-    rows = [
-        compare(seconds, "a training step", "ours", "bare DeepSpeed", TARGET),
-        compare(seconds, "a training step", "ours", "bare torch", None),
-        compare(seconds, "a training step", "bare DeepSpeed", "bare torch", None),
-    ]
+    parser.add_argument("--tokens", type=int, choices=CASES, help="a step of this size only, in this process")
+    args = parser.parse_args()
+    as_json = args.json
+    if args.tokens:
+        rows = measure(args.tokens)
+    else:
+        again = [sys.executable, __file__, "--json", "--tokens"]
+        done = [subprocess.run([*again, str(tokens)], stdout=subprocess.PIPE).stdout for tokens in CASES]
+        rows = [row for found in done for row in json.loads(found)]
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
@@ -57,6 +77,19 @@ def main() -> int:
         for row in rows:
             print(f"| {row['name']} | {row['ratio']:.3f} | {row['upper']:.3f} | {row['target'] or '–'} |")
     return int(any(row["target"] and row["upper"] > row["target"] for row in rows))
+
+
+def measure(tokens: int) -> list[dict[str, Any]]:
+    """The rows of a size."""
+    case = CASES[tokens]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        seconds = take_turns(Path(folder), tokens, case)
+    what = f"a step of {tokens:,} tokens" + (", compiled" if case.compiled else "")
+    return [
+        compare(seconds, what, "ours", "bare DeepSpeed", case.targets[0]),
+        compare(seconds, what, "ours", "bare torch", case.targets[1]),
+        compare(seconds, what, "bare DeepSpeed", "bare torch", None),
+    ]
 
 
 def compare(seconds: dict[str, list[float]], what: str, one: str, other: str, target: float | None) -> dict[str, Any]:
@@ -73,21 +106,23 @@ def compare(seconds: dict[str, list[float]], what: str, one: str, other: str, ta
     }
 
 
-def take_turns(folder: Path) -> dict[str, list[float]]:
+def take_turns(folder: Path, tokens: int, case: Case) -> dict[str, list[float]]:
     """Seconds of each step of the three, as many of each as there are pairs."""
     source = f"data.sources.text.paths=[{ROOT / 'LICENSE'}]"
     build = ["data", "build", "data/characters", source, f"data.path={folder / 'data'}"]
     subprocess.run([sys.executable, "-P", "-m", "launch.cli", *build], check=True, stdout=subprocess.DEVNULL)
     config = load(
         [
-            *MODEL,
+            *case.model,
+            f"batch.tokens={tokens}",
+            f"engine.compile={str(case.compiled).lower()}",
             f"data.path={folder / 'data'}",
             f"run.dir={folder / 'run'}",
             "engine.precision=fp32",
             "tracking.mode=off",
             "train.sample_tokens=0",
-            f"train.steps={WARM_UP + PAIRS + 1}",
-            *(f"train.{what}_every={10 * PAIRS}" for what in ("eval", "checkpoint")),
+            f"train.steps={WARM_UP + case.pairs + 1}",
+            *(f"train.{what}_every={10 * case.pairs}" for what in ("eval", "checkpoint")),
         ]
     )
     torch.set_num_threads(1)  # threads that wait for each other measure the other work on the machine
@@ -106,8 +141,8 @@ def take_turns(folder: Path) -> dict[str, list[float]]:
                 if handed_over is not None:
                     seconds["ours"].append(now - handed_over)
                 samples = super().__next__()
-                tokens, step = samples.tokens, len(seconds["ours"]) + 1
-                batch = Batch(tokens[:, :-1], tokens[:, 1:], samples.positions, torch.tensor(step), config.run.seed)
+                ids, step = samples.tokens, len(seconds["ours"]) + 1
+                batch = Batch(ids[:, :-1], ids[:, 1:], samples.positions, torch.tensor(step), config.run.seed)
                 order = list(bare) if step % 2 else list(reversed(bare))
                 for name in order:
                     since = time.perf_counter()
@@ -119,12 +154,19 @@ def take_turns(folder: Path) -> dict[str, list[float]]:
         trainer.Loader = TakingTurns  # type: ignore[misc]
         signal = trainer.train(config, ranks, StopRequest(), time.time(), FailureFile(ranks.rank))
         assert not signal, f"stopped by signal {signal}"
-    return {name: values[WARM_UP : WARM_UP + PAIRS] for name, values in seconds.items()}
+    return {name: values[WARM_UP : WARM_UP + case.pairs] for name, values in seconds.items()}
+
+
+def built(config: Config) -> TokenModel:
+    model = registry.build(config.model).train()
+    if config.engine.compile:
+        compile_layers(model)
+    return model
 
 
 def bare_torch(config: Config) -> Step:
     """A step as any loop in plain torch has it."""
-    model = registry.build(config.model).train()
+    model = built(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=config.optimizer.betas, weight_decay=0.1)
 
     def step(batch: Batch) -> None:
@@ -140,7 +182,7 @@ def bare_deepspeed(config: Config) -> Step:
     """A step as DeepSpeed's own examples have it, with the same settings as ours."""
     import deepspeed  # quiet after `bootstrap`
 
-    model = registry.build(config.model).train()
+    model = built(config)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4, betas=config.optimizer.betas, weight_decay=0.1),

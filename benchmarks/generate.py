@@ -1,6 +1,7 @@
 """Tokens a second with a cache, and with the whole window computed for each token, from 16 tokens to a full context.
 
-Exits with 1 when a target is missed.
+And a token's time with a cache beside transformers' GPT-2 of the same shape, where that is installed, and beside
+reading the weights once, without which there is no token. Exits with 1 when a target is missed.
 """
 
 import argparse
@@ -8,6 +9,8 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,6 +33,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "decoder only, 6 layers, width 128": (1, {"architecture": "decoder_only", "layers": 6}),
 }
 """Texts side by side, and the model."""
+HEADS = 4
+WIDTHS = {128: (1.1, 0.15), 512: (0.8, 0.3)}
+"""Of decoders of 6 layers without masks: at least so fast beside GPT-2, and beside reading the weights."""
 
 
 def main() -> int:
@@ -38,6 +44,8 @@ def main() -> int:
     as_json = parser.parse_args().json
     torch.set_num_threads(1)
     rows = [measure(name, texts, options) for name, (texts, options) in CASES.items()]
+    for width, targets in WIDTHS.items():
+        rows += beside(width, *targets)
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
@@ -80,6 +88,56 @@ def recomputed(model: TokenModel, prompts: torch.Tensor) -> float:
     for _ in range(CONTEXT - PROMPT):
         ids = torch.cat([ids, Cache(padding, CONTEXT).logits(model, ids).argmax(-1)[:, None]], dim=1)
     return time.perf_counter() - since
+
+
+def beside(width: int, gpt_2: float, weights: float) -> list[dict[str, Any]]:
+    """Of a decoder: CPU time a token beside that of reading its weights, in turn, so that caches are as cold; and the
+    same texts beside GPT-2."""
+    torch.manual_seed(0)
+    shape = {"architecture": "decoder_only", "layers": 6, "width": width, "heads": HEADS}
+    options = {**shape, "learned_dropout": {"enabled": False}}
+    model = registry.build(configure(dict(vocab_size=4096, context=CONTEXT, **options))).eval()
+    prompts = torch.randint(4096, (1, PROMPT))
+    told = f"decoder only, 6 layers, width {width}, no masks"
+    generation = Generation(model, list(prompts), Sampling(temperature=0.0))
+    generation.step()
+    tokens, reads = [], []
+    for _ in range(CONTEXT - PROMPT - 1):
+        tokens.append(cpu_ms(generation.step))
+        reads.append(cpu_ms(lambda: read(model)))
+    ours, floor = statistics.median(tokens), statistics.median(reads)
+    name = f"{told}: reading the weights once ({floor:.2f} CPU ms) / a token ({ours:.2f} CPU ms)"
+    rows = [{"name": name, "ratio": floor / ours, "target": weights}]
+    if find_spec("transformers"):
+        theirs = gpt(width, prompts)
+        pairs = [(cpu_ms(theirs), cpu_ms(lambda: cached(model, prompts))) for _ in range(2 * RUNS + 1)]
+        one, other = (statistics.median(times) / (CONTEXT - PROMPT) for times in zip(*pairs, strict=True))
+        name = f"{told}: a token of transformers' GPT-2 ({one:.2f} CPU ms) / ours ({other:.2f} CPU ms)"
+        rows.append({"name": name, "ratio": statistics.median(a / b for a, b in pairs), "target": gpt_2})
+    return rows
+
+
+def cpu_ms(work: Callable[[], object]) -> float:
+    since = time.process_time()
+    work()
+    return 1e3 * (time.process_time() - since)
+
+
+@torch.no_grad()
+def read(model: TokenModel) -> None:
+    for parameter in model.parameters():
+        parameter.sum()
+
+
+def gpt(width: int, prompts: torch.Tensor) -> Callable[[], object]:
+    """As many tokens of transformers' own greedy generation, with its cache."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    shape = GPT2Config(vocab_size=4096, n_positions=CONTEXT, n_embd=width, n_layer=6, n_head=HEADS, **ends)
+    model = GPT2LMHeadModel(shape).eval()
+    mask = torch.ones_like(prompts)
+    return lambda: model.generate(prompts, attention_mask=mask, max_new_tokens=CONTEXT - PROMPT, do_sample=False)
 
 
 if __name__ == "__main__":
