@@ -20,9 +20,9 @@ from tests import warm
 from tests.runs import CHARACTERS, MARKED, ROOT, build_dataset
 
 SLOWEST = (
-    *("test_docs.py", "test_end_to_end.py", "test_health.py", "test_study.py", "test_tracking_faults.py"),
-    *("test_checkpoint.py", "test_pages.py", "test_drills.py", "test_golden.py", "test_objectives.py", "test_wheel.py"),
-    "test_formats.py",
+    *("test_docs.py", "test_tracking_faults.py", "test_pages.py", "test_policy.py", "test_submit.py", "test_health.py"),
+    *("test_end_to_end.py", "test_weighing.py", "test_checkpoint.py", "test_study.py", "test_names.py"),
+    *("test_afterwards.py", "test_wheel.py", "test_drills.py", "test_golden.py", "test_engine.py"),
 )
 """Files that take long. Begun first, so that no process has one of them left when the others are done."""
 

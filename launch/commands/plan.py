@@ -191,7 +191,7 @@ def _tree(found: "RunCosts") -> dict[str, object]:
 
 
 def _lines(config: "Config", found: "RunCosts", gpus: int, name: str, board: Gpu, mfu: float) -> list[str]:
-    from pretrain.tracking.console import duration
+    from pretrain.tracking.durations import duration
 
     engine, steps, checkpoints = config.engine, config.train.steps, found.checkpoints
     lines = [

@@ -51,7 +51,7 @@ def aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _row(run: "RunState") -> tuple[str, ...]:
-    from pretrain.tracking.console import duration
+    from pretrain.tracking.durations import duration
 
     return (
         run.path,

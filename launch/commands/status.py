@@ -175,7 +175,7 @@ def _moment(when: float | None, now: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    from pretrain.tracking.console import duration
+    from pretrain.tracking.durations import duration
 
     return duration(max(0.0, seconds))
 

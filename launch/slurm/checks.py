@@ -25,7 +25,7 @@ from pretrain.run.journal import Record
 from pretrain.run.lease import check_unowned
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.run_listing import tail
-from pretrain.tracking.console import duration
+from pretrain.tracking.durations import duration
 
 GIB = 1 << 30
 LARGEST_FACTOR = 4

@@ -298,6 +298,6 @@ def _current(jobs: list[Job]) -> Job | None:
 
 
 def _clock(seconds: float) -> str:
-    from pretrain.tracking.console import duration
+    from pretrain.tracking.durations import duration
 
     return duration(max(0.0, seconds))

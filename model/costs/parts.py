@@ -19,9 +19,9 @@ bf16, else 4), a token of a layer with the defaults keeps
     norm                its input C e, 2 statistics e
     self attention      its input C e, queries, keys and values 3 C e, sums 4 H, result C e
     cross attention     the same with its own heads, and of the encoder's norm C e and 2 e
-    feed forward        its input C e, 2 F e; with G block gates F e + G (e + 5) more, of `cosine` F e + G (e + 28)
-    learned dropout     what is masked C e, its attention 4 C e + 4 H, the mask C e, and in fp32 four times 4 C: the
-                        angle, the mask, and what its penalty needs
+    feed forward        its input C e, 2 F e; with G block gates F e + G (e + 5) more, of `cosine` F e + G (e + 8)
+    learned dropout     what is masked C e, its attention 4 C e + 4 H, the mask C e, and in fp32 twice 4 C: the angle,
+                        and the slope of its entropy
 
 so that one of a decoder-only model without masks keeps (8 C + 2 F) e + 4 H + 4 e. Korthikanti et al. 2022
 (arXiv:2205.05198, section 4) count alike. Estimates are: the encoder's loss; hard-concrete gates; gated blocks where
@@ -42,8 +42,6 @@ from model.config.transformer import TransformerConfig, TwoStreamConfig
 from model.costs.kernels import Attended, Kept, kept_by
 from model.layers.chunks import chunk_tokens
 
-_LOGS = {"shannon": 2, "complement": 3, "binary": 5}
-"""Tensors of a mask's size that the kinds of its entropy keep, beside the mask itself."""
 _FP32 = 4
 
 
@@ -277,7 +275,7 @@ def feed_forward(shape: Shape, tokens: int, name: str, site: Site | None = None)
     if not gated:
         return Part(name, weights, flops, saved)
     closed = round(flops * max(0.0, 1.0 - gates.density * gates.blocks / blocks))
-    in_fp32 = 5 if gates.kind == "top" else 4 * (2 + _LOGS[gates.entropy.kind])
+    in_fp32 = 5 if gates.kind == "top" else 4 * 2
     saved += positions * (hidden * shape.size + blocks * (in_fp32 + shape.size))
     if shape.size < _FP32:  # a copy of what is read, and one of the gates' map
         saved += shape.vectors(tokens, _FP32) + blocks * width * _FP32
@@ -302,8 +300,10 @@ def site(shape: Shape, name: Site, tokens: int, causal: bool) -> list[Part]:
     else:
         weights, flops = (3 * width + 1) * width, tokens * 6 * width**2 + shape.scores(tokens, causal)
         saved += attention_bytes(shape, tokens, tokens, config.heads, causal=causal, read=False)
-    in_fp32 = 2 + _LOGS[masks.entropy.kind] + (masks.rounding == "sigmoid")
-    used = 0 if exact and masks.rounding in ("none", "sigmoid") else 1
+    squared, rounding = masks.l1.kind == "squared", masks.rounding
+    in_fp32 = 2 + squared + (rounding == "sigmoid")
+    # What is used is one of them already.
+    used = 0 if exact and (rounding == "sigmoid" or (rounding == "none" and squared)) else 1
     saved += in_fp32 * shape.vectors(tokens, _FP32) + used * shape.vectors(tokens)
     return [*parts, Part("masks", weights, flops, saved)]
 

@@ -2,9 +2,10 @@
 
 import zlib
 
+import torch
 from torch import Tensor
 
-from model.layers.noise import uniform
+from model.layers.noise import at_least
 
 
 def noise_site(name: str) -> int:
@@ -22,12 +23,13 @@ def dropout(x: Tensor, keys: Tensor | None, site: int, rate: float) -> Tensor:
     """
     if keys is None or not rate:
         return x
-    kept = uniform(keys, site, (x.shape[1], x.shape[2])) >= rate
-    return x * (kept.to(x.dtype) / (1.0 - rate))
+    kept = at_least(keys, site, (x.shape[1], x.shape[2]), rate)
+    return x * kept.to(x.dtype).div_(1.0 - rate)
 
 
 def weight_dropout(weights: Tensor, keys: Tensor, site: int, rate: float, context: int) -> Tensor:
     """The same for attention weights [B, H, T, T]; a shorter sequence meets the same noise, up to T = `context`."""
     _, heads, queries, width = weights.shape
-    noise = uniform(keys, site, (queries, heads * context)).unflatten(-1, (heads, context))[..., :width]
-    return weights * ((noise.transpose(1, 2) >= rate).to(weights.dtype) / (1.0 - rate))
+    kept = at_least(keys, site, (queries, heads * context), rate).unflatten(-1, (heads, context))[..., :width]
+    # Beside the weights in memory, so that both products run over rows.
+    return weights * kept.transpose(1, 2).to(weights.dtype, memory_format=torch.contiguous_format).div_(1.0 - rate)

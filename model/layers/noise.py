@@ -5,6 +5,8 @@ recomputed layer meets it again. SplitMix64 (Steele, Lea and Flood, "Fast Splitt
 Generators", OOPSLA 2014) in int64, whose arithmetic wraps alike on every device.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 
 def _fold(z: Tensor, bits: int) -> Tensor:
     """z ^ (z >>> bits); torch's own shift keeps the sign, so the copies of the sign bit are masked off."""
-    return ((z >> bits) & (2 ** (64 - bits) - 1)).bitwise_xor_(z)
+    return (z >> bits).bitwise_and_(2 ** (64 - bits) - 1).bitwise_xor_(z)
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -58,12 +60,26 @@ def uniform(keys: Tensor, site: int, shape: tuple[int, int]) -> Tensor:
     Returns:
         [B, T, C] float32.
     """
+    return _draws(keys, site, shape).to(torch.float32).mul_(2.0**-24)
+
+
+def at_least(keys: Tensor, site: int, shape: tuple[int, int], rate: float) -> Tensor:
+    """Where `uniform` of the same arguments is at least `rate`, in [0, 1): [B, T, C] int32, 1 there and 0 elsewhere.
+
+    Integers are compared, in place: fewer passes over the numbers. `rate` counts as the float32 next to it.
+    """
+    mantissa, exponent = math.frexp(rate)
+    least = math.ceil(math.ldexp(round(math.ldexp(mantissa, 24)), exponent))
+    return _draws(keys, site, shape).ge_(least)
+
+
+def _draws(keys: Tensor, site: int, shape: tuple[int, int]) -> Tensor:
+    """[B, T, C] int32, in [0, 2^24)."""
     count = shape[0] * shape[1]
-    stream = _stream(keys, site)
     # Two numbers come from each 64-bit state: half the work.
-    states = torch.arange(1, count // 2 + count % 2 + 1, device=keys.device) * _GAMMA_INT64
-    bits = _mix(stream[:, None] + states).view(torch.int32)[:, :count]
-    return ((bits >> 8) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24).view(-1, *shape)
+    states = torch.arange(1, count // 2 + count % 2 + 1, device=keys.device).mul_(_GAMMA_INT64)
+    bits = _mix(_stream(keys, site)[:, None] + states).view(torch.int32)[:, :count]
+    return (bits >> 8).bitwise_and_(0xFFFFFF).unflatten(1, shape)
 
 
 def uniform_at(keys: Tensor, site: int, positions: Tensor, width: int) -> Tensor:

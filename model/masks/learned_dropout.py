@@ -3,6 +3,8 @@
 It saves no compute: the mask comes from the finished output (docs/model.md B).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,18 @@ def cosine_mask(angle: Tensor) -> Tensor:
 
 def straight_through(forward: Tensor, mask: Tensor) -> Tensor:
     """The values of `forward`, with gradient 1 with respect to m (Bengio et al. 2013). Any shape."""
-    return forward.detach() + (mask - mask.detach())
+    through: Tensor = _StraightThrough.apply(forward.detach(), mask)
+    return through
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, forward: Tensor, mask: Tensor) -> Tensor:
+        return forward.view_as(forward)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
 
 
 class LearnedDropout(SiteDropout, Cached):
@@ -86,7 +99,7 @@ class LearnedDropout(SiteDropout, Cached):
                 nowhere = torch.zeros(1, dtype=torch.int64, device=mask.device)
                 keys = sample_keys(self.config.eval_seed, nowhere[0], nowhere)
                 if positions is None:
-                    return (self._noise(keys, mask) < mask).to(mask.dtype)
+                    return self._drawn(keys, mask)
                 return (uniform_at(keys, self._noise_site, positions, mask.shape[2]) < mask).to(mask.dtype)
             return _threshold(mask) if self.config.eval_rounding == "threshold" else mask
         rounding = self.config.rounding
@@ -96,11 +109,14 @@ class LearnedDropout(SiteDropout, Cached):
             soft = torch.sigmoid(_STEEPNESS * (mask - 0.5))
             return soft if rounding == "sigmoid" else straight_through(soft, mask)
         # For uniform noise the mean of what is kept is m.
-        hard = (self._noise(keys, mask) < mask).to(mask.dtype) if rounding == "noise_ste" else _threshold(mask)
+        hard = self._drawn(keys, mask) if rounding == "noise_ste" else _threshold(mask)
         return straight_through(hard, mask)
 
-    def _noise(self, keys: Tensor, mask: Tensor) -> Tensor:
-        return uniform(keys, self._noise_site, (mask.shape[1], mask.shape[2]))
+    def _drawn(self, keys: Tensor, mask: Tensor) -> Tensor:
+        """1 with probability m, else 0."""
+        # Written over the noise: where numbers become truth values torch takes four times as long.
+        below = uniform(keys, self._noise_site, (mask.shape[1], mask.shape[2])).expand(mask.shape).contiguous()
+        return below.lt_(mask.detach()).to(mask.dtype)
 
     def _statistics(self, mask: Tensor, used: Tensor, visible: Visible) -> dict[str, Tensor]:
         """`entropy` and `l1`, as penalised, carry gradients; `mask_slope` is the mean |dm/dangle|, at most 0.5."""
@@ -109,7 +125,7 @@ class LearnedDropout(SiteDropout, Cached):
             "entropy": entropy(mask, self.config.entropy.kind, visible),
             "l1": l1(mask, self.config.l1.kind, visible),
             "mask_slope": mean((m * (1.0 - m)).sqrt(), visible),
-        } | mask_statistics(m, used.detach() >= 0.5, visible)
+        } | mask_statistics(m, _threshold(used), visible)
 
 
 class MaskSource(nn.Module):
@@ -136,4 +152,4 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def _threshold(mask: Tensor) -> Tensor:
-    return (mask >= 0.5).to(mask.dtype)
+    return mask.detach().clone().ge_(0.5)

@@ -1,6 +1,7 @@
 """The penalties on masks, and the schedule of their weights."""
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -9,10 +10,11 @@ from model.attention.means import mean
 from model.attention.visibility import CAUSAL, Visible
 from model.config.mask_config import PenaltyConfig
 
+EntropyKind = Literal["shannon", "complement", "binary"]
 _EPS = 1e-6
 
 
-def entropy(mask: Tensor, kind: Literal["shannon", "complement", "binary"], visible: Visible = CAUSAL) -> Tensor:
+def entropy(mask: Tensor, kind: EntropyKind, visible: Visible = CAUSAL) -> Tensor:
     """Mean entropy in bits of mask values in [0, 1], before rounding (docs/model.md B4).
 
     `shannon` is -m log2 m, `complement` the same of 1 - m, `binary` their sum. Gradients are finite at 0 and 1,
@@ -24,13 +26,35 @@ def entropy(mask: Tensor, kind: Literal["shannon", "complement", "binary"], visi
     Returns:
         0-d float32.
     """
-    m = mask.clamp(_EPS, 1.0 - _EPS)
-    bits = torch.zeros((), device=m.device)
-    if kind in ("shannon", "binary"):
-        bits = bits - mean(m * m.log2(), visible)
-    if kind in ("complement", "binary"):
-        bits = bits - mean((1.0 - m) * (1.0 - m).log2(), visible)
-    return bits
+    return mean(_Bits.apply(mask, kind), visible)
+
+
+class _Bits(torch.autograd.Function):
+    """Entropy of each element. Its slope is made beside it, of the same logarithms, and is all that is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor, kind: EntropyKind) -> Tensor:
+        m = mask.clamp(_EPS, 1.0 - _EPS)
+        inside = mask.clone().eq_(m)
+        if kind == "complement":
+            m = 1.0 - m
+        log = m.log2()
+        bits = (m * log).neg_()
+        if kind == "binary":
+            rest = 1.0 - m
+            other = rest.log2()
+            bits.sub_(rest.mul_(other))
+            slope = other.sub_(log)
+        else:
+            slope = log.add_(1.0 / math.log(2.0))
+            slope = slope if kind == "complement" else slope.neg_()
+        ctx.save_for_backward(slope.mul_(inside))
+        return bits
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope, None
 
 
 def l1(mask: Tensor, kind: Literal["linear", "squared"], visible: Visible = CAUSAL) -> Tensor:

@@ -107,6 +107,9 @@ class Wish:
     time: float = field(default_factory=time.time)
 
 
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
+
+
 class JobFolder:
     """Paths and records of a run folder's Slurm part."""
 
@@ -310,12 +313,9 @@ def _parsed(text: bytes) -> dict[str, Any]:
 def _records(kind: type[R], found: Iterable[dict[str, Any]]) -> list[R]:
     """Leaves out records without what every one has, or of wrong types, and what a newer version may have added."""
     made: list[R] = []
-    if not (
-        records := [record for record in found if record]
-    ):  # building an adapter takes longer than all else that is done here
-        return made
-    adapter = TypeAdapter(kind)
-    for record in records:
+    for record in filter(None, found):
         with contextlib.suppress(ValidationError):
-            made.append(adapter.validate_python(record))
+            if kind not in _ADAPTERS:  # built when a record is there: that takes longer than all else here
+                _ADAPTERS[kind] = TypeAdapter(kind)
+            made.append(_ADAPTERS[kind].validate_python(record))
     return made

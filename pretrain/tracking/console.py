@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.text import Text
 
 from pretrain.metric_names import COLUMNS, STEP_MS, Column, Metric
+from pretrain.tracking.durations import duration
 
 HEADER_EVERY = 20
 WINDOW = 50
@@ -240,18 +241,6 @@ def slow_progress() -> Callable[[str, int, int], None]:
             console.note(f"{what}: {done / total:.0%}")
 
     return show
-
-
-def duration(seconds: float) -> str:
-    """Seconds in at most two units: 45s, 3m07s, 2h05m, 4d11h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
 def _duplicate(stream: TextIO) -> TextIO:

@@ -110,7 +110,7 @@ def options(changes: dict[str, Any], place: str = "") -> dict[str, Any]:
     """A variant's changes by their dotted keys."""
     found: dict[str, Any] = {}
     for name, value in changes.items():
-        found |= options(value, f"{place}{name}.") if isinstance(value, dict) else {place + name: value}
+        found |= options(value, f"{place}{name}.") if isinstance(value, dict) and value else {place + name: value}
     return found
 
 
@@ -129,8 +129,8 @@ def _class(options: dict[str, Any]) -> tuple[object, ...]:
     """What keeps variants apart: a suite treats them otherwise, or the one would hide the other."""
     rounding = options.get("learned_dropout.rounding")
     masks = options.get("learned_dropout.enabled", True), rounding if rounding != "threshold_ste" else None
-    losses = any(key.startswith("encoder_loss") for key in options), any(key.startswith("l0") for key in options)
-    return options.get("architecture"), options.get("norm") == "batchnorm", masks, losses
+    parts = {key.split(".")[0] for key in options} & {"encoder_loss", "l0", "block_gates"}
+    return options.get("architecture"), options.get("norm") == "batchnorm", masks, parts
 
 
 def _together(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from model.costs import parts
 from model.costs.totals import activations
 from model.layers import chunked_loss
 from pretrain.engine.layer_transforms import checkpoint_activations, layers
-from tests.model.helpers import EVERY, VOCABULARY, batch_of, build, configured, variant
+from tests.model.helpers import EVERY, NAMED, VOCABULARY, batch_of, build, configured, variant
 
 ROWS = 3
 TYPES = {4: torch.float32, 2: torch.bfloat16}
@@ -149,8 +149,8 @@ def test_with_a_pattern(
     name: str, pattern: dict[str, Any], changes: dict[str, Any], documents: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pattern_config, "FEWEST", 1)
-    shape = {"width": 48, "heads": EVERY[name].get("heads", 2), "context": 40} | changes
-    documents = documents and EVERY[name].get("architecture") != "encoder_decoder"
+    shape = {"width": 48, "heads": NAMED[name].get("heads", 2), "context": 40} | changes
+    documents = documents and NAMED[name].get("architecture") != "encoder_decoder"
     config = variant(name, pattern=pattern, document_mask=documents, **shape)
     counted = activations(config, ROWS, 2, dense_mask=documents)
     measured = measure(config, 2, documents=documents)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.layers.noise import sample_keys, uniform, uniform_at
+from model.layers.noise import at_least, sample_keys, uniform, uniform_at
 
 SHAPE = (40, 25)
 
@@ -42,6 +42,14 @@ def test_odd_and_shorter_shapes_draw_the_same_numbers() -> None:
     keys = sample_keys(3, torch.tensor(4), torch.arange(2))
     whole = uniform(keys, 1, (7, 3))
     assert torch.equal(uniform(keys, 1, (5, 3)), whole[:, :5])
+
+
+@pytest.mark.parametrize("rate", [1e-9, 0.1, 1 / 3, 0.5, 0.7, 0.999, 1 - 1e-9])
+def test_integers_compare_as_their_numbers_do(rate: float) -> None:
+    keys = sample_keys(3, torch.tensor(4), torch.arange(2))
+    assert torch.equal(at_least(keys, 1, (701, 73), rate).bool(), uniform(keys, 1, (701, 73)) >= rate)
+    edge = uniform(keys, 1, (701, 73))[1, 700, 72].item()
+    assert torch.equal(at_least(keys, 1, (701, 73), edge).bool(), uniform(keys, 1, (701, 73)) >= edge)
 
 
 @pytest.mark.parametrize("width", [3, 4])

@@ -39,6 +39,14 @@ def test_entropy_and_its_gradient_are_finite_at_the_ends(kind: Any) -> None:
     assert entropy(ends, kind) < 1e-4
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_the_entropy_is_that_of_its_formula(kind: Any) -> None:
+    inner = torch.linspace(1e-3, 1 - 1e-3, 99, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda m: entropy(m, kind), inner)
+    outside = torch.tensor([0.0, 1e-7, 1 - 1e-7, 1.0], dtype=torch.float64, requires_grad=True)
+    assert not torch.autograd.grad(entropy(outside, kind), outside)[0].any()
+
+
 @given(st.lists(st.floats(0.0, 1.0, width=32), min_size=1, max_size=20))
 def test_penalties_are_means_over_elements(values: list[float]) -> None:
     mask = torch.tensor(values)

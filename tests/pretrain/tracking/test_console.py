@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.tracking.console import HEADER_EVERY, Console, duration
+from pretrain.tracking.console import HEADER_EVERY, Console
+from pretrain.tracking.durations import duration
 from tests.conftest import ROOT
 
 METRICS = {
