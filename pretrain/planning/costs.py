@@ -99,8 +99,10 @@ def _gates(config: Config, micro_batch: int, flops: float) -> tuple[str, float]:
     shape = f"{gates.blocks} blocks of {model.block_width} hidden units, {gates.density:g} of them open"
     alone = pays(1, model.width, model.block_width)
     decoding = "" if alone else "; on a CPU they are too small to decode by: take fewer blocks or a larger model"
-    if not gates.sparse_at(None):
-        return f"{shape}; training computes all: model.block_gates.train_sparse_after is not set{decoding}", flops
+    after, steps = gates.train_sparse_after if gates.kind == "cosine" else 0, config.train.steps
+    if after is None or after >= steps:
+        why = "not set" if after is None else f"{after:,}, and train.steps={steps:,}"
+        return f"{shape}; training computes all: model.block_gates.train_sparse_after is {why}{decoding}", flops
     if not trains_open_blocks(model, tokens, compiled=config.engine.compile, cuda=True):
         reason = (
             "engine.compile takes fixed shapes"
@@ -109,7 +111,10 @@ def _gates(config: Config, micro_batch: int, flops: float) -> tuple[str, float]:
         )
         return f"{shape}; training computes all, {reason}{decoding}", flops
     executed = executed_flops_per_token(model, config.objective.of_pairs, training=True) * config.batch.tokens
-    return f"{shape}; training computes these alone{decoding}", executed
+    since = f" after step {after:,}" if after else ""
+    return f"{shape}; training computes these alone{since}{decoding}", (
+        after * flops + (steps - after) * executed
+    ) / steps
 
 
 def largest_micro_batch(config: Config, gpus: int, size: float) -> int | None:
