@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import lcm
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -202,9 +203,14 @@ def more_gpus(config: Config, gpus: int, size: float) -> tuple[int, int] | None:
 
 def _checkpoints(config: Config) -> int:
     """Those that stay at the end (pretrain/checkpoint/retention.py), the best counted as none of the others."""
-    train = config.train
-    saved = sorted({1, *range(train.checkpoint_every, train.steps + 1, train.checkpoint_every), train.steps})
-    kept = set(saved[-train.keep_checkpoints :])
-    if train.keep_every:
-        kept |= {step for step in saved if step % train.keep_every == 0}
-    return min(len(kept) + 1, len(saved))
+    every, steps, keep_every = config.train.checkpoint_every, config.train.steps, config.train.keep_every
+    regular = steps // every
+    saved = regular + len({step for step in (1, steps) if step % every})
+    newest = {steps, *range(max(1, regular - config.train.keep_checkpoints) * every, steps, every), 1}
+    kept = set(sorted(newest)[-config.train.keep_checkpoints :])
+    milestones = 0
+    if keep_every:
+        both = lcm(every, keep_every)
+        milestones = steps // both + len({step for step in (1, steps) if step % keep_every == 0 and step % both})
+        milestones -= sum(1 for step in kept if step % keep_every == 0)
+    return min(len(kept) + milestones + 1, saved)
