@@ -56,7 +56,7 @@ class CausalAttention(Cached):
         query, key, value = self._in_heads(query, key, value, visible)
         if self.cache is not None:
             key, value, mask = self.cache.extend(self, key, value)
-            visible = Visible(mask=mask)
+            visible = Visible(causal=False, mask=mask)
         if self._group > 1:
             key, value = (x.repeat_interleave(self._group, dim=1) for x in (key, value))
         found = self._mixer(query, key, value, keys, visible)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,14 @@ class Cache:
         """
         self.length = 0
         self._padding = padding
+        self._padded = bool(padding.any())
         self._capacity = capacity
         self._stored: dict[Cached, tuple[Tensor, Tensor]] = {}
         self._rows: Rows | None = None
         self._masks: dict[tuple[Patterns, Ring | None], Tensor] = {}
         """Of the pass that is under way."""
+        self._model: nn.Module | None = None
+        self._using: list[dict[str, Any]] = []
 
     @torch.no_grad()
     def logits(self, model: nn.Module, input_ids: Tensor) -> Tensor:
@@ -66,14 +70,16 @@ class Cache:
     @contextmanager
     def used_by(self, model: nn.Module) -> Iterator[None]:
         """Every place in the model goes on where this cache ends."""
-        places = [module for module in model.modules() if isinstance(module, Cached)]
-        for place in places:
-            place.cache = self
+        if self._model is not model:  # to look at all modules takes a quarter of a small model's time for a token
+            self._model = model
+            self._using = [vars(module) for module in model.modules() if isinstance(module, Cached)]
+        for place in self._using:
+            place["cache"] = self
         try:
             yield
         finally:
-            for place in places:
-                del place.cache
+            for place in self._using:
+                del place["cache"]
 
     def asked(self, x: Tensor) -> Tensor:
         """Of what the model found for the new columns [B, T, C], what goes to the head, which is large: the last."""
@@ -84,7 +90,7 @@ class Cache:
         columns = torch.arange(self.length, self.length + count, device=self._padding.device)
         return (columns - self._padding[:, None]).clamp(min=0)
 
-    def extend(self, place: Cached, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def extend(self, place: Cached, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Add what an attention computed for the new columns.
 
         Args:
@@ -92,7 +98,7 @@ class Cache:
 
         Returns:
             Keys and values, [B, H, S, d], all so far or what a layer with windows still needs, and which of them the
-            new queries see: bool [B, G, T, S] for G groups of heads.
+            new queries see: bool [B, G, T, S] for G groups of heads, None for all.
         """
         if ring := Ring.of(place.patterns, self._capacity):
             return self._extend_ring(ring, place, key, value)
@@ -110,7 +116,9 @@ class Cache:
         self._padding = self._padding[rows]
         self._stored = {place: (keys[rows], values[rows]) for place, (keys, values) in self._stored.items()}
 
-    def _extend_ring(self, ring: Ring, place: Cached, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _extend_ring(
+        self, ring: Ring, place: Cached, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         if place not in self._stored:  # zeros, since pads see slots that hold nothing
             shape = (*key.shape[:2], ring.size, key.shape[3])
             self._stored[place] = key.new_zeros(shape), value.new_zeros(shape)
@@ -126,9 +134,11 @@ class Cache:
             self._stored[place] = keys.gather(2, sources), values.gather(2, sources)
         return keys, values, self._mask(place.patterns, ring)
 
-    def _mask(self, patterns: Patterns, ring: Ring | None = None) -> Tensor:
-        """Of the new columns: what each sees of all, or of the slots of a ring; made once in a pass."""
+    def _mask(self, patterns: Patterns, ring: Ring | None = None) -> Tensor | None:
+        """Of the new columns: what each sees of all, or of the slots of a ring; made once in a pass. None: everything."""
         assert self._rows is not None
+        if patterns == (FULL,) and not self._padded and self._rows.length == self.length + 1:
+            return None
         if (patterns, ring) not in self._masks:
             made = self._rows.dense(patterns, self.length) if ring is None else self._ring_mask(patterns, ring)
             self._masks[patterns, ring] = made

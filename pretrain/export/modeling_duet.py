@@ -49,6 +49,7 @@ class KeptByTransformers(cache.Cache):
         """
         super().__init__(attention_mask.new_zeros(len(attention_mask), dtype=torch.int64), attention_mask.shape[1])
         self._kept = kept
+        self._padded = not bool(attention_mask.all())
         places = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         self._places = places[:, -count:]
         self._logits = logits
@@ -61,7 +62,7 @@ class KeptByTransformers(cache.Cache):
         """Of the columns in their texts: [B, T] int64; pads have any."""
         return self._places
 
-    def extend(self, place: cache.Cached, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def extend(self, place: cache.Cached, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `Cache.extend`."""
         if self._kept is not None:
             key, value = self._kept.update(key, value, self._calls)
