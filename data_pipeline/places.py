@@ -18,7 +18,10 @@ def kind_of(folder: Path) -> str | None:
         if (folder / "EXPORT.txt").is_file():
             return EXPORT
         if (folder / "manifest.json").is_file():
-            return DATASET if (folder / "tokenizer").is_dir() else CHECKPOINT
+            if (folder / "tokenizer").is_dir():
+                return DATASET
+            if any(folder.glob("shard-*.safetensors")):
+                return CHECKPOINT
     return None
 
 

@@ -122,12 +122,13 @@ def open_parts(claim: Claim, stop: StopRequest, started: float, stack: ExitStack
     model = registry.build(config.model)
     parameters = sum(p.numel() for p in model.parameters())
     engine = Engine(model, config, ranks)
-    recorder = stack.enter_context(Recorder(config, folder, ranks, claim.attempt))
+    recorder = ranks.together(lambda: stack.enter_context(Recorder(config, folder, ranks, claim.attempt)))
     stack.enter_context(told(lambda error: recorder.__exit__(type(error), error, None)))
     step, data = _restore(claim, engine, recorder.warning)
     goodput, past, damaged = ranks.together(lambda: _earlier(claim, step, started), only_first=True)
     data = DataState.model_validate(past.data) if past.data else data
-    recorder.start(step, _facts(claim, parameters) | {"started": started}, past.num_rollbacks)
+    facts = _facts(claim, parameters) | {"started": started}
+    ranks.together(lambda: recorder.start(step, facts, past.num_rollbacks))
     if shares := told_shares(claim.dataset, config.data, data.phases[-1]):
         recorder.note(shares)
     if damaged:

@@ -1,6 +1,7 @@
 """`duet plan`: what a run needs and takes, before it is started."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -139,6 +140,8 @@ def _board(gpu: str | None, tflops: float | None, memory: int | None) -> tuple[s
                 f"duet plan: name the GPU: --gpu NAME, such as {', '.join(_SOME)} (docs/plan.md lists {len(GPUS)}), or "
                 "--tflops T --memory GB: its dense bf16 peak and its memory"
             )
+        if not math.isfinite(tflops):
+            raise ConfigError(f"--tflops {tflops}: expected a finite number, such as 989")
         return "GPU", Gpu("", memory, tflops * 1e12)
     if tflops is not None or memory is not None:
         raise ConfigError("--tflops and --memory are for a GPU that --gpu does not know; leave --gpu out")

@@ -135,7 +135,7 @@ class Cache:
         return keys, values, self._mask(place.patterns, ring)
 
     def _mask(self, patterns: Patterns, ring: Ring | None = None) -> Tensor | None:
-        """Of the new columns: what each sees of all, or of the slots of a ring, None if all; made once in a pass."""
+        """What each new column sees of all, or of the slots of a ring; made once in a pass. None: everything."""
         assert self._rows is not None
         if patterns == (FULL,) and not self._padded and self._rows.length == self.length + 1:
             return None

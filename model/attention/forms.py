@@ -34,11 +34,12 @@ class Gathered(NamedTuple):
         after = 0 if rows.causal else before
         starts = torch.arange(0, rows.length, size, device=rows.device)[:, None]
         within = torch.arange(-before * size, (1 + after) * size, device=rows.device)
-        sinks = torch.arange(pattern.sinks, device=rows.device).expand(len(starts), -1)
-        sinks = sinks.masked_fill(sinks >= starts - before * size, -1)  # these stand in the blocks, too
+        sinks = torch.arange(min(pattern.sinks, rows.length), device=rows.device).expand(len(starts), -1)
+        first, end = starts - before * size, starts + (1 + after) * size
+        sinks = sinks.masked_fill((sinks >= first) & (sinks < end), -1)  # these stand in the blocks, too
         keys = torch.cat([sinks, starts + within], dim=1)
         queries = starts + torch.arange(size, device=rows.device)
-        return cls(size, before, after, pattern.sinks, rows.grid(pattern, queries, keys))
+        return cls(size, before, after, sinks.shape[1], rows.grid(pattern, queries, keys))
 
     def attend(self, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[B, H, T, d] of each -> [B, H, T, d]."""

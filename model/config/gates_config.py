@@ -28,7 +28,7 @@ class BlockGatesConfig(BaseModel, extra="forbid", frozen=True, use_attribute_doc
     0.5 cos(angle) + 0.5 >= 0.5, a varying number."""
     sites: list[GatedSite] | None = Field(default=None, min_length=1)
     """Which feed forwards; those of each stream unless given."""
-    blocks: int = Field(default=8, ge=2)
+    blocks: int = Field(default=8, ge=2, le=2**31 - 1)
     """Blocks that the hidden units are cut into."""
     density: float = Field(default=0.25, gt=0.0, le=1.0)
     """Share of the blocks that a token opens: exactly with `top`; with `cosine` the mean that training holds."""

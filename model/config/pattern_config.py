@@ -10,6 +10,8 @@ CHUNK = 256
 """Queries that share a slice of the keys, where a window is computed chunk by chunk."""
 _MOST_GATHERED = 128
 """Tokens of the widest window that is computed in blocks of its own width (benchmarks/attention.md)."""
+_MOST = 2**31 - 1
+"""Of tokens that a key may name: more than any text has."""
 FEWEST = 256
 """Tokens in a row from which on other forms than a mask T x T pay."""
 
@@ -143,17 +145,17 @@ class PatternConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstr
 
     kind: Literal["full", "window", "strided", "fixed"] = "full"
     """Everything; a window; a window and every so manyth token before; the own block and the ends of those before."""
-    window: int | None = Field(default=None, ge=1)
+    window: int | None = Field(default=None, ge=1, le=_MOST)
     """For `window`: so many tokens, the query's own included; to either side where a text is read both ways."""
-    sinks: int = Field(default=0, ge=0)
+    sinks: int = Field(default=0, ge=0, le=_MOST)
     """For `window`: the first so many tokens of a text are seen by all of it."""
     globals: list[int] = []
     """For `window`: positions from 0 that see everything and are seen by all, as far as causality allows."""
     full_every: int = Field(default=0, ge=0)
     """Every so manyth layer sees everything; none unless given."""
-    stride: int | None = Field(default=None, ge=2)
+    stride: int | None = Field(default=None, ge=2, le=_MOST)
     """For `strided` and `fixed`: length of the window or block; a power of two near √context unless given."""
-    summary: int | None = Field(default=None, ge=1)
+    summary: int | None = Field(default=None, ge=1, le=_MOST)
     """For `fixed`: so many tokens at the end of each block are seen by all after it; stride / 4 unless given."""
     merge: Literal["union", "alternate", "heads"] = "union"
     """For `strided` and `fixed`: each head sees both parts; layers take the first and the second in turn; or half of
@@ -173,7 +175,8 @@ class PatternConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstr
         if self.merge == "heads":
             return near, far
         if self.merge == "alternate":
-            return (far if layer % 2 else near,)
+            turn = layer - (layer // self.full_every if self.full_every else 0)  # full layers take none
+            return (far if turn % 2 else near,)
         return (near._replace(stride=far.stride, summary=far.summary, period=far.period),)
 
     def stride_at(self, context: int) -> int:
@@ -200,6 +203,8 @@ class PatternConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstr
         """Raises ValueError unless it fits a model of these."""
         if self.full_every > layers:
             raise ValueError(f"pattern.full_every={self.full_every}: of {layers} layers none would be full")
+        if self.sinks > context:
+            raise ValueError(f"pattern.sinks={self.sinks}: a text has context={context} tokens; take fewer, such as 4")
         if max(self.globals, default=0) >= context:
             raise ValueError(f"pattern.globals: no text has a position {max(self.globals)}, since context={context}")
         if self.merge == "alternate" and layers < 2:

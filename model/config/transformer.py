@@ -105,7 +105,7 @@ class TransformerConfig(ModelConfig, frozen=True):
     @property
     def why_not_compiled(self) -> str:
         """What keeps layers from being compiled; empty where nothing does."""
-        if self.block_gates.train_sparse_after is None:
+        if not self.gate_sites or self.block_gates.train_sparse_after is None:
             return ""
         return (
             "model.block_gates.train_sparse_after groups tokens by open block, as many as there happen to be, and "

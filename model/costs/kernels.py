@@ -64,7 +64,7 @@ def _kept(pattern: Pattern, of: Attended) -> Kept:
         return Kept(_saved(of, whole, 4 * whole) + mask * of.size, views=False)
     size = pattern.window or pattern.block
     blocks = -(-of.tokens // size)
-    seen = pattern.sinks + size * (1 + bool(pattern.window) * (1 if of.causal else 2))
+    seen = min(pattern.sinks, of.tokens) + size * (1 + bool(pattern.window) * (1 if of.causal else 2))
     mask = each_head * blocks * size * seen
     return Kept(_saved(of, blocks * size, 2 * blocks * (size + seen)) + mask * of.size, views=False)
 

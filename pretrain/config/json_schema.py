@@ -15,7 +15,7 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _COUNT = "count"
 _LETTERED = {
     "type": "string",
-    "pattern": f"^{PATTERN.pattern.replace('KMBT', 'KMBTkmbt')}$",
+    "pattern": f"^{PATTERN.pattern}$",
     "description": f"A whole number with a letter: {FORMS}.",
 }
 

@@ -4,6 +4,7 @@ Defaults < YAML files or presets, in the order given < dotted overrides (`optimi
 """
 
 from contextlib import suppress
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,8 @@ def _nearest_multiples(number: int, of: int) -> str:
 
 
 def _nearest_divisors(number: int, near: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    divisors = sorted({*small, *(number // d for d in small)})
     below, above = [d for d in divisors if d < near], [d for d in divisors if d > near]
     return " or ".join(map(str, below[-1:] + above[:1]))
 

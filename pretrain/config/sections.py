@@ -43,7 +43,7 @@ class RunConfig(
 class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """The global batch of one optimizer step."""
 
-    tokens: int = Field(default=8192, ge=1)
+    tokens: int = Field(default=8192, ge=1, le=2**32)
     """Tokens of a step over all ranks: a multiple of `model.context`."""
     micro_batch: Annotated[int | None, may_change.COMPUTED] = Field(default=None, ge=1)
     """Sequences a rank holds at once; the rank's whole share of the batch unless given."""
@@ -99,9 +99,9 @@ class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
 class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """How long to train and how often to do what."""
 
-    steps: Annotated[int, may_change.IN_FORK] = Field(default=1000, ge=1)
+    steps: Annotated[int, may_change.IN_FORK] = Field(default=1000, ge=1, le=2**40)
     """Optimizer steps of the whole run."""
-    tokens: Annotated[int | None, may_change.IN_FORK] = Field(default=None, ge=1)
+    tokens: Annotated[int | None, may_change.IN_FORK] = Field(default=None, ge=1, le=2**53)
     """The same in tokens, instead of `steps`: a multiple of `batch.tokens`. The run's configuration keeps the steps."""
     log_every: Annotated[int, may_change.WATCHED] = Field(default=10, ge=1)
     """Steps between lines on the terminal; the journal holds every step."""

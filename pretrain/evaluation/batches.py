@@ -45,14 +45,14 @@ class Batches:
     def of_step(self, samples: StepSamples, micro_batch: int, step: int, seed: int) -> list[Batch]:
         """A rank's share of a step in micro-batches."""
         made = []
-        size = micro_batch * samples.tokens.shape[1]
-        parts = zip(samples.tokens.split(micro_batch), samples.positions.split(micro_batch), strict=True)
-        for number, (tokens, positions) in enumerate(parts):
-            starts = samples.document_starts
+        windows, positions = np.asarray(samples.tokens), np.asarray(samples.positions)  # both are the host's
+        size = micro_batch * windows.shape[1]
+        for number, first in enumerate(range(0, len(windows), micro_batch)):
+            starts, share = samples.document_starts, slice(first, first + micro_batch)
             if starts is not None:
-                first, last = np.searchsorted(starts, [number * size, (number + 1) * size])
-                starts = starts[first:last] - number * size
-            made.append(self._batch(tokens.numpy(), positions.numpy(), starts, step, seed))
+                begin, end = np.searchsorted(starts, [number * size, (number + 1) * size])
+                starts = starts[begin:end] - number * size
+            made.append(self._batch(windows[share], positions[share], starts, step, seed))
         return made
 
     def of_validation(self, windows: AnyWindows, indices: np.ndarray) -> Batch:

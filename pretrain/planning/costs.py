@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import lcm
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -99,8 +100,10 @@ def _gates(config: Config, micro_batch: int, flops: float) -> tuple[str, float]:
     shape = f"{gates.blocks} blocks of {model.block_width} hidden units, {gates.density:g} of them open"
     alone = pays(1, model.width, model.block_width)
     decoding = "" if alone else "; on a CPU they are too small to decode by: take fewer blocks or a larger model"
-    if not gates.sparse_at(None):
-        return f"{shape}; training computes all: model.block_gates.train_sparse_after is not set{decoding}", flops
+    after, steps = gates.train_sparse_after if gates.kind == "cosine" else 0, config.train.steps
+    if after is None or after >= steps:
+        why = "not set" if after is None else f"{after:,}, and train.steps={steps:,}"
+        return f"{shape}; training computes all: model.block_gates.train_sparse_after is {why}{decoding}", flops
     if not trains_open_blocks(model, tokens, compiled=config.engine.compile, cuda=True):
         reason = (
             "engine.compile takes fixed shapes"
@@ -109,7 +112,10 @@ def _gates(config: Config, micro_batch: int, flops: float) -> tuple[str, float]:
         )
         return f"{shape}; training computes all, {reason}{decoding}", flops
     executed = executed_flops_per_token(model, config.objective.of_pairs, training=True) * config.batch.tokens
-    return f"{shape}; training computes these alone{decoding}", executed
+    since = f" after step {after:,}" if after else ""
+    return f"{shape}; training computes these alone{since}{decoding}", (
+        after * flops + (steps - after) * executed
+    ) / steps
 
 
 def largest_micro_batch(config: Config, gpus: int, size: float) -> int | None:
@@ -197,9 +203,14 @@ def more_gpus(config: Config, gpus: int, size: float) -> tuple[int, int] | None:
 
 def _checkpoints(config: Config) -> int:
     """Those that stay at the end (pretrain/checkpoint/retention.py), the best counted as none of the others."""
-    train = config.train
-    saved = sorted({1, *range(train.checkpoint_every, train.steps + 1, train.checkpoint_every), train.steps})
-    kept = set(saved[-train.keep_checkpoints :])
-    if train.keep_every:
-        kept |= {step for step in saved if step % train.keep_every == 0}
-    return min(len(kept) + 1, len(saved))
+    every, steps, keep_every = config.train.checkpoint_every, config.train.steps, config.train.keep_every
+    regular = steps // every
+    saved = regular + len({step for step in (1, steps) if step % every})
+    newest = {steps, *range(max(1, regular - config.train.keep_checkpoints) * every, steps, every), 1}
+    kept = set(sorted(newest)[-config.train.keep_checkpoints :])
+    milestones = 0
+    if keep_every:
+        both = lcm(every, keep_every)
+        milestones = steps // both + len({step for step in (1, steps) if step % keep_every == 0 and step % both})
+        milestones -= sum(1 for step in kept if step % keep_every == 0)
+    return min(len(kept) + milestones + 1, saved)

@@ -175,6 +175,7 @@ PATTERNED = {
 """Each pattern with another model, so that options meet in pairs."""
 PATTERNED_BOTH_WAYS = {
     "bert_window": _patterned("bert_modern", kind="window", window=3),
+    "bert_sinks": _patterned("bert_embed", kind="window", window=2, sinks=7),
     "bert_globals": _patterned("bert", kind="window", window=2, globals=[0, 4]),
     "t5_strided": _patterned("t5_modern", kind="strided", stride=3, merge="alternate"),
     "t5_fixed": _patterned("t5_embed", kind="fixed", merge="heads"),

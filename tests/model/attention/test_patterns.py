@@ -332,6 +332,7 @@ REFUSED = {
     r"full_every=3: of 2 layers none would be full": {"kind": "window", "window": 4, "full_every": 3},
     r"globals takes different positions": {"kind": "window", "window": 4, "globals": [1, 1]},
     r"no text has a position 12, since context=12": {"kind": "window", "window": 4, "globals": [12]},
+    r"sinks=13: a text has context=12 tokens": {"kind": "window", "window": 4, "sinks": 13},
     r"summary=5 is more than a block of 4": {"kind": "fixed", "summary": 5},
     r"stride=13 is more than context=12": {"kind": "strided", "stride": 13},
 }
@@ -341,6 +342,23 @@ REFUSED = {
 def test_what_does_not_fit_is_refused(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(pattern=REFUSED[message])
+
+
+def test_turns_are_taken_by_the_layers_that_are_not_full() -> None:
+    pattern = PatternConfig(kind="strided", stride=4, merge="alternate", full_every=2)
+    seen = [pattern.of_layer(layer, 64) for layer in range(6)]
+    near, far = (Pattern(window=4),), (Pattern(stride=4),)
+    assert seen == [near, (FULL,), far, (FULL,), near, (FULL,)]
+
+
+def test_a_text_may_be_shorter_than_its_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.arange(8)[None]
+    model = plain({"kind": "window", "window": 2, "sinks": 12}).eval()
+    expected = model.predict(ids, None)
+    monkeypatch.setattr(pattern_config, "FEWEST", 1)
+    forms._shared.cache_clear()
+    torch.testing.assert_close(model.predict(ids, None), expected)
+    forms._shared.cache_clear()
 
 
 def test_turns_need_layers_and_halves_an_even_number_of_heads() -> None:

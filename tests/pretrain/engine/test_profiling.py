@@ -72,7 +72,7 @@ def test_a_run_writes_its_trace_and_says_so(
         ("[0,3]", r"profile: steps=\[0, 3\]: expected \[first, last\] with 1 <= first <= last"),
         ("[7,3]", r"expected \[first, last\] with 1 <= first <= last"),
         ("[3,2000]", r"profile.steps=\[3, 2000\] goes beyond train.steps=1000"),
-        ("[3]", "profile.steps.1"),
+        ("[3]", "profile.steps: expected 2 values"),
         ("3", "profile.steps"),
     ],
 )

@@ -69,6 +69,8 @@ def test_time_is_flops_over_what_the_gpus_do() -> None:
     [
         (["kind=top"], "training computes all, too small to gain by it in micro-batches of 2,048 tokens", 1.0),
         (["kind=cosine"], "training computes all: model.block_gates.train_sparse_after is not set", 1.0),
+        (["kind=cosine", "train_sparse_after=1000"], "train_sparse_after is 1,000, and train.steps=1,000", 1.0),
+        (["kind=cosine", "train_sparse_after=250", "wide"], "training computes these alone after step 250", 0.7),
         (["kind=top", "wide"], "8 blocks of 8192 hidden units, 0.25 of them open; training computes these alone", 0.6),
         (["kind=top", "wide", "compile"], "training computes all, engine.compile takes fixed shapes", 1.0),
         (["kind=top", "blocks=512"], "too small to decode by: take fewer blocks or a larger model", 1.0),

@@ -1,5 +1,6 @@
 """The report: one page that needs nothing else and tells what the journal tells."""
 
+import html
 import json
 import math
 import os
@@ -53,6 +54,7 @@ def journal_steps(run_dir: Path, attempt: int, first: int, last: int, *, resumed
             for layer in range(3):
                 metrics[f"gate/density/{site}/{layer:02d}"] = 1 - step / 200 - layer / 10
                 metrics[f"gate/entropy/{site}/{layer:02d}"] = step / 200 + layer / 10
+                metrics[f"gate/multiplier/{site}/{layer:02d}"] = step / 1000
         journal.metrics(step, metrics)
         if step % 20 == 0:
             losses = {"loss/val": 2.25 - attempt / 8, "loss/val_bits_per_byte": 1.75 - attempt / 8}
@@ -103,7 +105,7 @@ def test_a_report_tells_the_numbers_and_escapes_all_text(run_dir: Path, page: Pa
     assert "<script" not in text
     for name in ("loss/val/s8", "loss/val_bits_per_byte/s8"):
         assert f">{name}<" in text
-    titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    titles = [html.unescape(title) for title in re.findall(r"<figcaption>(.*?)</figcaption>", text)]
     assert titles == [panel.title for panel in PANELS], "the journal has all that can be drawn"
     assert text.count("data:image/png;base64,") == len(PANELS)
     plots = list((run_dir / "report-plots").iterdir())
