@@ -70,7 +70,7 @@ class Cache:
     @contextmanager
     def used_by(self, model: nn.Module) -> Iterator[None]:
         """Every place in the model goes on where this cache ends."""
-        if self._model is not model:  # to look at all modules takes a quarter of a small model's time for a token
+        if self._model is not model:  # to look at all modules for each token takes 3 % of a small model's time
             self._model = model
             self._using = [vars(module) for module in model.modules() if isinstance(module, Cached)]
         for place in self._using:
