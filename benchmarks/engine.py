@@ -53,8 +53,8 @@ class Case(NamedTuple):
 CASES = {
     # 10.6 M parameters
     128: Case(("model.layers=3", "model.width=320", "model.heads=5", "model.context=64"), 200, False, (1.05, None)),
-    2048: Case(SMALL, 100, True, (1.03, 1.05)),
-    8192: Case(SMALL, 30, True, (1.03, 1.05)),
+    2048: Case(SMALL, 100, True, (1.01, 1.05)),
+    8192: Case(SMALL, 30, True, (1.01, 1.05)),
 }
 
 

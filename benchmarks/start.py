@@ -64,7 +64,7 @@ def measure(folder: Path) -> list[dict[str, Any]]:
     return [
         compare(seconds, "train, until step 1 ends", "import torch and DeepSpeed", 1.3),
         compare(seconds, "generate, until the model is loaded", "import torch", 1.5),
-        compare(seconds, "eval of 1,136 tokens", "import torch", 1.6),
+        compare(seconds, "eval of 1,136 tokens", "import torch", 1.5),
         compare(seconds, "the report of 13 plots", "import torch", 2.0),
     ]
 
