@@ -29,7 +29,7 @@ ONLY_IN = {
 MOST_FILES = 12
 """In a room, `__init__.py` aside."""
 MOST_LINES = 50
-"""Of a function's body."""
+"""Of a function; of a command without its signature, which is a table of options."""
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 ROOMS = sorted({file.parent for file in FILES})
 
@@ -110,7 +110,7 @@ def test_the_rules_see_a_breach(tmp_path: Path) -> None:
     assert {"pretrain", "pretrain.engine", "deepspeed.comm"} <= set(imports(breach))
     [function] = ast.parse(breach.read_text()).body
     assert isinstance(function, ast.FunctionDef)
-    assert body_lines(function) == 2
+    assert lines_of(function) == 3
     with pytest.raises(CycleError):
         list(TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
 
@@ -163,17 +163,19 @@ def test_files_stay_readable() -> None:
     assert not long, f"one idea a file, about 400 lines: {long}"
 
 
-def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Docstring included; a signature is a table, such as that of a command's options."""
-    return (function.end_lineno or 0) - function.body[0].lineno + 1
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Docstring included."""
+    is_command = "typer." in ast.unparse(function.args)
+    first = function.body[0].lineno if is_command else function.lineno
+    return (function.end_lineno or 0) - first + 1
 
 
 def test_functions_stay_readable() -> None:
     long = {
-        f"{file.relative_to(ROOT)}: {node.name}": body_lines(node)
+        f"{file.relative_to(ROOT)}: {node.name}": lines_of(node)
         for file in FILES
         for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and body_lines(node) > MOST_LINES
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and lines_of(node) > MOST_LINES
     }
     assert not long
 

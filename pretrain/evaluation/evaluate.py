@@ -55,7 +55,6 @@ def evaluate(
     Args:
         text_bytes: UTF-8 bytes of that text by source, for bits per byte.
         batch: windows of a forward pass on each rank.
-        batches: makes them.
         edge: called before each batch, as often on every rank; may raise to break off.
 
     Returns:

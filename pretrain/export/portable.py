@@ -89,20 +89,12 @@ def write_export(
     if folder.exists():
         raise CheckpointError(f"{folder}: is there already; name a new folder")
     file, tokenizer = tokenizer_of(checkpoint, config)
-    state = checkpoint.manifest.state
     with torch.device("meta"):
         model = registry.build(config.model)
     if weights is None:
         weights = checkpoint.weights()
         checkpoint.check_shapes({name: list(values.shape) for name, values in model.named_parameters()})
-    facts = ExportFacts(
-        model=config.model,
-        objective=config.data.objective,
-        run=config.run.name,
-        step=checkpoint.manifest.step,
-        commit=state.get("commit"),
-        dataset=state.get("data", {}).get("fingerprint"),
-    )
+    facts = _facts(checkpoint, config)
     tensors = {name: values.to(DTYPES[dtype]) for name, values in weights.items()} | checkpoint.buffers()
     metadata = {"format": "pt"} | {name: str(getattr(facts, name)) for name in ("run", "step", "commit", "dataset")}
     with _new_folder(folder) as new:
@@ -120,6 +112,18 @@ def write_export(
         write_json(new / "tokenizer_config.json", _tokenizer_config(facts, tokenizer))
         write_atomic(new / "modeling_duet.py", Path(__file__).with_name("modeling_duet.py").read_bytes())
         write_atomic(new / "EXPORT.txt", note + OURS)
+
+
+def _facts(checkpoint: Checkpoint, config: Config) -> ExportFacts:
+    state = checkpoint.manifest.state
+    return ExportFacts(
+        model=config.model,
+        objective=config.data.objective,
+        run=config.run.name,
+        step=checkpoint.manifest.step,
+        commit=state.get("commit"),
+        dataset=state.get("data", {}).get("fingerprint"),
+    )
 
 
 def is_export(folder: Path) -> bool:
