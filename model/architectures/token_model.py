@@ -96,7 +96,7 @@ class TokenModel(Cached):
         length = input_ids.shape[1]
         if length > self.config.context:
             raise ValueError(f"{length} tokens do not fit a context of {self.config.context}")
-        x, next_positions = self._with_positions(self.token_embed(input_ids), visible.positions)
+        x, next_positions = self.with_positions(self.token_embed(input_ids), visible.positions)
         mask_source = None if self.mask_source is None else self.mask_source(x, visible)
         x, statistics = dropout(x, keys, mask_source, visible)
         return Embedded(x, next_positions, mask_source, visible, statistics)
@@ -162,7 +162,7 @@ class TokenModel(Cached):
         metrics["loss"] = loss
         return ModelOutput(loss, {name: value.detach() for name, value in metrics.items()}, tokens.by_token)
 
-    def _with_positions(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def with_positions(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, T, C] with their positions, and the position vectors one further where they are used.
 
         Positions [B, T] give vectors [B, T, C]; without them all rows share [T, C].

@@ -43,7 +43,7 @@ class CausalAttention(Cached):
         self._config = config
         self.heads = heads
         self._group = group
-        self._mixer = Softmax(config, name, rate)
+        self.mixer = Softmax(config, name, rate)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible = CAUSAL
@@ -59,7 +59,7 @@ class CausalAttention(Cached):
             visible = Visible(causal=False, mask=mask)
         if self._group > 1:
             key, value = (x.repeat_interleave(self._group, dim=1) for x in (key, value))
-        found = self._mixer(query, key, value, keys, visible)
+        found = self.mixer(query, key, value, keys, visible)
         return found.transpose(1, 2).flatten(2)
 
     def weights(self, query: Tensor, key: Tensor, visible: Visible = CAUSAL) -> Tensor:
@@ -69,7 +69,7 @@ class CausalAttention(Cached):
             rows = Rows(query.shape[:2], query.device, visible.causal)
             visible = visible._replace(mask=rows.dense(self.patterns))
         query, key, _ = self._in_heads(query, key, key, visible)
-        return self._mixer.weights(query, key.repeat_interleave(self._group, dim=1), visible)
+        return self.mixer.weights(query, key.repeat_interleave(self._group, dim=1), visible)
 
     def _in_heads(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, H, T, d], key and value [B, H / group, S, d], turned by their positions where these are rotary."""

@@ -38,7 +38,8 @@ class Cache:
         """
         self.length = 0
         self._padding = padding
-        self._padded = bool(padding.any())
+        self.padded = bool(padding.any())
+        """Some row is."""
         self._capacity = capacity
         self._stored: dict[Cached, tuple[Tensor, Tensor]] = {}
         self._rows: Rows | None = None
@@ -102,6 +103,10 @@ class Cache:
         """
         if ring := Ring.of(place.patterns, self._capacity):
             return self._extend_ring(ring, place, key, value)
+        return *self.append(place, key, value), self._mask(place.patterns)
+
+    def append(self, place: Cached, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The same at a place that sees everything: keys and values so far."""
         end = self.length + key.shape[2]
         if place not in self._stored:
             shape = (*key.shape[:2], self._capacity, key.shape[3])
@@ -109,7 +114,7 @@ class Cache:
         keys, values = self._stored[place]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end], self._mask(place.patterns)
+        return keys[:, :, :end], values[:, :, :end]
 
     def reorder(self, rows: Tensor) -> None:
         """Go on with these rows [B'] int64, in this order; a row may come several times or not at all."""
@@ -137,7 +142,7 @@ class Cache:
     def _mask(self, patterns: Patterns, ring: Ring | None = None) -> Tensor | None:
         """What each new column sees of all, or of the slots of a ring; made once in a pass. None: everything."""
         assert self._rows is not None
-        if patterns == (FULL,) and not self._padded and self._rows.length == self.length + 1:
+        if patterns == (FULL,) and not self.padded and self._rows.length == self.length + 1:
             return None
         if (patterns, ring) not in self._masks:
             made = self._rows.dense(patterns, self.length) if ring is None else self._ring_mask(patterns, ring)

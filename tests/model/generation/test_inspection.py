@@ -94,7 +94,7 @@ def test_what_was_drawn_from_is_told() -> None:
     """With a cache and in a moved window alike, up to rounding of fp64 sums."""
     model = open_masks(build(small())).double().eval()
     prompts = [torch.tensor([3, 1, 4]), torch.tensor([2])]
-    generation = Generation(model, prompts, Sampling(temperature=0.0))
+    generation = Generation(model, prompts, Sampling(temperature=0.0, repetition_penalty=1.1))
     assert generation.drawn is None
     texts = [prompt.tolist() for prompt in prompts]
     for step in range(14):
@@ -108,5 +108,6 @@ def test_what_was_drawn_from_is_told() -> None:
             if len(texts[text]) <= model.config.context:
                 again = model.token_embed(inspect(model, torch.tensor(texts[text])).states[-1:])
                 torch.testing.assert_close(drawn.logits[row], again, rtol=0, atol=1e-12)
+            assert drawn.present is not None
             assert set(drawn.present[row, 0].nonzero().flatten().tolist()) == set(texts[text])
             texts[text] += found[text]
