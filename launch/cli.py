@@ -141,9 +141,11 @@ def evaluate(
     Examples: `duet eval runs/quickstart`, `duet eval exported --tasks mine.yaml,lambada_openai`
     """
     if tasks is None:
+        from launch.progress import counted
         from pretrain.export.use import evaluate_run
 
-        found = evaluate_run(run, step, rounding)
+        with counted("validating") as progress:
+            found = evaluate_run(run, step, rounding, progress)
         width = max(28, *map(len, found))
         for name, value in found.items():
             typer.echo(f"{name:<{width}} {value:.6f}")

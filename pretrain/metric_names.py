@@ -64,6 +64,7 @@ BLOCK_ENTROPY_WEIGHT = Metric("penalty/block_entropy_weight", "factor", of_model
 ENCODER_LOSS = Metric("loss/encoder", "its own", of_model="encoder_loss")
 Z_LOSS = Metric("loss/z", "mean of log² Z", of_model="z_loss")
 VALIDATION = Metric("loss/val", "nats per label")
+VALIDATION_PART = Metric("loss/val_part", "nats per label")
 BITS_PER_BYTE = Metric("loss/val_bits_per_byte", "bits per byte")
 DENSITY = Metric("gate/density", "share of open gates", of_model="density", column=Column("density", 8))
 GATE_ENTROPY = Metric("gate/entropy", "bits")

@@ -4,7 +4,7 @@ Defaults < YAML files or presets, in the order given < dotted overrides (`optimi
 """
 
 from contextlib import suppress
-from math import isqrt
+from math import ceil, isqrt
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from pretrain.objectives.objective import Objective
 from pretrain.objectives.registry import objective_of
 
 ARCHITECTURE = "model.architecture"
+EVAL_SHARE = 32
+"""Tokens that are trained on for each that is validated on, unless `train.eval_tokens` is given."""
 
 
 class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
@@ -203,6 +205,15 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
     def global_batch(self) -> int:
         """Sequences of one optimizer step over all ranks."""
         return self.batch.tokens // self.model.context
+
+    @property
+    def eval_windows(self) -> int | None:
+        """Windows of a validation that is not the last one; None: all."""
+        train = self.train
+        if train.eval_tokens == "all":
+            return None
+        tokens = train.eval_tokens or train.eval_every * self.batch.tokens / EVAL_SHARE
+        return ceil(tokens / self.model.context)
 
     @property
     def labels_vary(self) -> bool:

@@ -107,6 +107,11 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Steps between lines on the terminal; the journal holds every step."""
     eval_every: Annotated[int, may_change.WATCHED] = Field(default=200, ge=1)
     """Steps between validations; the last step is always validated."""
+    eval_tokens: Annotated[Annotated[int, Field(ge=1)] | Literal["all"] | None, may_change.WATCHED] = None
+    """Held-out tokens of a validation, in whole windows, the same each time and spread over the sources; `all` of them.
+    Unless given, a thirty-second of the tokens between two validations."""
+    eval_whole_at_end: Annotated[bool, may_change.WATCHED] = True
+    """The last validation is over all held-out text, whatever `eval_tokens` says."""
     checkpoint_every: Annotated[int, may_change.WATCHED] = Field(default=200, ge=1)
     """Steps between checkpoints; the first step, to see that the disk works, and the last always get one."""
     keep_checkpoints: Annotated[int, may_change.WATCHED] = Field(default=3, ge=1)

@@ -19,6 +19,8 @@ from pretrain.evaluation.evaluate import evaluate, held_out, held_out_bytes
 from pretrain.export.portable import is_export, load_export
 from pretrain.inference.trained import Trained, find_checkpoint, read_model, tokenizer_of
 
+Progress = Callable[[int, int], object]
+
 
 def open_trained(path: Path, step: int | None = None) -> Trained:
     """The model of a run folder (its newest checkpoint, or that of `step`), of a checkpoint or of an export.
@@ -40,13 +42,16 @@ def open_trained(path: Path, step: int | None = None) -> Trained:
     return Trained(read_model(checkpoint, config), tokenizer, config.data.objective, config.run.name, step)
 
 
-def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> dict[str, float]:
+def evaluate_run(
+    run: Path, step: int | None, rounding: str | None = None, progress: Progress = lambda done, total: None
+) -> dict[str, float]:
     """Validation metrics of a checkpoint over all held-out text, as `evaluate` gives them.
 
     Says on standard error when that text is of another dataset than the checkpoint's.
 
     Args:
         rounding: of learned dropout's masks, one of EVAL_ROUNDINGS; the run's own unless given.
+        progress: told before each batch how many are done, and of how many.
 
     Raises:
         DataError: the dataset is damaged, or its tokenizer another one than the model was trained with.
@@ -56,12 +61,14 @@ def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> di
     checkpoint, config = find_checkpoint(run, step)
     if rounding:
         config = _rounded(run, config, rounding)
-    with validating(checkpoint, config) as validate:
+    with validating(checkpoint, config, progress) as validate:
         return validate(read_model(checkpoint, config))
 
 
 @contextmanager
-def validating(checkpoint: Checkpoint, config: Config) -> Iterator[Callable[[TokenModel], dict[str, float]]]:
+def validating(
+    checkpoint: Checkpoint, config: Config, progress: Progress = lambda done, total: None
+) -> Iterator[Callable[[TokenModel], dict[str, float]]]:
     """What validates models over the held-out text of a checkpoint's run, as `evaluate_run` does, and raises as it."""
     own_caches()
     tokenizer_of(checkpoint, config)  # as many pieces may be others
@@ -78,7 +85,7 @@ def validating(checkpoint: Checkpoint, config: Config) -> Iterator[Callable[[Tok
         batch = max(1, 8192 // config.model.context)
         batches = Batches.of(config, dataset, ranks.device)
         sizes = held_out_bytes(dataset)
-        yield lambda model: evaluate(model.to(ranks.device), windows, sizes, batch, ranks, batches)
+        yield lambda model: evaluate(model.to(ranks.device), windows, sizes, batch, ranks, batches, progress)
 
 
 def _rounded(run: Path, config: Config, rounding: str) -> Config:

@@ -113,6 +113,8 @@ class Console:
         self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._warned: set[str] = set()
         self._gone = False
+        self._began = self._told = 0.0
+        """When a validation began, and when a line told how far it was."""
         self._printing = threading.RLock()
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
@@ -132,6 +134,17 @@ class Console:
         self._print(f"{self._position(step)}{values}{left:>{LEFT_WIDTH}}", "step" if finite else "bad")
         self._show_status(step, left)
 
+    def validating(self, step: int, done: int, total: int) -> None:
+        """So many batches of a validation are done: a bar on a terminal, else a line every ten seconds."""
+        now = time.monotonic()
+        if not done:
+            self._began = self._told = now
+        left = f"{duration((total - done) * (now - self._began) / done)} left" if done else ""
+        self._show_bar(done / total, f"{VALIDATION_LABEL}  {left}")
+        if self._terminal is None and now - self._told >= PROGRESS_SECONDS:
+            self._told = now
+            self._print(f"{self._position(step)}  {VALIDATION_LABEL}   {done / total:.0%}   {left}", "note")
+
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         """A line of a validation's results, but for those of single masks, such as `gate/flips/enc_ff/00`."""
         shown = [
@@ -139,6 +152,8 @@ class Console:
             for name, value in metrics.items()
             if name.count("/") == 1
         ]
+        if self._live and step >= self._total:
+            self.close()
         text = "   ".join(f"{'loss' if name == 'val' else name} {value:.4f}" for name, value in shown)
         self._print(f"{self._position(step)}  {VALIDATION_LABEL}   {text}", "validation")
 
@@ -191,12 +206,17 @@ class Console:
         return "-"
 
     def _show_status(self, step: int, left: str) -> None:
+        if step < self._total:
+            self._show_bar(step / self._total, f"{left} left")
+        else:
+            self.close()
+
+    def _show_bar(self, share: float, words: str) -> None:
         if self._terminal is None:
             return
-        share = min(step / self._total, 1.0)
         full = round(30 * share)
-        bar = Text.assemble(("━" * full, "green"), ("━" * (30 - full), "bright_black"), f"  {share:4.0%}  {left} left")
-        if self._live is None and step < self._total:
+        bar = Text.assemble(("━" * full, "green"), ("━" * (30 - full), "bright_black"), f"  {share:4.0%}  {words}")
+        if self._live is None:
             self._live = Live(
                 bar,
                 console=self._terminal,
@@ -206,9 +226,7 @@ class Console:
                 redirect_stderr=False,
             )
             self._live.start()
-        elif self._live and step >= self._total:
-            self.close()
-        elif self._live:
+        else:
             self._live.update(bar, refresh=True)
 
     def _print(self, text: str, style: str) -> None:
