@@ -19,6 +19,7 @@ from data_pipeline.secret import WAY_ON, argument_of_secret
 from launch.commands import checkpoint, data, jobs, plan, preflight, runs, status, study, submit
 from launch.commands.generate import generate
 from launch.completion import complete_configs, complete_runs, shipped
+from pretrain import status_line
 from pretrain.run.provenance import check_code
 
 ConfigArgs = Annotated[
@@ -248,6 +249,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may be no text, and a terminal may lack a character
             stream.reconfigure(errors="backslashreplace")
+    status_line.begin(" ".join(["duet", *sys.argv[1:2]]))
     with told(lambda error: print(f"error: {error}", file=sys.stderr)):
         try:
             check_code()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import ConfigError
+from launch.completion import complete_configs
 from model.gpus import GPUS, Gpu, find, near
 
 if TYPE_CHECKING:
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Size and cost of a model.")
 ConfigArgs = Annotated[
     list[str],
-    typer.Argument(metavar="CONFIG… KEY=VALUE…", help="YAML files or presets, then overrides such as model.layers=4."),
+    typer.Argument(
+        metavar="CONFIG… KEY=VALUE…",
+        help="YAML files or presets, then overrides such as model.layers=4.",
+        autocompletion=complete_configs,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 

@@ -19,6 +19,7 @@ from rich.console import Console as Terminal
 from rich.live import Live
 from rich.text import Text
 
+from pretrain import status_line
 from pretrain.metric_names import COLUMNS, STEP_MS, Column, Metric
 from pretrain.tracking.durations import duration
 
@@ -27,6 +28,8 @@ WINDOW = 50
 """Calls of `step` over which the time left is estimated."""
 LEFT_WIDTH = 9
 PROGRESS_SECONDS = 10.0
+SILENT_SECONDS = 2.0
+"""Without a line, after which the status line says for how long."""
 VALIDATION_LABEL = "validation"
 STYLES = {
     "header": "bold",
@@ -44,6 +47,8 @@ class Screen:
     def __init__(self, log: Path) -> None:
         self.log = log
         self.out, self.err = (_duplicate(stream) for stream in (sys.stdout, sys.stderr))
+        for stream in (self.out, self.err):
+            status_line.watch(stream)
         self._copy = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._size = self._length()
 
@@ -108,6 +113,7 @@ class Console:
         terminal = Terminal(file=self._file, highlight=False, soft_wrap=True)
         self._terminal = terminal if terminal.is_terminal and not terminal.is_dumb_terminal else None
         self._live: Live | None = None
+        self._status = (0.0, "", 0.0)
         self._columns: list[tuple[Metric, Column]] = []
         self._lines_since_header = 0
         self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW)
@@ -214,20 +220,26 @@ class Console:
     def _show_bar(self, share: float, words: str) -> None:
         if self._terminal is None:
             return
-        full = round(30 * share)
-        bar = Text.assemble(("━" * full, "green"), ("━" * (30 - full), "bright_black"), f"  {share:4.0%}  {words}")
-        if self._live is None:
+        self._status = (share, words, time.monotonic())
+        if self._live:
+            self._live.refresh()
+        else:
             self._live = Live(
-                bar,
+                get_renderable=self._bar,
                 console=self._terminal,
-                auto_refresh=False,
+                refresh_per_second=1,
                 transient=True,
                 redirect_stdout=False,  # else it brings back to the screen what `take_over` keeps from it
                 redirect_stderr=False,
             )
             self._live.start()
-        else:
-            self._live.update(bar, refresh=True)
+
+    def _bar(self) -> Text:
+        """How far the run is; and the seconds since it said so, where those are many."""
+        share, words, since = self._status
+        full, age = round(30 * share), time.monotonic() - since
+        text = f"  {share:4.0%}  {words}" + (f", {age:.0f} s ago" if age >= SILENT_SECONDS else "")
+        return Text.assemble(("━" * full, "green"), ("━" * (30 - full), "bright_black"), text)
 
     def _print(self, text: str, style: str) -> None:
         if self._gone:
