@@ -120,6 +120,7 @@ def train(
 
 
 app.command()(generate)
+app.command()(checkpoint.push)
 
 
 @app.command("eval")

@@ -235,6 +235,34 @@ def shrink(
     typer.echo(f"exported to {to}")
 
 
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An export.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="NAME/MODEL, made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it for yourself only, if it is made.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Upload an export to huggingface.co, or to the server that HF_ENDPOINT names.
+
+    `hf auth login`, or HF_TOKEN, says who you are.
+
+    Example: `duet push exported NAME/MODEL --dry-run`
+    """
+    from pretrain.export.hugging_face.push import is_licensed, uploads
+    from pretrain.export.hugging_face.push import push as upload
+
+    files = uploads(folder)
+    if not is_licensed(folder):
+        typer.echo(
+            f"warning: {folder / 'README.md'} does not say under which licence the weights may be used", err=True
+        )
+    if not dry_run:
+        typer.echo(upload(folder, repo, private=private))
+        return
+    for file in files:
+        typer.echo(f"{file.bytes:>15,}  {file.name}")
+    typer.echo(f"{len(files)} files, {sum(file.bytes for file in files):,} bytes would go to {repo}")
+
+
 def _no_checkpoint(path: Path) -> str:
     from data_pipeline.places import RUN, kind_of, mistaken
 
