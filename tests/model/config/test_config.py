@@ -55,6 +55,8 @@ def test_a_vocabulary_is_needed_to_build() -> None:
         ({"learned_dropout": {"sites": []}}, "at least 1 item"),
         ({"learned_dropout": {"sites": ["cross", "cross"]}}, "learned_dropout.sites: a site is named twice"),
         ({"learned_dropout": {"detach_embed": True}}, "detach_embed is about source=embed"),
+        ({"weights": {"kind": "entmax"}, "attention": "flash"}, "attention=flash: weights.kind=entmax is no softmax"),
+        ({"weights": {"alpha": 1.5}}, "weights.alpha is for weights.kind=entmax, not softmax"),
         ({"l0": {"enabled": True}}, "l0 and learned_dropout are both enabled"),
         ({"l0": {"sites": ["cross"]}, "architecture": "decoder_only"}, "l0.sites: decoder_only has no site cross"),
         ({"norm": "batchnorm"}, "would see the tokens it is to predict; it fits bidirectional encoders only"),
