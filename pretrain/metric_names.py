@@ -75,6 +75,8 @@ FLIPS = Metric("gate/flips", "share of elements")
 VALIDATION_DENSITY = Metric("gate/val_density", "share of open gates")
 ALPHA = Metric("attention/alpha", "alpha of entmax", of_model="alpha")
 ZEROS = Metric("attention/zeros", "share of visible keys with weight 0", of_model="zeros")
+SPAN = Metric("attention/span", "tokens", of_model="span")
+SPAN_WEIGHT = Metric("penalty/span_weight", "factor", of_model="span_weight")
 GRAD_NORM = Metric("optim/grad_norm", "norm before clipping", column=Column("grad", 8, ".3f"))
 LEARNING_RATE = Metric("optim/lr", "learning rate", column=Column("lr", 9, ".2e"))
 SKIPPED = Metric("optim/skipped", "steps")
@@ -103,7 +105,7 @@ SPIKES = Metric("health/spikes", "spikes")
 ROLLBACKS = Metric("health/rollbacks", "rollbacks")
 
 OF_MODEL = {metric.of_model: metric for metric in REGISTRY.values() if metric.of_model}
-OF_HEADS = (ALPHA, ZEROS)
+OF_HEADS = (ALPHA, ZEROS, SPAN)
 """Of each head, such as `attention/alpha/dec_sa/00/h0`, and the mean over all."""
 COLUMNS: tuple[tuple[Metric, Column], ...] = tuple(
     (metric, metric.column) for metric in REGISTRY.values() if metric.column

@@ -57,7 +57,8 @@ class CausalAttention(Cached):
         query, key, value = self._in_heads(query, key, value, visible)
         if self.cache is not None:
             key, value, mask = self.cache.extend(self, key, value)
-            visible = Visible(causal=False, mask=mask)
+            queries, keys_at = self.cache.places(self) if self.mixer.counts else (None, None)
+            visible = Visible(causal=False, mask=mask, positions=queries, key_positions=keys_at)
         if self._group > 1:
             key, value = (x.repeat_interleave(self._group, dim=1) for x in (key, value))
         found = self.mixer(query, key, value, keys, visible)
@@ -119,7 +120,7 @@ class CrossAttention(nn.Module):
         self.query = Linear(config.width, config.width, bias=config.bias)
         self.key_value = Linear(config.width, 2 * (config.width // group), bias=config.bias)
         self.out = Linear(config.width, config.width, bias=config.bias, std=std)
-        mixer = mixer_of(config, heads, name)
+        mixer = mixer_of(config, heads, name, aligned=not config.traits.two_sequences)
         self.attention = CausalAttention(config, heads, layer=layer, group=group, name=name, mixer=mixer)
 
     def forward(self, x: Tensor, other: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:

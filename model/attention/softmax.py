@@ -25,6 +25,9 @@ class Softmax(nn.Module):
     What an attention mixes its values with. It has no parameters, and a cache keeps its keys and values.
     """
 
+    counts = False
+    """It asks for the positions of queries and keys."""
+
     def __init__(self, config: TransformerConfig, name: str = "", rate: float = 0.0, *, formed: bool = False) -> None:
         """`name` of the attention keys the noise; `rate` is that of dropout on the weights, in training.
 

@@ -234,7 +234,7 @@ def cross_layer(shape: Shape, tokens: int, read: int, *, aligned: bool = True) -
     parts.append(self_attention(shape, tokens, "decoder: attention", causal=True))
     width, keys = config.width, config.width // config.queries_per_kv_head
     weights = linear_weights(config, width, width) * 2 + linear_weights(config, width, 2 * keys)
-    weights += config.weights.learned * config.num_cross_heads
+    weights += config.weights.learned * config.weights.shapes(aligned=aligned) * config.num_cross_heads
     flops = tokens * 4 * width**2 + read * 4 * width * keys
     flops += shape.scores(tokens, causal=True) if aligned else 4 * read * tokens * width
     saved = attention_bytes(
@@ -330,9 +330,11 @@ def attention_bytes(
     square = heads * queries * keys
     total = shape.vectors(queries) if read else 0
     patterns = shape.patterns if aligned and not shape.in_blocks else (FULL,)
-    formed = in_layer and config.weights.kind != "softmax"
+    formed = in_layer and config.weights.shapes(aligned=aligned)
     if formed or config.attention == "explicit" or rate:
         total += shape.vectors(queries) + 2 * shape.vectors(keys)
+        if formed and config.weights.kind == "adaptive_span":
+            total += (rows if shape.dense_mask else 1) * (queries + keys) * 8  # positions
         # The weights in fp32 and, where that is another type, in 16 bits; with dropout its factors and result.
         low = size < _FP32
         total += rows * square * (_FP32 + low * size + (rate > 0) * (1 if low else 2) * size)

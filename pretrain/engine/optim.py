@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.attention.weights import Entmax
+from model.attention.weights import AdaptiveSpan, Entmax
 from model.masks.learned_dropout import LearnedDropout, MaskSource
 from pretrain.config.sections import OptimizerConfig
 from pretrain.engine.adamw8bit import AdamW8bit
@@ -23,7 +23,7 @@ def peak_rates(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
     """Peak learning rate under AdamW of each parameter, by its name."""
     own = dict.fromkeys(_of(model, LearnedDropout | MaskSource), min(config.lr, config.mask_lr or config.lr))
     if config.kind != "muon":
-        own |= dict.fromkeys(_of(model, Entmax), config.attention_lr or 10 * config.lr)
+        own |= dict.fromkeys(_of(model, Entmax | AdaptiveSpan), config.attention_lr or 10 * config.lr)
     return {name: own.get(id(parameter), config.lr) for name, parameter in model.named_parameters()}
 
 

@@ -69,6 +69,9 @@ class KeptByTransformers(cache.Cache):
         self._calls += 1
         return key, value, self._mask(place.patterns)
 
+    def _ring(self, place: cache.Cached) -> None:
+        """The caches of transformers keep everything."""
+
     def asked(self, x: Tensor) -> Tensor:
         """[B, T, C] -> the columns of which logits are asked."""
         return x[:, self._logits]

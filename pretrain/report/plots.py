@@ -26,6 +26,7 @@ from pretrain.metric_names import (
     OPTIMIZER_MS,
     PEAK_MEMORY,
     RANK_SPREAD,
+    SPAN,
     STEP_MS,
     TOKENS_PER_SECOND,
     TOKENS_SEEN,
@@ -333,6 +334,7 @@ PANELS = (
         wide=True,
     ),
     Panel("Alpha of entmax by head", (ALPHA.family,), _sites(ALPHA.family, 2.0, 1.0), single=True, wide=True),
+    Panel("Span by head, in tokens", (SPAN.family,), _sites(SPAN.family, None), single=True, wide=True),
     Panel("Keys with weight 0 by head", (ZEROS.family,), _sites(ZEROS.family, 1.0), single=True, wide=True),
 )
 
