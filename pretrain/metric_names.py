@@ -74,6 +74,10 @@ NEAR_ONE = Metric("gate/mask_near_one", "share above 0.9", of_model="mask_near_o
 MULTIPLIER = Metric("gate/multiplier", "of the density's penalty", of_model="multiplier")
 FLIPS = Metric("gate/flips", "share of elements")
 VALIDATION_DENSITY = Metric("gate/val_density", "share of open gates")
+ALPHA = Metric("attention/alpha", "alpha of entmax", of_model="alpha")
+ZEROS = Metric("attention/zeros", "share of visible keys with weight 0", of_model="zeros")
+SPAN = Metric("attention/span", "tokens", of_model="span")
+SPAN_WEIGHT = Metric("penalty/span_weight", "factor", of_model="span_weight")
 GRAD_NORM = Metric("optim/grad_norm", "norm before clipping", column=Column("grad", 8, ".3f"))
 LEARNING_RATE = Metric("optim/lr", "learning rate", column=Column("lr", 9, ".2e"))
 SKIPPED = Metric("optim/skipped", "steps")
@@ -102,6 +106,8 @@ SPIKES = Metric("health/spikes", "spikes")
 ROLLBACKS = Metric("health/rollbacks", "rollbacks")
 
 OF_MODEL = {metric.of_model: metric for metric in REGISTRY.values() if metric.of_model}
+OF_HEADS = (ALPHA, ZEROS, SPAN)
+"""Of each head, such as `attention/alpha/dec_sa/00/h0`, and the mean over all."""
 COLUMNS: tuple[tuple[Metric, Column], ...] = tuple(
     (metric, metric.column) for metric in REGISTRY.values() if metric.column
 )
@@ -113,6 +119,9 @@ def of_model(name: str) -> str:
 
     Those that have no name of their own here are the gates'.
     """
+    family, _, part = name.partition("/")
+    if part and (metric := OF_MODEL.get(family)) in OF_HEADS:
+        return f"{metric}/{part}"
     return OF_MODEL.get(name) or f"gate/{name}"
 
 

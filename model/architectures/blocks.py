@@ -33,8 +33,19 @@ class Residual:
         """What a sublayer reads: x after its norm, or x itself where the norm comes after the addition."""
         return self.x if self._post_norm else self._norm(norm, self.x)
 
-    def add(self, update: Tensor, dropout: SiteDropout, norm: nn.Module) -> None:
-        """x + dropout(update); normed where the norm comes after the addition."""
+    def add(
+        self,
+        update: Tensor,
+        dropout: SiteDropout,
+        norm: nn.Module,
+        attention: SelfAttention | CrossAttention | None = None,
+    ) -> None:
+        """x + dropout(update); normed where the norm comes after the addition.
+
+        `attention`: that the update is of, for what it tells.
+        """
+        if attention is not None:
+            self.statistics |= attention.attention.mixer.told()
         update, statistics = dropout(update, self._keys, self._source, self._visible)
         self.statistics |= statistics
         self.x = self._norm(norm, self.x + update) if self._post_norm else self.x + update
@@ -73,7 +84,7 @@ class EncoderLayer(nn.Module):
         """x and source [B, T, C], noise keys [B] or None in evaluation -> x [B, T, C] and mask statistics."""
         stream = Residual(x, keys, source, visible, self._post_norm)
         update = self.attention(stream.normed(self.attention_norm), keys, visible)
-        stream.add(update, self.attention_dropout, self.attention_norm)
+        stream.add(update, self.attention_dropout, self.attention_norm, self.attention)
         stream.feed(self.ff, self.ff_dropout, self.ff_norm)
         return stream.x, stream.statistics
 
@@ -118,11 +129,11 @@ class DecoderLayer(nn.Module):
                 self.cross(stream, encoder, keys, across or visible)
             else:
                 update = self.attention(stream.normed(self.attention_norm), keys, visible)
-                stream.add(update, self.attention_dropout, self.attention_norm)
+                stream.add(update, self.attention_dropout, self.attention_norm, self.attention)
         stream.feed(self.ff, self.ff_dropout, self.ff_norm)
         return stream.x, stream.statistics
 
     def cross(self, stream: Residual, encoder: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> None:
         """Cross attention of the stream to encoder [B, S, C]."""
         update = self.cross_attention(stream.normed(self.cross_norm), self.encoder_norm(encoder), keys, visible)
-        stream.add(update, self.cross_dropout, self.cross_norm)
+        stream.add(update, self.cross_dropout, self.cross_norm, self.cross_attention)

@@ -185,10 +185,10 @@ class TokenModel(Cached):
 
 
 def _penalties(config: ModelConfig) -> dict[str, PenaltyConfig]:
-    """The penalties on masks, by the statistic that they penalise."""
+    """The penalties on masks and spans, by the statistic that they penalise."""
     if not isinstance(config, TransformerConfig):
         return {}
-    of_gates: dict[str, PenaltyConfig] = {"block_entropy": config.block_gates.entropy}
+    others: dict[str, PenaltyConfig] = {"block_entropy": config.block_gates.entropy, "span": config.weights.penalty}
     if config.l0.enabled:
-        return {"l0": config.l0} | of_gates
-    return {"entropy": config.learned_dropout.entropy, "l1": config.learned_dropout.l1} | of_gates
+        return {"l0": config.l0} | others
+    return {"entropy": config.learned_dropout.entropy, "l1": config.learned_dropout.l1} | others

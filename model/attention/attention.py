@@ -7,6 +7,7 @@ from model.attention.cache import Cached
 from model.attention.rule import Rows
 from model.attention.softmax import Softmax
 from model.attention.visibility import CAUSAL, Visible
+from model.attention.weights import mixer_of
 from model.config.transformer import TransformerConfig, TwoStreamConfig
 from model.layers.layers import Linear
 from model.layers.positions import rotate
@@ -26,15 +27,15 @@ class CausalAttention(Cached):
         layer: int = 0,
         group: int = 1,
         name: str = "",
-        rate: float = 0.0,
+        mixer: Softmax | None = None,
     ) -> None:
         """Attention of `heads` heads of queries.
 
         Args:
             layer: from 0 in its stream, whose pattern it has; what stands before the layers has the first one's.
             group: heads of queries that share one of keys and values.
-            name: of this place; keys the noise.
-            rate: of dropout on the weights, in training.
+            name: of this place.
+            mixer: of the values; a softmax unless given.
         """
         super().__init__()
         self.name = name
@@ -43,7 +44,7 @@ class CausalAttention(Cached):
         self._config = config
         self.heads = heads
         self._group = group
-        self.mixer = Softmax(config, name, rate)
+        self.mixer = mixer or Softmax(config)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible = CAUSAL
@@ -56,7 +57,8 @@ class CausalAttention(Cached):
         query, key, value = self._in_heads(query, key, value, visible)
         if self.cache is not None:
             key, value, mask = self.cache.extend(self, key, value)
-            visible = Visible(causal=False, mask=mask)
+            queries, keys_at = self.cache.places(self) if self.mixer.counts else (None, None)
+            visible = Visible(causal=False, mask=mask, positions=queries, key_positions=keys_at)
         if self._group > 1:
             key, value = (x.repeat_interleave(self._group, dim=1) for x in (key, value))
         found = self.mixer(query, key, value, keys, visible)
@@ -99,8 +101,8 @@ class SelfAttention(nn.Module):
         self._sizes = [config.width, config.width // group, config.width // group]
         self.qkv = Linear(config.width, sum(self._sizes), bias=config.bias)
         self.out = Linear(config.width, config.width, bias=config.bias, std=std)
-        rate = config.attention_rate
-        self.attention = CausalAttention(config, config.heads, layer=layer, group=group, name=name, rate=rate)
+        mixer = mixer_of(config, config.heads, name)
+        self.attention = CausalAttention(config, config.heads, layer=layer, group=group, name=name, mixer=mixer)
 
     def forward(self, x: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
@@ -118,8 +120,8 @@ class CrossAttention(nn.Module):
         self.query = Linear(config.width, config.width, bias=config.bias)
         self.key_value = Linear(config.width, 2 * (config.width // group), bias=config.bias)
         self.out = Linear(config.width, config.width, bias=config.bias, std=std)
-        rate = config.attention_rate
-        self.attention = CausalAttention(config, heads, layer=layer, group=group, name=name, rate=rate)
+        mixer = mixer_of(config, heads, name, aligned=not config.traits.two_sequences)
+        self.attention = CausalAttention(config, heads, layer=layer, group=group, name=name, mixer=mixer)
 
     def forward(self, x: Tensor, other: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
         """Queries from x [B, T, C], keys and values from other [B, S, C] -> [B, T, C]; S = T if it is causal."""

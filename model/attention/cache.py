@@ -101,7 +101,7 @@ class Cache:
             Keys and values, [B, H, S, d], all so far or what a layer with windows still needs, and which of them the
             new queries see: bool [B, G, T, S] for G groups of heads, None for all.
         """
-        if ring := Ring.of(place.patterns, self._capacity):
+        if ring := self._ring(place):
             return self._extend_ring(ring, place, key, value)
         return *self.append(place, key, value), self._mask(place.patterns)
 
@@ -115,6 +115,16 @@ class Cache:
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
         return keys[:, :, :end], values[:, :, :end]
+
+    def places(self, place: Cached) -> tuple[Tensor, Tensor]:
+        """Positions in their texts of the new columns [B, T] and of the keys [B, S] that `extend` gave; pads' are -1 or
+        whatever they see one another by."""
+        assert self._rows is not None and self._rows.positions is not None
+        new = self._rows.positions[:, self.length :]
+        if ring := self._ring(place):
+            positions = self._ring_positions(ring)
+            return new, positions[:, : ring.size] if new.shape[1] == 1 else positions
+        return new, self._rows.positions
 
     def reorder(self, rows: Tensor) -> None:
         """Go on with these rows [B'] int64, in this order; a row may come several times or not at all."""
@@ -151,10 +161,18 @@ class Cache:
 
     def _ring_mask(self, patterns: Patterns, ring: Ring) -> Tensor:
         """[B, G, T, S]: S are its slots and, behind them, more than one new column; one stands in its slot already."""
-        assert self._rows is not None and self._rows.positions is not None
-        new = self._rows.positions[:, self.length :]
-        alone = new.shape[1] == 1
-        held = ring.held(new[:, -1] if alone else new[:, 0] - 1)
-        positions = torch.cat([held, new], dim=1).clamp(min=-1)
+        positions = self._ring_positions(ring)
+        alone = positions.shape[1] == ring.size + 1
         rows = Rows(positions.shape, positions.device, not alone, positions < 0, positions)
         return rows.dense(patterns, ring.size)[..., : ring.size if alone else None]
+
+    def _ring_positions(self, ring: Ring) -> Tensor:
+        """[B, S] of what its slots hold, and of the new columns; where there is one, its slot holds it, too."""
+        assert self._rows is not None and self._rows.positions is not None
+        new = self._rows.positions[:, self.length :]
+        held = ring.held(new[:, -1] if new.shape[1] == 1 else new[:, 0] - 1)
+        return torch.cat([held, new], dim=1).clamp(min=-1)
+
+    def _ring(self, place: Cached) -> Ring | None:
+        """Where less is kept of a place than all."""
+        return Ring.of(place.patterns, self._capacity)

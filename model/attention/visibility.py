@@ -23,6 +23,8 @@ class Visible(NamedTuple):
     """The same to layers with each further pattern."""
     positions: Tensor | None = None
     """[B, T] int64, place of each token in its document; its place in the row unless given."""
+    key_positions: Tensor | None = None
+    """[B, S] int64, the same of the keys, where these are not those of the queries."""
     aligned: bool = True
     """Queries and keys stand at the same positions; else their distance means nothing."""
     padding: Tensor | None = None

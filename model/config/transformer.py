@@ -9,6 +9,7 @@ from model.config.gates_config import BlockGatesConfig, GatedSite
 from model.config.mask_config import L0Config, LearnedDropoutConfig, Site
 from model.config.model_config import ModelConfig
 from model.config.pattern_config import PatternConfig, Patterns
+from model.config.weights_config import WeightsConfig
 
 
 class TransformerConfig(ModelConfig, frozen=True):
@@ -28,6 +29,7 @@ class TransformerConfig(ModelConfig, frozen=True):
     attention_dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Of the attention weights; the rate `dropout` unless given. Needs `explicit` attention."""
     pattern: PatternConfig = PatternConfig()
+    weights: WeightsConfig = WeightsConfig()
     learned_dropout: LearnedDropoutConfig = LearnedDropoutConfig()
     l0: L0Config = L0Config()
     block_gates: BlockGatesConfig = BlockGatesConfig()
@@ -60,7 +62,7 @@ class TransformerConfig(ModelConfig, frozen=True):
     @property
     def needs_weights(self) -> bool:
         """Attention weights are formed, in training at least."""
-        return self.attention == "explicit" or self.attention_rate > 0.0
+        return self.attention == "explicit" or self.attention_rate > 0.0 or self.weights.kind != "softmax"
 
     @property
     def patterns(self) -> tuple[Patterns, ...]:
@@ -169,6 +171,11 @@ class TransformerConfig(ModelConfig, frozen=True):
             raise ValueError(
                 f"attention=flash never forms the attention weights, so it cannot drop them at rate "
                 f"{self.attention_rate}; set attention_dropout=0, or attention=explicit"
+            )
+        if self.attention == "flash" and self.weights.kind != "softmax":
+            raise ValueError(
+                f"attention=flash: weights.kind={self.weights.kind} is no softmax, and no kernel forms it; take "
+                "attention=auto"
             )
         if self.l0.enabled and self.learned_dropout.enabled:
             raise ValueError("l0 and learned_dropout are both enabled; set learned_dropout.enabled=false, or l0's")

@@ -18,6 +18,7 @@ from data_pipeline.secret import WAY_ON, argument_of_secret, key_of_secret
 from model.architectures import external
 from model.architectures.registry import DEFAULT, SOURCES, AnyModelConfig, class_of, configure
 from model.config.model_config import ModelConfig
+from model.config.transformer import TransformerConfig
 from pretrain.config import layers
 from pretrain.config.explain import explain, origin
 from pretrain.config.keys import Keys
@@ -148,6 +149,11 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
                 f"optimizer.mask_lr={self.optimizer.mask_lr}: optimizer.kind=muon moves the masks' matrices itself; "
                 "use optimizer.mask_lr=null"
             )
+        if self.optimizer.attention_lr is not None:
+            raise ValueError(
+                f"optimizer.attention_lr={self.optimizer.attention_lr}: DeepSpeed's Muon moves all but the matrices at "
+                "optimizer.lr; use optimizer.attention_lr=null"
+            )
         if self.optimizer.clip:
             raise ValueError(
                 f"optimizer.clip={self.optimizer.clip}: at the stages 1 to 3 DeepSpeed would clip Muon's orthogonal "
@@ -161,6 +167,16 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
             raise ValueError(
                 f"optimizer.mask_lr={self.optimizer.mask_lr}, but there are no masks; use optimizer.mask_lr=null, or "
                 "model.learned_dropout.enabled=true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_with_a_learning_rate_learns(self) -> "Config":
+        model, rate = self.model, self.optimizer.attention_lr
+        if rate is not None and not (isinstance(model, TransformerConfig) and model.weights.learned):
+            raise ValueError(
+                f"optimizer.attention_lr={rate}, but nothing that shapes attention's weights is learned; use "
+                "optimizer.attention_lr=null, or model.weights.kind=entmax"
             )
         return self
 

@@ -60,6 +60,9 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     mask_lr: Annotated[float | None, may_change.IN_FORK] = Field(default=None, gt=0.0, le=1e30)
     """The most that the peak learning rate of what learned dropout computes its masks from may be: theirs is the lower
     of this and `lr`, and follows the same schedule. Not with Muon."""
+    attention_lr: Annotated[float | None, may_change.IN_FORK] = Field(default=None, gt=0.0, le=1e30)
+    """Peak learning rate of the few numbers that shape the weights of attention, such as alphas and
+    spans (`model.weights`); ten times `lr` unless given. Not with Muon, where it is `lr`."""
     muon_lr: Annotated[float, may_change.IN_FORK] = Field(default=0.02, gt=0.0, le=1e30)
     """Peak learning rate of Muon; follows the same schedule."""
     muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0)

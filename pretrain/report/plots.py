@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pretrain.metric_names import (
+    ALPHA,
     BACKWARD_MS,
     BITS_PER_BYTE,
     CHECKPOINT_MS,
@@ -25,11 +26,13 @@ from pretrain.metric_names import (
     OPTIMIZER_MS,
     PEAK_MEMORY,
     RANK_SPREAD,
+    SPAN,
     STEP_MS,
     TOKENS_PER_SECOND,
     TOKENS_SEEN,
     UPDATE_RATIO,
     VALIDATION,
+    ZEROS,
     Metric,
 )
 from pretrain.run.journal import Point
@@ -260,15 +263,17 @@ def _draw_time(axes: "Axes", runs: Coloured) -> None:
     )  # beside it: there is no empty place inside
 
 
-def _sites(prefix: str, highest: float | None) -> Callable[["Axes", Coloured], None]:
+def _sites(prefix: str, highest: float | None, lowest: float = 0.0) -> Callable[["Axes", Coloured], None]:
     def draw(axes: "Axes", runs: Coloured) -> None:
-        sites(axes, runs[0][0].points, prefix, highest)
+        sites(axes, runs[0][0].points, prefix, highest, lowest)
 
     return draw
 
 
-def sites(axes: "Axes", points: dict[str, list[Point]], prefix: str, highest: float | None) -> None:
-    """A heat map: one row a site and layer, one column a step; `highest` is the end of the scale."""
+def sites(
+    axes: "Axes", points: dict[str, list[Point]], prefix: str, highest: float | None, lowest: float = 0.0
+) -> None:
+    """A heat map: one row a site and layer, one column a step; the scale goes from `lowest` to `highest`."""
     import numpy as np
 
     names = sorted(name for name in points if name.startswith(prefix))
@@ -282,7 +287,7 @@ def sites(axes: "Axes", points: dict[str, list[Point]], prefix: str, highest: fl
                 table[row, column[point.step]] = point.value
     axes.grid(False)
     mesh = axes.pcolormesh(
-        steps, range(len(names)), table, shading="nearest", cmap="viridis", vmin=0.0, vmax=highest, rasterized=True
+        steps, range(len(names)), table, shading="nearest", cmap="viridis", vmin=lowest, vmax=highest, rasterized=True
     )
     stride = math.ceil(len(names) / 24)
     labels = [name.removeprefix(prefix).replace("/", " ") for name in names[::stride]]
@@ -328,6 +333,9 @@ PANELS = (
         single=True,
         wide=True,
     ),
+    Panel("Alpha of entmax by head", (ALPHA.family,), _sites(ALPHA.family, 2.0, 1.0), single=True, wide=True),
+    Panel("Span by head, in tokens", (SPAN.family,), _sites(SPAN.family, None), single=True, wide=True),
+    Panel("Keys with weight 0 by head", (ZEROS.family,), _sites(ZEROS.family, 1.0), single=True, wide=True),
 )
 
 

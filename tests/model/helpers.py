@@ -182,6 +182,21 @@ PATTERNED_BOTH_WAYS = {
 }
 
 
+MIXED = {
+    "entmax": NAMED["gates_cosine"] | {"weights": {"kind": "entmax"}},
+    "entmax_fixed": PATTERNED["sinks"] | {"weights": {"kind": "entmax", "alpha": 1.5}},
+    "span": NAMED["dropout_modern"] | {"weights": {"kind": "adaptive_span", "ramp": 3, "span_init": 0.3}},
+    "span_sinks": PATTERNED["sinks_alone"]
+    | {"attention": "auto", "weights": {"kind": "adaptive_span", "ramp": 2, "max_span": 4, "span_init": 0.4}},
+}
+"""Other weights and other scores."""
+MIXED_BOTH_WAYS = {
+    "t5_entmax": PATTERNED_BOTH_WAYS["t5_strided"] | {"weights": {"kind": "entmax"}},
+    "t5_span": NAMED["t5_dropout"] | {"weights": {"kind": "adaptive_span", "ramp": 4, "max_span": 3, "span_init": 0.5}},
+    "bert_entmax": NAMED["bert_gates"] | {"weights": {"kind": "entmax", "alpha": 2.0}},
+}
+
+
 def configured(**fields: Any) -> Any:
     """The configuration that these keys make."""
     return configure(fields)
@@ -194,7 +209,7 @@ def small(architecture: str = "parallel_encoder_decoder", **changes: Any) -> Any
 
 
 def variant(name: str, **changes: Any) -> Any:
-    return small(**((NAMED | EVERY | PATTERNED | PATTERNED_BOTH_WAYS)[name] | changes))
+    return small(**((NAMED | EVERY | PATTERNED | PATTERNED_BOTH_WAYS | MIXED | MIXED_BOTH_WAYS)[name] | changes))
 
 
 def build(config: ModelConfig, seed: int = 0) -> TokenModel:
