@@ -19,7 +19,7 @@ from model.masks.telemetry import KEPT
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
 from pretrain.evaluation.batches import Batches
-from pretrain.metric_names import BITS_PER_BYTE, VALIDATION, of_validation
+from pretrain.metric_names import BITS_PER_BYTE, VALIDATION, VALIDATION_PONDER, of_validation
 
 GATES = ("density", "mask_mean")
 """What validation tells of the masks."""
@@ -59,9 +59,9 @@ def evaluate(
 
     Returns:
         `loss/val` (nats a label), `loss/val_bits_per_byte` if every token is predicted, and the gates' means under
-        evaluation rounding as `gate/val_…`. Where the text is of several sources, of each that has labels, too:
-        `loss/val/NAME` and `loss/val_bits_per_byte/NAME`, of which the first two are the means, weighted by labels
-        and by bytes.
+        evaluation rounding as `gate/val_…`; `ponder/val_steps` where tokens halt. Where the text is of several
+        sources, of each that has labels, too: `loss/val/NAME` and `loss/val_bits_per_byte/NAME`, of which the first two
+        are the means, weighted by labels and by bytes.
 
     Raises:
         DataError: there is nothing to predict.
@@ -79,7 +79,7 @@ def evaluate(
         inputs = batches.of_validation(windows, indices)
         output: ModelOutput = model(inputs)
         counts = inputs.labels != IGNORE
-        for name, sum_and_number in _sums(output.metrics, int(counts.sum())).items():
+        for name, sum_and_number in _sums(output.metrics, int(counts.sum()), int(inputs.num_tokens())).items():
             tally[name] = tally.get(name, 0.0) + sum_and_number
         if sources and counts.any():
             assert output.by_token is not None
@@ -91,10 +91,13 @@ def evaluate(
     return _means(whole, text_bytes if batches.objective.predicts_every_token else {})
 
 
-def _sums(metrics: Mapping[str, Tensor], predicted: int) -> dict[str, np.ndarray]:
+def _sums(metrics: Mapping[str, Tensor], predicted: int, tokens: int) -> dict[str, np.ndarray]:
     """Of a batch, the sum of something and of how many it is, [2, 1]: the losses of labels, and over positions those of
     each mask, such as `density/enc_ff/00`."""
     found: dict[str, np.ndarray] = {VALIDATION: np.array([[float(metrics["cross_entropy"]) * predicted], [predicted]])}
+    if "ponder_steps" in metrics:
+        tokens = tokens if predicted else 0  # a row that counts for nothing
+        found[VALIDATION_PONDER] = np.array([[float(metrics["ponder_steps"]) * tokens], [tokens]])
     for name, value in metrics.items():
         gate, _, mask = name.partition("/")
         if mask and gate in GATES:
@@ -111,6 +114,8 @@ def _means(whole: Mapping[str, np.ndarray], text_bytes: Mapping[str, int]) -> di
     result: dict[str, float] = {VALIDATION: float(nats / labels)}
     if text_bytes:
         result[BITS_PER_BYTE] = _bits(result[VALIDATION] * float(labels)) / sum(text_bytes.values())
+    if VALIDATION_PONDER in whole:
+        result[VALIDATION_PONDER] = float(whole[VALIDATION_PONDER][0] / whole[VALIDATION_PONDER][1])
     for gate in GATES:
         if of_masks := [float(sums[0] / sums[1]) for name, sums in whole.items() if name.startswith(f"{gate}/")]:
             result[of_validation(gate)] = sum(of_masks) / len(of_masks)

@@ -174,8 +174,11 @@ def read_facts(folder: Path) -> ExportFacts:
 
 
 def num_attentions(model: TokenModel) -> int:
-    """How many of its modules keep keys and values."""
-    return sum(isinstance(module, CausalAttention) for module in model.modules())
+    """How many keep keys and values; one in layers that are applied several times counts as often."""
+    inside, all_of_them = (
+        sum(isinstance(module, CausalAttention) for module in part.modules()) for part in (model.backbone, model)
+    )
+    return all_of_them - inside + inside * model.config.depth // model.config.layers
 
 
 def _hugging_face(facts: ExportFacts, model: TokenModel, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
