@@ -61,6 +61,8 @@ L0_WEIGHT = Metric("penalty/l0_weight", "factor", of_model="l0_weight")
 BLOCK_PENALTY = Metric("penalty/blocks", "multiplier times excess", of_model="block_penalty")
 BLOCK_ENTROPY = Metric("penalty/block_entropy", "bits", of_model="block_entropy")
 BLOCK_ENTROPY_WEIGHT = Metric("penalty/block_entropy_weight", "factor", of_model="block_entropy_weight")
+PONDER = Metric("penalty/ponder", "steps and remainder", of_model="ponder")
+PONDER_WEIGHT = Metric("penalty/ponder_weight", "factor", of_model="ponder_weight")
 ENCODER_LOSS = Metric("loss/encoder", "its own", of_model="encoder_loss")
 Z_LOSS = Metric("loss/z", "mean of log² Z", of_model="z_loss")
 VALIDATION = Metric("loss/val", "nats per label")
@@ -72,6 +74,9 @@ MASK_MEAN = Metric("gate/mask_mean", "mean m", of_model="mask_mean")
 NEAR_ZERO = Metric("gate/mask_near_zero", "share below 0.1", of_model="mask_near_zero")
 NEAR_ONE = Metric("gate/mask_near_one", "share above 0.9", of_model="mask_near_one")
 MULTIPLIER = Metric("gate/multiplier", "of the density's penalty", of_model="multiplier")
+PONDER_STEPS = Metric("ponder/steps", "steps a token", of_model="ponder_steps", column=Column("steps", 6, ".2f"))
+PONDER_SHARE = Metric("ponder/share", "share of tokens", of_model="ponder_share")
+VALIDATION_PONDER = Metric("ponder/val_steps", "steps a token")
 FLIPS = Metric("gate/flips", "share of elements")
 VALIDATION_DENSITY = Metric("gate/val_density", "share of open gates")
 ALPHA = Metric("attention/alpha", "alpha of entmax", of_model="alpha")
@@ -122,6 +127,8 @@ def of_model(name: str) -> str:
     family, _, part = name.partition("/")
     if part and (metric := OF_MODEL.get(family)) in OF_HEADS:
         return f"{metric}/{part}"
+    if family == PONDER_SHARE.of_model:
+        return PONDER_SHARE.of(part)
     return OF_MODEL.get(name) or f"gate/{name}"
 
 

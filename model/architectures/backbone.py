@@ -41,7 +41,9 @@ class Hidden(NamedTuple):
     auxiliary: Tensor | None = None
     """0-d: a loss of its own beside that of the tokens, with its weight; in training only."""
     metrics: dict[str, Tensor] = {}  # noqa: RUF012 - never changed
-    """What is told about that loss: detached."""
+    """What else is told, by the model's names: about that loss, or about the steps that tokens take."""
+    penalised: dict[str, Tensor] = {}  # noqa: RUF012 - never changed
+    """What has a penalty of the configuration, beside its masks: 0-d, by the penalty's name."""
 
 
 class Backbone(nn.Module):

@@ -88,6 +88,10 @@ class EncoderLayer(nn.Module):
         stream.feed(self.ff, self.ff_dropout, self.ff_norm)
         return stream.x, stream.statistics
 
+    def keep(self, x: Tensor, visible: Visible, steps: range) -> None:
+        """Of x [B, T, C], which passes these further steps as it is, the keys and values of each."""
+        self.attention.keep(x if self._post_norm else self.attention_norm(x), visible, steps)
+
 
 class DecoderLayer(nn.Module):
     """Self attention, cross attention to the encoder, feed forward.
@@ -132,6 +136,11 @@ class DecoderLayer(nn.Module):
                 stream.add(update, self.attention_dropout, self.attention_norm, self.attention)
         stream.feed(self.ff, self.ff_dropout, self.ff_norm)
         return stream.x, stream.statistics
+
+    def keep(self, x: Tensor, encoder: Tensor, visible: Visible, steps: range) -> None:
+        """Of x and encoder [B, T, C], which pass these further steps as they are, the keys and values of each."""
+        self.attention.keep(x if self._post_norm else self.attention_norm(x), visible, steps)
+        self.cross_attention.keep(self.encoder_norm(encoder), visible, steps)
 
     def cross(self, stream: Residual, encoder: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> None:
         """Cross attention of the stream to encoder [B, S, C]."""

@@ -139,26 +139,26 @@ class TokenModel(Cached):
         Every mask counts alike. In evaluation the penalties are measured but do not enter the loss.
         """
         loss, config = tokens.loss, self.config
-        metrics = {"cross_entropy": tokens.cross_entropy}
+        metrics = {"cross_entropy": tokens.cross_entropy} | found.metrics
+        mean = found.penalised
         if config.z_loss:
             metrics["z_loss"] = tokens.z_loss
         if found.statistics:
             names = dict.fromkeys(name for mask in found.statistics.values() for name in mask)
             told = {name: {mask: v[name] for mask, v in found.statistics.items() if name in v} for name in names}
             stacked = {name: torch.stack([*of_mask.values()]) for name, of_mask in told.items() if name != KEPT}
-            mean = {name: values.mean() for name, values in stacked.items()}
+            mean = mean | {name: values.mean() for name, values in stacked.items()}
             if self.training and BLOCK_PENALTY in stacked:  # each feed forward's is a constraint of its own
                 loss = loss + stacked[BLOCK_PENALTY].sum()
-            for name, penalty in _penalties(config).items():
-                if name in mean:
-                    weight = metrics[f"{name}_weight"] = weight_at(step, penalty)
-                    if self.training:
-                        loss = loss + weight * mean[name]
-            metrics |= mean
             metrics |= {f"{name}/{mask}": value for name, values in told.items() for mask, value in values.items()}
+        for name, penalty in _penalties(config).items():
+            if name in mean:
+                weight = metrics[f"{name}_weight"] = weight_at(step, penalty)
+                if self.training:
+                    loss = loss + weight * mean[name]
+        metrics |= mean
         if found.auxiliary is not None:
             loss = loss + found.auxiliary
-            metrics |= found.metrics
         metrics["loss"] = loss
         return ModelOutput(loss, {name: value.detach() for name, value in metrics.items()}, tokens.by_token)
 
@@ -185,10 +185,14 @@ class TokenModel(Cached):
 
 
 def _penalties(config: ModelConfig) -> dict[str, PenaltyConfig]:
-    """The penalties on masks and spans, by the statistic that they penalise."""
+    """The penalties on masks, spans and steps, by the statistic that they penalise."""
     if not isinstance(config, TransformerConfig):
         return {}
-    others: dict[str, PenaltyConfig] = {"block_entropy": config.block_gates.entropy, "span": config.weights.penalty}
+    others: dict[str, PenaltyConfig] = {
+        "block_entropy": config.block_gates.entropy,
+        "span": config.weights.penalty,
+        "ponder": config.recurrence.ponder,
+    }
     if config.l0.enabled:
         return {"l0": config.l0} | others
     return {"entropy": config.learned_dropout.entropy, "l1": config.learned_dropout.l1} | others

@@ -64,6 +64,18 @@ class CausalAttention(Cached):
         found = self.mixer(query, key, value, keys, visible)
         return found.transpose(1, 2).flatten(2)
 
+    def keep(self, key: Tensor, value: Tensor, visible: Visible, steps: range) -> None:
+        """Put key and value [B, T, C / group] into the cache alone, as what these further steps would compute."""
+        assert self.cache is not None
+        heads = self.heads // self._group
+        key, value = (x.unflatten(-1, (heads, -1)) for x in (key, value))
+        if self._config.positions == "rotary":
+            assert visible.positions is not None
+            key = rotate(key, visible.positions)
+        for step in steps:
+            self.cache.step = step
+            self.cache.extend(self, key.transpose(1, 2), value.transpose(1, 2))
+
     def weights(self, query: Tensor, key: Tensor, visible: Visible = CAUSAL) -> Tensor:
         """What each query gives each key of one text in evaluation, of tensors as `forward` takes -> [B, H, T, S]."""
         visible = visible.of(self._pattern)
@@ -109,6 +121,11 @@ class SelfAttention(nn.Module):
         query, key, value = self.qkv(x).split(self._sizes, dim=-1)
         return self.out(self.attention(query, key, value, keys, visible))
 
+    def keep(self, x: Tensor, visible: Visible, steps: range) -> None:
+        """Keep of x [B, T, C] what further steps would, and compute nothing else."""
+        _, key, value = self.qkv(x).split(self._sizes, dim=-1)
+        self.attention.keep(key, value, visible, steps)
+
 
 class CrossAttention(nn.Module):
     """Attention of one stream to another; causal, position t sees the other's up to t, of a stream as long."""
@@ -127,3 +144,8 @@ class CrossAttention(nn.Module):
         """Queries from x [B, T, C], keys and values from other [B, S, C] -> [B, T, C]; S = T if it is causal."""
         key, value = self.key_value(other).chunk(2, dim=-1)
         return self.out(self.attention(self.query(x), key, value, keys, visible))
+
+    def keep(self, other: Tensor, visible: Visible, steps: range) -> None:
+        """Keep of other [B, T, C] what further steps would, and compute nothing else."""
+        key, value = self.key_value(other).chunk(2, dim=-1)
+        self.attention.keep(key, value, visible, steps)

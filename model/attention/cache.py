@@ -28,6 +28,9 @@ class Cache:
     token.
     """
 
+    may_stop = True
+    """Steps that no token takes any more need not be computed."""
+
     def __init__(self, padding: Tensor, capacity: int) -> None:
         """An empty cache.
 
@@ -37,11 +40,13 @@ class Cache:
                 table, and a window that moves on changes every vector in it. So it is read anew, into a new cache.
         """
         self.length = 0
+        self.step = 0
+        """Of layers that are applied several times, which time it is; each has keys and values of its own."""
         self._padding = padding
         self.padded = bool(padding.any())
         """Some row is."""
         self._capacity = capacity
-        self._stored: dict[Cached, tuple[Tensor, Tensor]] = {}
+        self._stored: dict[tuple[Cached, int], tuple[Tensor, Tensor]] = {}
         self._rows: Rows | None = None
         self._masks: dict[tuple[Patterns, Ring | None], Tensor] = {}
         """Of the pass that is under way."""
@@ -74,6 +79,7 @@ class Cache:
         if self._model is not model:  # to look at all modules for each token takes 3 % of a small model's time
             self._model = model
             self._using = [vars(module) for module in model.modules() if isinstance(module, Cached)]
+        self.step = 0
         for place in self._using:
             place["cache"] = self
         try:
@@ -107,11 +113,11 @@ class Cache:
 
     def append(self, place: Cached, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The same at a place that sees everything: keys and values so far."""
-        end = self.length + key.shape[2]
-        if place not in self._stored:
+        end, kept = self.length + key.shape[2], (place, self.step)
+        if kept not in self._stored:
             shape = (*key.shape[:2], self._capacity, key.shape[3])
-            self._stored[place] = key.new_empty(shape), value.new_empty(shape)
-        keys, values = self._stored[place]
+            self._stored[kept] = key.new_empty(shape), value.new_empty(shape)
+        keys, values = self._stored[kept]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
         return keys[:, :, :end], values[:, :, :end]
@@ -134,10 +140,11 @@ class Cache:
     def _extend_ring(
         self, ring: Ring, place: Cached, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if place not in self._stored:  # zeros, since pads see slots that hold nothing
+        kept = place, self.step
+        if kept not in self._stored:  # zeros, since pads see slots that hold nothing
             shape = (*key.shape[:2], ring.size, key.shape[3])
-            self._stored[place] = key.new_zeros(shape), value.new_zeros(shape)
-        keys, values = self._stored[place]
+            self._stored[kept] = key.new_zeros(shape), value.new_zeros(shape)
+        keys, values = self._stored[kept]
         count, last = key.shape[2], self.length - 1 - self._padding
         if count == 1:
             rows, slots = torch.arange(len(last), device=last.device), ring.slot(last + 1)
@@ -146,7 +153,7 @@ class Cache:
         else:
             keys, values = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
             sources = ring.sources(last, count)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
-            self._stored[place] = keys.gather(2, sources), values.gather(2, sources)
+            self._stored[kept] = keys.gather(2, sources), values.gather(2, sources)
         return keys, values, self._mask(place.patterns, ring)
 
     def _mask(self, patterns: Patterns, ring: Ring | None = None) -> Tensor | None:

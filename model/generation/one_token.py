@@ -67,6 +67,7 @@ class OneToken:
             not cache.padded
             and {*map(type, modules)} <= _PARTS
             and model.config.norm_position == "pre"
+            and model.config.depth == model.config.layers
             and all(module.patterns == (FULL,) for module in modules if isinstance(module, Cached))
             and not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
         )

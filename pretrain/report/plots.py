@@ -25,6 +25,8 @@ from pretrain.metric_names import (
     MULTIPLIER,
     OPTIMIZER_MS,
     PEAK_MEMORY,
+    PONDER_SHARE,
+    PONDER_STEPS,
     RANK_SPREAD,
     SPAN,
     STEP_MS,
@@ -317,6 +319,14 @@ PANELS = (
     Panel("Goodput", (GOODPUT,), _metric(GOODPUT, from_zero=True)),
     Panel("Rank spread", (RANK_SPREAD,), _metric(RANK_SPREAD, smooth=True)),
     Panel("Memory", (MEMORY, PEAK_MEMORY), _draw_memory),
+    Panel("Steps a token takes", (PONDER_STEPS,), _metric(PONDER_STEPS)),
+    Panel(
+        "Tokens by the steps they take",
+        (PONDER_SHARE.family,),
+        _sites(PONDER_SHARE.family, 1.0),
+        single=True,
+        wide=True,
+    ),
     Panel("Gate density", (DENSITY,), _metric(DENSITY)),
     Panel("Gate density by site and layer", (DENSITY.family,), _sites(DENSITY.family, 1.0), single=True, wide=True),
     Panel(

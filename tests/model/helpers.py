@@ -70,6 +70,10 @@ _CAUSAL: dict[str, dict[str, Any]] = {
         "dropout": 0.1,
     },
     "gates_modern": {**_ALONE, **_OFF, **_MODERN, "block_gates": {"kind": "cosine", "left": {"dec_ff/01": 5}}},
+    "universal": {"recurrence": {"steps": 3}, "learned_dropout": {"sites": ["dec_sa", "enc_ff"]}},
+    "universal_decoder": {**_ALONE, **_OFF, "recurrence": {"steps": 2, "step_embedding": "sinusoidal"}},
+    "halting": {**_OFF, "recurrence": {"steps": 3, "halt": True, "halt_bias": 0}, "norm_position": "post"},
+    "halting_decoder": {**_ALONE, **_OFF, **_MODERN, "recurrence": {"steps": 4, "halt": True, "halt_bias": 0}},
     "sinusoidal_next": {"positions": "sinusoidal", "add_next_position": True, "subtract_next_position": "plain"},
 }
 """Every option at least once, in the combinations that could break one another."""
@@ -96,6 +100,7 @@ _BOTH_WAYS: dict[str, dict[str, Any]] = {
     "bert_modern": {**_BERT, **_MODERN, "attention": "flash", "learned_dropout": {"sites": _BERT_EVERYWHERE}},
     "bert_embed": {**_BERT, "attention": "explicit", "learned_dropout": {"sites": _BERT_EVERYWHERE, "source": "embed"}},
     "bert_gates": {**_BERT, **_OFF, "block_gates": {"kind": "top", "blocks": 2, "density": 0.5, "left": {}}},
+    "bert_halting": {**_BERT, **_OFF, "recurrence": {"steps": 3, "halt": True, "step_embedding": "none"}},
     "bert_dropout": {**_BERT, **_OFF, "positions": "sinusoidal", "dropout": 0.2},
     "bert_elementwise": {
         **_BERT,
@@ -130,7 +135,8 @@ def _class(options: dict[str, Any]) -> tuple[object, ...]:
     rounding = options.get("learned_dropout.rounding")
     masks = options.get("learned_dropout.enabled", True), rounding if rounding != "threshold_ste" else None
     parts = {key.split(".")[0] for key in options} & {"encoder_loss", "l0", "block_gates"}
-    return options.get("architecture"), options.get("norm") == "batchnorm", masks, parts
+    halts = options.get("recurrence.halt")
+    return options.get("architecture"), options.get("norm") == "batchnorm", masks, parts, halts
 
 
 def _together(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -243,6 +249,8 @@ def open_masks(model: TokenModel, shift: float = 1.57, std: float = 0.5) -> Toke
             torch.nn.init.normal_(parameter, std=std, generator=generator)
         if name.endswith("ff.gate_bias"):
             torch.nn.init.constant_(parameter, shift)
+        if name.endswith("halting.weight"):
+            torch.nn.init.normal_(parameter, std=10 * std, generator=generator)
         if "dropout.log_alpha" in name:
             torch.nn.init.normal_(parameter, std=2 * std, generator=generator)
     return model

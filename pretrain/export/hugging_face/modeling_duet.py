@@ -31,6 +31,8 @@ class DuetConfig(PreTrainedConfig):
 class KeptByTransformers(cache.Cache):
     """Keys and values lie in a cache of transformers, an entry for each attention in the order of their calls."""
 
+    may_stop = False  # what is kept is found by the order of calls
+
     def __init__(self, kept: Cache, attention_mask: Tensor, count: int) -> None:
         """For one pass.
 

@@ -249,7 +249,7 @@ def test_a_ring_holds_no_more_than_the_window_and_the_sinks(name: str) -> None:
     for part in ids.split([4, 1, 5, 1, 1], dim=1):
         cache.logits(model, part)
         sizes |= {
-            (place.patterns[0], keys.shape[2], values.shape[2]) for place, (keys, values) in cache._stored.items()
+            (place.patterns[0], keys.shape[2], values.shape[2]) for (place, _), (keys, values) in cache._stored.items()
         }
     for pattern, *columns in sizes:
         held = 12 if pattern.stride else pattern.window + pattern.sinks

@@ -86,6 +86,32 @@ def test_a_vocabulary_is_needed_to_build() -> None:
             {"architecture": "encoder_only", "l0": {"sites": ["dec_ff"]}},
             "encoder_only has no site dec_ff; it has enc_ff",
         ),
+        ({"recurrence": {"halt": True}}, "recurrence.halt chooses among steps, and recurrence.steps=1"),
+        ({"recurrence": {"steps": 2, "epsilon": 0.1}}, "recurrence.epsilon is about halt=true"),
+        ({"recurrence": {"steps": 2}, "architecture": "encoder_decoder"}, "encoder_decoder are applied once"),
+        ({"recurrence": {"steps": 2}, "topology": "serial"}, "topology=serial has the encoder done first"),
+        (
+            {"recurrence": {"steps": 2}, "cross_source": "layer_input"},
+            "cross_source=layer_input has the last encoder layer left out",
+        ),
+        (
+            {"recurrence": {"steps": 2}, "architecture": "encoder_only", "norm": "batchnorm"},
+            "recurrence.steps=2 would mix those of its steps",
+        ),
+        ({"recurrence": {"steps": 2}, "learned_dropout": {"eval_rounding": "sample"}}, "would draw the same"),
+        ({"recurrence": {"steps": 2, "halt": True}}, "recurrence.halt with learned_dropout: a token that has halted"),
+        (
+            {"recurrence": {"steps": 2, "halt": True}, "learned_dropout": {"enabled": False}, "l0": {"enabled": True}},
+            "recurrence.halt with l0",
+        ),
+        (
+            {
+                "recurrence": {"steps": 2, "halt": True},
+                "learned_dropout": {"enabled": False},
+                "block_gates": {"kind": "top"},
+            },
+            "recurrence.halt with block_gates",
+        ),
         ({"dropout": 1.0}, "less than 1"),
         ({"depth": 3}, "Extra inputs"),
     ],

@@ -76,6 +76,7 @@ MODULES = {
     "decoder input": r"backbone\.decoder_input",
     "masks": r"(backbone\.\w+\.\d+\.)?\w+_dropout",
     "mask source": "mask_source",
+    "halting": r"backbone\.recurrence\.halting",
 }
 """Where each part is computed."""
 
