@@ -62,6 +62,8 @@ BLOCK_PENALTY = Metric("penalty/blocks", "multiplier times excess", of_model="bl
 BLOCK_ENTROPY = Metric("penalty/block_entropy", "bits", of_model="block_entropy")
 BLOCK_ENTROPY_WEIGHT = Metric("penalty/block_entropy_weight", "factor", of_model="block_entropy_weight")
 ENCODER_LOSS = Metric("loss/encoder", "its own", of_model="encoder_loss")
+EARLIER_LOSS = Metric("loss/earlier_step", "nats per token", of_model="earlier_cross_entropy")
+REFINE_CHANGE = Metric("refine/change", "share of the vectors' norm", of_model="refine_change")
 Z_LOSS = Metric("loss/z", "mean of log² Z", of_model="z_loss")
 VALIDATION = Metric("loss/val", "nats per label")
 BITS_PER_BYTE = Metric("loss/val_bits_per_byte", "bits per byte")
@@ -108,10 +110,14 @@ COLUMNS: tuple[tuple[Metric, Column], ...] = tuple(
 
 
 def of_model(name: str) -> str:
-    """What the journal calls a metric of the model; one of a single mask, `density/enc_ff/00`, stays below its family.
+    """What the journal calls a metric of the model; one of a single mask, `density/enc_ff/00`, stays below its family,
+    and so does one of a step of refinement, `refine_change/01`.
 
     Those that have no name of their own here are the gates'.
     """
+    kind, _, part = name.partition("/")
+    if kind == REFINE_CHANGE.of_model:
+        return REFINE_CHANGE.of(part)
     return OF_MODEL.get(name) or f"gate/{name}"
 
 

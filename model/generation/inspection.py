@@ -45,14 +45,16 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def inspect(model: TokenModel, ids: Tensor, look: Look | None = None) -> Inspection:
+def inspect(model: TokenModel, ids: Tensor, look: Look | None = None, prompt: int | None = None) -> Inspection:
     """Read a text once more, in evaluation.
 
     Args:
         model: causal, in evaluation mode.
         ids: [T] int64, T <= context, on the model's device.
         look: gets the weights of each attention of a stream, in the order in which they are used; those of masks are
-            left out. They are the largest there is, so what is to be kept of them is for it to say.
+            left out, and those of a stream that sees both ways. They are the largest there is, so what is to be kept of
+            them is for it to say.
+        prompt: tokens at the start of the text that were given, where the model reads these apart.
     """
     density: dict[str, Tensor] = {}
     hooks = []
@@ -64,7 +66,7 @@ def inspect(model: TokenModel, ids: Tensor, look: Look | None = None) -> Inspect
         elif isinstance(module, CausalAttention) and module.name and look:
             hooks.append(module.register_forward_hook(partial(_weights, look)))
     try:
-        return Inspection(model.hidden(ids[None], None, _alone(ids)).x[0], density)
+        return Inspection(model.hidden(ids[None], None, _alone(ids, prompt)).x[0], density)
     finally:
         for hook in hooks:
             hook.remove()
@@ -84,10 +86,10 @@ def score(logits: Tensor, tokens: Tensor, count: int) -> Scores:
     return Scores(own[:, 0], rank, likeliest.indices, likeliest.values)
 
 
-def _alone(ids: Tensor) -> Batch:
+def _alone(ids: Tensor, prompt: int | None) -> Batch:
     """One sequence."""
     zero = torch.zeros(1, dtype=torch.int64, device=ids.device)
-    return Batch(ids[None], ids[None], zero, zero[0], 0)
+    return Batch(ids[None], ids[None], zero, zero[0], 0, prefix_lengths=None if prompt is None else zero + prompt)
 
 
 def _density(found: dict[str, Tensor], module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
@@ -106,4 +108,6 @@ def _open_share(found: dict[str, Tensor], module: nn.Module, inputs: tuple[Any, 
 def _weights(look: Look, module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
     query, key, _, _, visible = inputs
     assert isinstance(module, CausalAttention)
-    look(module.name, module.weights(query, key, visible)[0])
+    if visible.causal or not visible.aligned:
+        weights = module.weights(query, key, visible)[0]
+        look(module.name, weights[..., -weights.shape[1] :])  # without a null memory before the others

@@ -49,6 +49,11 @@ def sample_keys(seed: int, step: Tensor, samples: Tensor) -> Tensor:
     return _mix(key + samples * _GAMMA_INT64)
 
 
+def keys_of_turn(keys: Tensor, turn: int) -> Tensor:
+    """Keys [B] int64 of a layer's turn, from 0, where it is taken several times: each has noise of its own."""
+    return _mix(keys + _signed((turn + 1) * _GAMMA))
+
+
 def uniform(keys: Tensor, site: int, shape: tuple[int, int]) -> Tensor:
     """Noise in [0, 1) for one site, in steps of 2^-24.
 
