@@ -64,6 +64,8 @@ BLOCK_ENTROPY_WEIGHT = Metric("penalty/block_entropy_weight", "factor", of_model
 PONDER = Metric("penalty/ponder", "steps and remainder", of_model="ponder")
 PONDER_WEIGHT = Metric("penalty/ponder_weight", "factor", of_model="ponder_weight")
 ENCODER_LOSS = Metric("loss/encoder", "its own", of_model="encoder_loss")
+EARLIER_LOSS = Metric("loss/earlier_step", "nats per token", of_model="earlier_cross_entropy")
+REFINE_CHANGE = Metric("refine/change", "share of the vectors' norm", of_model="refine_change")
 Z_LOSS = Metric("loss/z", "mean of log² Z", of_model="z_loss")
 VALIDATION = Metric("loss/val", "nats per label")
 VALIDATION_PART = Metric("loss/val_part", "nats per label")
@@ -111,8 +113,8 @@ SPIKES = Metric("health/spikes", "spikes")
 ROLLBACKS = Metric("health/rollbacks", "rollbacks")
 
 OF_MODEL = {metric.of_model: metric for metric in REGISTRY.values() if metric.of_model}
-OF_HEADS = (ALPHA, ZEROS, SPAN)
-"""Of each head, such as `attention/alpha/dec_sa/00/h0`, and the mean over all."""
+OF_PARTS = (ALPHA, ZEROS, SPAN, PONDER_SHARE, REFINE_CHANGE)
+"""Of each head, such as `attention/alpha/dec_sa/00/h0`, or each step."""
 COLUMNS: tuple[tuple[Metric, Column], ...] = tuple(
     (metric, metric.column) for metric in REGISTRY.values() if metric.column
 )
@@ -120,15 +122,15 @@ COLUMNS: tuple[tuple[Metric, Column], ...] = tuple(
 
 
 def of_model(name: str) -> str:
-    """What the journal calls a metric of the model; one of a single mask, `density/enc_ff/00`, stays below its family.
+    """What the journal calls a metric of the model; one of a single mask, `density/enc_ff/00`, stays below its family,
+    and so does one of a step of refinement, `refine_change/01`.
 
     Those that have no name of their own here are the gates'.
     """
     family, _, part = name.partition("/")
-    if part and (metric := OF_MODEL.get(family)) in OF_HEADS:
-        return f"{metric}/{part}"
-    if family == PONDER_SHARE.of_model:
-        return PONDER_SHARE.of(part)
+    metric = OF_MODEL.get(family)
+    if part and metric and metric in OF_PARTS:
+        return metric.of(part)
     return OF_MODEL.get(name) or f"gate/{name}"
 
 

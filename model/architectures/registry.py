@@ -13,6 +13,7 @@ from model.architectures.decoder_only.spec import DecoderOnlyConfig
 from model.architectures.encoder_decoder.spec import EncoderDecoderConfig
 from model.architectures.encoder_only.spec import EncoderOnlyConfig
 from model.architectures.parallel_encoder_decoder.spec import ParallelEncoderDecoderConfig
+from model.architectures.refined.spec import RefinedConfig
 from model.config.model_config import NO_VOCABULARY, ModelConfig
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "decoder_only": DecoderOnlyConfig,
     "encoder_decoder": EncoderDecoderConfig,
     "encoder_only": EncoderOnlyConfig,
+    "refined": RefinedConfig,
 }
 _GONE: dict[str, tuple[Any, str]] = {
     "streams": ("plain", "streams=batched was never faster, and is gone; leave model.streams out"),

@@ -68,7 +68,10 @@ class TokenModel(Cached):
         smoothing, z_weight = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
         count = None if inputs.counts is None else inputs.counts.labels
         tokens = self.token_embed(found.x, inputs.labels, smoothing, z_weight, count)
-        return self._output(tokens, found, inputs.step)
+        earlier = None
+        if found.earlier is not None:
+            earlier = self.token_embed(found.earlier.x, inputs.labels, smoothing, z_weight, count)
+        return self._output(tokens, found, inputs.step, earlier)
 
     def predict(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None) -> Tensor:
         """Logits [B, T, V] of input_ids [B, T]; all else as in `hidden`."""
@@ -85,8 +88,13 @@ class TokenModel(Cached):
         """
         embedded, source = self._read(input_ids, keys, batch)
         found = self.backbone(embedded, keys, source)
-        x = apply_norm(self.final_norm, found.x, keys, embedded.visible.padding)
-        x = self.backbone.finish(x, embedded)
+
+        def finished(x: Tensor) -> Tensor:
+            return self.backbone.finish(apply_norm(self.final_norm, x, keys, embedded.visible.padding), embedded)
+
+        x = finished(found.x)
+        if found.earlier is not None:
+            found = found._replace(earlier=found.earlier._replace(x=finished(found.earlier.x)))
         if self.cache is not None:
             x = self.cache.asked(x)
         return found._replace(x=x)
@@ -99,7 +107,7 @@ class TokenModel(Cached):
         x, next_positions = self.with_positions(self.token_embed(input_ids), visible.positions)
         mask_source = None if self.mask_source is None else self.mask_source(x, visible)
         x, statistics = dropout(x, keys, mask_source, visible)
-        return Embedded(x, next_positions, mask_source, visible, statistics)
+        return Embedded(x, next_positions, mask_source, visible, statistics, input_ids, self.token_embed)
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Of the token after each of input_ids [B, T], T <= context -> [B, T, V], with evaluation rounding."""
@@ -131,9 +139,10 @@ class TokenModel(Cached):
             visible = visible_in(input_ids, batch, self.config)
         else:
             visible = CAUSAL._replace(positions=self.cache.positions(input_ids.shape[1]))
-        return self.embed(input_ids, keys, visible, self.embed_dropout), None
+        embedded = self.embed(input_ids, keys, visible, self.embed_dropout)
+        return embedded, self.backbone.beside(embedded, batch)
 
-    def _output(self, tokens: TokenLoss, found: Hidden, step: Tensor) -> ModelOutput:
+    def _output(self, tokens: TokenLoss, found: Hidden, step: Tensor, earlier: TokenLoss | None) -> ModelOutput:
         """The loss of the tokens; in training plus that of the architecture and the penalties, means over the masks.
 
         Every mask counts alike. In evaluation the penalties are measured but do not enter the loss.
@@ -157,6 +166,9 @@ class TokenModel(Cached):
                 if self.training:
                     loss = loss + weight * mean[name]
         metrics |= mean
+        if found.earlier is not None and earlier is not None:
+            loss = loss + found.earlier.weight * earlier.loss
+            metrics["earlier_cross_entropy"] = earlier.cross_entropy
         if found.auxiliary is not None:
             loss = loss + found.auxiliary
         metrics["loss"] = loss

@@ -39,7 +39,7 @@ class Softmax(nn.Module):
         self._told: dict[str, dict[str, Tensor]] = {}
         self._rate = rate
         self._site = noise_site(f"attention/{name}")
-        self._context = config.context
+        self._most_keys = config.most_keys
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
         """Query [B, H, T, d], key and value [B, H, S, d], noise keys [B] or None in evaluation -> [B, H, T, d].
@@ -50,7 +50,7 @@ class Softmax(nn.Module):
         if self._kernel == "explicit" or (self._rate and keys is not None):
             weights = self._formed(query, key, keys, visible).to(value.dtype)
             if self._rate and keys is not None:
-                weights = weight_dropout(weights, keys, self._site, self._rate, self._context)
+                weights = weight_dropout(weights, keys, self._site, self._rate, self._most_keys)
             return weights @ value
         return self._attend(query, key, value, visible.mask, visible.causal)
 

@@ -52,7 +52,8 @@ def visible_in(input_ids: Tensor, batch: Batch | None, config: ModelConfig) -> V
     rows = Rows(input_ids.shape, input_ids.device, config.causal)
     if batch is None:
         return _seen(rows, config)
-    rows = replace(rows, segments=batch.segment_ids, positions=batch.position_ids, prefixes=batch.prefix_lengths)
+    prefixes = None if config.reads_prompt else batch.prefix_lengths
+    rows = replace(rows, segments=batch.segment_ids, positions=batch.position_ids, prefixes=prefixes)
     return _counting(_seen(rows, config), batch)
 
 

@@ -111,6 +111,16 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
         return ""
 
     @property
+    def why_not_partitioned(self) -> str:
+        """What keeps parameters from being divided over ranks (ZeRO 3); empty where nothing does."""
+        return ""
+
+    @property
+    def reads_prompt(self) -> bool:
+        """A prefix is read apart from the stream that predicts, which stays causal; so a prompt may be one."""
+        return False
+
+    @property
     def needs_weights(self) -> bool:
         """Attention weights are formed, in training at least."""
         return False

@@ -67,6 +67,11 @@ class TransformerConfig(ModelConfig, frozen=True):
         return self.dropout if self.attention_dropout is None else self.attention_dropout
 
     @property
+    def most_keys(self) -> int:
+        """That a query may see."""
+        return self.context
+
+    @property
     def needs_weights(self) -> bool:
         """Attention weights are formed, in training at least."""
         return self.attention == "explicit" or self.attention_rate > 0.0 or self.weights.kind != "softmax"

@@ -49,14 +49,16 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def inspect(model: TokenModel, ids: Tensor, look: Look | None = None) -> Inspection:
+def inspect(model: TokenModel, ids: Tensor, look: Look | None = None, prompt: int | None = None) -> Inspection:
     """Read a text once more, in evaluation.
 
     Args:
         model: causal, in evaluation mode.
         ids: [T] int64, T <= context, on the model's device.
         look: gets the weights of each attention of a stream, in the order in which they are used; those of masks are
-            left out. They are the largest there is, so what is to be kept of them is for it to say.
+            left out, and those of a stream that sees both ways. They are the largest there is, so what is to be kept of
+            them is for it to say.
+        prompt: tokens at the start of the text that were given, where the model reads these apart.
     """
     density: dict[str, Tensor] = {}
     taken: list[Tensor | None] = []
@@ -72,7 +74,7 @@ def inspect(model: TokenModel, ids: Tensor, look: Look | None = None) -> Inspect
         elif isinstance(module, Recurrence):
             hooks.append(module.register_forward_hook(lambda _, inputs, found: taken.append(found.taken)))
     try:
-        states = model.hidden(ids[None], None, _alone(ids)).x[0]
+        states = model.hidden(ids[None], None, _alone(ids, prompt)).x[0]
         [steps] = taken or [None]
         return Inspection(states, density, None if steps is None else steps[0])
     finally:
@@ -109,10 +111,10 @@ class _Places:
         return f"{site}/{number:02d}"
 
 
-def _alone(ids: Tensor) -> Batch:
+def _alone(ids: Tensor, prompt: int | None) -> Batch:
     """One sequence."""
     zero = torch.zeros(1, dtype=torch.int64, device=ids.device)
-    return Batch(ids[None], ids[None], zero, zero[0], 0)
+    return Batch(ids[None], ids[None], zero, zero[0], 0, prefix_lengths=None if prompt is None else zero + prompt)
 
 
 def _density(
@@ -135,4 +137,6 @@ def _open_share(
 def _weights(look: Look, named: _Places, module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
     query, key, _, _, visible = inputs
     assert isinstance(module, CausalAttention)
-    look(named(module.name), module.weights(query, key, visible)[0])
+    if visible.causal or not visible.aligned:
+        weights = module.weights(query, key, visible)[0]
+        look(named(module.name), weights[..., -weights.shape[1] :])  # without a null memory before the others

@@ -125,6 +125,8 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
                 f"DeepSpeed cannot accumulate {engine.precision} gradients in fp32 at zero_stage=0; "
                 f"use engine.zero_stage={lowest}, or engine.precision=fp32"
             )
+        if engine.zero_stage == 3 and self.model.why_not_partitioned:
+            raise ValueError(f"engine.zero_stage=3: {self.model.why_not_partitioned}")
         if engine.hpz_partition_size > 1 and engine.zero_stage != 3:
             raise ValueError(
                 f"engine.hpz_partition_size={engine.hpz_partition_size} divides the parameters of ZeRO 3; use "

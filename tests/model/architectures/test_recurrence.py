@@ -12,6 +12,7 @@ from model.architectures.recurrence import Halting, Recurrence, Streams
 from model.attention.cache import Cache
 from model.attention.visibility import CAUSAL
 from model.batch import Batch
+from model.layers.layers import TiedEmbedding
 from model.layers.noise import of_step, sample_keys
 from tests.model.attention.test_causality import leak
 from tests.model.helpers import ARCHITECTURES, batch_of, build, small, variant, without_dropout
@@ -70,7 +71,9 @@ def test_halting_is_that_of_the_equations_and_ponders_gradient_comes_through_the
     x, taken, remainder = (torch.stack(values).unflatten(0, (3, 7)) for values in zip(*tokens, strict=True))
     torch.testing.assert_close((found.x, found.taken, found.remainder), (x, taken, remainder), rtol=0, atol=1e-12)
     assert taken.unique().numel() > 2
-    embedded = Embedded(first, None, None, CAUSAL, {})
+    embedded = Embedded(
+        first, None, None, CAUSAL, {}, torch.zeros(3, 7, dtype=torch.int64), TiedEmbedding(4, first.shape[-1])
+    )
     ponder = found.hidden(embedded, 5).penalised["ponder"]
     ours = torch.autograd.grad(ponder, list(unit.parameters()))
     theirs = torch.autograd.grad(remainder.mean(), list(unit.parameters()))
