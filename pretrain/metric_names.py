@@ -62,6 +62,8 @@ BLOCK_PENALTY = Metric("penalty/blocks", "multiplier times excess", of_model="bl
 BLOCK_ENTROPY = Metric("penalty/block_entropy", "bits", of_model="block_entropy")
 BLOCK_ENTROPY_WEIGHT = Metric("penalty/block_entropy_weight", "factor", of_model="block_entropy_weight")
 ENCODER_LOSS = Metric("loss/encoder", "its own", of_model="encoder_loss")
+DRAFT_LOSS = Metric("loss/draft", "nats per hidden label", of_model="draft_cross_entropy")
+LENGTH_LOSS = Metric("loss/length", "nats per target", of_model="length_cross_entropy")
 Z_LOSS = Metric("loss/z", "mean of log² Z", of_model="z_loss")
 VALIDATION = Metric("loss/val", "nats per label")
 BITS_PER_BYTE = Metric("loss/val_bits_per_byte", "bits per byte")

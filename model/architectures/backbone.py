@@ -41,7 +41,7 @@ class Hidden(NamedTuple):
     auxiliary: Tensor | None = None
     """0-d: a loss of its own beside that of the tokens, with its weight; in training only."""
     metrics: dict[str, Tensor] = {}  # noqa: RUF012 - never changed
-    """What is told about that loss: detached."""
+    """What is told about that loss: detached; in validation, too, where it is known."""
 
 
 class Backbone(nn.Module):

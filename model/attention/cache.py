@@ -102,6 +102,9 @@ class Cache:
         """
         if ring := Ring.of(place.patterns, self._capacity):
             return self._extend_ring(ring, place, key, value)
+        return self._append(place, key, value)
+
+    def _append(self, place: Cached, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         end = self.length + key.shape[2]
         if place not in self._stored:
             shape = (*key.shape[:2], self._capacity, key.shape[3])
