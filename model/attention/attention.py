@@ -57,7 +57,7 @@ class CausalAttention(Cached):
         """
         visible = visible.of(self._pattern)
         query, key, value = self._in_heads(query, key, value, visible)
-        if self.cache is not None and visible.aligned:  # another sequence is there as a whole
+        if self.cache is not None and (visible.aligned or self.cache.crosses):
             key, value, mask = self.cache.extend(self, key, value)
             queries, keys_at = self.cache.places(self) if self.mixer.counts else (None, None)
             visible = Visible(causal=False, mask=mask, positions=queries, key_positions=keys_at)
