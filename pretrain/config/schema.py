@@ -38,7 +38,7 @@ from pretrain.objectives.registry import objective_of
 ARCHITECTURE = "model.architecture"
 
 
-class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class Config(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """All of a run."""
 
     run: RunConfig = RunConfig()
