@@ -77,7 +77,8 @@ class Softmax(nn.Module):
         elif mask is not None and 1 < mask.shape[1] < scores.shape[1]:
             mask = mask.repeat_interleave(scores.shape[1] // mask.shape[1], dim=1)
         if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
+            # Added, since torch fills by a mask that is broadcast in seven times the time, forward and backward.
+            scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
         return self._normalised(scores, keys, visible)
 
     def _normalised(self, scores: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:

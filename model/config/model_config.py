@@ -48,7 +48,7 @@ class Traits:
     """Why keys of other architectures mean nothing here."""
 
 
-class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """What every architecture has: tables, sizes, norms and loss."""
 
     # A class of an architecture also has `build() -> Backbone` (model/architectures/backbone.py) and `costs(shape) ->

@@ -41,7 +41,7 @@ EVAL_SHARE = 32
 """Tokens that are trained on for each that is validated on, unless `train.eval_tokens` is given."""
 
 
-class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class Config(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """All of a run."""
 
     run: RunConfig = RunConfig()

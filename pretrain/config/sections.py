@@ -15,7 +15,6 @@ class RunConfig(
     BaseModel,
     extra="forbid",
     frozen=True,
-    use_attribute_docstrings=True,
     allow_inf_nan=False,
     coerce_numbers_to_str=True,
 ):
@@ -40,7 +39,7 @@ class RunConfig(
         return value
 
 
-class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class BatchConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """The global batch of one optimizer step."""
 
     tokens: int = Field(default=8192, ge=1, le=2**32)
@@ -49,7 +48,7 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Sequences a rank holds at once; the rank's whole share of the batch unless given."""
 
 
-class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class OptimizerConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """AdamW, in 32 or 8 bits, or Muon with it. Weight decay acts on tensors of two and more dimensions only."""
 
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
@@ -77,7 +76,7 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     """Largest global gradient norm; 0 switches clipping off."""
 
 
-class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class ScheduleConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Learning rate over the steps: linear warm-up to the peak `optimizer.lr`, then the kind's curve."""
 
     kind: Annotated[Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"], may_change.IN_FORK] = "cosine"
@@ -99,7 +98,7 @@ class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
         return self
 
 
-class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class TrainConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """How long to train and how often to do what."""
 
     steps: Annotated[int, may_change.IN_FORK] = Field(default=1000, ge=1, le=2**40)
@@ -137,7 +136,7 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
         return {key: value for key, value in raw.items() if key != "steps"}
 
 
-class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class EngineConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """DeepSpeed ZeRO."""
 
     zero_stage: Annotated[Literal[0, 1, 2, 3], may_change.COMPUTED] = 1
@@ -169,7 +168,7 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
         return self
 
 
-class HealthConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class HealthConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """How a run watches itself (docs/health.md)."""
 
     max_skipped: Annotated[int, may_change.WATCHED] = Field(default=10, ge=1)
@@ -192,7 +191,7 @@ class HealthConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     half of it unless given."""
 
 
-class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class TrackingConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """MLflow, the mirror of the run's journal."""
 
     mode: Annotated[Literal["online", "offline", "off"], may_change.WATCHED] = "online"
@@ -218,7 +217,7 @@ class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
         return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
-class ProfileConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class ProfileConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """torch's profiler on rank 0; what it writes is in the run folder's `profile/`."""
 
     steps: Annotated[tuple[int, int] | None, may_change.WATCHED] = None
