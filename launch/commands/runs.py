@@ -83,6 +83,9 @@ def sync(
     new_run: Annotated[
         bool, typer.Option("--new-run", help="Make it a run of its own there: of a copy, or when its run was deleted.")
     ] = False,
+    all_masks: Annotated[
+        bool, typer.Option("--all-masks", help="From now on send everything about masks, not a few summaries.")
+    ] = False,
 ) -> None:
     """Send what MLflow does not have, from wherever it is reachable; a run that died is KILLED there.
 
@@ -90,7 +93,8 @@ def sync(
     """
     from pretrain.tracking.mlflow_follower import sync as sync_run
 
-    done = sync_run(run, lambda warning: typer.echo(f"warning: {warning}", err=True), new_run)
+    done = sync_run(run, lambda warning: typer.echo(f"warning: {warning}", err=True), new_run, all_masks)
     typer.echo(
-        f"{done.uri} has all of {run} as run {done.run_id}, {done.status}; {done.num_metrics:,} values were sent now"
+        f"{done.uri} has all of {run} as run {done.run_id}, {done.status}; {done.num_metrics:,} values were sent now; "
+        f"its page: {done.page}"
     )

@@ -198,6 +198,8 @@ class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     """Tracking server or store; the sqlite file `mlflow.db` beside the run folder unless given."""
     experiment: Annotated[str, may_change.WATCHED] = Field(default="duet", min_length=1, max_length=500)
     """Name of the MLflow experiment."""
+    masks: Annotated[Literal["summary", "all"], may_change.WATCHED] = "summary"
+    """What MLflow gets of masks: nine numbers at most, or all that the journal has."""
 
     @field_validator("uri")
     @classmethod

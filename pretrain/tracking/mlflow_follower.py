@@ -27,10 +27,18 @@ class Synced:
     run_id: str
     status: str
     num_metrics: int
+    page: str
+    """Address of its curves."""
 
 
 def assign(
-    run_dir: Path, *, uri: str | None, experiment: str, run_name: str, warn: Callable[[str], None] = lambda _: None
+    run_dir: Path,
+    *,
+    uri: str | None,
+    experiment: str,
+    run_name: str,
+    all_masks: bool = False,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> str:
     """Say where in MLflow a run belongs; one that belongs there already goes on. Makes no call.
 
@@ -44,6 +52,8 @@ def assign(
     before = State.load(run_dir, warn) if state_path(run_dir).exists() else None
     if before and (before.uri, before.experiment) == (state.uri, state.experiment):
         state = before
+    if all_masks and not state.all_masks:
+        state.all_masks, state.receipt = True, None  # of what was sent, too
     if not state.original(run_dir):
         state.save(run_dir)
     return state.uri or default_uri(run_dir)
@@ -133,10 +143,13 @@ class Tracker:
             self._warn(text)
 
 
-def sync(run_dir: Path, warn: Callable[[str], None] = lambda _: None, new_run: bool = False) -> Synced:
+def sync(
+    run_dir: Path, warn: Callable[[str], None] = lambda _: None, new_run: bool = False, all_masks: bool = False
+) -> Synced:
     """Send what MLflow does not have of a run, with its files and its status: KILLED when it died without a word.
 
-    The status of a run that goes on is left alone. With `new_run` the folder gets a run of its own in MLflow.
+    The status of a run that goes on is left alone. With `new_run` the folder gets a run of its own in MLflow; with
+    `all_masks` everything is sent that the journal tells of masks, from now on.
 
     Raises:
         RunError: the run was never tracked, its journal is broken, or MLflow cannot be reached.
@@ -144,12 +157,14 @@ def sync(run_dir: Path, warn: Callable[[str], None] = lambda _: None, new_run: b
     mirror = Mirror(run_dir, warn)
     if new_run:
         mirror.begin_anew()
+    if all_masks:
+        mirror.want_all_masks()
     tries = 0
     while True:
         sent = mirror.num_metrics
         try:
             _bring_up_to_date(mirror, run_dir)
-            return Synced(mirror.place, mirror.run_id, mirror.status(), mirror.num_metrics)
+            return Synced(mirror.place, mirror.run_id, mirror.status(), mirror.num_metrics, mirror.page or "")
         except RunError:
             raise
         except Exception as error:

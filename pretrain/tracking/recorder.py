@@ -40,6 +40,7 @@ from pretrain.run.signals import BrokenOff, StopRequest, exit_code, told
 from pretrain.tracking.console import Console
 from pretrain.tracking.metrics import StepMetrics
 from pretrain.tracking.mlflow_follower import Tracker, assign, unsent
+from pretrain.tracking.mlflow_state import State
 
 T = TypeVar("T")
 COUNTED = {STEPS_SKIPPED: "steps without an update", SPIKES: "loss spikes", ROLLBACKS: "rollbacks"}
@@ -97,6 +98,7 @@ class Recorder:
                 uri=tracking.uri,
                 experiment=tracking.experiment,
                 run_name=config.run.name,
+                all_masks=tracking.masks == "all",
                 warn=self.warning,
             )
         if tracking.mode == "online":
@@ -285,9 +287,11 @@ class Recorder:
             rows.append(("checkpoint", str(saved[0])))
         rows.append(("report", made))
         if self._mlflow:
-            rows.append(("mlflow", self._mlflow + ("" if shipped else f" ({self._late()})")))
+            state = State.load(path)
+            page = (state and state.page(path)) or self._mlflow
+            rows.append(("mlflow", page + ("" if shipped else f" ({self._late()})")))
             if self._mlflow.startswith("sqlite"):
-                rows.append(("open it", _command("mlflow", "ui", "--backend-store-uri", self._mlflow)))
+                rows.append(("served by", _command("mlflow", "ui", "--backend-store-uri", self._mlflow)))
         submitted = JobFolder(path).submissions()
         again = ["resume", path] if submitted else ["train", self._folder.config_file, "--ranks", self._world_size]
         rows.append(("resume", _command("duet", *again)))
