@@ -58,6 +58,18 @@ def is_gone(error: Exception) -> bool:
     return isinstance(error, RestException) or "Response body" not in str(error)
 
 
+def find_run(client: Any, run_id: str) -> Any:
+    """The run; None when MLflow says that there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if not is_gone(error):
+            raise
+        return None
+
+
 def is_refused(error: Exception) -> bool:
     """Whether MLflow will never take what it was given."""
     from mlflow.exceptions import MlflowException

@@ -24,11 +24,13 @@ from pretrain.tracking.mlflow_store import (
     artifacts,
     brief,
     connect,
-    is_gone,
+    find_run,
     is_refused,
+    is_slow,
     kind_of_experiment,
     log_dataset,
     point_of,
+    wait_longer,
 )
 
 SYSTEM = "logs/system-*.jsonl"
@@ -90,6 +92,24 @@ class Mirror:
     def page(self) -> str | None:
         """The address of the run's curves; None while there is no run."""
         return self._state.page(self._run_dir)
+
+    @property
+    def called(self) -> str:
+        """What a message calls the store."""
+        return f"MLflow at {self.place}"
+
+    def bring(self, last: bool) -> None:
+        """Send what is new; at the end what became of the run, too."""
+        self.ship()
+        if last:
+            self.send_verdict()
+        # After the metrics: a store that refuses files must not hold them up.
+        if last or self.files_due:
+            self.send_files()
+
+    def wait_longer(self, error: Exception) -> bool:
+        """Give MLflow four times as long, if an answer did not come in time; whether that was possible."""
+        return is_slow(error) and wait_longer()
 
     def ship(self) -> None:
         """Send all whole lines that are new: the journal's, then those about the nodes."""
@@ -208,7 +228,7 @@ class Mirror:
             )
         if self._client is None or self._uri.startswith(SQLITE):  # whose file may be gone
             self._client = connect(self._uri)
-        run = self._get_run() if state.run_id else None
+        run = find_run(self._client, state.run_id) if state.run_id else None
         if run is None:
             gone = state.run_id
             state.forget_run()
@@ -231,16 +251,6 @@ class Mirror:
             state.experiment_id = str(run.info.experiment_id)
             state.save(self._run_dir)
         return run
-
-    def _get_run(self) -> Any:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self._client.get_run(self._state.run_id)
-        except MlflowException as error:
-            if not is_gone(error):
-                raise
-            return None
 
     def _find_run(self) -> str | None:
         tags = {KEY_TAG: self._state.key} | ({JOURNAL_TAG: identity(self._run_dir)} if self._state.adopt else {})

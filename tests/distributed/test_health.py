@@ -15,7 +15,7 @@ from pretrain.report.report import write_report
 from pretrain.run.checkpoint_folder import step_path
 from pretrain.run.journal import Record, read, series
 from pretrain.run.run_summary import load, verdict
-from pretrain.tracking.mlflow_follower import sync
+from pretrain.tracking.follower import sync
 from tests.checkpoints import manifest_of, write_manifest
 from tests.conftest import RanksFailed
 from tests.faults.tracked import assert_mirrors, run_of

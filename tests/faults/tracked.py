@@ -91,7 +91,7 @@ class Writer:
         assert time.monotonic() - since < timeout + 60.0, "the exit waited for the server"
         assert result["callers"], "the proof sees calls at all"
         for event, threads in result["callers"].items():
-            assert threads == ["mlflow-mirror"], event
+            assert threads == ["mirror"], event
         return bool(result["complete"])
 
     def warnings(self) -> list[str]:

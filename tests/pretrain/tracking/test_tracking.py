@@ -17,7 +17,7 @@ from data_pipeline.errors import ConfigError, RunError
 from pretrain.config.schema import load
 from pretrain.run import provenance
 from pretrain.run.journal import Journal, Record, read
-from pretrain.tracking.mlflow_follower import assign, sync
+from pretrain.tracking.follower import assign, sync
 from pretrain.tracking.mlflow_names import ATTEMPT, Names, flat, mirrored, shipped, text
 from pretrain.tracking.mlflow_state import State, default_uri
 from pretrain.tracking.mlflow_store import connect

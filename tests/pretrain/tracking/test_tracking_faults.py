@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import RunError
-from pretrain.tracking.mlflow_follower import sync
+from pretrain.tracking.follower import sync
 from tests.faults.tracked import Gate, Server, Writer, assert_mirrors, run_of, until
 from tests.ports import free_port
 from tests.pretrain.tracking.test_tracking_store import Run

@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 
 from data_pipeline.errors import RunError
 from pretrain.run.journal import Journal
-from pretrain.tracking import mlflow_follower
-from pretrain.tracking.mlflow_follower import Tracker, assign, sync, unsent
+from pretrain.tracking import follower
+from pretrain.tracking.follower import Tracker, assign, sync, unsent
 from pretrain.tracking.mlflow_state import FORMAT, State, default_uri
 from pretrain.tracking.mlflow_store import connect
+from pretrain.tracking.mlflow_sync import Mirror
 from tests.faults.tracked import assert_mirrors, run_of, until
 from tests.runs import new_store
 
@@ -55,8 +57,8 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_follower, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(mlflow_follower, "LONGEST_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(follower, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(follower, "LONGEST_PAUSE_SECONDS", 0.2)
 
 
 def store_of(run: Run) -> Path:
@@ -103,11 +105,12 @@ def test_a_store_that_changes_under_a_running_mirror(run: Run, tmp_path: Path) -
     """Put back, replaced by an empty file, and removed."""
     said: list[str] = []
     (run.path / "config.yaml").write_text("a: 1\n")
-    tracker = Tracker(run.steps(10).path, said.append)
+    mirror = Mirror(run.steps(10).path, said.append)
+    tracker = Tracker(lambda warn: mirror, said.append)
     tracker.start()
 
     def until_it_rests() -> None:
-        until(lambda: shipped(run) and not tracker._mirror.files_due)
+        until(lambda: shipped(run) and not mirror.files_due)
 
     until_it_rests()
     shutil.copy(store_of(run), tmp_path / "older")
@@ -180,7 +183,7 @@ def test_a_copied_run_folder_becomes_a_run_of_its_own_when_its_owner_says_so(run
     with pytest.raises(RunError, match=f"a copy of {run.path}.*duet track sync {copy} --new-run"):
         sync(copy)
     said: list[str] = []
-    tracker = Tracker(copy, said.append)
+    tracker = Tracker(partial(Mirror, copy), said.append)
     tracker.start()
     assert not tracker.close(60.0)
     assert [f"duet track sync {copy} --new-run" in text for text in said] == [True]
