@@ -120,6 +120,7 @@ def train(
 
 
 app.command()(generate)
+app.command()(checkpoint.push)
 
 
 @app.command("eval")
@@ -136,15 +137,38 @@ def evaluate(
         str | None,
         typer.Option(help="Round the masks of learned dropout otherwise than trained with: none, threshold, sample."),
     ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE[,…]", help="Other values than trained with, of a key that allows it: one each."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the loss against the values of --set.")
+    ] = None,
 ) -> None:
     """Validate a checkpoint over all held-out text, of all sources and of each, or evaluate a model on tasks.
 
-    Examples: `duet eval runs/quickstart`, `duet eval exported --tasks mine.yaml,lambada_openai`
+    Examples: `duet eval runs/quickstart`, `duet eval exported --tasks mine.yaml,lambada_openai`,
+    `duet eval runs/refined --set model.refine.steps=1,2,4,8 --plot steps.png`
     """
+    changes = changes or []
+    if plot and (tasks or not changes):
+        raise ConfigError("--plot draws the validation loss against the values of --set KEY=A,B,…; give these")
+    if tasks is None and (plot or (changes and "," in changes[-1])):
+        from pretrain.export.sweep import sweep
+
+        if rounding:
+            raise ConfigError("--rounding goes with one value of each --set; leave one of them out")
+        for change, metrics in sweep(run, step, changes, plot).items():
+            typer.echo("  ".join([change, *(f"{name} {value:.6f}" for name, value in metrics.items())]))
+        return
     if tasks is None:
+        from launch.progress import counted
         from pretrain.export.use import evaluate_run
 
-        found = evaluate_run(run, step, rounding)
+        with counted("validating") as progress:
+            found = evaluate_run(run, step, rounding, progress, changes)
         width = max(28, *map(len, found))
         for name, value in found.items():
             typer.echo(f"{name:<{width}} {value:.6f}")
@@ -152,7 +176,7 @@ def evaluate(
     with wanted("lm_eval", "lm-eval", "--tasks"):
         from pretrain.export.harness import evaluate_tasks
 
-    for task, metrics in evaluate_tasks(run, step, tasks.split(",")).items():
+    for task, metrics in evaluate_tasks(run, step, tasks.split(","), changes).items():
         for name, value in metrics.items():
             typer.echo(f"{f'{task}/{name}':<42} {value:.6f}")
 

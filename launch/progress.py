@@ -84,3 +84,35 @@ def _plain_lines() -> Callable[[str, int, int], None]:
             )
 
     return show
+
+
+@contextmanager
+def counted(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress of equal pieces of work, told how many are done before each, and of how many: a bar with the time left
+    on a terminal, else a plain line every ten seconds, on standard error."""
+    if not sys.stderr.isatty():
+        yield _plain_counts(what)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _plain_counts(what: str) -> Callable[[int, int], None]:
+    began, told = 0.0, 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal began, told
+        now = time.monotonic()
+        if not done:
+            began = told = now
+        elif now - told >= _LINE_SECONDS:
+            told = now
+            left = timedelta(seconds=round((total - done) * (now - began) / done))
+            typer.echo(f"{what}: {done / total:.0%}, {left} left", err=True)
+
+    return show

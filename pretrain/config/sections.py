@@ -60,6 +60,9 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     mask_lr: Annotated[float | None, may_change.IN_FORK] = Field(default=None, gt=0.0, le=1e30)
     """The most that the peak learning rate of what learned dropout computes its masks from may be: theirs is the lower
     of this and `lr`, and follows the same schedule. Not with Muon."""
+    attention_lr: Annotated[float | None, may_change.IN_FORK] = Field(default=None, gt=0.0, le=1e30)
+    """Peak learning rate of the few numbers that shape the weights of attention, such as alphas and
+    spans (`model.weights`); ten times `lr` unless given. Not with Muon, where it is `lr`."""
     muon_lr: Annotated[float, may_change.IN_FORK] = Field(default=0.02, gt=0.0, le=1e30)
     """Peak learning rate of Muon; follows the same schedule."""
     muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
@@ -107,6 +110,11 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Steps between lines on the terminal; the journal holds every step."""
     eval_every: Annotated[int, may_change.WATCHED] = Field(default=200, ge=1)
     """Steps between validations; the last step is always validated."""
+    eval_tokens: Annotated[Annotated[int, Field(ge=1)] | Literal["all"] | None, may_change.WATCHED] = None
+    """Held-out tokens of a validation, in whole windows, the same each time and spread over the sources; `all` of them.
+    Unless given, a thirty-second of the tokens between two validations."""
+    eval_whole_at_end: Annotated[bool, may_change.WATCHED] = True
+    """The last validation is over all held-out text, whatever `eval_tokens` says."""
     checkpoint_every: Annotated[int, may_change.WATCHED] = Field(default=200, ge=1)
     """Steps between checkpoints; the first step, to see that the disk works, and the last always get one."""
     keep_checkpoints: Annotated[int, may_change.WATCHED] = Field(default=3, ge=1)

@@ -1,8 +1,9 @@
 """An export: a trained model in one folder that needs neither the run nor its data.
 
-model.safetensors  config.json  tokenizer_config.json  spm.model or tokenizer.json  modeling_duet.py  EXPORT.txt
+model.safetensors  config.json  spm.model or tokenizer.json  EXPORT.txt
 
-Of an architecture that is not ours: its source, in architecture/, and nothing for transformers.
+Beside them lies what transformers needs (`hugging_face/`), and of an architecture that is not ours its source, in
+architecture/.
 """
 
 import json
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -26,12 +27,12 @@ from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer, model_file
 from model.architectures import external, registry
 from model.architectures.names import current_name
 from model.architectures.registry import AnyModelConfig
-from model.architectures.token_model import TokenModel
-from model.attention.attention import CausalAttention
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.checkpoint.shard_file import write_tensors
 from pretrain.config.architecture import keep
 from pretrain.config.schema import Config
+from pretrain.export.hugging_face.folder import hugging_face_config, write_for_transformers
+from pretrain.export.hugging_face.sources import check_alone
 from pretrain.inference.trained import Trained, tokenizer_of
 from pretrain.objectives.registry import ObjectiveName
 from pretrain.run.checkpoint_folder import MANIFEST
@@ -40,16 +41,11 @@ FORMAT = 2
 """In the first, an architecture's parameters had no `backbone.` before their names."""
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NOTE = """A model trained with Duet: run {run}, step {step}.
+NOTE = """\
+A model trained with Duet: run {run}, step {step}.
 Weights in {dtype} (model.safetensors), configuration (config.json), tokenizer ({tokenizer}).
 
-duet generate FOLDER --prompt "..."
-"""
-OURS = """\
-transformers, with duet-pretrain[hf] installed: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-"""
-NOT_OURS = """\
-The source of its architecture lies in architecture/ and is run by Duet alone: transformers knows our own only.
+README.md says how it is used; Duet itself: duet generate FOLDER --prompt "..."
 """
 
 
@@ -103,15 +99,14 @@ def write_export(
         written["model"]["architecture"] = external.without_folder(facts.model.architecture)
         write_atomic(new / file.name, file.read_bytes())
         note = NOTE.format(run=facts.run, step=facts.step, dtype=dtype, tokenizer=file.name)
+        kind = str(DTYPES[dtype]).removeprefix("torch.")
+        theirs = hugging_face_config(facts.model, facts.objective, kind, tokenizer.eos_id)
+        write_json(new / CONFIG, theirs | {"duet": written})
+        write_for_transformers(new, checkpoint, config, tokenizer, file, model.num_parameters(), dtype)
         if external.is_external(facts.model.architecture):
             keep(facts.model, new)
-            write_json(new / CONFIG, {"duet": written})
-            write_atomic(new / "EXPORT.txt", note + NOT_OURS)
-            return
-        write_json(new / CONFIG, _hugging_face(facts, model, tokenizer, dtype) | {"duet": written})
-        write_json(new / "tokenizer_config.json", _tokenizer_config(facts, tokenizer))
-        write_atomic(new / "modeling_duet.py", Path(__file__).with_name("modeling_duet.py").read_bytes())
-        write_atomic(new / "EXPORT.txt", note + OURS)
+            check_alone(new, written["model"], {name: values.shape for name, values in model.named_parameters()})
+        write_atomic(new / "EXPORT.txt", note)
 
 
 def _facts(checkpoint: Checkpoint, config: Config) -> ExportFacts:
@@ -171,41 +166,6 @@ def read_facts(folder: Path) -> ExportFacts:
         return ExportFacts.model_validate(raw)
     except ValidationError as error:
         raise CheckpointError(f"{file}: damaged: {error}") from None
-
-
-def num_attentions(model: TokenModel) -> int:
-    """How many of its modules keep keys and values."""
-    return sum(isinstance(module, CausalAttention) for module in model.modules())
-
-
-def _hugging_face(facts: ExportFacts, model: TokenModel, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-    """What transformers reads of config.json."""
-    return {
-        "model_type": "duet",
-        "architectures": ["DuetForCausalLM"],
-        "auto_map": {"AutoConfig": "modeling_duet.DuetConfig", "AutoModelForCausalLM": "modeling_duet.DuetForCausalLM"},
-        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-        "vocab_size": facts.model.vocab_size,
-        "hidden_size": facts.model.width,
-        # As many as there are pairs of keys and values: its caches read this, and nothing else does.
-        "num_hidden_layers": num_attentions(model),
-        "num_attention_heads": getattr(facts.model, "heads", 1),
-        "max_position_embeddings": facts.model.context,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.eos_id,
-    }
-
-
-def _tokenizer_config(facts: ExportFacts, tokenizer: Tokenizer) -> dict[str, Any]:
-    end = tokenizer.piece(tokenizer.eos_id)
-    return {
-        "tokenizer_class": "DuetTokenizer",
-        "auto_map": {"AutoTokenizer": ["modeling_duet.DuetTokenizer", None]},
-        "model_max_length": facts.model.context,
-        "padding_side": "left",
-        "eos_token": end,
-        "pad_token": end,
-    }
 
 
 @contextmanager

@@ -126,6 +126,11 @@ class Recorder:
         if self._tracker:
             self._tracker.wake()
 
+    def validating(self, step: int, done: int, total: int) -> None:
+        """A validation is under way: so many of its batches are done."""
+        if self._active:
+            self._console.validating(step, done, total)
+
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         """Results of a validation."""
         if self._active:

@@ -110,6 +110,12 @@ def test_a_run_that_trains(tmp_path: Path) -> None:
         JobFolder(tmp_path).kill_switch.unlink()
     with training(tmp_path, age=121):
         assert state(tmp_path, JOB) == state(tmp_path, None) == "stalled"
+        beat = JobFolder(tmp_path).last_heartbeat()
+        assert beat
+        for since, told in ((5, "validating"), (121, "stalled")):
+            now = replace(beat, validating=time.time() - since, validated=0.25)
+            (tmp_path / "heartbeat").write_text(json.dumps(vars(now)))
+            assert state(tmp_path, JOB) == state(tmp_path, None) == told
     with training(tmp_path, None):
         assert state(tmp_path, QUEUED) == "running", "by hand, while a job waits"
     with training(tmp_path, began=JOB.start - 30 if JOB.start else 0):
