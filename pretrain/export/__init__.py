@@ -2,5 +2,6 @@
 
 May import: data_pipeline.errors, data_pipeline.files, data_pipeline.storage, data_pipeline.tokenize,
 model.architectures, model.attention, model.config, model.generation, model.masks, pretrain.checkpoint, pretrain.config,
-pretrain.engine, pretrain.evaluation, pretrain.inference, pretrain.metric_names, pretrain.objectives, pretrain.run.
+pretrain.engine, pretrain.evaluation, pretrain.finetune, pretrain.inference, pretrain.metric_names, pretrain.objectives,
+pretrain.run.
 """

@@ -16,6 +16,7 @@ from threading import Event
 from typing import Literal
 
 import torch
+import yaml
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -40,13 +41,14 @@ from pretrain.export.hugging_face.folder import (
     write_for_transformers,
 )
 from pretrain.export.hugging_face.sources import check_alone
-from pretrain.inference.trained import Trained, tokenizer_of
+from pretrain.inference.trained import Trained, tokenizer_of, whole_weights
 from pretrain.objectives.registry import ObjectiveName
 from pretrain.run.checkpoint_folder import MANIFEST
+from pretrain.run.origin import TRAIN, WEIGHTS
 
 FORMAT = 2
 """In the first, an architecture's parameters had no `backbone.` before their names."""
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CONFIG = "config.json"
 Dtype = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NOTE = """\
@@ -96,8 +98,8 @@ def write_export(
     if weights is None:
         with torch.device("meta"):
             model = registry.build(config.model)
-        weights = checkpoint.weights()
-        checkpoint.check_shapes({name: list(values.shape) for name, values in model.named_parameters()})
+        shapes = {name: list(values.shape) for name, values in model.named_parameters()}
+        weights = whole_weights(checkpoint, config, shapes)
     dataset = dataset_of(checkpoint, config)
     about = rows_of(checkpoint, config, dataset)
     texts = texts_of(dataset, tokenizer)
@@ -134,11 +136,21 @@ def write_folder(
         theirs = hugging_face_config(facts.model, facts.objective, type_name(dtype), opened.eos_id)
         write_json(new / CONFIG, theirs | {"duet": written})
         write_for_transformers(new, about)
+        write_atomic(new / TRAIN, _train(facts))
         if external.is_external(facts.model.architecture):
             keep(facts.model, new)
             check_alone(new, written["model"], shapes)
         note = NOTE.format(run=facts.run, step=facts.step, dtype=dtype, tokenizer=model_name(content))
         write_atomic(new / "EXPORT.txt", note)
+
+
+def _train(facts: ExportFacts) -> str:
+    """The configuration of a run that begins with an export: its model, whose weights are trained on."""
+    shape = facts.model.model_dump(mode="json")
+    if external.is_external(facts.model.architecture):
+        shape["architecture"] = f"{external.FOLDER}/{external.without_folder(facts.model.architecture)}"
+    found = {"model": shape, "data": {"objective": facts.objective}, "finetune": {"kind": "full"}}
+    return f"# duet train --from FOLDER data.path=DATA run.name=NAME\n{yaml.safe_dump(found, sort_keys=False)}"
 
 
 def type_name(dtype: Dtype) -> str:

@@ -29,8 +29,10 @@ from pretrain.export.hugging_face.folder import (
     write_tokenizer,
 )
 from pretrain.export.layouts import LAYOUTS, check_fits, read_shape, to_ours, to_theirs
-from pretrain.export.portable import CONFIG, DTYPES, WEIGHTS, Dtype, ExportFacts, new_folder, type_name, write_folder
+from pretrain.export.portable import CONFIG, DTYPES, Dtype, ExportFacts, new_folder, type_name, write_folder
+from pretrain.finetune.base import weights_of
 from pretrain.inference.trained import tokenizer_of
+from pretrain.run.origin import WEIGHTS
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _TOKENIZERS = (JSON, MODEL, "tokenizer.model")
@@ -92,7 +94,7 @@ def write_standard(checkpoint: Checkpoint, config: Config, folder: Path, name: s
     file, tokenizer = tokenizer_of(checkpoint, config)
     dataset = dataset_of(checkpoint, config)
     rows = rows_of(checkpoint, config, dataset) | {"layout": name, "weights": dtype}
-    weights = checkpoint.weights()
+    weights = weights_of(checkpoint, config)
     parameters = sum(values.numel() for values in weights.values())
     texts = texts_of(dataset, tokenizer)
     about = About(fits, config.data.objective, config.run.name, parameters, rows, tokenizer, file.read_bytes(), texts)
