@@ -23,6 +23,7 @@ from tests.runs import ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONTINUE_THE_README = {
+    "after.md",
     "training.md",
     "tracking.md",
     "commands.md",

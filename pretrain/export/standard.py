@@ -35,7 +35,8 @@ from pretrain.inference.trained import tokenizer_of
 from pretrain.run.origin import WEIGHTS
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_TOKENIZERS = (JSON, MODEL, "tokenizer.model")
+_TOKENIZERS = (MODEL, JSON, "tokenizer.model")
+"""Ours lies beside a tokenizer.json that gives the same tokens."""
 
 
 def import_model(folder: Path, to: Path) -> DecoderOnlyConfig:
