@@ -28,7 +28,8 @@ class RunConfig(
     seed: int = Field(default=1337, ge=0, lt=2**63)
     """Seeds the weights, the data order and the noise."""
     start_from: Annotated[str | None, may_change.IN_FORK] = None
-    """`RUN@STEP`: begin with that checkpoint of another run; its newest if only `RUN` (`duet train --from`)."""
+    """`RUN@STEP`: begin with that checkpoint of another run; its newest if only `RUN` (`duet train --from`). With
+    `finetune.kind` begin with its weights only, or with those of an export."""
 
     @field_validator("dir")
     @classmethod
@@ -248,3 +249,28 @@ class ProfileConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
         if self.steps and not 1 <= self.steps[0] <= self.steps[1]:
             raise ValueError(f"steps={list(self.steps)}: expected [first, last] with 1 <= first <= last")
         return self
+
+
+class FinetuneConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+    """What is trained of the weights that `run.start_from` names (docs/after.md)."""
+
+    kind: Annotated[Literal["none", "full", "lora"], may_change.IN_FORK] = "none"
+    """`none`: the run goes on as the other would have, with its optimizer and its data. `full`: weights only, and all
+    are trained, from step 0, on data of the run's own. `lora`: adapters beside linear maps are trained, and saved
+    alone; `duet checkpoint export` adds them up."""
+    rank: Annotated[int, may_change.IN_FORK] = Field(default=8, ge=1)
+    """Of an adapter: inner size r of B A."""
+    alpha: Annotated[float | None, may_change.IN_FORK] = Field(default=None, gt=0.0)
+    """An adapter counts alpha / r times; 2 r unless given."""
+    dropout: Annotated[float, may_change.IN_FORK] = Field(default=0.0, ge=0.0, lt=1.0)
+    """On what adapters read, in training."""
+    targets: Annotated[list[str], may_change.IN_FORK] = Field(default=["qkv"], min_length=1)
+    """Linear maps that are adapted: by the last part of a name, masks aside, or by a pattern of the whole, such as
+    `backbone.layers.0.*`; `*` means all."""
+    base: Annotated[str | None, may_change.IN_FORK] = None
+    """Hash of the weights that the run has begun with; written by the run itself."""
+
+    @property
+    def scale(self) -> float:
+        """Alpha / r."""
+        return (self.alpha or 2 * self.rank) / self.rank

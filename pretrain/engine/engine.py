@@ -106,7 +106,8 @@ class Engine:
             keep_freed_memory()
         bootstrap()
         self.stage = config.engine.zero_stage
-        self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
         self._ranks = ranks
         self._uneven = config.labels_vary
         self._optimizer = config.optimizer
@@ -120,9 +121,12 @@ class Engine:
         self.stopwatch = Stopwatch(ranks.device)
         # The table of tokens is first in the forward pass, so its gradient is the last; hooks run in order of
         # registration, and DeepSpeed's, which may wait for other ranks, come later.
-        model.token_embed.weight.register_post_accumulate_grad_hook(lambda _: self.stopwatch.lap("backward"))
+        first = next(iter(trained.values()))
+        first.register_post_accumulate_grad_hook(lambda _: self.stopwatch.lap("backward"))
         self._deepspeed = _initialized(model, config, ranks)
-        self._names: dict[Any, str] = self._deepspeed.param_names
+        self._names: dict[Any, str] = {
+            parameter: name for parameter, name in self._deepspeed.param_names.items() if name in self.shapes
+        }
         self.buffers = Buffers(model, ranks)
         self._multipliers = Multipliers(model, ranks)
         self.gated_sites = [gates.name for gates in block_gates(model)]
