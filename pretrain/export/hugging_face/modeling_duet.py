@@ -43,7 +43,7 @@ class KeptByTransformers(cache.Cache):
         """
         super().__init__(attention_mask.new_zeros(len(attention_mask), dtype=torch.int64), attention_mask.shape[1])
         self._kept = kept
-        self._padded = not bool(attention_mask.all())
+        self.padded = not bool(attention_mask.all())
         places = positions_of(attention_mask)
         self._places = places[:, -count:]
         self._calls = 0
