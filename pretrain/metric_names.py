@@ -66,6 +66,8 @@ PONDER_WEIGHT = Metric("penalty/ponder_weight", "factor", of_model="ponder_weigh
 ENCODER_LOSS = Metric("loss/encoder", "its own", of_model="encoder_loss")
 EARLIER_LOSS = Metric("loss/earlier_step", "nats per token", of_model="earlier_cross_entropy")
 REFINE_CHANGE = Metric("refine/change", "share of the vectors' norm", of_model="refine_change")
+DRAFT_LOSS = Metric("loss/draft", "nats per hidden label", of_model="draft_cross_entropy")
+LENGTH_LOSS = Metric("loss/length", "nats per target", of_model="length_cross_entropy")
 Z_LOSS = Metric("loss/z", "mean of log² Z", of_model="z_loss")
 VALIDATION = Metric("loss/val", "nats per label")
 VALIDATION_PART = Metric("loss/val_part", "nats per label")

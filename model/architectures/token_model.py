@@ -64,7 +64,7 @@ class TokenModel(Cached):
         if self.config.document_mask and inputs.segment_ids is None:
             raise ValueError("model.document_mask is on, and the batch does not say where documents are")
         self._compute_open_blocks(inputs.step)
-        found = self.hidden(inputs.input_ids, keys, inputs)
+        found = self.learning(inputs, keys)
         smoothing, z_weight = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
         count = None if inputs.counts is None else inputs.counts.labels
         tokens = self.token_embed(found.x, inputs.labels, smoothing, z_weight, count)
@@ -72,6 +72,10 @@ class TokenModel(Cached):
         if found.earlier is not None:
             earlier = self.token_embed(found.earlier.x, inputs.labels, smoothing, z_weight, count)
         return self._output(tokens, found, inputs.step, earlier)
+
+    def learning(self, batch: Batch, keys: Tensor | None) -> Hidden:
+        """`hidden` of a batch in training or validation, with what the architecture's own losses are."""
+        return self.hidden(batch.input_ids, keys, batch)
 
     def predict(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None) -> Tensor:
         """Logits [B, T, V] of input_ids [B, T]; all else as in `hidden`."""

@@ -1,5 +1,7 @@
 """Multi-head attention, causal unless told otherwise: within a stream, and from one stream to another."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -55,7 +57,7 @@ class CausalAttention(Cached):
         """
         visible = visible.of(self._pattern)
         query, key, value = self._in_heads(query, key, value, visible)
-        if self.cache is not None:
+        if self.cache is not None and (visible.aligned or self.cache.crosses):
             key, value, mask = self.cache.extend(self, key, value)
             queries, keys_at = self.cache.places(self) if self.mixer.counts else (None, None)
             visible = Visible(causal=False, mask=mask, positions=queries, key_positions=keys_at)
@@ -127,6 +129,13 @@ class SelfAttention(nn.Module):
         self.attention.keep(key, value, visible, steps)
 
 
+class Projected(NamedTuple):
+    """Keys and values of a sequence that cross attention reads, [B, S, C / group] each."""
+
+    key: Tensor
+    value: Tensor
+
+
 class CrossAttention(nn.Module):
     """Attention of one stream to another; causal, position t sees the other's up to t, of a stream as long."""
 
@@ -140,9 +149,13 @@ class CrossAttention(nn.Module):
         mixer = mixer_of(config, heads, name, aligned=not config.traits.two_sequences)
         self.attention = CausalAttention(config, heads, layer=layer, group=group, name=name, mixer=mixer)
 
-    def forward(self, x: Tensor, other: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
+    def read(self, other: Tensor) -> Projected:
+        """Keys and values of other [B, S, C]."""
+        return Projected(*self.key_value(other).chunk(2, dim=-1))
+
+    def forward(self, x: Tensor, other: Tensor | Projected, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
         """Queries from x [B, T, C], keys and values from other [B, S, C] -> [B, T, C]; S = T if it is causal."""
-        key, value = self.key_value(other).chunk(2, dim=-1)
+        key, value = other if isinstance(other, Projected) else self.read(other)
         return self.out(self.attention(self.query(x), key, value, keys, visible))
 
     def keep(self, other: Tensor, visible: Visible, steps: range) -> None:

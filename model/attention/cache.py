@@ -30,6 +30,8 @@ class Cache:
 
     may_stop = True
     """Steps that no token takes any more need not be computed."""
+    crosses = False
+    """It keeps what is read of another sequence; else that is there as a whole in each pass."""
 
     def __init__(self, padding: Tensor, capacity: int) -> None:
         """An empty cache.

@@ -50,7 +50,7 @@ class Softmax(nn.Module):
         if self._kernel == "explicit" or (self._rate and keys is not None):
             weights = self._formed(query, key, keys, visible).to(value.dtype)
             if self._rate and keys is not None:
-                weights = weight_dropout(weights, keys, self._site, self._rate, self._most_keys)
+                weights = weight_dropout(weights, keys, self._site, self._rate, max(self._most_keys, weights.shape[-1]))
             return weights @ value
         return self._attend(query, key, value, visible.mask, visible.causal)
 

@@ -4,8 +4,9 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, Field
 
-Site = Literal["enc_ff", "dec_ff", "enc_sa", "dec_sa", "cross", "embed"]
-"""What is masked: the update of a feed forward, of a self attention, of cross attention, or the embedded tokens."""
+Site = Literal["enc_ff", "dec_ff", "enc_sa", "dec_sa", "cross", "embed", "draft_ff", "draft_sa", "draft_cross"]
+"""What is masked: the update of a feed forward, of a self attention, of cross attention, or the embedded tokens;
+`draft_` of a decoder that drafts."""
 
 EvalRounding = Literal["none", "threshold", "sample"]
 EVAL_ROUNDINGS: tuple[EvalRounding, ...] = get_args(EvalRounding)

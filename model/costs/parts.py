@@ -224,14 +224,26 @@ def one_stream(shape: Shape, tokens: int, sites: tuple[Site, Site], *, stream: s
     return [*norms, own, feed_forward(shape, tokens, f"{stream}: feed forward", sites[1]), *masks]
 
 
-def cross_layer(shape: Shape, tokens: int, read: int, *, aligned: bool = True) -> list[Part]:
-    """A decoder layer, without its input from the encoder; `aligned`: both streams stand at the same positions."""
+def cross_layer(
+    shape: Shape,
+    tokens: int,
+    read: int,
+    *,
+    aligned: bool = True,
+    causal: bool = True,
+    stream: str = "decoder",
+    sites: tuple[Site, Site, Site] = ("dec_sa", "cross", "dec_ff"),
+) -> list[Part]:
+    """A decoder layer, without its input from the encoder; `aligned`: both streams stand at the same positions.
+
+    `sites` of self attention, cross attention and feed forward; `stream` as its parts are called.
+    """
     config = _transformer(shape)
     assert isinstance(config, TwoStreamConfig)
     parts = [norm(shape, tokens), Part(saved=shape.vectors(tokens))] * 3
     if not shape.post:
         parts += [norm(shape, read, inputs=False), Part(saved=shape.vectors(read))]
-    parts.append(self_attention(shape, tokens, "decoder: attention", causal=True))
+    parts.append(self_attention(shape, tokens, f"{stream}: attention", causal=causal))
     width, keys = config.width, config.width // config.queries_per_kv_head
     weights = linear_weights(config, width, width) * 2 + linear_weights(config, width, 2 * keys)
     weights += config.weights.learned * config.weights.shapes(aligned=aligned) * config.num_cross_heads
@@ -247,10 +259,9 @@ def cross_layer(shape: Shape, tokens: int, read: int, *, aligned: bool = True) -
         aligned=aligned,
         **_in_layers(config),
     )
-    parts.append(Part("decoder: cross attention", weights, flops, saved))
-    parts.append(feed_forward(shape, tokens, "decoder: feed forward", "dec_ff"))
-    sites: tuple[Site, ...] = ("dec_sa", "cross", "dec_ff")
-    return [*parts, *chain.from_iterable(site(shape, name, tokens, causal=True) for name in sites)]
+    parts.append(Part(f"{stream}: cross attention", weights, flops, saved))
+    parts.append(feed_forward(shape, tokens, f"{stream}: feed forward", sites[-1]))
+    return [*parts, *chain.from_iterable(site(shape, name, tokens, causal=causal) for name in sites)]
 
 
 def self_attention(shape: Shape, tokens: int, name: str, *, causal: bool) -> Part:

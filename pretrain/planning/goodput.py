@@ -50,7 +50,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Goodput:
+class Expected:
     """What becomes of the time; the shares sum up to 1."""
 
     interval: float
@@ -72,9 +72,9 @@ class Outlook:
     hours: float
     """Between interruptions."""
     times: Times
-    own: Goodput
+    own: Expected
     """At the configured interval."""
-    best: Goodput
+    best: Expected
     best_steps: int
     """The interval of the best, as `train.checkpoint_every`."""
 
@@ -137,7 +137,7 @@ def best_interval(mean: float, save: float) -> float:
     return low
 
 
-def expected(mean: float, interval: float, taken: Times) -> Goodput:
+def expected(mean: float, interval: float, taken: Times) -> Expected:
     """The module's first equation.
 
     Args:
@@ -153,7 +153,7 @@ def expected(mean: float, interval: float, taken: Times) -> Goodput:
         second = min(1.0, getattr(taken, name))
         return _share(mean, interval, replace(taken, **{name: getattr(taken, name) - second})) - share
 
-    return Goodput(
+    return Expected(
         interval=interval,
         share=share,
         saving=saves * taken.save / whole,

@@ -79,6 +79,7 @@ _CAUSAL: dict[str, dict[str, Any]] = {
 """Every option at least once, in the combinations that could break one another."""
 
 _T5 = {"architecture": "encoder_decoder"}
+_DRAFT = {"architecture": "draft_and_verify", "cross_heads": 2}
 _BERT = {"architecture": "encoder_only"}
 _BERT_EVERYWHERE = ["enc_ff", "enc_sa", "embed"]
 _BOTH_WAYS: dict[str, dict[str, Any]] = {
@@ -94,6 +95,16 @@ _BOTH_WAYS: dict[str, dict[str, Any]] = {
     "t5_batchnorm": {**_T5, **_OFF, "norm": "batchnorm", "bias": True},
     "t5_gates": {**_T5, **_MODERN, **_OFF, "block_gates": {"kind": "cosine", "blocks": 4}},
     "t5_l0": {**_T5, **_OFF, "attention": "flash", "l0": {"enabled": True, "sites": _EVERYWHERE}},
+    "draft": {**_DRAFT, **_OFF, "bias": True, "dropout": 0.1},
+    "draft_modern": {
+        **_DRAFT,
+        **_MODERN,
+        "norm_position": "post",
+        "learned_dropout": {"sites": [*_EVERYWHERE, "draft_ff", "draft_sa", "draft_cross"]},
+        "draft": {"layers": 2},
+    },
+    "draft_shared": {**_DRAFT, "draft": {"share": True, "masking": "cmlm"}, "learned_dropout": {"source": "embed"}},
+    "draft_refine": {**_DRAFT, **_OFF, "draft": {"refine": True, "masking": "nat"}},
     "bert": {**_BERT, "norm_position": "post", "bias": True},
     "bert_batchnorm": {**_BERT, "norm": "batchnorm"},
     "bert_batchnorm_post": {**_BERT, **_OFF, "norm": "batchnorm", "norm_position": "post", "dropout": 0.2},
@@ -228,7 +239,7 @@ def batch_of(config: ModelConfig, sequences: int = 3, step: int = 5, first_sampl
     ids = torch.randint(0, VOCABULARY, (sequences, config.context + 1), generator=generator)
     samples = torch.arange(first_sample, first_sample + sequences)
     batch = Batch(ids[:, :-1], ids[:, 1:], samples, torch.tensor(step), seed=9)
-    if config.architecture != "encoder_decoder":
+    if not config.traits.two_sequences:
         return batch
     inputs, targets = config.lengths
     read, labels = ids[:, :inputs], ids.flip(0)[:, :targets]

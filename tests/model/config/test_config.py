@@ -20,6 +20,9 @@ from tests.model.helpers import EVERY, NAMED, configured, options, variant
 PRESETS = sorted((Path(__file__).parents[3] / "configs" / "model").glob("*.yaml"))
 
 
+_DRAFT = {"architecture": "draft_and_verify"}
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_build(path: Path) -> None:
     config = configured(**yaml.safe_load(path.read_text())["model"] | {"vocab_size": 65})
@@ -81,6 +84,19 @@ def test_a_vocabulary_is_needed_to_build() -> None:
             "topology: .* reads one sequence and writes another",
         ),
         ({"architecture": "encoder_decoder", "document_mask": True}, "document_mask: .* reads one sequence and writes"),
+        ({**_DRAFT, "draft": {"refine": True}}, "draft.masking=mixed shows parts of that target .* draft.masking=nat"),
+        ({**_DRAFT, "draft": {"share": True, "layers": 1}}, "one stack for both decoders.* leave draft.layers out"),
+        (
+            {**_DRAFT, "draft": {"share": True}, "block_gates": {"kind": "top"}, "learned_dropout": {"enabled": False}},
+            "runs each layer .* twice in a step",
+        ),
+        (
+            {**_DRAFT, "draft": {"share": True}, "learned_dropout": {"sites": ["draft_ff"]}},
+            "no stack of its own for drafts, and so no site draft_ff; name dec_ff",
+        ),
+        ({**_DRAFT, "draft": {"chunk": 256}}, "draft.chunk=256 leaves nothing of a window .* take 128 or less"),
+        ({**_DRAFT, "document_mask": True}, "document_mask: draft_and_verify reads one sequence and writes another"),
+        ({"draft": {"share": True}}, "draft: parallel_encoder_decoder"),
         ({"architecture": "encoder_decoder", "context": 9}, "context=9: of so few tokens .* makes 10; take 10 or more"),
         (
             {"architecture": "encoder_only", "l0": {"sites": ["dec_ff"]}},
@@ -128,6 +144,8 @@ def test_refusals_say_what_is_wrong(values: dict[str, Any], message: str) -> Non
         ("parallel_encoder_decoder", "prefix", None),
         ("encoder_only", "masked", None),
         ("encoder_decoder", "span_corruption", None),
+        ("draft_and_verify", "continuation", None),
+        ("draft_and_verify", "causal", "reads one text and writes another; take data.objective=pairs or continuation"),
         ("decoder_only", "masked", "predicts each token from those before it; take data.objective=causal or prefix"),
         ("encoder_only", "causal", "sees every token, the next one included, .* take data.objective=masked"),
         ("encoder_decoder", "causal", "reads one text and writes another.* take data.objective=span_corruption"),

@@ -152,7 +152,7 @@ def test_with_a_pattern(
 ) -> None:
     monkeypatch.setattr(pattern_config, "FEWEST", 1)
     shape = {"width": 48, "heads": NAMED[name].get("heads", 2), "context": 40} | changes
-    documents = documents and NAMED[name].get("architecture") != "encoder_decoder"
+    documents = documents and not variant(name).traits.two_sequences
     config = variant(name, pattern=pattern, document_mask=documents, **shape)
     counted = activations(config, ROWS, 2, dense_mask=documents)
     measured = measure(config, 2, documents=documents)

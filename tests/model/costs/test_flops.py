@@ -70,13 +70,14 @@ def test_the_formula_knows_every_option(name: str) -> None:
 
 MODULES = {
     "token table": "token_embed",
-    "attention": r"backbone\.(encoder|decoder|layers)\.\d+\.attention",
-    "cross attention": r"backbone\.decoder\.\d+\.cross_attention",
-    "feed forward": r"backbone\.(encoder|decoder|layers)\.\d+\.ff",
+    "attention": r"backbone\.(encoder|decoder|layers|draft_decoder)\.\d+\.attention",
+    "cross attention": r"backbone\.(decoder|draft_decoder)\.\d+\.cross_attention",
+    "feed forward": r"backbone\.(encoder|decoder|layers|draft_decoder)\.\d+\.ff",
     "decoder input": r"backbone\.decoder_input",
     "masks": r"(backbone\.\w+\.\d+\.)?\w+_dropout",
     "mask source": "mask_source",
     "halting": r"backbone\.recurrence\.halting",
+    "lengths": r"backbone\.length",
 }
 """Where each part is computed."""
 
