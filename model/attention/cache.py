@@ -124,6 +124,18 @@ class Cache:
         values[:, :, self.length : end] = value
         return keys[:, :, :end], values[:, :, :end]
 
+    def held(self, place: Cached) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [B, H, S, d] that such a place has added in the passes before; None before the first."""
+        if (place, self.step) not in self._stored:
+            return None
+        keys, values = self._stored[place, self.step]
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def holds(self) -> Tensor:
+        """[B, S] bool: False for the pads among all columns, those of this pass included."""
+        assert self._rows is not None and self._rows.positions is not None
+        return self._rows.positions >= 0
+
     def places(self, place: Cached) -> tuple[Tensor, Tensor]:
         """Positions in their texts of the new columns [B, T] and of the keys [B, S] that `extend` gave; pads' are -1 or
         whatever they see one another by."""
