@@ -17,6 +17,7 @@ try:
 
     duet_pretrain.check("data_pipeline", "model", "pretrain")  # before they are imported
 
+    from data_pipeline.errors import ConfigError
     from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer
     from model.architectures import registry
     from model.attention import cache
@@ -81,13 +82,22 @@ class DuetForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"  # the file has no prefix before the names
 
     def __init__(self, config: DuetConfig) -> None:
-        """Raises ConfigError if the model does not continue texts."""
+        """Raises ConfigError if the model does not continue texts, or not those of which transformers tells enough."""
         super().__init__(config)
         assert config.duet is not None
         shape = registry.configure(config.duet["model"])
         check_objective(shape, config.duet["objective"])
+        if shape.reads_prompt:
+            raise ConfigError(
+                "the model reads a prompt apart from what is written behind it, and transformers hands over both as "
+                "one text; use duet generate"
+            )
         self.model = registry.build(shape)
+        self._keeps = shape.traits.cached
         self.post_init()
+        if not self._keeps:
+            assert self.generation_config is not None
+            self.generation_config.use_cache = False
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Modules start themselves."""
@@ -113,9 +123,15 @@ class DuetForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a text is longer than the model's context.
         """
+        kept = slice(-logits_to_keep or None, None)
+        if not self._keeps:
+            if past_key_values is not None:
+                raise ValueError(f"{self.model.config.architecture} keeps nothing for transformers; use_cache=False")
+            logits = self._alone(input_ids, attention_mask)[:, kept]
+            found = CausalLMOutputWithPast(logits=logits)
+            return found if return_dict else found.to_tuple()
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        kept = slice(-logits_to_keep or None, None)
         if past_key_values is None and (attention_mask is None or bool(attention_mask.all())):
             logits = self.model(input_ids)[:, kept]
         else:
@@ -132,6 +148,16 @@ class DuetForCausalLM(PreTrainedModel, GenerationMixin):
                 logits = self.model(input_ids)
         found = CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         return found if return_dict else found.to_tuple()
+
+    def _alone(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Logits [B, T, V] of texts [B, T], one after the other; 0 at pads, wherever they are."""
+        if attention_mask is None:
+            return self.model(input_ids)
+        rows = []
+        for ids, holds in zip(input_ids, attention_mask.bool(), strict=True):
+            found = self.model(ids[holds][None])[0]
+            rows.append(found.new_zeros(len(ids), found.shape[-1]).index_put((holds,), found))
+        return torch.stack(rows)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As transformers does, with the names that an export has."""

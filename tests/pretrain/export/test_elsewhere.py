@@ -18,12 +18,13 @@ from torch import Tensor
 from data_pipeline.errors import ConfigError
 from data_pipeline.tokenize.tokenizer import Tokenizer
 from model.architectures.token_model import TokenModel
+from model.generation.generate import Generation
 from model.generation.sampling import Sampling
 from pretrain.export.portable import num_attentions, write_export
 from pretrain.export.use import open_trained
 from pretrain.inference.continuation import Continuation, Settings
 from pretrain.inference.trained import find_checkpoint
-from tests.model.helpers import VARIANTS, batch_of, build, open_masks, variant
+from tests.model.helpers import VARIANTS, batch_of, build, open_masks, small, variant
 from tests.runs import ROOT
 
 LICENSE = (ROOT / "LICENSE").read_text()
@@ -160,16 +161,37 @@ def test_caches_and_pads_change_nothing(name: str) -> None:
         torch.testing.assert_close(found[1:, :7], alone[1], rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def test_what_keeps_nothing_reads_each_text_alone() -> None:
+    """Refined vectors are no keys and values: whole texts, padded at either side, and greedy generation as ours."""
+    model = build(small("refined", refine={"chunk": 4, "reweight": True})).double().eval()
+    theirs, ids = wrapped(model), batch_of(model.config, sequences=2).input_ids[:, :7]
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[1, 5:] = 0
+    found = theirs(ids, attention_mask=mask).logits
+    for row, part in ((0, slice(3, 7)), (1, slice(0, 5))):
+        torch.testing.assert_close(found[row, part], model(ids[row : row + 1, part])[0], rtol=0, atol=1e-12)
+    options: Any = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    written = theirs.generate(ids, attention_mask=mask.fill_(1).index_fill_(1, torch.tensor(0), 0), **options)
+    generation = Generation(model, [row[1:] for row in ids], Sampling(temperature=0.0))
+    steps = [generation.step() for _ in range(5)]
+    assert written[:, 7:].tolist() == [[step[row][0] for step in steps] for row in range(2)]
+    with pytest.raises(ValueError, match="refined keeps nothing for transformers"):
+        theirs.generate(ids, use_cache=True, **options)
+
+
 def test_what_transformers_cannot_do_is_refused(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pretrain.export.modeling_duet import DuetConfig, DuetForCausalLM
 
     facts = json.loads((exported / "config.json").read_text())["duet"]
+    prefix = {"architecture": "refined", "vocab_size": 9, "refine": {"form": "prefix"}}
     for change, message in (
         ({"model": {"architecture": "encoder_only", "vocab_size": 9}, "objective": "masked"}, "no next token to draw"),
         ({"model": {"architecture": "encoder_decoder", "vocab_size": 9}}, "not to continue a prompt"),
         ({"objective": "prefix"}, "a prompt is read both ways"),
+        ({"model": prefix, "objective": "prefix"}, "reads a prompt apart"),
     ):
         with pytest.raises(ConfigError, match=message):
             DuetForCausalLM(DuetConfig(duet=facts | change))
