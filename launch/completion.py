@@ -33,3 +33,10 @@ def complete_configs(incomplete: str) -> list[str]:
     folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
     files = [str(path) for path in folder.glob("*.yaml")] if folder.is_dir() else []
     return sorted(name for name in [*shipped(), *files] if name.startswith(incomplete))
+
+
+def complete_decode(incomplete: str) -> list[str]:
+    """Ways in which a model that drafts writes."""
+    from model.architectures.draft_and_verify.spec import DraftAndVerifyConfig
+
+    return [way for way in DraftAndVerifyConfig.traits.decodings if way.startswith(incomplete)]

@@ -4,7 +4,9 @@ One pass over the whole text, beside the one that made it: hooks compute again, 
 attention, what the pass itself does not form. Without them nothing is computed and nothing is kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -54,6 +56,31 @@ def inspect(model: TokenModel, ids: Tensor, look: Look | None = None) -> Inspect
         look: gets the weights of each attention of a stream, in the order in which they are used; those of masks are
             left out. They are the largest there is, so what is to be kept of them is for it to say.
     """
+    with _watched(model, look) as density:
+        return Inspection(model.hidden(ids[None], None, _alone(ids)).x[0], density)
+
+
+@torch.no_grad()
+def inspect_target(model: TokenModel, source: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    """The density of each mask, as in `Inspection`, while a target is written token by token.
+
+    Args:
+        model: of two sequences, in evaluation mode.
+        source: [S] int64, what is read.
+        ids: [U] int64, what the decoder that writes has read: end-of-text, then all but the last of the target.
+
+    Returns:
+        [S] of masks in the encoder and on its embedded tokens, [U] of the others.
+    """
+    batch = replace(_alone(source), labels=ids[None], decoder_input_ids=ids[None])
+    with _watched(model, None) as density:
+        model.hidden(source[None], None, batch)
+    return density
+
+
+@contextmanager
+def _watched(model: TokenModel, look: Look | None) -> Iterator[dict[str, Tensor]]:
+    """The density of each mask, once a pass has been made."""
     density: dict[str, Tensor] = {}
     hooks = []
     for module in model.modules():
@@ -64,7 +91,7 @@ def inspect(model: TokenModel, ids: Tensor, look: Look | None = None) -> Inspect
         elif isinstance(module, CausalAttention) and module.name and look:
             hooks.append(module.register_forward_hook(partial(_weights, look)))
     try:
-        return Inspection(model.hidden(ids[None], None, _alone(ids)).x[0], density)
+        yield density
     finally:
         for hook in hooks:
             hook.remove()

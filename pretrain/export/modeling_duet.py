@@ -21,7 +21,7 @@ try:
     from model.architectures import registry
     from model.attention import cache
     from model.attention.rule import Rows
-    from pretrain.inference.trained import check_objective
+    from pretrain.inference.trained import check_next_token
 except ImportError as error:
     raise ImportError(
         f"a model that was trained with Duet needs the package duet-pretrain, whose wheel comes with it: {error}"
@@ -85,7 +85,7 @@ class DuetForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         assert config.duet is not None
         shape = registry.configure(config.duet["model"])
-        check_objective(shape, config.duet["objective"])
+        check_next_token(shape, config.duet["objective"])
         self.model = registry.build(shape)
         self.post_init()
 
