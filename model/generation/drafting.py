@@ -148,8 +148,10 @@ def _filled(target: Target, length: int, iterations: int) -> tuple[list[int], Te
 
 
 def _judged(target: Target, tokens: list[int]) -> float:
-    """Log-probability of a whole target, up to its end, under the other decoder."""
+    """Log-probability of a whole target, its end included, under the other decoder; a prefix would be likelier."""
     ids = _up_to_the_end(target, tokens)
+    if ids[-1] != target.eos_id and len(ids) < target.capacity:
+        ids = [*ids, target.eos_id]
     logits = target.following(ids[:-1])
     found = logits.float().log_softmax(-1).gather(-1, torch.tensor(ids, device=target.device)[:, None])
     return float(found.sum())

@@ -19,7 +19,7 @@ from model.masks.telemetry import KEPT
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
 from pretrain.evaluation.batches import Batches
-from pretrain.metric_names import BITS_PER_BYTE, VALIDATION, of_validation
+from pretrain.metric_names import BITS_PER_BYTE, VALIDATION, VALIDATION_DRAFT, of_validation
 
 GATES = ("density", "mask_mean")
 """What validation tells of the masks."""
@@ -58,10 +58,10 @@ def evaluate(
         edge: called before each batch, as often on every rank; may raise to break off.
 
     Returns:
-        `loss/val` (nats a label), `loss/val_bits_per_byte` if every token is predicted, and the gates' means under
-        evaluation rounding as `gate/val_…`. Where the text is of several sources, of each that has labels, too:
-        `loss/val/NAME` and `loss/val_bits_per_byte/NAME`, of which the first two are the means, weighted by labels
-        and by bytes.
+        `loss/val` (nats a label), `loss/val_bits_per_byte` if every token is predicted, `loss/val_draft` (nats a hidden
+        label) of a model that drafts, and the gates' means under evaluation rounding as `gate/val_…`. Where the text is
+        of several sources, of each that has labels, too: `loss/val/NAME` and `loss/val_bits_per_byte/NAME`, of which
+        the first two are the means, weighted by labels and by bytes.
 
     Raises:
         DataError: there is nothing to predict.
@@ -95,6 +95,9 @@ def _sums(metrics: Mapping[str, Tensor], predicted: int) -> dict[str, np.ndarray
     """Of a batch, the sum of something and of how many it is, [2, 1]: the losses of labels, and over positions those of
     each mask, such as `density/enc_ff/00`."""
     found: dict[str, np.ndarray] = {VALIDATION: np.array([[float(metrics["cross_entropy"]) * predicted], [predicted]])}
+    drafts = metrics.get("draft_cross_entropy")
+    if drafts is not None:
+        found[VALIDATION_DRAFT] = np.array([[float(drafts) * predicted], [predicted]])
     for name, value in metrics.items():
         gate, _, mask = name.partition("/")
         if mask and gate in GATES:
@@ -111,6 +114,8 @@ def _means(whole: Mapping[str, np.ndarray], text_bytes: Mapping[str, int]) -> di
     result: dict[str, float] = {VALIDATION: float(nats / labels)}
     if text_bytes:
         result[BITS_PER_BYTE] = _bits(result[VALIDATION] * float(labels)) / sum(text_bytes.values())
+    if VALIDATION_DRAFT in whole:
+        result[VALIDATION_DRAFT] = float(whole[VALIDATION_DRAFT][0] / labels)
     for gate in GATES:
         if of_masks := [float(sums[0] / sums[1]) for name, sums in whole.items() if name.startswith(f"{gate}/")]:
             result[of_validation(gate)] = sum(of_masks) / len(of_masks)

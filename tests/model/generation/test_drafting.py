@@ -194,11 +194,12 @@ def test_the_likeliest_of_several_lengths_is_taken() -> None:
             target.memory = target.memory._replace(lengths=(torch.arange(12) == length - 1).float())
             [drawn] = WAYS["nar"](target, Drafting("nar"))
             text = drawn.tokens[0].tolist()
+            text += [EOS] * (text[-1] != EOS and length < 12)
             read = torch.tensor([[EOS, *text[:-1]]])
             zero = torch.zeros(1, dtype=torch.int64)
             batch = Batch(ids[None], read, zero, zero[0], 0, decoder_input_ids=read)
             nats = model.predict(ids[None], None, batch)[0].float().log_softmax(-1)
-            own = nats.gather(-1, drawn.tokens[0][:, None])
+            own = nats.gather(-1, torch.tensor(text)[:, None])
             scores[tuple(token for token in text if token != EOS)] = float(own.sum())
         assert tuple(taken) == max(scores, key=lambda text: scores[text])
 
