@@ -68,7 +68,7 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     if DEVICE == "cpu":
-        keep_freed_memory()  # as the engine does
+        keep_freed_memory(torch.device("cpu"))  # as the engine does
     rows = [
         row
         for dtype in ("fp32", "bf16")

@@ -18,7 +18,7 @@ from data_pipeline.files.mapped import told
 from data_pipeline.secret import WAY_ON, argument_of_secret
 from launch.commands import checkpoint, data, jobs, plan, preflight, runs, status, study, submit
 from launch.commands.generate import generate
-from launch.completion import complete_configs, complete_runs, shipped
+from launch.completion import complete_changes, complete_configs, complete_runs, shipped
 from pretrain import status_line
 from pretrain.run.provenance import check_code
 
@@ -137,7 +137,10 @@ def evaluate(
     changes: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE[,…]", help="Other values than trained with, of a key that allows it: one each."
+            "--set",
+            metavar="KEY=VALUE[,…]",
+            help="Other values than trained with, of a key that allows it: one each.",
+            autocompletion=complete_changes,
         ),
     ] = None,
     plot: Annotated[

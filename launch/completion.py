@@ -75,6 +75,12 @@ def keys(known: ConfigKeys, incomplete: str) -> list[tuple[str, str]]:
     return [(f"{key}=", about), *((f"{key}={value}", "") for value in known.values([*path, name]))]
 
 
+def complete_changes(incomplete: str) -> list[str]:
+    """Keys that may change in use, up to the `=`."""
+    known = ConfigKeys()
+    return [name for name, _ in keys(known, incomplete or "model.")]
+
+
 def complete_decode(incomplete: str) -> list[str]:
     """Ways in which a model that drafts writes."""
     from model.architectures.draft_and_verify.spec import DraftAndVerifyConfig

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_pipeline.errors import ConfigError, UserError
-from launch.completion import complete_decode
+from launch.completion import complete_changes, complete_decode
 from pretrain import status_line
 
 if TYPE_CHECKING:
@@ -46,7 +46,12 @@ def generate(
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Another value than trained with, of a key that allows it."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Another value than trained with, of a key that allows it.",
+            autocompletion=complete_changes,
+        ),
     ] = None,
     decode: Annotated[
         str | None,

@@ -102,8 +102,7 @@ class Engine:
             ConfigError: the ranks cannot share the batch, or the hardware cannot do what the configuration asks for.
         """
         check_hardware(config, ranks.world_size, ranks.device)
-        if ranks.device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(ranks.device)
         bootstrap()
         self.stage = config.engine.zero_stage
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -113,8 +112,7 @@ class Engine:
         self._optimizer = config.optimizer
         self._peaks = peak_rates(model, config.optimizer)
         self._offloads = config.engine.offload != "none"
-        self._lr = 0.0
-        self._applied = False
+        self._lr, self._applied = 0.0, False
         self.snapshot = Snapshot(ranks.device)
         """The copy of a save. It is made before parameters or optimizer states change: before an update, and when
         `fragments` gives them out. Nothing else changes them; `tests/distributed/test_saver.py` holds that."""

@@ -31,12 +31,13 @@ def check_hardware(config: Config, world_size: int, device: torch.device) -> Non
         )
 
 
-def keep_freed_memory() -> None:
-    """Have this process keep the memory that tensors leave, for the next ones.
+def keep_freed_memory(device: torch.device) -> None:
+    """Have a process that trains on a CPU keep the memory that tensors leave, for the next ones.
 
     glibc gives large blocks back to the system and asks for them anew, which zeroes them page by page: up to a tenth of
     a step on a CPU (benchmarks/masks.md). Where another C library serves, nothing happens.
     """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt and device.type == "cpu":
         mallopt(_M_MMAP_THRESHOLD, _INT_MAX)
         mallopt(_M_TRIM_THRESHOLD, _INT_MAX)

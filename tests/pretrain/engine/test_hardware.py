@@ -9,11 +9,13 @@ import torch
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.hardware import keep_freed_memory
 
+CPU = torch.device("cpu")
+
 
 def faults(ranks: Ranks) -> list[int]:
     """Pages that the system had to give to ten tensors of 8 MiB, one after the other, before and after."""
     found = []
-    for prepare in (lambda: None, keep_freed_memory):
+    for prepare in (lambda: None, lambda: keep_freed_memory(CPU)):
         prepare()
         torch.ones(2**21)
         since = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

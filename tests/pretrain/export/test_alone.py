@@ -105,7 +105,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By folder: of each architecture there is, and of one that a user wrote."""
     root = tmp_path_factory.mktemp("alone")
     (root / "model.py").write_text("MINE = True\n")
-    configs = {name: small(name) for name in ARCHITECTURES} | {"own": own(root)}
+    own_keys: dict[str, Any] = {"refined": {"refine": {"chunk": 4}}}
+    configs = {name: small(name, **own_keys.get(name, {})) for name in ARCHITECTURES} | {"own": own(root)}
     made = {f"of-{name}": written(config, root / f"of-{name}") for name, config in configs.items()}
     for name, model in made.items():
         batch = batch_of(model.config, sequences=2)
