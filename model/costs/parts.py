@@ -332,9 +332,6 @@ def attention_bytes(
         # The weights in fp32 and, where that is another type, in 16 bits; with dropout its factors and result.
         low = size < _FP32
         total += rows * square * (_FP32 + low * size + (rate > 0) * (1 if low else 2) * size)
-        if shape.dense_mask or causal or not all(pattern.covers(keys) for pattern in patterns):
-            groups = heads if len(patterns) > 1 else 1
-            total += (rows if shape.dense_mask else 1) * groups * queries * keys
     else:
         kept = Kept(rows * heads * queries * 4 + (rows * queries * keys * size if shape.dense_mask else 0))
         if aligned:
