@@ -353,7 +353,7 @@ def attention_bytes(
         total += shape.vectors(queries) + 2 * shape.vectors(keys)
         if formed and config.weights.kind == "adaptive_span":
             total += (rows if shape.dense_mask else 1) * (queries + keys) * 8  # positions
-        total += formed_bytes(shape, queries, keys, heads, causal=causal, rate=rate, patterns=patterns)
+        total += formed_bytes(shape, queries, keys, heads, rate)
     else:
         kept = Kept(rows * heads * queries * 4 + (rows * queries * keys * size if shape.dense_mask else 0))
         if aligned:
@@ -373,17 +373,11 @@ def attention_bytes(
     return total
 
 
-def formed_bytes(
-    shape: Shape, queries: int, keys: int, heads: int, *, causal: bool, rate: float, patterns: Patterns
-) -> int:
-    """Of weights that are formed, and the mask before them."""
-    rows, size, square, low = shape.rows, shape.size, heads * queries * keys, shape.size < _FP32
+def formed_bytes(shape: Shape, queries: int, keys: int, heads: int, rate: float) -> int:
+    """Of weights that are formed."""
+    square, size, low = heads * queries * keys, shape.size, shape.size < _FP32
     # The weights in fp32 and, where that is another type, in 16 bits; with dropout its factors and result.
-    total = rows * square * (_FP32 + low * size + (rate > 0) * (1 if low else 2) * size)
-    if shape.dense_mask or causal or not all(pattern.covers(keys) for pattern in patterns):
-        groups = heads if len(patterns) > 1 else 1
-        total += (rows if shape.dense_mask else 1) * groups * queries * keys
-    return total
+    return shape.rows * square * (_FP32 + low * size + (rate > 0) * (1 if low else 2) * size)
 
 
 def synthesized(shape: Shape, maps: Part, tokens: int, *, causal: bool) -> Part:
