@@ -43,7 +43,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_holds_presets_and_templates_and_no_other_top_level_name(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == TOP_LEVEL | {"duet_pretrain.py"}
-    for folder, pattern in (("configs", "*/*.yaml"), ("pretrain", "*/*.html"), ("slurm", "*.sbatch")):
+    for folder, pattern in (
+        ("configs", "*/*.yaml"),
+        ("pretrain", "*/*.html"),
+        ("pretrain", "*/*.js"),
+        ("slurm", "*.sbatch"),
+    ):
         shipped = {str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern)}
         assert shipped
         assert shipped <= set(names)

@@ -389,7 +389,7 @@ def synthesized(shape: Shape, maps: Part, tokens: int, *, causal: bool) -> Part:
     saved = (4 if "dot" in config.scores.parts else 2) * shape.vectors(tokens)  # what is read, values, q and k
     saved += synthesizer_bytes(config, shape.rows, tokens, shape.size, documents=documents)
     rate = config.attention_rate
-    saved += formed_bytes(shape, tokens, tokens, heads, causal=causal, rate=rate, patterns=shape.patterns)
+    saved += formed_bytes(shape, tokens, tokens, heads, rate)
     return Part(maps.name, weights, maps.flops + synthesizer_flops(config, tokens, seen), saved)
 
 
@@ -406,7 +406,7 @@ def over_slots(shape: Shape, maps: Part, tokens: int) -> Part:
     else:  # the queries are a view of all
         saved += 2 * shape.vectors(tokens) // group
     if config.attention == "explicit" or rate:
-        saved += formed_bytes(shape, tokens, slots, config.heads, causal=False, rate=rate, patterns=(FULL,))
+        saved += formed_bytes(shape, tokens, slots, config.heads, rate)
     else:
         saved += shape.rows * config.heads * tokens * _FP32
     return Part(maps.name, maps.parameters + 2 * slots * config.context, maps.flops + flops, saved)

@@ -1,4 +1,5 @@
 """The report of a run, or of several: HTML and pictures.
 
-May import: data_pipeline.errors, data_pipeline.files, pretrain.metric_names, pretrain.run.
+May import: data_pipeline.errors, data_pipeline.files, data_pipeline.secret,
+pretrain.metric_names, pretrain.run.
 """

@@ -32,26 +32,41 @@ td:first-child, th:first-child { min-width: 9rem; }
 th { color: var(--dim); font-size: .8rem; font-weight: 600; } .num { text-align: right; white-space: nowrap; }
 pre { padding: .8rem 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
   font-size: .85rem; margin: .4rem 0; }
+.facts { display: grid; grid-template-columns: auto 1fr; gap: .1rem .9rem; margin: 1rem 0 0; font-size: .9rem; }
+.facts dt { color: var(--dim); } .facts dd { margin: 0; overflow-wrap: anywhere; }
+.warning { border-left: 4px solid var(--wait); padding: .3rem .8rem; margin: .8rem 0 0; }
+figure { position: relative; } .chart { touch-action: pan-y; user-select: none; cursor: crosshair; }
+.chart text { fill: var(--dim); font-size: 11px; } .chart .name { fill: revert-layer; font-weight: 600; }
+.chart .grid { stroke: var(--line); } .chart path { fill: none; stroke-width: 1.6; } .chart .raw { opacity: .25;
+  stroke-width: .8; } .chart .dash { stroke-dasharray: 5 3; }
+.chart .level, .mark line { stroke: var(--dim); stroke-dasharray: 2 2; }
+.mark rect { fill: var(--dim); opacity: .15; }
+.tip { position: absolute; top: 2.6rem; padding: .3rem .6rem; background: var(--page); border: 1px solid var(--line);
+  border-radius: 6px; font-size: .8rem; pointer-events: none; font-variant-numeric: tabular-nums; }
+.tip span, .tip b { display: block; } .tip i { display: inline-block; width: .6rem; height: .6rem; margin-right: .4rem;
+  border-radius: 50%; }
 summary { cursor: pointer; font-weight: 600; margin: 1rem 0 .3rem; }
 """
 
 
 class Picture(NamedTuple):
-    """A PNG with its title; `wide`: as wide as the page."""
+    """A PNG with its title; `wide`: as wide as the page; `data`: of the chart that takes its place, as JSON in which no
+    `<` is."""
 
     title: str
     png: bytes
     wide: bool
+    data: str | None = None
 
 
-def page(title: str, body: list[str]) -> str:
-    """A whole document around parts that are HTML already."""
+def page(title: str, body: list[str], script: str) -> str:
+    """A whole document around parts that are HTML already; `script` draws its charts."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)
-        + "\n</body>\n</html>\n"
+        + f"\n<script>\n{script}</script>\n</body>\n</html>\n"
     )
 
 
@@ -79,7 +94,7 @@ def plots(pictures: list[Picture]) -> str:
     figures = (
         f'<figure class="{_width(picture)}"><figcaption>{html.escape(picture.title)}</figcaption>'
         f'<img alt="{html.escape(picture.title)}" '
-        f'src="data:image/png;base64,{base64.b64encode(picture.png).decode()}"></figure>'
+        f'src="data:image/png;base64,{base64.b64encode(picture.png).decode()}">{_data(picture)}</figure>'
         for picture in pictures
     )
     return '<div class="plots">' + "\n".join(figures) + "</div>"
@@ -116,6 +131,21 @@ def folded(title: str, content: str, *, opened: bool = False) -> str:
 def listing(texts: list[str]) -> str:
     """A plain list."""
     return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts) + "</ul>"
+
+
+def about(pairs: list[tuple[str, str]]) -> str:
+    """What is to be known first: (label, text)."""
+    rows = "".join(f"<dt>{html.escape(label)}</dt><dd>{html.escape(text)}</dd>" for label, text in pairs if text)
+    return f'<dl class="facts">{rows}</dl>'
+
+
+def warning(text: str) -> str:
+    """A line that must not be missed."""
+    return f'<p class="warning">{html.escape(text)}</p>'
+
+
+def _data(picture: Picture) -> str:
+    return f'<script type="application/json">{picture.data}</script>' if picture.data else ""
 
 
 def _align(column: int) -> str:

@@ -40,6 +40,7 @@ from pretrain.metric_names import (
     ZEROS,
     Metric,
 )
+from pretrain.report.axes import begin_at_zero, show_the_curve
 from pretrain.run.journal import Point
 from pretrain.run.run_summary import OF_SOURCES, RunData, verdict
 
@@ -78,6 +79,7 @@ class Panel:
     """One plot. `draw` gets only runs that have one of `metrics`; a name that ends in a slash stands for all below it.
 
     `single`: for a report of one run only. `wide`: as wide as the page. `by_tokens`: against tokens, not steps.
+    `still`: a picture without curves. `smooth`: with a running mean. `from_zero`: the axis begins at 0.
     """
 
     title: str
@@ -86,6 +88,9 @@ class Panel:
     single: bool = False
     wide: bool = False
     by_tokens: bool = False
+    still: bool = False
+    smooth: bool = False
+    from_zero: bool = False
 
 
 def panels(runs: list[RunData]) -> list[Panel]:
@@ -155,6 +160,8 @@ def _draw(axes: "Axes", panel: Panel, runs: list[RunData]) -> None:
     axes.yaxis.label.set_fontsize(8)
     if not panel.wide:
         axes.margins(x=0.01)
+    if not panel.still:
+        show_the_curve(axes)
     if len(runs) == 1:
         _mark_restarts(axes, runs[0], panel)
     if axes.get_legend() is None and axes.get_legend_handles_labels()[1]:
@@ -192,7 +199,6 @@ def _draw_bits(axes: "Axes", runs: Coloured) -> None:
         axes.plot(steps, values, "o-", color=colour, markersize=4, label=_plain(run.name) if len(runs) > 1 else None)
     for order0 in sorted({run.order0_entropy for run, _ in runs if run.order0_entropy is not None}):
         axes.axhline(order0, color=INK, linestyle=":", label=f"byte frequencies alone: {order0:.3f}")
-    _from_zero(axes)
     axes.set_ylabel("bits per byte")
 
 
@@ -205,7 +211,6 @@ def _draw_sources(axes: "Axes", runs: Coloured) -> None:
         steps, values = [p.step for p in points[name]], [p.value for p in points[name]]
         style, label = ("o-", "s--", "^:")[lap % 3], _plain(name.removeprefix(prefix))
         axes.plot(steps, values, style, color=COLOURS[colour], markersize=4, linewidth=1.2, label=label)
-    _from_zero(axes)
     axes.set_ylabel("bits per byte" if prefix.startswith(BITS_PER_BYTE) else "nats per label")
     if len(names) > SOURCES_INSIDE:
         columns = math.ceil(len(names) / 16)
@@ -220,7 +225,7 @@ def _metric(name: Metric, *, smooth: bool = False, from_zero: bool = False) -> C
             _line(axes, run.points[name], colour, _plain(run.name) if len(runs) > 1 else None, smooth=smooth)
         axes.set_ylabel(name.unit)
         if from_zero:
-            _from_zero(axes)
+            begin_at_zero(axes)
 
     return draw
 
@@ -238,7 +243,7 @@ def _draw_memory(axes: "Axes", runs: Coloured) -> None:
         peak = run.points.get(PEAK_MEMORY, [])
         _line(axes, run.points.get(MEMORY, []), colour, _plain(run.name) if several else "in use")
         _line(axes, peak, colour, "peak" if peak and not several else None, style="--")
-    _from_zero(axes)
+    begin_at_zero(axes)
     axes.set_ylabel("GiB a device" + (" (dashed: peak)" if len(runs) > 1 else ""))
 
 
@@ -304,60 +309,43 @@ def sites(
     bar.outline.set_visible(False)
 
 
+def _of(title: str, name: Metric, *, smooth: bool = False, from_zero: bool = False) -> Panel:
+    """The panel of one metric."""
+    draw = _metric(name, smooth=smooth, from_zero=from_zero)
+    return Panel(title, (name,), draw, smooth=smooth, from_zero=from_zero)
+
+
+def _map(title: str, metric: Metric, highest: float | None, lowest: float = 0.0) -> Panel:
+    """The panel of a metric of single masks, heads or steps."""
+    return Panel(title, (metric.family,), _sites(metric.family, highest, lowest), single=True, wide=True, still=True)
+
+
 PANELS = (
-    Panel("Loss", (LOSS, VALIDATION), _loss(by_tokens=False)),
-    Panel("Loss by tokens", (LOSS, VALIDATION), _loss(by_tokens=True), by_tokens=True),
+    Panel("Loss", (LOSS, VALIDATION), _loss(by_tokens=False), smooth=True),
+    Panel("Loss by tokens", (LOSS, VALIDATION), _loss(by_tokens=True), by_tokens=True, smooth=True),
     Panel("Validation, bits per byte", (BITS_PER_BYTE,), _draw_bits),
     Panel("Validation by source", OF_SOURCES, _draw_sources, single=True),
-    Panel("Draft loss", (DRAFT_LOSS,), _metric(DRAFT_LOSS, smooth=True)),
-    Panel("Loss read from an earlier step of refinement", (EARLIER_LOSS,), _metric(EARLIER_LOSS, smooth=True)),
-    Panel("Learning rate", (LEARNING_RATE,), _metric(LEARNING_RATE)),
-    Panel("Gradient norm", (GRAD_NORM,), _metric(GRAD_NORM, smooth=True)),
-    Panel("Update ratio", (UPDATE_RATIO,), _metric(UPDATE_RATIO, smooth=True)),
-    Panel(
-        "Throughput",
-        (TOKENS_PER_SECOND,),
-        _metric(TOKENS_PER_SECOND, smooth=True, from_zero=True),
-    ),
-    Panel("MFU", (MFU,), _draw_mfu),
-    Panel("Where the time went", (TIME_PARTS["forward"],), _draw_time, single=True),
-    Panel("Goodput", (GOODPUT,), _metric(GOODPUT, from_zero=True)),
-    Panel("Rank spread", (RANK_SPREAD,), _metric(RANK_SPREAD, smooth=True)),
-    Panel("Memory", (MEMORY, PEAK_MEMORY), _draw_memory),
-    Panel(
-        "Change of the vectors by step of refinement",
-        (REFINE_CHANGE.family,),
-        _sites(REFINE_CHANGE.family, None),
-        single=True,
-        wide=True,
-    ),
-    Panel("Steps a token takes", (PONDER_STEPS,), _metric(PONDER_STEPS)),
-    Panel(
-        "Tokens by the steps they take",
-        (PONDER_SHARE.family,),
-        _sites(PONDER_SHARE.family, 1.0),
-        single=True,
-        wide=True,
-    ),
-    Panel("Gate density", (DENSITY,), _metric(DENSITY)),
-    Panel("Gate density by site and layer", (DENSITY.family,), _sites(DENSITY.family, 1.0), single=True, wide=True),
-    Panel(
-        "Multiplier of the gates' density by site and layer",
-        (MULTIPLIER.family,),
-        _sites(MULTIPLIER.family, None),
-        single=True,
-        wide=True,
-    ),
-    Panel(
-        "Gate entropy by site and layer",
-        (GATE_ENTROPY.family,),
-        _sites(GATE_ENTROPY.family, None),
-        single=True,
-        wide=True,
-    ),
-    Panel("Alpha of entmax by head", (ALPHA.family,), _sites(ALPHA.family, 2.0, 1.0), single=True, wide=True),
-    Panel("Span by head, in tokens", (SPAN.family,), _sites(SPAN.family, None), single=True, wide=True),
-    Panel("Keys with weight 0 by head", (ZEROS.family,), _sites(ZEROS.family, 1.0), single=True, wide=True),
+    _of("Draft loss", DRAFT_LOSS, smooth=True),
+    _of("Loss read from an earlier step of refinement", EARLIER_LOSS, smooth=True),
+    _of("Learning rate", LEARNING_RATE),
+    _of("Gradient norm", GRAD_NORM, smooth=True),
+    _of("Update ratio", UPDATE_RATIO, smooth=True),
+    _of("Throughput", TOKENS_PER_SECOND, smooth=True, from_zero=True),
+    Panel("MFU", (MFU,), _draw_mfu, smooth=True, from_zero=True),
+    Panel("Where the time went", (TIME_PARTS["forward"],), _draw_time, single=True, still=True),
+    _of("Goodput", GOODPUT, from_zero=True),
+    _of("Rank spread", RANK_SPREAD, smooth=True),
+    Panel("Memory", (MEMORY, PEAK_MEMORY), _draw_memory, from_zero=True),
+    _map("Change of the vectors by step of refinement", REFINE_CHANGE, None),
+    _of("Steps a token takes", PONDER_STEPS),
+    _map("Tokens by the steps they take", PONDER_SHARE, 1.0),
+    _of("Gate density", DENSITY),
+    _map("Gate density by site and layer", DENSITY, 1.0),
+    _map("Multiplier of the gates' density by site and layer", MULTIPLIER, None),
+    _map("Gate entropy by site and layer", GATE_ENTROPY, None),
+    _map("Alpha of entmax by head", ALPHA, 2.0, 1.0),
+    _map("Span by head, in tokens", SPAN, None),
+    _map("Keys with weight 0 by head", ZEROS, 1.0),
 )
 
 
@@ -398,11 +386,6 @@ def _line(
     index = np.arange(len(values))
     low, high = np.maximum(index - width // 2, 0), np.minimum(index + width // 2 + 1, len(values))
     axes.plot(steps, (sums[high] - sums[low]) / (high - low), color=colour, linewidth=1.6, label=label)
-
-
-def _from_zero(axes: "Axes") -> None:
-    top = float(axes.dataLim.y1)
-    axes.set_ylim(0.0, 1.08 * top if 0.0 < top < math.inf else None)
 
 
 def _tokens(run: RunData, steps: list[int]) -> Sequence[float]:

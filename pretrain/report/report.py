@@ -1,12 +1,15 @@
 """The report of a run or of several: one HTML page that needs nothing else, and a picture beside it."""
 
 import math
+from datetime import datetime
 from pathlib import Path
 
 from data_pipeline.errors import RunError
 from data_pipeline.files.atomic import disk_errors, write_atomic
+from data_pipeline.secret import redact
 from pretrain.metric_names import BITS_PER_BYTE, LOSS, MFU, TOKENS_PER_SECOND, TOKENS_SEEN, VALIDATION
-from pretrain.report import html
+from pretrain.report import compare, html
+from pretrain.report.charts import data_of, script
 from pretrain.report.plots import overview_png, panel_png, panels
 from pretrain.run.run_summary import OF_SOURCES, RunData, load, verdict
 
@@ -45,14 +48,14 @@ def write_report(run_dirs: list[Path], out: Path | None) -> Path:
 def write(runs: list[RunData], out: Path) -> None:
     """Write the page `out`, a picture of all of it ending in .png, and each plot into a folder ending in -plots.
 
-    Runs of one dataset are sorted by their loss, others by bits per byte: tokens are not the same there.
+    Runs are sorted by their validation loss; by bits per byte where data, tokenizer or validation differ.
     """
-    measure = VALIDATION if len(_datasets(runs)) == 1 else BITS_PER_BYTE
+    measure = BITS_PER_BYTE if compare.warnings(runs) else VALIDATION
     runs = sorted(runs, key=lambda run: _value(run, measure))
     plots = out.with_name(f"{out.stem}-plots")
     plots.mkdir(parents=True, exist_ok=True)
     drawn = [(panel, panel_png(panel, runs)) for panel in panels(runs)]
-    pictures = [html.Picture(panel.title, png, panel.wide) for panel, png in drawn]
+    pictures = [html.Picture(panel.title, png, panel.wide, data_of(panel, runs)) for panel, png in drawn]
     for picture in pictures:
         write_atomic(plots / f"{picture.title.lower().replace(' ', '-')}.png", picture.png)
     content = _one_run(runs[0], pictures) if len(runs) == 1 else _several_runs(runs, pictures)
@@ -61,7 +64,7 @@ def write(runs: list[RunData], out: Path) -> None:
 
 
 def _one_run(run: RunData, pictures: list[html.Picture]) -> str:
-    body = [html.heading(run.name, _status(run), verdict(run)), html.tiles(_tiles(run))]
+    body = [html.heading(run.name, _status(run), verdict(run)), html.about(_about(run)), html.tiles(_tiles(run))]
     if pictures:
         body.append(html.section("Course", html.plots(pictures)))
     if run.points:
@@ -94,7 +97,7 @@ def _one_run(run: RunData, pictures: list[html.Picture]) -> str:
         about.append(html.folded("Environment", html.facts(run.facts), opened=True))
     if about:
         body.append(html.section("How it was made", "\n".join(about)))
-    return html.page(f"{run.name}: training report", body)
+    return html.page(f"{run.name}: training report", body, script())
 
 
 def _several_runs(runs: list[RunData], pictures: list[html.Picture]) -> str:
@@ -109,33 +112,59 @@ def _several_runs(runs: list[RunData], pictures: list[html.Picture]) -> str:
         ]
         for run in runs
     ]
-    lines = _best(runs)
-    body = [html.heading(f"{len(runs)} runs", None, lines), html.section("Runs", html.table(columns, rows))]
+    told = compare.warnings(runs)
+    body = [html.heading(f"{len(runs)} runs", None, _best(runs, compared=not told)), *map(html.warning, told)]
+    body.append(html.section("Runs", html.table(columns, rows)))
+    if different := compare.differing(runs):
+        table = html.table(["setting", *(run.name for run in runs)], different)
+        body.append(html.section("Settings in which they differ", table))
     if pictures:
         body.append(html.section("Course", html.plots(pictures)))
     body.append(html.section("Verdicts", html.listing([f"{run.name}: {' '.join(verdict(run))}" for run in runs])))
     configs = [html.folded(f"{run.name}: config.yaml", html.text_block(run.config)) for run in runs if run.config]
     if configs:
         body.append(html.section("How they were made", "\n".join(configs)))
-    return html.page(f"{len(runs)} runs: training report", body)
+    return html.page(f"{len(runs)} runs: training report", body, script())
 
 
-def _best(runs: list[RunData]) -> tuple[str, ...]:
-    """The first of the sorted runs, and what its lead means."""
+def _best(runs: list[RunData], *, compared: bool) -> tuple[str, ...]:
+    """The first of the sorted runs; by nats a token only where these may be compared."""
     loss, bits = runs[0].last(VALIDATION), runs[0].last(BITS_PER_BYTE)
-    if len(_datasets(runs)) == 1:
+    if compared:
         return () if loss is None else (f"Lowest validation loss: {runs[0].name}, {_number(loss)} nats per token.",)
-    differ = (
-        "These runs were trained on different datasets: nats per token do not compare, and bits per byte do only where "
-        "the held-out text is the same."
-    )
-    return (differ,) if bits is None else (differ, f"Fewest bits per byte: {runs[0].name}, {_number(bits)}.")
+    return () if bits is None else (f"Fewest bits per byte: {runs[0].name}, {_number(bits)}.",)
 
 
-def _datasets(runs: list[RunData]) -> set[str]:
-    """Fingerprints; runs that do not tell theirs count as of one."""
-    found = (run.facts.get("dataset") for run in runs)
-    return {str(dataset.get("fingerprint")) for dataset in found if isinstance(dataset, dict)} or {""}
+def _about(run: RunData) -> list[tuple[str, str]]:
+    """When, how long, what and where."""
+    if not run.starts:
+        return []
+    start, fields = run.starts[0], run.starts[-1].fields
+    last = max([run.starts[-1].time, *(points[-1].time for points in run.points.values())])
+    last = max(last, run.end.time) if run.end else last
+    began = datetime.fromtimestamp(start.time / 1e3).astimezone()
+    took = _duration((last - start.time) / 1e3)
+    ranks, device, host = (fields.get(name) for name in ("world_size", "device", "host"))
+    tags = fields.get("tags")
+    commit = str(tags.get("git/commit", "")) if isinstance(tags, dict) else ""
+    changed = int(tags.get("git/changed_files", 0)) if isinstance(tags, dict) else 0
+    return [
+        ("begun", f"{began:%F %H:%M %Z}"),
+        ("took", f"{took} in {len(run.starts)} attempts, and between them" if run.starts[1:] else took),
+        ("command", redact(str(fields.get("command") or ""))),
+        ("commit", commit[:12] + (f", {changed} files changed" if changed else "")),
+        ("hardware", f"{ranks} × {device}" + (f", {host}" if host else "") if device else ""),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    """In at most two units."""
+    whole = round(seconds)
+    for unit, size, below in (("d", 86400, "h"), ("h", 3600, "min"), ("min", 60, "s")):
+        if whole >= size:
+            rest = whole % size // {"h": 3600, "min": 60, "s": 1}[below]
+            return f"{whole // size} {unit}" + (f" {rest} {below}" if rest else "")
+    return f"{whole} s"
 
 
 def _value(run: RunData, measure: str) -> float:
@@ -181,11 +210,13 @@ def _numbers(run: RunData) -> list[list[str]]:
 
 
 def _number(value: object) -> str:
-    """A number for people: counts with separators, others with what matters of their digits."""
+    """A number for people: counts with separators, others with the four digits that mean something."""
     if value is None:
         return "–"
     if not isinstance(value, int | float) or not math.isfinite(value):
         return str(value)
-    if isinstance(value, int) or value == 0 or abs(value) >= 1000 or (value.is_integer() and abs(value) >= 10):
+    if isinstance(value, int) or value == 0 or (value.is_integer() and abs(value) >= 10):
         return f"{value:,.0f}"
-    return f"{value:.4f}" if abs(value) >= 1e-2 else f"{value:.2e}"
+    if abs(value) >= 1000:
+        return f"{float(f'{value:.4g}'):,.0f}"
+    return f"{value:#.4g}" if abs(value) >= 1e-2 else f"{value:.2e}"

@@ -1,8 +1,8 @@
 """TensorBoard, a mirror of the journal in files: `tensorboard --logdir` reads the folder.
 
-Each time something is written, a new event file is begun, and it begins with the step from which on it replaces what
-older ones say: TensorBoard then passes over that. How far the journal is mirrored is noted in `mirrored.json`, behind
-what was written, so a crash in between costs nothing and doubles nothing.
+Each process begins an event file of its own, with the step from which on it replaces what older ones say: TensorBoard
+then passes over that. How far the journal is mirrored is noted in `mirrored.json`, behind what was written, so a crash
+in between costs nothing.
 """
 
 import json

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,6 +129,29 @@ def test_the_report_is_whole_at_every_width_and_in_every_light(
     assert (ink > 180 and paper < 60) if dark else (ink < 60 and paper > 180)
 
 
+def test_a_chart_tells_values_zooms_and_comes_back(browser: Browser, run_dir: Path) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    browser.look(DESK, dark=False)
+    browser.open((run_dir / "report.html").as_uri())
+    [box] = browser.driver.find_elements("xpath", "//figure[figcaption='Loss']/div[@class='chart']")
+    browser.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
+    ticks = (
+        "[...document.querySelector('.chart').querySelectorAll('text[text-anchor=middle]')].map(t => +t.textContent)"
+    )
+    whole = browser.run(ticks)
+    ActionChains(browser.driver).move_to_element(box).perform()
+    tip = browser.run("document.querySelector('.tip').innerText").split("\n")
+    step = int(tip[0].removeprefix("step "))
+    [loss] = [p.value for p in load(run_dir).points["loss/train"] if p.step == step]
+    assert [line for line in tip if line.startswith("training")] == [f"training {float(f'{loss:.4g}'):g}"]
+    ActionChains(browser.driver).move_to_element(box).click_and_hold().move_by_offset(80, 0).release().perform()
+    zoomed = browser.run(ticks)
+    assert min(zoomed) > min(whole) and max(zoomed) < max(whole)
+    ActionChains(browser.driver).double_click(box).perform()
+    assert browser.run(ticks) == whole
+
+
 def test_several_runs_are_a_table_and_overlays(browser: Browser, run_dir: Path, tmp_path: Path) -> None:
     page = tmp_path / "both.html"
     done = duet("report", str(run_dir), str(run_dir), "--out", str(page))
@@ -137,13 +159,15 @@ def test_several_runs_are_a_table_and_overlays(browser: Browser, run_dir: Path, 
     browser.look(PHONE, dark=False)
     assert browser.open(page.as_uri()) == []
     assert browser.run("document.querySelectorAll('table')[0].rows.length") == 3
+    names = browser.run("[...document.querySelectorAll('.chart')].map(c => c.querySelectorAll('.name').length)")
+    assert all(number >= 2 for number in names), "every line has a name"
     assert_pictures_render(browser)
     assert browser.run("document.documentElement.scrollWidth <= window.innerWidth"), "a wide table scrolls by itself"
 
 
 def test_a_page_that_is_not_whole_is_noticed(browser: Browser, run_dir: Path, tmp_path: Path) -> None:
     page, absent = tmp_path / "broken.html", "http://127.0.0.1:9/picture.png"
-    first, rest = (run_dir / "report.html").read_text().split('src="data:image/png;base64,', 1)
+    first, rest = (run_dir / "report.html").read_text().rsplit('src="data:image/png;base64,', 1)
     page.write_text(f'{first}src="{absent}" alt="{rest}')
     assert browser.open(page.as_uri()) == [absent]
     with pytest.raises(AssertionError, match="rendered"):
@@ -273,10 +297,11 @@ def test_a_model_of_one_stream_without_gates_says_so(browser: Browser, run_dir: 
 
 
 def assert_pictures_render(browser: Browser) -> None:
+    """Those that are pictures, and the charts that took the places of the others."""
     sizes = browser.run("[...document.images].map(i => [i.complete ? i.naturalWidth : 0, i.clientWidth, i.offsetTop])")
-    assert len(sizes) > 8
     assert all(natural > 0 and shown > 100 for natural, shown, _ in sizes), f"not all pictures are rendered: {sizes}"
-    assert all(upper <= lower for (_, _, upper), (_, _, lower) in pairwise(sizes))
+    lines = browser.run("[...document.querySelectorAll('.chart')].map(c => c.querySelectorAll('path').length)")
+    assert len(lines) > 6 and all(lines), "each chart has its curves"
 
 
 def brightness(browser: Browser, name: str) -> float:

@@ -100,12 +100,12 @@ def test_a_report_tells_the_numbers_and_escapes_all_text(run_dir: Path, page: Pa
     assert f"Finished at step 100, resumed once: training loss {run.points['loss/train'][0].value:.4f}" in text
     assert "Validation: 1.5000 bits per byte, 66% below the 4.4673 of byte frequencies alone." in text
     assert "step 88: rank 3 on node&lt;7&gt; took 1.46 times the mean" in text
-    for number in ("10,123,456", "43,211", "1.00e-03", "2.0000"):
+    for number in ("10,123,456", "43,210", "1.00e-03", ">2.000<"):
         assert number in text
     assert "attempt 2: &lt;b&gt;bold&lt;/b&gt; &amp; $x_1$ ⟶ text" in text
     for escaped in ("tiny &lt;&amp;&gt; run", "a&lt;i&gt;b", "odd &lt;thing&gt;", "&lt;script&gt;alert(1)"):
         assert escaped in text
-    assert "<script" not in text
+    assert "<script>alert" not in text
     for name in ("loss/val/s8", "loss/val_bits_per_byte/s8"):
         assert f">{name}<" in text
     titles = [html.unescape(title) for title in re.findall(r"<figcaption>(.*?)</figcaption>", text)]
@@ -119,6 +119,42 @@ def test_a_report_tells_the_numbers_and_escapes_all_text(run_dir: Path, page: Pa
 def test_a_page_asks_for_nothing_from_anywhere(page: Path) -> None:
     text = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page.read_text())
     assert not re.search(r"https?:|url\(|<link|@import|src=\"[^\"]", text)
+
+
+def charts(page: Path) -> dict[str, Any]:
+    """The data of each chart, by its title."""
+    data = r'(?:<script type="application/json">(.*?)</script>)?'
+    found = re.findall(rf"<figcaption>([^<]*)</figcaption><img[^>]*>{data}</figure>", page.read_text())
+    assert len(found) == page.read_text().count("<figcaption>")
+    return {html.unescape(title): json.loads(data) for title, data in found if data}
+
+
+def test_a_chart_has_the_curve_of_the_journal_and_a_picture_none(run_dir: Path, page: Path) -> None:
+    drawn, run = charts(page), load(run_dir)
+    assert set(drawn) == {panel.title for panel in PANELS if not panel.still}
+    loss, validation = drawn["Loss"]["series"]
+    assert (loss["name"], validation["name"], drawn["Loss"]["unit"]) == ("training", "validation", "nats per token")
+    assert loss["x"] == [p.step for p in run.points["loss/train"]]
+    assert loss["y"] == pytest.approx([p.value for p in run.points["loss/train"]], rel=1e-5)
+    assert drawn["Loss by tokens"]["series"][0]["x"] == [4096 * p.step for p in run.points["loss/train"]]
+    assert drawn["Validation, bits per byte"]["levels"] == [{"y": 4.4673, "name": "byte frequencies alone: 4.467"}]
+    assert drawn["Gradient norm"]["series"][0]["y"][6] is None, "not a number"
+    assert [line["name"] for line in drawn["Validation by source"]["series"]] == [f"s{n}" for n in range(9)]
+
+
+def test_what_is_to_be_known_first_stands_on_top(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl", 1)
+    tags = {"git/commit": "c0ffee" * 7, "git/changed_files": "2"}
+    facts = {"command": "duet train a 'b <c>'", "device": "H200", "world_size": 8, "host": "n7", "tags": tags}
+    journal.event("start", resumed_from=None, **facts)
+    text = write_report([tmp_path], None).read_text()
+    for told in (
+        "duet train a &#x27;b &lt;c&gt;&#x27;",
+        "c0ffeec0ffee, 2 files changed",
+        "8 × H200, n7",
+        "<dt>took</dt>",
+    ):
+        assert told in text
 
 
 def test_points_after_a_rollback_are_the_new_ones(run_dir: Path) -> None:
@@ -166,9 +202,9 @@ def test_several_runs_are_sorted_by_validation_loss(run_dir: Path, monkeypatch: 
     page = write_report([empty, other, run_dir], None)
     assert page == run_dir.parent / "report.html"
     text = page.read_text()
-    assert "Lowest validation loss: tiny &lt;&amp;&gt; run, 2.0000 nats per token." in text
+    assert "Lowest validation loss: tiny &lt;&amp;&gt; run, 2.000 nats per token." in text
     rows = re.findall(r"<tr><td>(.*?)</td>", text)
-    assert rows == ["tiny &lt;&amp;&gt; run", "b", "c"]
+    assert rows[:3] == ["tiny &lt;&amp;&gt; run", "b", "c"]
 
 
 def test_runs_of_different_datasets_are_sorted_by_bits_per_byte(
@@ -185,8 +221,44 @@ def test_runs_of_different_datasets_are_sorted_by_bits_per_byte(
     text = write_report([tmp_path / "coarse", tmp_path / "fine"], None).read_text()
     assert re.findall(r"<tr><td>(.*?)</td>", text) == ["fine", "coarse"]
     assert "nats per token do not compare" in text
-    assert "Fewest bits per byte: fine, 1.0000." in text
+    assert "Fewest bits per byte: fine, 1.000." in text
     assert "Lowest validation loss" not in text
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ({}, {"optimizer": {"lr": 2}}, None),
+        ({"train": {"eval_tokens": 5}}, {"train": {"eval_tokens": 6}}, None),
+        ({"data": {"objective": "causal"}}, {"data": {"objective": "prefix"}}, "by data.objective: the same"),
+        ({"train": {"eval_whole_at_end": False}}, {"train": {"eval_whole_at_end": True}}, "eval_whole_at_end"),
+        ({"tokenizer": "a"}, {"tokenizer": "b"}, "Their tokenizers differ"),
+    ],
+)  # fmt: skip
+def test_runs_that_do_not_compare_are_not_ranked_by_nats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one: dict[str, Any], other: dict[str, Any], told: str | None
+) -> None:
+    monkeypatch.setattr(report_plots, "PANELS", PANELS[:1])
+    for name, more in (("one", one), ("other", other)):
+        (tmp_path / name).mkdir()
+        config = {"run": {"name": name}, "model": {"context": 64}} | more
+        (tmp_path / name / "config.yaml").write_text(json.dumps(config))
+        journal = Journal(tmp_path / name / "metrics.jsonl", 1)
+        journal.event("start", resumed_from=None, tags={"dataset/tokenizer": more.get("tokenizer", "t")})
+        journal.metrics(
+            1, {"loss/val": 1.0 if name == "one" else 2.0, "loss/val_bits_per_byte": 3.0, "loss/train": 1.0}
+        )
+        journal.close()
+    text = write_report([tmp_path / "other", tmp_path / "one"], None).read_text()
+    assert ("Lowest validation loss: one, 1.000" in text) == (told is None)
+    assert ("Fewest bits per byte" in text) == (told is not None)
+    assert told is None or told in text
+    settings = text.split("Settings in which they differ")[1].split("</table>")[0]
+    keys = re.findall(r"<tr><td>(.*?)</td>", settings)
+    assert len(keys) == 1
+    assert "run.name" not in keys and "model.context" not in keys
+    lines = charts(tmp_path / "report.html")["Loss"]["series"]
+    assert {line["name"] for line in lines} == {"one", "one validation", "other", "other validation"}
 
 
 def test_what_is_not_a_run_folder_is_said(tmp_path: Path) -> None:
