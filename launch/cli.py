@@ -19,6 +19,7 @@ from data_pipeline.secret import WAY_ON, argument_of_secret
 from launch.commands import checkpoint, data, jobs, plan, preflight, runs, status, study, submit
 from launch.commands.generate import generate
 from launch.completion import complete_configs, complete_runs, shipped
+from pretrain import status_line
 from pretrain.run.provenance import check_code
 
 ConfigArgs = Annotated[
@@ -85,7 +86,7 @@ def train(
     ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine: one for each GPU.")] = 1,
     start_from: Annotated[
         str | None,
-        typer.Option("--from", metavar="RUN[@STEP]", help="Begin with a checkpoint of another run, or its newest."),
+        typer.Option("--from", metavar="RUN[@STEP]", help="Begin with a checkpoint of another run, or an export."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what DeepSpeed and torch print, too.")] = False,
@@ -100,12 +101,9 @@ def train(
     from pretrain.config.schema import load
 
     if start_from:
-        from pretrain.run.origin import parse
-        from pretrain.run.run_folder import RunFolder
+        from pretrain.run.origin import first_file
 
-        origin = RunFolder(parse(start_from)[0])
-        origin.facts()  # a run folder
-        config = [str(origin.config_file), *config, f"run.start_from={start_from}"]
+        config = [str(first_file(start_from)), *config, f"run.start_from={start_from}"]
     loaded = load(config)
     loaded.micro_batches(ranks)
     if dry_run:
@@ -119,6 +117,7 @@ def train(
 
 
 app.command()(generate)
+app.command()(checkpoint.push)
 
 
 @app.command("eval")
@@ -162,9 +161,11 @@ def evaluate(
             typer.echo("  ".join([change, *(f"{name} {value:.6f}" for name, value in metrics.items())]))
         return
     if tasks is None:
+        from launch.progress import counted
         from pretrain.export.use import evaluate_run
 
-        found = evaluate_run(run, step, rounding, changes)
+        with counted("validating") as progress:
+            found = evaluate_run(run, step, rounding, progress, changes)
         width = max(28, *map(len, found))
         for name, value in found.items():
             typer.echo(f"{name:<{width}} {value:.6f}")
@@ -267,6 +268,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may be no text, and a terminal may lack a character
             stream.reconfigure(errors="backslashreplace")
+    status_line.begin(" ".join(["duet", *sys.argv[1:2]]))
     with told(lambda error: print(f"error: {error}", file=sys.stderr)):
         try:
             check_code()

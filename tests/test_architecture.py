@@ -21,7 +21,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "deepspeed": ("pretrain/engine/engine.py",),
     "mlflow": ("pretrain/tracking/mlflow_sync.py", "pretrain/tracking/mlflow_store.py"),
-    "transformers": ("pretrain/export/modeling_duet.py",),
+    "transformers": ("pretrain/export/hugging_face/",),
     "lm_eval": ("pretrain/export/harness.py",),
     "pyarrow": ("data_pipeline/",),
     "sentencepiece": ("data_pipeline/",),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_pipeline.errors import ConfigError, UserError
+from pretrain import status_line
 
 if TYPE_CHECKING:
     from pretrain.inference.continuation import Settings
@@ -162,6 +163,7 @@ def ask(trained: "Trained", settings: "Settings") -> None:
     from pretrain.inference.continuation import Continuation
 
     trained.check_continues()
+    status_line.end()  # it would write over what is being typed
     typer.echo(_HELP)
     while True:
         try:

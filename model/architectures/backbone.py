@@ -55,7 +55,10 @@ class Hidden(NamedTuple):
     auxiliary: Tensor | None = None
     """0-d: a loss of its own beside that of the tokens, with its weight; in training only."""
     metrics: dict[str, Tensor] = {}  # noqa: RUF012 - never changed
-    """What is told about that loss, or about the layers: detached."""
+    """What else is told, by the model's names: about that loss, the layers, or the steps that tokens take; in
+    validation, too, where it is known."""
+    penalised: dict[str, Tensor] = {}  # noqa: RUF012 - never changed
+    """What has a penalty of the configuration, beside its masks: 0-d, by the penalty's name."""
     earlier: Earlier | None = None
     """In training only."""
 

@@ -49,9 +49,9 @@ def sample_keys(seed: int, step: Tensor, samples: Tensor) -> Tensor:
     return _mix(key + samples * _GAMMA_INT64)
 
 
-def keys_of_turn(keys: Tensor, turn: int) -> Tensor:
-    """Keys [B] int64 of a layer's turn, from 0, where it is taken several times: each has noise of its own."""
-    return _mix(keys + _signed((turn + 1) * _GAMMA))
+def of_step(keys: Tensor, number: int) -> Tensor:
+    """Keys [B] of a stack's further applications, `number` from 1; the first one's, 0, are as they come."""
+    return _mix(keys + _signed(number * _GAMMA)) if number else keys
 
 
 def uniform(keys: Tensor, site: int, shape: tuple[int, int]) -> Tensor:

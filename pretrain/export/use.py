@@ -20,6 +20,8 @@ from pretrain.export.portable import is_export, load_export
 from pretrain.inference.in_use import used_with
 from pretrain.inference.trained import Trained, find_checkpoint, read_model, tokenizer_of
 
+Progress = Callable[[int, int], object]
+
 
 def open_trained(path: Path, step: int | None = None, changes: Sequence[str] = ()) -> Trained:
     """The model of a run folder (its newest checkpoint, or that of `step`), of a checkpoint or of an export.
@@ -45,7 +47,11 @@ def open_trained(path: Path, step: int | None = None, changes: Sequence[str] = (
 
 
 def evaluate_run(
-    run: Path, step: int | None, rounding: str | None = None, changes: Sequence[str] = ()
+    run: Path,
+    step: int | None,
+    rounding: str | None = None,
+    progress: Progress = lambda done, total: None,
+    changes: Sequence[str] = (),
 ) -> dict[str, float]:
     """Validation metrics of a checkpoint over all held-out text, as `evaluate` gives them.
 
@@ -53,6 +59,7 @@ def evaluate_run(
 
     Args:
         rounding: of learned dropout's masks, one of EVAL_ROUNDINGS; the run's own unless given.
+        progress: told before each batch how many are done, and of how many.
         changes: of keys that may change in use, as `used_with` takes them.
 
     Raises:
@@ -63,12 +70,14 @@ def evaluate_run(
     checkpoint, config = find_checkpoint(run, step)
     if rounding:
         config = _rounded(run, config, rounding)
-    with validating(checkpoint, config) as validate:
+    with validating(checkpoint, config, progress) as validate:
         return validate(used_with(read_model(checkpoint, config), changes))
 
 
 @contextmanager
-def validating(checkpoint: Checkpoint, config: Config) -> Iterator[Callable[[TokenModel], dict[str, float]]]:
+def validating(
+    checkpoint: Checkpoint, config: Config, progress: Progress = lambda done, total: None
+) -> Iterator[Callable[[TokenModel], dict[str, float]]]:
     """What validates models over the held-out text of a checkpoint's run, as `evaluate_run` does, and raises as it."""
     own_caches()
     tokenizer_of(checkpoint, config)  # as many pieces may be others
@@ -85,7 +94,7 @@ def validating(checkpoint: Checkpoint, config: Config) -> Iterator[Callable[[Tok
         batch = max(1, 8192 // config.model.context)
         batches = Batches.of(config, dataset, ranks.device)
         sizes = held_out_bytes(dataset)
-        yield lambda model: evaluate(model.to(ranks.device), windows, sizes, batch, ranks, batches)
+        yield lambda model: evaluate(model.to(ranks.device), windows, sizes, batch, ranks, batches, progress)
 
 
 def _changed(trained: Trained, changes: Sequence[str]) -> Trained:

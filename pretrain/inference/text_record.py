@@ -58,6 +58,7 @@ def record(trained: Trained, text: Text, number: int, settings: Settings, look: 
         "density": {
             mask: nothing + [round(share, 6) for share in density.tolist()] for mask, density in seen.density.items()
         },
+        "steps": [] if seen.steps is None else nothing + [int(steps) for steps in seen.steps.tolist()],
     }
 
 

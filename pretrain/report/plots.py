@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pretrain.metric_names import (
+    ALPHA,
     BACKWARD_MS,
     BITS_PER_BYTE,
     CHECKPOINT_MS,
@@ -25,13 +26,17 @@ from pretrain.metric_names import (
     MULTIPLIER,
     OPTIMIZER_MS,
     PEAK_MEMORY,
+    PONDER_SHARE,
+    PONDER_STEPS,
     RANK_SPREAD,
     REFINE_CHANGE,
+    SPAN,
     STEP_MS,
     TOKENS_PER_SECOND,
     TOKENS_SEEN,
     UPDATE_RATIO,
     VALIDATION,
+    ZEROS,
     Metric,
 )
 from pretrain.run.journal import Point
@@ -262,15 +267,17 @@ def _draw_time(axes: "Axes", runs: Coloured) -> None:
     )  # beside it: there is no empty place inside
 
 
-def _sites(prefix: str, highest: float | None) -> Callable[["Axes", Coloured], None]:
+def _sites(prefix: str, highest: float | None, lowest: float = 0.0) -> Callable[["Axes", Coloured], None]:
     def draw(axes: "Axes", runs: Coloured) -> None:
-        sites(axes, runs[0][0].points, prefix, highest)
+        sites(axes, runs[0][0].points, prefix, highest, lowest)
 
     return draw
 
 
-def sites(axes: "Axes", points: dict[str, list[Point]], prefix: str, highest: float | None) -> None:
-    """A heat map: one row a site and layer, one column a step; `highest` is the end of the scale."""
+def sites(
+    axes: "Axes", points: dict[str, list[Point]], prefix: str, highest: float | None, lowest: float = 0.0
+) -> None:
+    """A heat map: one row a site and layer, one column a step; the scale goes from `lowest` to `highest`."""
     import numpy as np
 
     names = sorted(name for name in points if name.startswith(prefix))
@@ -284,7 +291,7 @@ def sites(axes: "Axes", points: dict[str, list[Point]], prefix: str, highest: fl
                 table[row, column[point.step]] = point.value
     axes.grid(False)
     mesh = axes.pcolormesh(
-        steps, range(len(names)), table, shading="nearest", cmap="viridis", vmin=0.0, vmax=highest, rasterized=True
+        steps, range(len(names)), table, shading="nearest", cmap="viridis", vmin=lowest, vmax=highest, rasterized=True
     )
     stride = math.ceil(len(names) / 24)
     labels = [name.removeprefix(prefix).replace("/", " ") for name in names[::stride]]
@@ -294,6 +301,11 @@ def sites(axes: "Axes", points: dict[str, list[Point]], prefix: str, highest: fl
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.01)
     bar.ax.tick_params(colors=INK, labelsize=7)
     bar.outline.set_visible(False)
+
+
+def _heat(title: str, metric: Metric, highest: float | None = None) -> Panel:
+    """Of all names below a metric, over the steps; colours end at the highest value there is unless given."""
+    return Panel(title, (metric.family,), _sites(metric.family, highest), single=True, wide=True)
 
 
 PANELS = (
@@ -315,29 +327,16 @@ PANELS = (
     Panel("Goodput", (GOODPUT,), _metric(GOODPUT, from_zero=True)),
     Panel("Rank spread", (RANK_SPREAD,), _metric(RANK_SPREAD, smooth=True)),
     Panel("Memory", (MEMORY, PEAK_MEMORY), _draw_memory),
-    Panel(
-        "Change of the vectors by step of refinement",
-        (REFINE_CHANGE.family,),
-        _sites(REFINE_CHANGE.family, None),
-        single=True,
-        wide=True,
-    ),
+    _heat("Change of the vectors by step of refinement", REFINE_CHANGE),
+    Panel("Steps a token takes", (PONDER_STEPS,), _metric(PONDER_STEPS)),
+    _heat("Tokens by the steps they take", PONDER_SHARE, 1.0),
     Panel("Gate density", (DENSITY,), _metric(DENSITY)),
-    Panel("Gate density by site and layer", (DENSITY.family,), _sites(DENSITY.family, 1.0), single=True, wide=True),
-    Panel(
-        "Multiplier of the gates' density by site and layer",
-        (MULTIPLIER.family,),
-        _sites(MULTIPLIER.family, None),
-        single=True,
-        wide=True,
-    ),
-    Panel(
-        "Gate entropy by site and layer",
-        (GATE_ENTROPY.family,),
-        _sites(GATE_ENTROPY.family, None),
-        single=True,
-        wide=True,
-    ),
+    _heat("Gate density by site and layer", DENSITY, 1.0),
+    _heat("Multiplier of the gates' density by site and layer", MULTIPLIER),
+    _heat("Gate entropy by site and layer", GATE_ENTROPY),
+    Panel("Alpha of entmax by head", (ALPHA.family,), _sites(ALPHA.family, 2.0, 1.0), single=True, wide=True),
+    Panel("Span by head, in tokens", (SPAN.family,), _sites(SPAN.family, None), single=True, wide=True),
+    Panel("Keys with weight 0 by head", (ZEROS.family,), _sites(ZEROS.family, 1.0), single=True, wide=True),
 )
 
 

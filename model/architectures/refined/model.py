@@ -20,7 +20,7 @@ from model.attention.visibility import ACROSS, Visible
 from model.batch import Batch
 from model.layers.dropout import noise_site
 from model.layers.layers import INIT_STD
-from model.layers.noise import keys_of_turn, uniform
+from model.layers.noise import of_step, uniform
 from model.masks.site import Statistics
 
 CHANGE = "refine_change"
@@ -98,7 +98,7 @@ class Refined(Backbone, Cached):
         if keys is not None and steps > 1 and self.config.refine.step_loss:
             chosen, earlier = (uniform(keys, _WHICH, (1, 1)) * (steps - 1)).long(), x  # [B, 1, 1], from 0
         for k in range(steps):
-            before, turn = x, None if keys is None else keys_of_turn(keys, k)
+            before, turn = x, None if keys is None else of_step(keys, k)
             x, masks = self.refiner[0](x, turn, read.mask_source, read.visible, read.ids, self._table(read))
             turns.append(masks)
             if chosen is not None and earlier is not None and k < steps - 1:

@@ -10,6 +10,8 @@ from model.attention.cache import Cache, Cached
 class Thoughts(Cache):
     """A cache of the decoder's own attention, beside which memory is exchanged whenever something was read anew."""
 
+    crosses = True
+
     def __init__(
         self, padding: Tensor, capacity: int, crossing: set[Cached], chunk: int, prefixes: Tensor | None = None
     ) -> None:
