@@ -39,6 +39,11 @@ class Trained(NamedTuple):
     """Name of the run that trained it."""
     step: int
 
+    @property
+    def writes_targets(self) -> bool:
+        """What it writes is the target of a source, not the text behind a prompt."""
+        return self.model.config.traits.writes_targets and not objective_of(self.objective).continues_text
+
     def check_continues(self) -> None:
         """Raises ConfigError for a model that was not trained to continue a text."""
         check_objective(self.model.config, self.objective)
@@ -47,10 +52,20 @@ class Trained(NamedTuple):
 def check_objective(config: ModelConfig, objective: str) -> None:
     """Raises ConfigError unless a model of this shape and objective continues texts."""
     check_continues(config)
-    if not (objective_of(objective).continues_text or config.reads_prompt):
+    if not (config.traits.writes_targets or config.reads_prompt or objective_of(objective).continues_text):
         raise ConfigError(
             f"the model was trained with data.objective={objective}, where a prompt is read both ways; it is not "
             "generated from"
+        )
+
+
+def check_next_token(config: ModelConfig, objective: str) -> None:
+    """Raises ConfigError unless such a model predicts the next token of one text."""
+    check_objective(config, objective)
+    if config.traits.two_sequences:
+        raise ConfigError(
+            f"{config.architecture} reads one sequence and writes another, so it does not give the next token of one "
+            "text; duet generate writes with it"
         )
 
 

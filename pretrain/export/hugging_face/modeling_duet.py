@@ -183,6 +183,12 @@ class DuetForCausalLM(DuetPreTrainedModel, GenerationMixin):
 
     accepts_loss_kwargs = True  # a Trainer gives `num_items_in_batch`
 
+    def __init__(self, config: DuetConfig) -> None:
+        """Generation keeps nothing where the architecture cannot go on with what was kept."""
+        super().__init__(config)
+        if self.generation_config is not None and not self.model.config.traits.cached:
+            self.generation_config.use_cache = False
+
     def forward(
         self,
         input_ids: Tensor,

@@ -268,9 +268,9 @@ def test_what_is_written_token_by_token_is_what_one_pass_over_the_text_gives(nam
         if turn == 3:
             generation.end(1)
         found = generation.step()
-        assert generation.drawn is not None
+        [drawn] = generation.drawn
         hidden = max(map(len, texts)) - model.config.context
-        for number, logits in zip(generation.drawn.numbers, generation.drawn.logits[:, 0], strict=True):
+        for number, logits in zip(drawn.numbers, drawn.logits[:, 0], strict=True):
             start = max(0, hidden - (max(map(len, texts)) - len(texts[number])))
             text = torch.tensor(texts[number][start:])[None]
             prefix = None
