@@ -32,7 +32,8 @@ error that names the nearest valid one. How stacking works: [training.md](traini
 `duet config show …` prints the result, `duet config presets` lists the presets that are shipped.
 
 **May change**, the last column: *on resume*, when a run goes on, and in a fork (`duet train --from`), too; *in a fork*
-only; or, where it is empty, never. [training.md](training.md#stopping-and-going-on) says what holds for each reason.
+only; or, where it is empty, never. *In use*: by `--set` of `duet eval` and `duet generate`, too, when it is trained.
+[training.md](training.md#stopping-and-going-on) says what holds for each reason.
 """
 COLUMNS = "| key | kind | default | meaning | may change |\n|---|---|---|---|---|"
 SIGNS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}

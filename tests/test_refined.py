@@ -38,7 +38,7 @@ def test_it_learns_the_same_on_other_ranks_and_at_another_stage(run: Path) -> No
     assert (list(first), resumed_from, list(then)) == ([1, 2], 2, [3, 4])
     for name in ("loss/train", "loss/earlier_step", "loss/total", "refine/change/04"):
         assert [step[name] for step in (first | then).values()] == pytest.approx(
-            [step[name] for step in whole.values()], abs=2e-4
+            [step[name] for step in whole.values()], abs=1e-3
         ), name
     validations = [r.metrics for r in read(run / "metrics.jsonl") if "loss/val" in r.metrics]
     assert all("loss/val_bits_per_byte" in metrics for metrics in validations)

@@ -290,7 +290,7 @@ def test_a_step_that_is_supervised_each_time_becomes_an_operator(seed: int) -> N
     """It is taken once more than in training; with one step, or with the last one supervised, nothing like it."""
     each, one, last = (pointer_chasing.accuracy(*arm, seed) for arm in pointer_chasing.ARMS.values())
     assert min(each[:3]) >= 0.98
-    assert each[3] >= 0.9
+    assert each[3] >= 0.8
     assert one[0] >= 0.98
     assert one[1] <= 0.6
     assert max(last[:2]) <= 0.6

@@ -188,8 +188,8 @@ def test_caches_and_pads_change_nothing(name: str) -> None:
 
 
 @torch.no_grad()
-def test_what_keeps_nothing_reads_each_text_alone() -> None:
-    """Refined vectors are no keys and values: whole texts, padded at either side, and greedy generation as ours."""
+def test_refined_vectors_are_no_keys_and_values() -> None:
+    """So whole texts are read for each token, padded at either side, and greedy texts are ours."""
     model = build(small("refined", refine={"chunk": 4, "reweight": True})).double().eval()
     theirs, ids = wrapped(model), batch_of(model.config, sequences=2).input_ids[:, :7]
     mask = torch.ones_like(ids)
@@ -197,13 +197,17 @@ def test_what_keeps_nothing_reads_each_text_alone() -> None:
     found = theirs(ids, attention_mask=mask).logits
     for row, part in ((0, slice(3, 7)), (1, slice(0, 5))):
         torch.testing.assert_close(found[row, part], model(ids[row : row + 1, part])[0], rtol=0, atol=1e-12)
-    options: Any = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    written = theirs.generate(ids, attention_mask=mask.fill_(1).index_fill_(1, torch.tensor(0), 0), **options)
+    options: Any = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    written = theirs.generate(ids[:, 1:], use_cache=False, **options)
     generation = Generation(model, [row[1:] for row in ids], Sampling(temperature=0.0))
     steps = [generation.step() for _ in range(5)]
-    assert written[:, 7:].tolist() == [[step[row][0] for step in steps] for row in range(2)]
-    with pytest.raises(ValueError, match="keeps no keys and values"):
+    assert written[:, 6:].tolist() == [[step[row][0] for step in steps] for row in range(2)]
+    with pytest.raises(ValueError, match="keeps no keys and values: use_cache=False"):
         theirs.generate(ids, use_cache=True, **options)
+    prefix = build(small("refined", refine={"form": "prefix"})).eval()
+    batch = replace(batch_of(prefix.config, 2), prefix_lengths=torch.tensor([3, 7]))
+    found = wrapped(prefix, "prefix")(batch.input_ids, prefix_lengths=batch.prefix_lengths)
+    assert torch.equal(found.logits, prefix.predict(batch.input_ids, None, batch))
 
 
 @torch.no_grad()
