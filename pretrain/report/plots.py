@@ -14,7 +14,9 @@ from pretrain.metric_names import (
     CHECKPOINT_MS,
     DATA_MS,
     DENSITY,
+    EMPTY,
     FORWARD_MS,
+    FULLEST,
     GATE_ENTROPY,
     GOODPUT,
     GRAD_NORM,
@@ -335,6 +337,8 @@ PANELS = (
     ),
     Panel("Alpha of entmax by head", (ALPHA.family,), _sites(ALPHA.family, 2.0, 1.0), single=True, wide=True),
     Panel("Span by head, in tokens", (SPAN.family,), _sites(SPAN.family, None), single=True, wide=True),
+    Panel("Fullest cluster by head", (FULLEST.family,), _sites(FULLEST.family, 1.0), single=True, wide=True),
+    Panel("Empty clusters by head", (EMPTY.family,), _sites(EMPTY.family, 1.0), single=True, wide=True),
     Panel("Keys with weight 0 by head", (ZEROS.family,), _sites(ZEROS.family, 1.0), single=True, wide=True),
 )
 
