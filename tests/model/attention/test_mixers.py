@@ -401,3 +401,38 @@ def test_spans_close_as_far_as_a_copy_lets_them_if_they_start_wide_and_the_penal
     assert max(spans) + 4 < 8
     loss, spans = copy_with_spans(lr=5e-2, penalty={"weight": 0.1, "start_step": 0, "ramp_steps": 0})
     assert loss > 0.95, "closed before the head has learned what it is for"
+
+
+def copy_with(options: dict[str, Any], steps: int = 400) -> tuple[float, dict[str, float]]:
+    """Loss of a copy from 8 tokens before, over that of chance, and what is told at the end."""
+    shape: dict[str, Any] = {"layers": 1, "width": 32, "context": 32} | options
+    model = plain({}, **shape).float().train()
+    alphas = [p for n, p in model.named_parameters() if n.endswith("alpha_logit")]
+    groups = [{"params": [p for n, p in model.named_parameters() if not n.endswith("alpha_logit")], "lr": 5e-3}]
+    groups += [{"params": alphas, "lr": 5e-2, "weight_decay": 0.0}] if alphas else []
+    loss = copied(model, torch.optim.AdamW(groups), 8, steps) / math.log(VOCABULARY)
+    metrics = model(batch_of(model.config)).metrics
+    return loss, {name: value.item() for name, value in metrics.items()}
+
+
+@pytest.mark.drill
+def test_entmax_learns_its_alphas_and_looks_at_few_tokens() -> None:
+    softmax, _ = copy_with({"positions": "rotary"})
+    loss, told = copy_with({"positions": "rotary", "weights": {"kind": "entmax"}})
+    assert loss < softmax < 0.4
+    assert told["zeros"] > 0.3
+    assert abs(told["alpha/dec_sa/00/h0"] - told["alpha/dec_sa/00/h1"]) > 0.05
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("parts", [["dense"], ["random"], ["factorised_random"], ["dot", "dense"]], ids=str)
+def test_a_synthesizer_copies_from_a_place(parts: list[str]) -> None:
+    assert copy_with({"scores": {"kind": "synthesizer", "parts": parts}})[0] < 0.05
+
+
+@pytest.mark.drill
+def test_a_routed_head_copies_from_beyond_the_window() -> None:
+    """Which a window of less than 8 alone does not (`test_a_window_copies_from_within_and_not_from_beyond`)."""
+    loss, told = copy_with({"scores": {"kind": "routing", "clusters": 2, "window": 4}}, steps=600)
+    assert loss < 0.5
+    assert told["fullest"] < 0.8
