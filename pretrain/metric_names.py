@@ -87,6 +87,8 @@ VALIDATION_DENSITY = Metric("gate/val_density", "share of open gates")
 ALPHA = Metric("attention/alpha", "alpha of entmax", of_model="alpha")
 ZEROS = Metric("attention/zeros", "share of visible keys with weight 0", of_model="zeros")
 SPAN = Metric("attention/span", "tokens", of_model="span")
+FULLEST = Metric("attention/fullest", "share of tokens in the fullest cluster", of_model="fullest")
+EMPTY = Metric("attention/empty", "share of clusters without a token", of_model="empty")
 SPAN_WEIGHT = Metric("penalty/span_weight", "factor", of_model="span_weight")
 GRAD_NORM = Metric("optim/grad_norm", "norm before clipping", column=Column("grad", 8, ".3f"))
 LEARNING_RATE = Metric("optim/lr", "learning rate", column=Column("lr", 9, ".2e"))
@@ -116,7 +118,7 @@ SPIKES = Metric("health/spikes", "spikes")
 ROLLBACKS = Metric("health/rollbacks", "rollbacks")
 
 OF_MODEL = {metric.of_model: metric for metric in REGISTRY.values() if metric.of_model}
-OF_PARTS = (ALPHA, ZEROS, SPAN, PONDER_SHARE, REFINE_CHANGE)
+OF_PARTS = (ALPHA, ZEROS, SPAN, FULLEST, EMPTY, PONDER_SHARE, REFINE_CHANGE)
 """Of each head, such as `attention/alpha/dec_sa/00/h0`, or each step."""
 COLUMNS: tuple[tuple[Metric, Column], ...] = tuple(
     (metric, metric.column) for metric in REGISTRY.values() if metric.column

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from model.attention.cache import Cached
 from model.attention.linformer import Linformer
+from model.attention.routing import Routing
 from model.attention.rule import Rows
 from model.attention.softmax import Softmax
 from model.attention.synthesizer import Synthesizer
@@ -117,8 +118,8 @@ class SelfAttention(nn.Module):
         """
         super().__init__()
         group = config.queries_per_kv_head
-        of_queries, of_keys = config.score_vectors
-        self._sizes = [of_queries * config.width, of_keys * config.width // group, config.width // group]
+        queries, keys = config.score_channels
+        self._sizes = [queries, keys, config.width // group]
         self.qkv = Linear(config.width, sum(self._sizes), bias=config.bias)
         self.out = Linear(config.width, config.width, bias=config.bias, std=std)
         mixer = _mixer(config, name, both_ways)
@@ -127,6 +128,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
         query, key, value = self.qkv(x).split(self._sizes, dim=-1)
+        if isinstance(self.attention.mixer, Routing):
+            query, key = self.attention.mixer.routed(query, key)
         return self.out(self.attention(query, key, value, keys, visible))
 
     def keep(self, x: Tensor, visible: Visible, steps: range) -> None:
@@ -146,6 +149,8 @@ def _mixer(config: TransformerConfig, name: str, both_ways: bool) -> Softmax:
     """Of self attention: what the configuration says of scores and weights."""
     if config.scores.kind == "synthesizer":
         return Synthesizer(config, name)
+    if config.scores.kind == "routing":
+        return Routing(config, name, both_ways=both_ways)
     if config.scores.kind == "linformer" and both_ways:
         return Linformer(config, name)
     return mixer_of(config, config.heads, name)

@@ -27,8 +27,12 @@ class Linformer(Softmax):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
         """See `Softmax.forward`; all of a text is seen but its padding."""
-        key, value = _summed(key, self.key_slots, visible), _summed(value, self.value_slots, visible)
-        return super().forward(query, key, value, keys, _EVERYTHING)
+        value = _summed(value, self.value_slots, visible)
+        return super().forward(query, self.slots_of(key, visible), value, keys, _EVERYTHING)
+
+    def slots_of(self, key: Tensor, visible: Visible) -> Tensor:
+        """E k, [B, H, T, d] -> [B, H, k', d]."""
+        return _summed(key, self.key_slots, visible)
 
 
 def _summed(x: Tensor, slots: Tensor, visible: Visible) -> Tensor:

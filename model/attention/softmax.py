@@ -69,17 +69,20 @@ class Softmax(nn.Module):
         self._told = {f"{self.name}/h{head}": values for head, values in enumerate(told)}
 
     def _formed(self, query: Tensor, key: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
-        scores = self._scores(query, key, visible)
+        return self._normalised(self._masked(self._scores(query, key, visible), visible), keys, visible)
+
+    def _masked(self, scores: Tensor, visible: Visible) -> Tensor:
+        """Scores [B, H, T, S], -inf where a key is not seen."""
         mask = visible.mask
         assert mask is None or isinstance(mask, Tensor)
         if mask is None and visible.causal:
             mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
         elif mask is not None and 1 < mask.shape[1] < scores.shape[1]:
             mask = mask.repeat_interleave(scores.shape[1] // mask.shape[1], dim=1)
-        if mask is not None:
-            # Added, since torch fills by a mask that is broadcast in seven times the time, forward and backward.
-            scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
-        return self._normalised(scores, keys, visible)
+        if mask is None:
+            return scores
+        # Added, since torch fills by a mask that is broadcast in seven times the time, forward and backward.
+        return scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
 
     def _scores(self, query: Tensor, key: Tensor, visible: Visible) -> Tensor:
         """[B, H, T, S], of keys that are not seen, too; B may be 1 where all rows have the same."""

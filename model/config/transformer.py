@@ -76,15 +76,18 @@ class TransformerConfig(ModelConfig, frozen=True):
     @property
     def needs_weights(self) -> bool:
         """Attention weights are formed, in training at least."""
-        formed = self.weights.kind != "softmax" or self.scores.kind == "synthesizer"
+        formed = self.weights.kind != "softmax" or self.scores.kind in ("synthesizer", "routing")
         return self.attention == "explicit" or self.attention_rate > 0.0 or formed
 
     @property
-    def score_vectors(self) -> tuple[int, int]:
-        """Vectors of C channels that self attention makes scores of: of each query, and of each key."""
-        if self.scores.kind != "synthesizer":
-            return 1, 1
-        return self.scores.maps, int("dot" in self.scores.parts)
+    def score_channels(self) -> tuple[int, int]:
+        """Channels that self attention maps a token to, to make scores of it: as a query, and as a key."""
+        scores, width, keys = self.scores, self.width, self.width // self.queries_per_kv_head
+        if scores.kind == "synthesizer":
+            return scores.maps * width, width * ("dot" in scores.parts)
+        if scores.kind == "routing":  # queries of routed heads are their keys
+            return width, width // self.heads * (self.heads - scores.routed_heads_of(self.heads))
+        return width, keys
 
     @property
     def patterns(self) -> tuple[Patterns, ...]:
@@ -165,6 +168,8 @@ class TransformerConfig(ModelConfig, frozen=True):
     def _pattern_fits(self) -> "TransformerConfig":
         self.pattern.check(self.layers, self.heads_by_key, self.context)
         self.scores.check(
+            heads=self.heads,
+            context=self.context,
             causal=self.causal,
             pattern=self.pattern.kind,
             weights=self.weights.kind,
@@ -202,7 +207,9 @@ class TransformerConfig(ModelConfig, frozen=True):
                 f"attention=flash never forms the attention weights, so it cannot drop them at rate "
                 f"{self.attention_rate}; set attention_dropout=0, or attention=explicit"
             )
-        if self.attention == "flash" and (self.weights.kind != "softmax" or self.scores.kind == "synthesizer"):
+        if self.attention == "flash" and (
+            self.weights.kind != "softmax" or self.scores.kind in ("synthesizer", "routing")
+        ):
             other = "scores" if self.weights.kind == "softmax" else "weights"
             raise ValueError(
                 f"attention=flash: no kernel has {other}.kind={getattr(self, other).kind}; take attention=auto"

@@ -23,7 +23,7 @@ from model.masks.block_gates import block_gates
 from pretrain.config.schema import Config
 from pretrain.engine import fragments
 from pretrain.engine.adamw8bit import SIGNED
-from pretrain.engine.buffers import Buffers, Multipliers
+from pretrain.engine.buffers import Buffers, Centroids, Multipliers
 from pretrain.engine.caches import own_caches
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.fragments import Fragment, Kept
@@ -127,6 +127,7 @@ class Engine:
         }
         self.buffers = Buffers(model, ranks)
         self._multipliers = Multipliers(model, ranks)
+        self._centroids = Centroids(model, ranks)
         self.gated_sites = [gates.name for gates in block_gates(model)]
         """Of feed forwards in gated blocks, for example `enc_ff/00`."""
         momentum_type = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
@@ -188,6 +189,7 @@ class Engine:
         norm = self._update()
         if self._applied:
             self._multipliers.after_step(metrics)
+        self._centroids.after_step(self._applied)
         self.buffers.after_step(self._applied)
         return metrics, norm, self._applied
 

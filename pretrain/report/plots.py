@@ -16,7 +16,9 @@ from pretrain.metric_names import (
     DENSITY,
     DRAFT_LOSS,
     EARLIER_LOSS,
+    EMPTY,
     FORWARD_MS,
+    FULLEST,
     GATE_ENTROPY,
     GOODPUT,
     GRAD_NORM,
@@ -40,7 +42,8 @@ from pretrain.metric_names import (
     ZEROS,
     Metric,
 )
-from pretrain.report.axes import begin_at_zero, show_the_curve
+from pretrain.report.axes import INK, begin_at_zero, show_the_curve
+from pretrain.report.heat_map import heat_map
 from pretrain.run.journal import Point
 from pretrain.run.run_summary import OF_SOURCES, RunData, verdict
 
@@ -49,8 +52,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#06b6d4", "#eab308", "#ec4899")
-INK = "#768390"
-"""Readable on white and on black: the page follows the reader's theme, its pictures are drawn once."""
 TIME_PARTS = {
     "data": DATA_MS,
     "forward": FORWARD_MS,
@@ -63,7 +64,6 @@ NARROW, WIDE = (5.2, 3.0), (10.5, 3.2)
 HEAD, TITLE = 0.9, 0.3
 """Heights, in the overview, of what stands above all panels and above each, in inches."""
 DPI, OVERVIEW_DPI = 180, 100
-HEAT_COLUMNS = 300
 SOURCES_INSIDE = 6
 """Of more than these the legend is beside the plot."""
 SMOOTH_FROM = 60
@@ -275,38 +275,9 @@ def _draw_time(axes: "Axes", runs: Coloured) -> None:
 
 def _sites(prefix: str, highest: float | None, lowest: float = 0.0) -> Callable[["Axes", Coloured], None]:
     def draw(axes: "Axes", runs: Coloured) -> None:
-        sites(axes, runs[0][0].points, prefix, highest, lowest)
+        heat_map(axes, runs[0][0].points, prefix, highest, lowest)
 
     return draw
-
-
-def sites(
-    axes: "Axes", points: dict[str, list[Point]], prefix: str, highest: float | None, lowest: float = 0.0
-) -> None:
-    """A heat map: one row a site and layer, one column a step; the scale goes from `lowest` to `highest`."""
-    import numpy as np
-
-    names = sorted(name for name in points if name.startswith(prefix))
-    steps = sorted({p.step for name in names for p in points[name]})
-    steps = steps[:: max(1, math.ceil(len(steps) / HEAT_COLUMNS))]
-    column = {step: index for index, step in enumerate(steps)}
-    table = np.full((len(names), len(steps)), np.nan)
-    for row, name in enumerate(names):
-        for point in points[name]:
-            if point.step in column:
-                table[row, column[point.step]] = point.value
-    axes.grid(False)
-    mesh = axes.pcolormesh(
-        steps, range(len(names)), table, shading="nearest", cmap="viridis", vmin=lowest, vmax=highest, rasterized=True
-    )
-    stride = math.ceil(len(names) / 24)
-    labels = [name.removeprefix(prefix).replace("/", " ") for name in names[::stride]]
-    axes.set_yticks(range(0, len(names), stride), labels)
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=max(4.0, min(8.0, 150 / len(names))))
-    bar = axes.figure.colorbar(mesh, ax=axes, pad=0.01)
-    bar.ax.tick_params(colors=INK, labelsize=7)
-    bar.outline.set_visible(False)
 
 
 def _of(title: str, name: Metric, *, smooth: bool = False, from_zero: bool = False) -> Panel:
@@ -345,6 +316,8 @@ PANELS = (
     _map("Gate entropy by site and layer", GATE_ENTROPY, None),
     _map("Alpha of entmax by head", ALPHA, 2.0, 1.0),
     _map("Span by head, in tokens", SPAN, None),
+    _map("Fullest cluster by head", FULLEST, 1.0),
+    _map("Empty clusters by head", EMPTY, 1.0),
     _map("Keys with weight 0 by head", ZEROS, 1.0),
 )
 

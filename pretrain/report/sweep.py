@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from pretrain.metric_names import VALIDATION
-from pretrain.report.plots import COLOURS, INK, png
+from pretrain.report.axes import INK
+from pretrain.report.plots import COLOURS, png
 
 
 def loss_by_value(key: str, found: Mapping[str, Mapping[str, float]], trained_with: str) -> bytes:

@@ -213,6 +213,12 @@ MIXED = {
     },
     "mixture": PATTERNED["window"]
     | {"scores": {"kind": "synthesizer", "parts": ["dot", "dense", "random"], "trainable": False}},
+    "routing": NAMED["gates_cosine"] | {"scores": {"kind": "routing", "clusters": 3, "window": 2}},
+    "routing_window": {
+        **PATTERNED["sinks_alone"],
+        "attention": "auto",
+        "scores": {"kind": "routing", "clusters": 2, "routed_heads": 2},
+    },
 }
 """Other weights and other scores."""
 MIXED_BOTH_WAYS = {
@@ -222,6 +228,8 @@ MIXED_BOTH_WAYS = {
     "bert_linformer": NAMED["bert_embed"] | {"attention": "auto", "scores": {"kind": "linformer", "slots": 4}},
     "bert_random": NAMED["bert_dropout"]
     | {"positions": "learned", "scores": {"kind": "synthesizer", "parts": ["dot", "factorised_random"]}},
+    "t5_routing": NAMED["t5_dropout"] | {"scores": {"kind": "routing", "clusters": 3, "assign": "balanced"}},
+    "bert_routing": NAMED["bert_dropout"] | {"scores": {"kind": "routing", "clusters": 2, "assign": "balanced"}},
     "bert_entmax": NAMED["bert_gates"] | {"weights": {"kind": "entmax", "alpha": 2.0}},
 }
 

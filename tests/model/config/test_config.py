@@ -76,6 +76,13 @@ def test_a_vocabulary_is_needed_to_build() -> None:
         ({"scores": {"kind": "synthesizer"}, "attention": "flash"}, "no kernel has scores.kind=synthesizer"),
         ({"scores": {"slots": 5}}, "scores.slots is for scores.kind=linformer, not dot"),
         ({"scores": {"kind": "synthesizer", "rank": 5}}, "scores.rank is about the part factorised_random"),
+        (
+            {"scores": {"kind": "routing", "assign": "balanced"}},
+            r"which tokens a centroid takes .* \(measured: logits before a changed token move by up to 0.47\)",
+        ),
+        ({"scores": {"kind": "routing"}, "positions": "rotary"}, "alike wherever they stand; take learned"),
+        ({"scores": {"kind": "routing", "routed_heads": 9}}, "scores.routed_heads=9, and there are heads=4"),
+        ({"scores": {"clusters": 5}}, "scores.clusters is for scores.kind=routing, not dot"),
         ({"weights": {"alpha": 1.5}}, "weights.alpha is for weights.kind=entmax, not softmax"),
         ({"l0": {"enabled": True}}, "l0 and learned_dropout are both enabled"),
         ({"l0": {"sites": ["cross"]}, "architecture": "decoder_only"}, "l0.sites: decoder_only has no site cross"),
