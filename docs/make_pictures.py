@@ -68,7 +68,9 @@ def model() -> Figure:
         arrow(axes, (right, y + 1.14), (right, y + 1.62 if number == 0 else y + 1.55), DECODER)
     axes.text(left, 5.25, "…", fontsize=14, ha="center", color=ENCODER)
     box(axes, (right, 5.65), (3.4, 0.44), "logits of the next token: E's own table", INK, filled=True)
-    axes.text(0.6, 5.95, "Every attention is causal: a position sees itself and those before it.", fontsize=10, color=INK)
+    axes.text(
+        0.6, 5.95, "Every attention is causal: a position sees itself and those before it.", fontsize=10, color=INK
+    )
     return figure
 
 
