@@ -31,7 +31,7 @@ color:#e6edf3;font:14px/1.35 'DejaVu Sans Mono',monospace;display:inline-block">
 WIDTH = 1000
 """Of the report, in pixels."""
 CHARTS_SECONDS = 120
-CHARTS = "document.querySelectorAll('.js-plotly-plot .main-svg').length"
+CHARTS = "document.querySelectorAll('.js-plotly-plot .trace.scatter').length"
 CLOSE_ASSISTANT = """[...document.querySelectorAll('button')].filter(button => {
     const box = button.getBoundingClientRect(); return box.x > 1100 && box.y < 80}).pop()?.click()"""
 TRAIN = ["model/tiny", "run/quickstart", "data.path=data/python-docs", "run.name=short", "run.seed=2"]
@@ -115,13 +115,12 @@ def main(folder: Path) -> None:
             store = f"sqlite:///{folder / 'runs' / 'mlflow.db'}"
             run = json.loads((folder / "runs" / "quickstart" / "tracking.json").read_text())["run_id"]
             experiment = MlflowClient(store).get_run(run).info.experiment_id
-            browser.open(f"{address}/#/experiments/{experiment}/runs/{run}/model-metrics")
+            browser.open(f"{address}/#/experiments/{experiment}/runs/{run}/model-metrics?workflowType=machine_learning")
             end = time.monotonic() + CHARTS_SECONDS
             while browser.run(CHARTS) < 3:
                 assert time.monotonic() < end, "no charts"
-                time.sleep(1)
-            browser.run(CLOSE_ASSISTANT)
-            time.sleep(5)  # they are drawn anew, wider
+                browser.run(CLOSE_ASSISTANT)  # it leaves them no room
+                time.sleep(3)
             take(browser, "mlflow", 1200, 800)
 
 

@@ -86,7 +86,7 @@ def train(
     ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine: one for each GPU.")] = 1,
     start_from: Annotated[
         str | None,
-        typer.Option("--from", metavar="RUN[@STEP]", help="Begin with a checkpoint of another run, or its newest."),
+        typer.Option("--from", metavar="RUN[@STEP]", help="Begin with a checkpoint of another run, or an export."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what DeepSpeed and torch print, too.")] = False,
@@ -101,12 +101,9 @@ def train(
     from pretrain.config.schema import load
 
     if start_from:
-        from pretrain.run.origin import parse
-        from pretrain.run.run_folder import RunFolder
+        from pretrain.run.origin import first_file
 
-        origin = RunFolder(parse(start_from)[0])
-        origin.facts()  # a run folder
-        config = [str(origin.config_file), *config, f"run.start_from={start_from}"]
+        config = [str(first_file(start_from)), *config, f"run.start_from={start_from}"]
     loaded = load(config)
     loaded.micro_batches(ranks)
     if dry_run:

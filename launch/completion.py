@@ -73,3 +73,10 @@ def keys(known: ConfigKeys, incomplete: str) -> list[tuple[str, str]]:
     if known.below([*path, name]):
         return keys(known, f"{key}.")
     return [(f"{key}=", about), *((f"{key}={value}", "") for value in known.values([*path, name]))]
+
+
+def complete_decode(incomplete: str) -> list[str]:
+    """Ways in which a model that drafts writes."""
+    from model.architectures.draft_and_verify.spec import DraftAndVerifyConfig
+
+    return [way for way in DraftAndVerifyConfig.traits.decodings if way.startswith(incomplete)]

@@ -71,6 +71,7 @@ LENGTH_LOSS = Metric("loss/length", "nats per target", of_model="length_cross_en
 Z_LOSS = Metric("loss/z", "mean of log² Z", of_model="z_loss")
 VALIDATION = Metric("loss/val", "nats per label")
 VALIDATION_PART = Metric("loss/val_part", "nats per label")
+VALIDATION_DRAFT = Metric("loss/val_draft", "nats per hidden label")
 BITS_PER_BYTE = Metric("loss/val_bits_per_byte", "bits per byte")
 DENSITY = Metric("gate/density", "share of open gates", of_model="density", column=Column("density", 8))
 GATE_ENTROPY = Metric("gate/entropy", "bits")

@@ -182,6 +182,10 @@ def export(
         Path | None, typer.Option(metavar="FOLDER", help="A new folder: weights in one safetensors file, tokenizer.")
     ] = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights in --to.")] = "fp32",
+    layout: Annotated[
+        Literal["llama", "gpt2"] | None,
+        typer.Option(help="Of --to: one that other programs know, of a decoder_only model that fits it."),
+    ] = None,
     deepspeed: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="A new folder, in DeepSpeed's own layout.")
     ] = None,
@@ -196,10 +200,14 @@ def export(
 
     if (to is None) == (deepspeed is None):
         raise ConfigError("name one new folder: --to FOLDER, or --deepspeed FOLDER for DeepSpeed's own layout")
-    if deepspeed and dtype != "fp32":
-        raise ConfigError("--dtype is for --to; --deepspeed saves in the run's precision")
+    if deepspeed and (dtype != "fp32" or layout):
+        raise ConfigError("--dtype and --layout are for --to; --deepspeed saves in the run's precision")
     checkpoint, config = find_checkpoint(*parse(path))
-    if to:
+    if to and layout:
+        from pretrain.export.standard import write_standard
+
+        write_standard(checkpoint, config, to, layout, dtype)
+    elif to:
         from pretrain.export.portable import write_export
 
         write_export(checkpoint, config, to, dtype)
@@ -208,6 +216,23 @@ def export(
 
         export_deepspeed(checkpoint, deepspeed)
     typer.echo(f"{checkpoint.path}: exported to {to or deepspeed}")
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A Llama or GPT-2 model, as transformers saves it.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder: an export, as Duet writes them.")],
+) -> None:
+    """Take a model from elsewhere, weights and tokenizer, to begin a run with: `duet train --from`.
+
+    What does not fit is refused by the first field of its config.json that does not.
+
+    Example: `duet checkpoint import SmolLM-135M --to begin`
+    """
+    from pretrain.export.standard import import_model
+
+    found = import_model(folder, to)
+    typer.echo(f"{folder}: imported to {to}: {found.layers} layers, width {found.width}, {found.vocab_size} tokens")
 
 
 @app.command("shrink")

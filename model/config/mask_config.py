@@ -12,7 +12,7 @@ EvalRounding = Literal["none", "threshold", "sample"]
 EVAL_ROUNDINGS: tuple[EvalRounding, ...] = get_args(EvalRounding)
 
 
-class PenaltyConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class PenaltyConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Weight of a penalty term: 0 before `start_step`, then linear over `ramp_steps` up to `weight`."""
 
     weight: float = Field(ge=0.0)
@@ -45,7 +45,7 @@ class L1Config(PenaltyConfig, frozen=True):
     """Factor of the mean, from the end of the ramp on."""
 
 
-class LearnedDropoutConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class LearnedDropoutConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A mask that the model computes: m = 0.5 cos(angle) + 0.5 (docs/model.md B)."""
 
     enabled: bool = True

@@ -34,7 +34,7 @@ class Traits:
     """Why it cannot continue a text; for one that is not causal."""
     decodings: tuple[str, ...] = ("autoregressive",)
     """How it can make text, as `DECODINGS` (model/generation/decoding.py) names them, the usual one first; for one that
-    is causal."""
+    is causal. One that writes targets does as `WAYS` (model/generation/drafting.py) says."""
     cached: bool = False
     """All that looks back is attention of ours, whose keys and values are kept (model/attention/cache.py), so that each
     token of a text is read once; else the whole text is, for each new token."""
@@ -44,11 +44,13 @@ class Traits:
     """Its layers can be applied several times (`recurrence`)."""
     two_sequences: bool = False
     """It reads one sequence and writes another."""
+    writes_targets: bool = False
+    """It writes the target of a source, or what comes behind a text; for one of two sequences."""
     lacks: str = "has nothing that this key could change"
     """Why keys of other architectures mean nothing here."""
 
 
-class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """What every architecture has: tables, sizes, norms and loss."""
 
     # A class of an architecture also has `build() -> Backbone` (model/architectures/backbone.py) and `costs(shape) ->

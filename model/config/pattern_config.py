@@ -136,7 +136,7 @@ def keys_seen(patterns: Patterns, tokens: int, causal: bool) -> float:
     return sum(bool(p.sees(query, key)) for p in patterns for key in range(tokens)) / len(patterns)
 
 
-class PatternConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class PatternConfig(BaseModel, extra="forbid", frozen=True):
     """What attention within a stream, and that of its masks, sees of a text (docs/attention.md).
 
     Local windows: "Longformer" (Beltagy et al. 2020, arXiv:2004.05150, section 3.1); sinks: Xiao et al. 2023

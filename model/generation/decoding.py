@@ -44,5 +44,5 @@ def decoding_of(config: ModelConfig, name: str | None = None) -> type[Decoding]:
 
 def check_continues(config: ModelConfig) -> None:
     """Raises ConfigError for a model that cannot continue a prompt."""
-    if not config.causal:
+    if not config.causal and not config.traits.writes_targets:
         raise ConfigError(config.traits.why_not_continued)

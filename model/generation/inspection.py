@@ -5,7 +5,9 @@ attention, what the pass itself does not form. Without them nothing is computed 
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,6 +62,33 @@ def inspect(model: TokenModel, ids: Tensor, look: Look | None = None, prompt: in
             them is for it to say.
         prompt: tokens at the start of the text that were given, where the model reads these apart.
     """
+    with _watched(model, look) as (density, taken):
+        states = model.hidden(ids[None], None, _alone(ids, prompt)).x[0]
+    [steps] = taken or [None]
+    return Inspection(states, density, None if steps is None else steps[0])
+
+
+@torch.no_grad()
+def inspect_target(model: TokenModel, source: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    """The density of each mask, as in `Inspection`, while a target is written token by token.
+
+    Args:
+        model: of two sequences, in evaluation mode.
+        source: [S] int64, what is read.
+        ids: [U] int64, what the decoder that writes has read: end-of-text, then all but the last of the target.
+
+    Returns:
+        [S] of masks in the encoder and on its embedded tokens, [U] of the others.
+    """
+    batch = replace(_alone(source, None), labels=ids[None], decoder_input_ids=ids[None])
+    with _watched(model, None) as (density, _):
+        model.hidden(source[None], None, batch)
+    return density
+
+
+@contextmanager
+def _watched(model: TokenModel, look: Look | None) -> Iterator[tuple[dict[str, Tensor], list[Tensor | None]]]:
+    """The density of each mask, and the steps that tokens took, once a pass has been made."""
     density: dict[str, Tensor] = {}
     taken: list[Tensor | None] = []
     masks, attentions = (_Places(model.config.layers) for _ in range(2))
@@ -74,9 +103,7 @@ def inspect(model: TokenModel, ids: Tensor, look: Look | None = None, prompt: in
         elif isinstance(module, Recurrence):
             hooks.append(module.register_forward_hook(lambda _, inputs, found: taken.append(found.taken)))
     try:
-        states = model.hidden(ids[None], None, _alone(ids, prompt)).x[0]
-        [steps] = taken or [None]
-        return Inspection(states, density, None if steps is None else steps[0])
+        yield density, taken
     finally:
         for hook in hooks:
             hook.remove()

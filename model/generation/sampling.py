@@ -59,9 +59,13 @@ class Sampling:
             [B] int64.
         """
         if self.temperature == 0.0:
-            return self._penalised(logits, present).argmax(dim=-1)
+            return self.likeliest(logits, present)
         rows = zip(self.probabilities(logits, present), generators, strict=True)
         return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+
+    def likeliest(self, logits: Tensor, present: Tensor | None) -> Tensor:
+        """What temperature 0 takes: logits [B, V] and present [B, V] bool or None -> [B] int64."""
+        return self._penalised(logits, present).argmax(dim=-1)
 
     def probabilities(self, logits: Tensor, present: Tensor | None) -> Tensor:
         """What is drawn from, at a temperature above 0: logits [B, V] and present [B, V] bool or None -> [B, V]."""

@@ -18,6 +18,8 @@ class Drawn(NamedTuple):
     """[B, n, V]."""
     present: Tensor | None
     """[B, n, V] bool, tokens that each text held before; None where that changes nothing."""
+    drafts: Tensor | None = None
+    """[B, n] int64, what a draft proposed in their place, -1 where it proposed nothing; None without drafts."""
 
 
 class Texts:

@@ -25,6 +25,7 @@ from pretrain.config.keys import Keys
 from pretrain.config.sections import (
     BatchConfig,
     EngineConfig,
+    FinetuneConfig,
     HealthConfig,
     OptimizerConfig,
     ProfileConfig,
@@ -41,7 +42,7 @@ EVAL_SHARE = 32
 """Tokens that are trained on for each that is validated on, unless `train.eval_tokens` is given."""
 
 
-class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class Config(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """All of a run."""
 
     run: RunConfig = RunConfig()
@@ -55,6 +56,7 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
     health: HealthConfig = HealthConfig()
     tracking: TrackingConfig = TrackingConfig()
     profile: ProfileConfig = ProfileConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
 
     @model_validator(mode="after")
     def _the_objective_fits_the_model(self) -> "Config":
@@ -79,6 +81,17 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
                 f"data.mask_boundaries is about the label after a document's end, which data.objective="
                 f"{data.objective} has not; leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_something_to_finetune(self) -> "Config":
+        if self.finetune.kind != "none" and self.run.start_from is None:
+            raise ValueError(
+                f"finetune.kind={self.finetune.kind}: of which weights? name a run or an export: run.start_from, or "
+                "duet train --from"
+            )
+        if self.finetune.kind == "lora" and self.optimizer.kind == "muon":
+            raise ValueError("finetune.kind=lora trains with AdamW: set optimizer.kind=adamw")
         return self
 
     @model_validator(mode="after")

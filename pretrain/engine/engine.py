@@ -27,7 +27,7 @@ from pretrain.engine.buffers import Buffers, Multipliers
 from pretrain.engine.caches import own_caches
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.fragments import Fragment, Kept
-from pretrain.engine.hardware import check_hardware
+from pretrain.engine.hardware import check_hardware, keep_freed_memory
 from pretrain.engine.layer_transforms import checkpoint_activations, compile_layers
 from pretrain.engine.optim import (
     ADAM_STATES,
@@ -102,9 +102,12 @@ class Engine:
             ConfigError: the ranks cannot share the batch, or the hardware cannot do what the configuration asks for.
         """
         check_hardware(config, ranks.world_size, ranks.device)
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         bootstrap()
         self.stage = config.engine.zero_stage
-        self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
         self._ranks = ranks
         self._uneven = config.labels_vary
         self._optimizer = config.optimizer
@@ -118,9 +121,12 @@ class Engine:
         self.stopwatch = Stopwatch(ranks.device)
         # The table of tokens is first in the forward pass, so its gradient is the last; hooks run in order of
         # registration, and DeepSpeed's, which may wait for other ranks, come later.
-        model.token_embed.weight.register_post_accumulate_grad_hook(lambda _: self.stopwatch.lap("backward"))
+        first = next(iter(trained.values()))
+        first.register_post_accumulate_grad_hook(lambda _: self.stopwatch.lap("backward"))
         self._deepspeed = _initialized(model, config, ranks)
-        self._names: dict[Any, str] = self._deepspeed.param_names
+        self._names: dict[Any, str] = {
+            parameter: name for parameter, name in self._deepspeed.param_names.items() if name in self.shapes
+        }
         self.buffers = Buffers(model, ranks)
         self._multipliers = Multipliers(model, ranks)
         self.gated_sites = [gates.name for gates in block_gates(model)]

@@ -35,9 +35,10 @@ def _of(model: nn.Module, kind: Any) -> Iterator[int]:
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Tensors of two and more dimensions, with weight decay, and the others, without; by peak learning rate."""
     peaks = peak_rates(model, config)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {
-            "params": [p for name, p in model.named_parameters() if peaks[name] == peak and (p.ndim >= 2) == decayed],
+            "params": [p for name, p in trained if peaks[name] == peak and (p.ndim >= 2) == decayed],
             "weight_decay": config.weight_decay if decayed else 0.0,
             **({} if peak == config.lr else {"peak": peak}),
         }

@@ -2,6 +2,6 @@
 
 May import: data_pipeline.errors, data_pipeline.files, data_pipeline.storage, data_pipeline.tokenize,
 model.architectures, model.attention, model.batch, model.config, model.generation, model.masks, pretrain.checkpoint,
-pretrain.config, pretrain.engine, pretrain.evaluation, pretrain.inference, pretrain.metric_names, pretrain.objectives,
-pretrain.report, pretrain.run.
+pretrain.config, pretrain.engine, pretrain.evaluation, pretrain.finetune, pretrain.inference, pretrain.metric_names,
+pretrain.objectives, pretrain.report, pretrain.run.
 """

@@ -22,7 +22,7 @@ from model.generation.sampling import Sampling
 from pretrain.export.use import open_trained
 from pretrain.inference.continuation import Continuation, Settings
 from pretrain.inference.text import check_text
-from pretrain.inference.trained import Trained
+from pretrain.inference.trained import Trained, check_next_token
 
 MAX_TOKENS = 256
 """To generate, where a task does not say."""
@@ -51,7 +51,7 @@ class DuetLM(TemplateLM):
             ConfigError: the model was not trained to continue a text.
         """
         super().__init__()
-        trained.check_continues()
+        check_next_token(trained.model.config, trained.objective)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._trained = trained
         self._model = trained.model.to(self._device)

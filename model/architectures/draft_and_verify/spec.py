@@ -72,6 +72,7 @@ class DraftAndVerifyConfig(TwoStreamConfig, frozen=True):
         causal=False,
         decodings=("verify", "ar", "nar", "mask_predict", "refine"),
         two_sequences=True,
+        writes_targets=True,
         lacks="reads one sequence and writes another",
     )
 

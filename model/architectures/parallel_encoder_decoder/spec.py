@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from model.architectures.parallel_encoder_decoder.model import ParallelEncoderDecoder
 
 
-class EncoderLossConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class EncoderLossConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A loss between the running mean of the embedded tokens and the encoder's output (docs/model.md A7)."""
 
     kind: Literal["none", "mse", "cosine", "log_cosine"] = "none"

@@ -8,10 +8,10 @@ from data_pipeline.errors import DataError
 from data_pipeline.storage.dataset import Dataset
 
 LICENSE = "<!-- LICENSE: say under which licence the weights may be used, here and as `license:` at the top. -->"
-_CAUSAL = """model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+_CAUSAL = """model = AutoModelForCausalLM.from_pretrained(FOLDER{trusted})
 batch = tokenizer(["Once"], return_tensors="pt")
 print(tokenizer.decode(model.generate(**batch, max_new_tokens=20{options})[0]))"""
-_OTHERS = "model = {auto}.from_pretrained(FOLDER, trust_remote_code=True)"
+_OTHERS = "model = {auto}.from_pretrained(FOLDER{trusted})"
 _CARD = """---
 library_name: transformers
 pipeline_tag: {task}
@@ -33,7 +33,7 @@ tags: [duet, {architecture}]
 ```python
 from transformers import {auto}, AutoTokenizer
 FOLDER = "this folder, or its name on a hub"
-tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER{trusted})
 {use}
 ```
 
@@ -54,19 +54,22 @@ class CardFacts(NamedTuple):
     """The class of transformers that loads the model."""
     generates: bool
     cached: bool
+    standard: bool
+    """transformers has its code."""
     rows: Mapping[str, str]
     notes: Sequence[str]
 
 
 def card(facts: CardFacts) -> str:
     """The text of README.md."""
-    use = _OTHERS.format(auto=facts.auto)
+    trusted = "" if facts.standard else ", trust_remote_code=True"
+    use = _OTHERS.format(auto=facts.auto, trusted=trusted)
     if facts.generates:
-        use = _CAUSAL.format(options="" if facts.cached else ", use_cache=False")
+        use = _CAUSAL.format(trusted=trusted, options="" if facts.cached else ", use_cache=False")
     rows = "\n".join(f"| {name} | {text} |" for name, text in facts.rows.items())
     notes = "\n".join(f"- {note}" for note in facts.notes)
     told = facts._asdict() | {"rows": rows, "notes": notes}
-    return _CARD.format(license=LICENSE, use=use, **told)
+    return _CARD.format(license=LICENSE, use=use, trusted=trusted, **told)
 
 
 def told_of_training(state: Mapping[str, Any], step: int, validation_loss: float | None) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The files that an export has for transformers, beside weights and `config.json`'s facts for Duet."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from data_pipeline.files.atomic import write_atomic, write_json
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.token_stream import TokenStream
 from data_pipeline.tokenize.fast_tokenizer import fast_tokenizer
-from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer
+from data_pipeline.tokenize.tokenizer import JSON, Tokenizer, model_name
 from model.config.model_config import ModelConfig
 from model.config.transformer import TransformerConfig
 from pretrain.checkpoint.checkpoint import Checkpoint
@@ -24,7 +24,9 @@ COMPARED = 2**20
 """Tokens of the held-out text on which two tokenizers are compared."""
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
+    """A class of transformers."""
+
     name: str
     """Of a class in `modeling_duet.py`."""
     auto: str
@@ -32,15 +34,15 @@ class _Kind(NamedTuple):
     generates: bool = False
 
 
-def kind_of(model: ModelConfig, objective: str) -> _Kind:
+def kind_of(model: ModelConfig, objective: str) -> Kind:
     """The class of transformers that a model becomes."""
     if model.traits.two_sequences:
-        return _Kind("DuetForSeq2SeqLM", "AutoModelForSeq2SeqLM", "text2text-generation")
+        return Kind("DuetForSeq2SeqLM", "AutoModelForSeq2SeqLM", "text2text-generation")
     if not model.causal:
-        return _Kind("DuetForMaskedLM", "AutoModelForMaskedLM", "fill-mask")
+        return Kind("DuetForMaskedLM", "AutoModelForMaskedLM", "fill-mask")
     if objective_of(objective).continues_text:
-        return _Kind("DuetForCausalLM", "AutoModelForCausalLM", "text-generation", True)
-    return _Kind("DuetPrefixForCausalLM", "AutoModelForCausalLM", "text-generation")
+        return Kind("DuetForCausalLM", "AutoModelForCausalLM", "text-generation", True)
+    return Kind("DuetPrefixForCausalLM", "AutoModelForCausalLM", "text-generation")
 
 
 def hugging_face_config(model: ModelConfig, objective: str, dtype: str, eos_id: int) -> dict[str, Any]:
@@ -71,42 +73,69 @@ def hugging_face_config(model: ModelConfig, objective: str, dtype: str, eos_id: 
     return found
 
 
-def write_for_transformers(
-    new: Path, checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, file: Path, parameters: int, dtype: str
-) -> None:
+class About(NamedTuple):
+    """What the files of an export tell of its model."""
+
+    model: ModelConfig
+    objective: str
+    run: str
+    parameters: int
+    rows: Mapping[str, str]
+    """Of the card."""
+    tokenizer: Tokenizer
+    content: bytes
+    """Of the tokenizer's file."""
+    texts: Iterable[str] | DataError
+    """On which tokenizers are compared, or why there are none."""
+
+
+def write_for_transformers(new: Path, about: About) -> None:
     """Write code, tokenizer and model card into the folder of an export.
 
     Raises:
         CheckpointError: the code of an architecture cannot be copied.
     """
-    model, objective = config.model, config.data.objective
-    kind, dataset = kind_of(model, objective), _dataset(checkpoint, config)
-    fast, why = _fast(file, tokenizer, dataset)
-    code = sources(model, (ENTRY,) if fast else (ENTRY, TOKENIZATION))
+    kind = kind_of(about.model, about.objective)
+    fast, why = write_tokenizer(new, about)
+    code = sources(about.model, (ENTRY,) if fast else (ENTRY, TOKENIZATION))
     for name, text in code.files.items():
         write_atomic(new / name, text.encode())
+    write_card(new, about, kind, [*_notes(code.needs, why, kind, about.model)])
+
+
+def write_tokenizer(new: Path, about: About) -> tuple[bool, str]:
+    """Write the tokenizer and what generation takes; whether there is a tokenizer.json, or why not."""
+    kind, tokenizer = kind_of(about.model, about.objective), about.tokenizer
+    write_atomic(new / model_name(about.content), about.content)
+    fast, why = _fast(about)
     if fast:
         write_atomic(new / JSON, fast)
-    write_json(new / "tokenizer_config.json", _tokenizer_config(model, kind, tokenizer, fast is not None))
+    write_json(new / "tokenizer_config.json", _tokenizer_config(about.model, kind, tokenizer, fast is not None))
     if kind.generates:
         ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
-        write_json(new / "generation_config.json", ids | {"use_cache": model.traits.cached})
+        write_json(new / "generation_config.json", ids | {"use_cache": about.model.traits.cached})
+    return fast is not None, why
+
+
+def write_card(new: Path, about: About, kind: Kind, notes: Sequence[str], *, standard: bool = False) -> None:
+    """Write the model card. `standard`: in a layout that transformers knows, whose code it has."""
     facts = CardFacts(
-        run=config.run.name,
-        architecture=model.architecture.partition("@")[0],
-        parameters=parameters,
-        objective=f"`{objective}`",
+        run=about.run,
+        architecture=about.model.architecture.partition("@")[0],
+        parameters=about.parameters,
+        objective=f"`{about.objective}`",
         task=kind.task,
         auto=kind.auto,
         generates=kind.generates,
-        cached=model.traits.cached,
-        rows=_rows(checkpoint, config, dataset) | {"weights": dtype},
-        notes=[*_notes(code.needs, why, kind, model)],
+        cached=about.model.traits.cached,
+        standard=standard,
+        rows=about.rows,
+        notes=notes,
     )
     write_atomic(new / "README.md", card(facts).encode())
 
 
-def _tokenizer_config(model: ModelConfig, kind: _Kind, tokenizer: Tokenizer, fast: bool) -> dict[str, Any]:
+def _tokenizer_config(model: ModelConfig, kind: Kind, tokenizer: Tokenizer, fast: bool) -> dict[str, Any]:
     end = tokenizer.piece(tokenizer.eos_id)
     about = {
         "model_max_length": model.context,
@@ -121,7 +150,7 @@ def _tokenizer_config(model: ModelConfig, kind: _Kind, tokenizer: Tokenizer, fas
     return about | {"tokenizer_class": "DuetTokenizer"} | own
 
 
-def _rows(checkpoint: Checkpoint, config: Config, dataset: Dataset | DataError) -> dict[str, str]:
+def rows_of(checkpoint: Checkpoint, config: Config, dataset: Dataset | DataError) -> dict[str, str]:
     """What the card tells of training and data."""
     state, loss = checkpoint.manifest.state, checkpoint.manifest.validation_loss
     left_out = config.data.mask_boundaries or config.model.document_mask or config.data.packing != "plain"
@@ -133,7 +162,7 @@ def _rows(checkpoint: Checkpoint, config: Config, dataset: Dataset | DataError) 
     }
 
 
-def _notes(needs: tuple[str, ...], why: str, kind: _Kind, model: ModelConfig) -> Iterator[str]:
+def _notes(needs: tuple[str, ...], why: str, kind: Kind, model: ModelConfig) -> Iterator[str]:
     """What a user of the model has to know."""
     yield f"A text has {model.context} tokens at most, what is generated included."
     yield "Nothing is put before or behind a text, and no text gives a special token."
@@ -146,7 +175,7 @@ def _notes(needs: tuple[str, ...], why: str, kind: _Kind, model: ModelConfig) ->
     yield "Duet reads this folder itself, too: `duet generate FOLDER`."
 
 
-def _dataset(checkpoint: Checkpoint, config: Config) -> Dataset | DataError:
+def dataset_of(checkpoint: Checkpoint, config: Config) -> Dataset | DataError:
     """The one that a run was trained on, or why it is not there."""
     fingerprint = checkpoint.manifest.state.get("data", {}).get("fingerprint")
     try:
@@ -158,21 +187,12 @@ def _dataset(checkpoint: Checkpoint, config: Config) -> Dataset | DataError:
     return dataset
 
 
-def _fast(file: Path, tokenizer: Tokenizer, dataset: Dataset | DataError) -> tuple[bytes | None, str]:
-    """A tokenizer.json, or why there is none."""
-    need = "sentencepiece" if file.name == MODEL else "tokenizers"
-    without = f"Its tokenizer needs the package {need}"
-    if isinstance(dataset, DataError):
-        return None, f"{without}: without the held-out text no `{JSON}` was compared with it."
-    try:
-        found = fast_tokenizer(file.read_bytes(), tokenizer, _texts(dataset, tokenizer))
-    except ImportError:
-        return None, f"{without}: the library tokenizers was not there to make a `{JSON}`."
-    return found, "" if found else f"{without}: no `{JSON}` gives its tokens on the held-out text."
+def texts_of(dataset: Dataset | DataError, tokenizer: Tokenizer) -> Iterable[str] | DataError:
+    """Documents of the held-out text, of `COMPARED` tokens or a few more."""
+    return dataset if isinstance(dataset, DataError) else _texts(dataset, tokenizer)
 
 
 def _texts(dataset: Dataset, tokenizer: Tokenizer) -> Iterator[str]:
-    """Documents of the held-out text, of `COMPARED` tokens or a few more."""
     stream, left = TokenStream(dataset, "validation"), COMPARED
     for number in range(stream.num_batches):
         tokens = stream.batch(number)
@@ -181,3 +201,17 @@ def _texts(dataset: Dataset, tokenizer: Tokenizer) -> Iterator[str]:
         left -= len(tokens)
         if left <= 0:
             return
+
+
+def _fast(about: About) -> tuple[bytes | None, str]:
+    """A tokenizer.json, or why there is none."""
+    without = (
+        f"Its tokenizer needs the package {'tokenizers' if model_name(about.content) == JSON else 'sentencepiece'}"
+    )
+    if isinstance(about.texts, DataError):
+        return None, f"{without}: without the held-out text no `{JSON}` was compared with it."
+    try:
+        found = fast_tokenizer(about.content, about.tokenizer, about.texts)
+    except ImportError:
+        return None, f"{without}: the library tokenizers was not there to make a `{JSON}`."
+    return found, "" if found else f"{without}: no `{JSON}` gives its tokens on the held-out text."

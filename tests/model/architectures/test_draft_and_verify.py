@@ -135,16 +135,16 @@ def test_a_decoder_that_reads_the_draft_learns_nothing_of_the_target_from_it() -
     assert (model.predict(batch.input_ids, None, batch) - found).abs().amax(-1).min() > 1e-6, "it does read it"
 
 
-@pytest.mark.parametrize("draft", [{"masking": "glat"}, {"share": True}])
-def test_it_learns_targets_drafts_and_lengths_by_heart(draft: dict[str, Any]) -> None:
+def test_it_learns_targets_drafts_and_lengths_by_heart() -> None:
     changes: dict[str, Any] = {"width": 32, "heads": 4, "learned_dropout": {"enabled": False}}
-    config = small("draft_and_verify", draft=draft | {"length_weight": 1.0}, **changes)
+    draft = {"masking": "glat", "share": True, "length_weight": 1.0}
+    config = small("draft_and_verify", draft=draft, **changes)
     model: Any = build(config)
     batch = batch_of(config, sequences=16)
     labels = batch.labels.masked_fill(torch.arange(6) > torch.arange(16)[:, None] % 6, IGNORE)
     batch = replace(batch, labels=labels, padding=torch.zeros_like(batch.input_ids, dtype=torch.bool))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(200):
+    for step in range(130):
         output = model(replace(batch, step=torch.tensor(step)))
         optimizer.zero_grad()
         output.loss.backward()

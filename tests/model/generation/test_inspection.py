@@ -97,13 +97,13 @@ def test_what_was_drawn_from_is_told() -> None:
     model = open_masks(build(small())).double().eval()
     prompts = [torch.tensor([3, 1, 4]), torch.tensor([2])]
     generation = Generation(model, prompts, Sampling(temperature=0.0, repetition_penalty=1.1))
-    assert generation.drawn is None
+    assert not generation.drawn
     texts = [prompt.tolist() for prompt in prompts]
     for step in range(14):
         if step == 5:
             generation.end(0)
         found = generation.step()
-        drawn = generation.drawn
+        [drawn] = generation.drawn
         assert drawn is not None
         assert dict(zip(drawn.numbers, drawn.tokens.tolist(), strict=True)) == found
         for row, text in enumerate(drawn.numbers):

@@ -164,7 +164,7 @@ def test_what_cannot_be_exported_is_refused(run: Path, exported: Path, tmp_path:
         ([run, "--to", exported], CheckpointError, "is there already; name a new folder"),
         ([run], ConfigError, "name one new folder: --to FOLDER, or --deepspeed FOLDER"),
         ([run, "--to", new, "--deepspeed", new], ConfigError, "name one new folder"),
-        ([run, "--deepspeed", new, "--dtype", "bf16"], ConfigError, "--dtype is for --to"),
+        ([run, "--deepspeed", new, "--dtype", "bf16"], ConfigError, "--dtype and --layout are for --to"),
         ([f"{run}@2", "--to", new], CheckpointError, "no complete checkpoint of step 2; there are: 3, 1"),
         ([f"{step_path(run / 'checkpoints', 3)}@3", "--to", new], ConfigError, "is one checkpoint, which has one step"),
         ([tmp_path, "--to", new], RunError, "not a run folder"),

@@ -37,6 +37,7 @@ def journal_steps(run_dir: Path, attempt: int, first: int, last: int, *, resumed
     journal.event("start", resumed_from=first if resumed else None, world_size=2)
     for step in range(first + 1, last + 1):
         metrics = {
+            "loss/draft": 3 + 6 * math.exp(-step / 30),
             "loss/train": 2 + 6 * math.exp(-step / 30) + noise.gauss(0, 0.02),
             "gate/density": 0.5,
             "optim/lr": 1e-3,
