@@ -32,6 +32,7 @@ CONTINUE_THE_README = {
     "generate.md",
     "use.md",
     "study.md",
+    "tutorial.md",
     "your-architecture.md",
 }
 """They say that their examples continue with the data and the run of the README."""

@@ -214,7 +214,7 @@ _SAMPLE_TOKENS = 200
 def collect(
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl.zst", help="The file to write.")],
 ) -> None:
-    """Write a small corpus that is on every machine: the documentation inside Python's standard library.
+    """Write a small corpus that is on every machine: the prose of the documentation inside Python's standard library.
 
     Example: `duet data collect data/python-docs.jsonl.zst`
     """

@@ -30,7 +30,7 @@ LEFT_WIDTH = 9
 PROGRESS_SECONDS = 10.0
 SILENT_SECONDS = 2.0
 """Without a line, after which the status line says for how long."""
-COMMANDS = ("open it", "resume")
+COMMANDS = ("served by", "resume")
 """Rows of the summary that are to be copied into a shell."""
 LEFT_OUT_FIRST = ("GiB", "l1", "entropy", "grad", "lr")
 """Columns that a narrow terminal has no room for."""
