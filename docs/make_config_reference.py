@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from model.architectures.registry import ARCHITECTURES, DEFAULT
 from model.config.model_config import ModelConfig
 from pretrain.config.changes import mark_of
-from pretrain.config.json_schema import json_schema
+from pretrain.config.json_schema import describe, json_schema
 from pretrain.config.schema import Config
 from pretrain.objectives.registry import OBJECTIVES
 
@@ -51,6 +51,7 @@ def schema() -> str:
 
 def reference() -> str:
     """The whole page."""
+    describe()
     parts = [HEAD]
     for name, field in Config.model_fields.items():
         if name == "model":

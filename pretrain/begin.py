@@ -169,7 +169,7 @@ def verify(dataset: Dataset, part: int, parts: int, path: str) -> None:
 
 def _tie(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     """Complete the configuration by the dataset's vocabulary and tie the run folder to both."""
-    config = origin.resolve(complete(config, dataset))
+    config = origin.resolve(complete(folder.kept(config), dataset))
     config.objective.check(dataset)
     if config.data.packing == "best_fit":
         packing_plan.prepare(dataset, config.model.context, slow_progress())

@@ -79,8 +79,8 @@ class Life:
         self.request = request
         return request
 
-    def check_in_validation(self, saver: Saver) -> None:
-        """At the edge of its batches; a collective.
+    def check_in_validation(self, saver: Saver, share: float) -> None:
+        """At the edge of its batches, of which this share is done; a collective.
 
         Raises:
             Stopped: on every rank, when the run is to stop.
@@ -88,6 +88,13 @@ class Life:
         if self.agreed_request(saver):
             raise Stopped
         self._mark_edge()
+        self._heartbeat = replace(self._heartbeat, validating=time.time(), validated=share)
+        self._beat()
+
+    def after_validation(self) -> None:
+        """It is over, or was broken off."""
+        self._heartbeat = replace(self._heartbeat, validating=None, validated=None)
+        self._beat()
 
     def begin(self, step: int) -> None:
         """Training goes on after `step`."""

@@ -3,7 +3,6 @@
 import time
 import traceback
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,12 +12,13 @@ from data_pipeline.files.atomic import disk_errors
 from data_pipeline.files.mapped import explained, told
 from data_pipeline.loading.loader import Loader, Reader
 from data_pipeline.sampling.sample_plan import Plan
-from pretrain import begin
+from pretrain import begin, status_line
 from pretrain.config.schedule import learning_rate
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.profiling import Profile
 from pretrain.evaluation.evaluate import evaluate, held_out, held_out_bytes
+from pretrain.evaluation.part import choose
 from pretrain.evaluation.probe import Probe
 from pretrain.evaluation.sample import sample_text
 from pretrain.health.rollback import load_older
@@ -31,6 +31,7 @@ from pretrain.metric_names import (
     SKIPPED,
     TOKENS_SEEN,
     VALIDATION,
+    VALIDATION_PART,
     epoch_of,
 )
 from pretrain.run import journal
@@ -53,10 +54,11 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
         UserError: on every rank, with the same message.
     """
     with disk_errors(config.run_dir, RunError), still_there(config.run_dir), ExitStack() as stack:
-        claim = begin.claim(config, ranks, stack)
-        parts = begin.open_parts(claim, stop, started, stack)
+        with status_line.doing("opening data, model and run folder"):
+            claim = begin.claim(config, ranks, stack)
+            parts = begin.open_parts(claim, stop, started, stack)
         stack.enter_context(told(lambda error: failure_file.__exit__(type(error), error, None)))
-        with explained(), parts.system, parts.saver, parts.health:
+        with explained(), status_line.doing("training"), parts.system, parts.saver, parts.health:
             loop = Loop(claim, parts, failure_file)
             request = loop.run()
         parts.life.ended(loop.step, request)
@@ -76,6 +78,7 @@ class Loop:
         self._data = parts.data
         self._claim, self._parts, self._failure_file = claim, parts, failure_file
         self._windows = held_out(claim.dataset, config)
+        self._part = choose(self._windows, config.eval_windows, claim.dataset)
         self._probe = Probe(self._windows, claim.batches, compiled=config.engine.compile)
         self._plan = Plan(claim.dataset, parts.data.phases[-1], parts.data.seed)
         reader = Reader(
@@ -115,10 +118,14 @@ class Loop:
                 life.after_step(self.step, lines)
                 if health.spike and self._roll_back():
                     continue
+                if save:  # before the validation, which may take long
+                    self._save()
                 loss = self._validate() if validate else None
                 owed = validate and loss is None
-                if save or life.request:  # it may have come meanwhile
-                    self._save(loss)
+                if life.request and not save:  # it has come meanwhile
+                    self._save()
+                if loss is not None and (save or life.request):
+                    saver.validated(self.step, loss)
                 if validate or save:
                     health.beat()
                     meter.resume_clock()
@@ -177,19 +184,29 @@ class Loop:
         return self._claim.ranks.together(missing, only_first=True)
 
     def _validate(self) -> float | None:
-        """Validate over all held-out text and write a sample.
+        """Validate over the held-out text, or the part that `train.eval_tokens` allows, and write a sample.
 
         Returns:
-            the loss in nats a token; None: it was broken off, since the run is to stop, and is owed.
+            the loss in nats a token, of that part also where all is validated, so that checkpoints compare; None: it
+            was broken off, since the run is to stop, and is owed.
         """
-        claim, config, recorder = self._claim, self._claim.config, self._parts.recorder
-        model, edge = self._parts.engine.module, partial(self._parts.life.check_in_validation, self._parts.saver)
+        claim, config, recorder, life = self._claim, self._claim.config, self._parts.recorder, self._parts.life
+        model, whole = self._parts.engine.module, config.train.eval_whole_at_end and self.step == config.train.steps
         batch = max(1, 8192 // config.model.context)
         size = held_out_bytes(claim.dataset)
+
+        def edge(done: int, total: int) -> None:
+            life.check_in_validation(self._parts.saver, done / total)
+            recorder.validating(self.step, done, total)
+
         try:
-            metrics = evaluate(model, self._windows, size, batch, claim.ranks, claim.batches, edge)
+            given = (self._windows, size, batch, claim.ranks, claim.batches, edge)
+            with status_line.doing("validating"):
+                metrics = evaluate(model, *given, part=self._part, whole=whole)
         except Stopped:
             return None
+        finally:
+            life.after_validation()
         recorder.validation(self.step, metrics | self._probe.flips(model))
         if config.train.sample_tokens and config.objective.continues_text:
             try:
@@ -197,9 +214,9 @@ class Loop:
             except Exception as error:  # a text is no reason to lose what was learned
                 traceback.print_exc()
                 recorder.warning(f"no sample was written after step {self.step}: {type(error).__name__}: {error}")
-        return metrics[VALIDATION]
+        return metrics.get(VALIDATION_PART, metrics[VALIDATION])
 
-    def _save(self, validation_loss: float | None) -> None:
+    def _save(self) -> None:
         """Begin to save. The checkpoint is there when `life` is told so."""
         claim, parts, state = self._claim, self._parts, dict[str, Any]()
         if claim.ranks.is_first:
@@ -215,7 +232,7 @@ class Loop:
                 "commit": parts.recorder.commit,
                 "mlflow_run": tracked and tracked.run_id,
             }
-        parts.saver.start(self.step, state, validation_loss)
+        parts.saver.start(self.step, state)
 
     def _roll_back(self) -> bool:
         """Go back to an older checkpoint, and on with the data from where they stand.

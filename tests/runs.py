@@ -28,6 +28,7 @@ SMALL = [
     "tracking.mode=off",
     "train.log_every=1",
     "train.sample_tokens=0",
+    "train.eval_tokens=all",
 ]
 """A model and a batch that take milliseconds a step; noise and both penalties on."""
 CHARACTERS, MARKED = "data/characters", "data/characters-marked"

@@ -17,6 +17,7 @@ import yaml
 from typer.testing import CliRunner
 
 from data_pipeline.errors import ConfigError, RunError
+from data_pipeline.files.sealed import unseal
 from launch.cli import app
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.checkpoint.differences import tensor_differences
@@ -24,7 +25,7 @@ from pretrain.config.schema import load
 from pretrain.export.portable import load_export
 from pretrain.inference.trained import find_checkpoint
 from pretrain.run.checkpoint_folder import step_path
-from pretrain.run.run_folder import RunFolder
+from pretrain.run.run_folder import FORMAT, RunFolder
 from tests.conftest import RanksFailed
 from tests.runs import attempts
 
@@ -82,6 +83,8 @@ def test_a_run_folder_is_resumed_reported_and_exported(
     ranks(TRAIN, world, args=[str(run / "config.yaml"), f"data.path={data}"])
     check_as_expected(run, name)
     assert RunFolder(run).saved_steps() == [SAVED, STEPS]
+    kept = unseal((run / "run.json").read_bytes(), formats=(FORMAT,))["config"]["train"]
+    assert kept["eval_tokens"] == "all", "as the older version had it"
     report = duet("report", str(run)).strip()
     assert name in Path(report).read_text()
     duet("checkpoint", "export", str(run), "--to", str(tmp_path / "exported"))
@@ -142,7 +145,7 @@ def test_keys_that_an_architecture_lacks_are_read_at_their_old_default(tmp_path:
     written = yaml.safe_load((run / "config.yaml").read_text())["model"]
     assert written["streams"] == "plain"
     config = load([str(run / "config.yaml")])
-    assert config == RunFolder(run).config().model_copy(update={"run": config.run})
+    assert config == RunFolder(run).config().model_copy(update={"run": config.run, "train": config.train})
     dumped = config.model.model_dump(mode="json")
     foreign = written.keys() - dumped.keys()
     assert {"streams"} <= foreign

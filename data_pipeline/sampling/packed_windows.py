@@ -90,6 +90,10 @@ class PackedWindows:
             out[row, end - length : end] = source
         return out
 
+    def source_ends(self) -> np.ndarray:
+        """The number of windows, int64 [1]: one may hold documents of several sources."""
+        return np.array([len(self)])
+
     def origin(self, index: int) -> Origin:
         """Where the tokens of a window come from."""
         batches, offsets = (place.tolist() for place in self.places(np.array([index])))

@@ -64,6 +64,10 @@ class PairWindows:
         """Number in `sources` of the source of each token, int64 [n, 2 T]: of the document's, in all of the row."""
         return np.repeat(self._stream.sources_of(self.places(indices)[0])[:, None], self.width, axis=1)
 
+    def source_ends(self) -> np.ndarray:
+        """How many pairs there are up to the end of each of `sources`, int64 [sources]."""
+        return self._stream.source_ends()[1]
+
     def origin(self, index: int) -> Origin:
         """Where a pair comes from: source and target, of the same document."""
         batch, offset = (int(place[0]) for place in self.places(np.array([index])))

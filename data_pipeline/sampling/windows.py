@@ -106,6 +106,11 @@ class Windows:
         positions = np.asarray(indices, np.int64)[:, None] * self.context + np.arange(self.width)
         return self._stream.sources_of(self._stream.places(np.minimum(positions, self.num_tokens - 1))[0])
 
+    def source_ends(self) -> np.ndarray:
+        """How many windows begin before the end of each of `sources`, int64 [sources]."""
+        tokens, _ = self._stream.source_ends()
+        return np.minimum(-(-tokens // self.context), len(self))
+
     def shards_of(self, first: int, end: int) -> list[ShardFacts]:
         """The shards that hold the windows from `first` to `end` - 1."""
         return self._stream.shards_of(first * self.context, end * self.context)  # a window has one more token

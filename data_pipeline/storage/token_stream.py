@@ -52,6 +52,11 @@ class TokenStream:
         """Number in `sources` of what these record batches are of, int64 of any shape."""
         return self._source[self._first_batch.searchsorted(batches, "right") - 1]
 
+    def source_ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each of `sources` ends, int64 [sources]: in tokens, and in documents."""
+        last = np.flatnonzero(np.diff(self._source, append=-1)) + 1
+        return self._starts[last], self._first_document[last]
+
     def mapped(self) -> dict[int, np.ndarray]:
         """Tokens of the record batches that are open."""
         if self._pid != os.getpid():

@@ -240,22 +240,34 @@ def shrink(
     path: Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="A run folder (its newest checkpoint), or one.")],
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder: an export of the smaller model.")],
     gates: Annotated[bool, typer.Option("--gates", help="Remove gated blocks that no held-out token opens.")] = False,
+    spans: Annotated[bool, typer.Option("--spans", help="Windows as wide as the learned spans reach.")] = False,
 ) -> None:
     """Export a smaller model, without what it never uses; says the validation loss before and after.
 
     Example: `duet checkpoint shrink runs/gated --gates --to smaller`
     """
     from data_pipeline.errors import ConfigError
-    from pretrain.export.shrink import shrink as remove
     from pretrain.run.origin import parse
 
-    if not gates:
-        raise ConfigError("say what to remove: --gates, the blocks of feed forwards that no held-out token opens")
-    found = remove(*parse(path), to)
-    for name, (before, after) in found.blocks.items():
-        typer.echo(f"{name}: {after} of {before} blocks stay")
-    (many, fewer), (loss, other) = found.parameters, found.loss
-    typer.echo(f"parameters: {many:,} before, {fewer:,} after")
+    if gates == spans:
+        raise ConfigError(
+            "say what to remove: --gates, the blocks of feed forwards that no held-out token opens; or --spans, what "
+            "lies beyond the learned spans of attention"
+        )
+    if spans:
+        from pretrain.export.windows import take_windows
+
+        windowed = take_windows(*parse(path), to)
+        typer.echo(f"windows by layer: {', '.join(f'{window:,}' for window in windowed.windows)} tokens")
+        loss, other = windowed.loss
+    else:
+        from pretrain.export.shrink import shrink as remove
+
+        found = remove(*parse(path), to)
+        for name, (before, after) in found.blocks.items():
+            typer.echo(f"{name}: {after} of {before} blocks stay")
+        (many, fewer), (loss, other) = found.parameters, found.loss
+        typer.echo(f"parameters: {many:,} before, {fewer:,} after")
     typer.echo(f"validation loss: {loss:.6f} before, {other:.6f} after")
     typer.echo(f"exported to {to}")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_pipeline.errors import ConfigError, UserError
+from pretrain import status_line
 
 if TYPE_CHECKING:
     from pretrain.inference.continuation import Settings
@@ -42,6 +43,10 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End a text before this string; may be given several times.")
     ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another value than trained with, of a key that allows it."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="A line of JSON for each text: tokens, probabilities, gates.")
@@ -69,9 +74,9 @@ def generate(
     settings = Settings(sampling, tokens, tuple(stop or []), seed)
     texts = _given(prompt, prompts)
     if not texts and _is_terminal() and not as_json and not html:
-        ask(open_trained(run, step), settings)
+        ask(open_trained(run, step, changes or []), settings)
     else:
-        _continue(texts or [_standard_input()], open_trained(run, step), settings, as_json, html)
+        _continue(texts or [_standard_input()], open_trained(run, step, changes or []), settings, as_json, html)
 
 
 def _given(prompt: list[str] | None, prompts: Path | None) -> list[str]:
@@ -158,6 +163,7 @@ def ask(trained: "Trained", settings: "Settings") -> None:
     from pretrain.inference.continuation import Continuation
 
     trained.check_continues()
+    status_line.end()  # it would write over what is being typed
     typer.echo(_HELP)
     while True:
         try:

@@ -82,7 +82,7 @@ def requeue(
         client.requeue(job.id)
         since = "the beginning" if status.checkpoint is None else f"step {status.checkpoint}"
         typer.echo(f"job {job.id} goes back into the queue at once; it will go on from {since}")
-    elif status.state == "running":
+    elif status.state in ("running", "validating"):
         client.signal(job.id, "USR1")
         typer.echo(f"job {job.id} saves at the end of its step and goes back into the queue")
     else:

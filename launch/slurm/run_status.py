@@ -46,8 +46,8 @@ class Status:
 
     run: str
     state: str
-    """queued, starting, running, stalled, stopping, requeued, suspended; or one of `ENDS`; submitted: Slurm alone would
-    know."""
+    """queued, starting, running, validating, stalled, stopping, requeued, suspended; or one of `ENDS`; submitted: Slurm
+    alone would know."""
     why: str
     """Of the state, where there is something to say."""
     job: str | None
@@ -138,7 +138,7 @@ def join(files: RunFiles, jobs: list[Job], *, asked: bool, now: float | None = N
     step = ours.step if ours else run.step
     speed = run.tokens_per_second or (ours.tokens_per_second if ours else None)
     seconds_a_step = files.batch_tokens / speed if files.batch_tokens and speed else None
-    going = state in ("running", "stopping") and ours and files.total and seconds_a_step
+    going = state in ("running", "validating", "stopping") and ours and files.total and seconds_a_step
     return Status(
         run=str(files.path),
         state=state,
@@ -242,9 +242,13 @@ def _training(files: RunFiles, now: float) -> tuple[str, str]:
     run, beat = files.run, files.heartbeat
     if not (beat and beat.attempt == run.attempts):
         return "starting", "no step yet"
-    if now - beat.time > files.hang_seconds:
-        return "stalled", f"no step since {_clock(now - beat.time)}: it hangs, or evaluates or saves for very long"
-    return ("stopping", "asked to, at the end of its step") if files.asked_to_stop else ("running", "")
+    since = now - max(beat.time, beat.validating or 0.0)
+    if since > files.hang_seconds:
+        what = "batch of a validation" if beat.validating else "step"
+        return "stalled", f"no {what} since {_clock(since)}: it hangs, or saves for very long"
+    if files.asked_to_stop:
+        return "stopping", "asked to, at the end of its step"
+    return ("running", "") if beat.validating is None else ("validating", f"{beat.validated or 0.0:.0%} done")
 
 
 def _ended(files: RunFiles, job: Job) -> tuple[str, str]:

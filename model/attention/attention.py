@@ -1,5 +1,7 @@
 """Multi-head attention, causal unless told otherwise: within a stream, and from one stream to another."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,7 @@ from model.attention.cache import Cached
 from model.attention.rule import Rows
 from model.attention.softmax import Softmax
 from model.attention.visibility import CAUSAL, Visible
+from model.attention.weights import mixer_of
 from model.config.transformer import TransformerConfig, TwoStreamConfig
 from model.layers.layers import Linear
 from model.layers.positions import rotate
@@ -26,15 +29,15 @@ class CausalAttention(Cached):
         layer: int = 0,
         group: int = 1,
         name: str = "",
-        rate: float = 0.0,
+        mixer: Softmax | None = None,
     ) -> None:
         """Attention of `heads` heads of queries.
 
         Args:
             layer: from 0 in its stream, whose pattern it has; what stands before the layers has the first one's.
             group: heads of queries that share one of keys and values.
-            name: of this place; keys the noise.
-            rate: of dropout on the weights, in training.
+            name: of this place.
+            mixer: of the values; a softmax unless given.
         """
         super().__init__()
         self.name = name
@@ -43,7 +46,7 @@ class CausalAttention(Cached):
         self._config = config
         self.heads = heads
         self._group = group
-        self._mixer = Softmax(config, name, rate)
+        self.mixer = mixer or Softmax(config)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible = CAUSAL
@@ -54,13 +57,26 @@ class CausalAttention(Cached):
         """
         visible = visible.of(self._pattern)
         query, key, value = self._in_heads(query, key, value, visible)
-        if self.cache is not None:
+        if self.cache is not None and (visible.aligned or self.cache.crosses):
             key, value, mask = self.cache.extend(self, key, value)
-            visible = Visible(causal=False, mask=mask)
+            queries, keys_at = self.cache.places(self) if self.mixer.counts else (None, None)
+            visible = Visible(causal=False, mask=mask, positions=queries, key_positions=keys_at)
         if self._group > 1:
             key, value = (x.repeat_interleave(self._group, dim=1) for x in (key, value))
-        found = self._mixer(query, key, value, keys, visible)
+        found = self.mixer(query, key, value, keys, visible)
         return found.transpose(1, 2).flatten(2)
+
+    def keep(self, key: Tensor, value: Tensor, visible: Visible, steps: range) -> None:
+        """Put key and value [B, T, C / group] into the cache alone, as what these further steps would compute."""
+        assert self.cache is not None
+        heads = self.heads // self._group
+        key, value = (x.unflatten(-1, (heads, -1)) for x in (key, value))
+        if self._config.positions == "rotary":
+            assert visible.positions is not None
+            key = rotate(key, visible.positions)
+        for step in steps:
+            self.cache.step = step
+            self.cache.extend(self, key.transpose(1, 2), value.transpose(1, 2))
 
     def weights(self, query: Tensor, key: Tensor, visible: Visible = CAUSAL) -> Tensor:
         """What each query gives each key of one text in evaluation, of tensors as `forward` takes -> [B, H, T, S]."""
@@ -69,7 +85,7 @@ class CausalAttention(Cached):
             rows = Rows(query.shape[:2], query.device, visible.causal)
             visible = visible._replace(mask=rows.dense(self.patterns))
         query, key, _ = self._in_heads(query, key, key, visible)
-        return self._mixer.weights(query, key.repeat_interleave(self._group, dim=1), visible)
+        return self.mixer.weights(query, key.repeat_interleave(self._group, dim=1), visible)
 
     def _in_heads(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, H, T, d], key and value [B, H / group, S, d], turned by their positions where these are rotary."""
@@ -99,13 +115,25 @@ class SelfAttention(nn.Module):
         self._sizes = [config.width, config.width // group, config.width // group]
         self.qkv = Linear(config.width, sum(self._sizes), bias=config.bias)
         self.out = Linear(config.width, config.width, bias=config.bias, std=std)
-        rate = config.attention_rate
-        self.attention = CausalAttention(config, config.heads, layer=layer, group=group, name=name, rate=rate)
+        mixer = mixer_of(config, config.heads, name)
+        self.attention = CausalAttention(config, config.heads, layer=layer, group=group, name=name, mixer=mixer)
 
     def forward(self, x: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
         query, key, value = self.qkv(x).split(self._sizes, dim=-1)
         return self.out(self.attention(query, key, value, keys, visible))
+
+    def keep(self, x: Tensor, visible: Visible, steps: range) -> None:
+        """Keep of x [B, T, C] what further steps would, and compute nothing else."""
+        _, key, value = self.qkv(x).split(self._sizes, dim=-1)
+        self.attention.keep(key, value, visible, steps)
+
+
+class Projected(NamedTuple):
+    """Keys and values of a sequence that cross attention reads, [B, S, C / group] each."""
+
+    key: Tensor
+    value: Tensor
 
 
 class CrossAttention(nn.Module):
@@ -118,10 +146,19 @@ class CrossAttention(nn.Module):
         self.query = Linear(config.width, config.width, bias=config.bias)
         self.key_value = Linear(config.width, 2 * (config.width // group), bias=config.bias)
         self.out = Linear(config.width, config.width, bias=config.bias, std=std)
-        rate = config.attention_rate
-        self.attention = CausalAttention(config, heads, layer=layer, group=group, name=name, rate=rate)
+        mixer = mixer_of(config, heads, name, aligned=not config.traits.two_sequences)
+        self.attention = CausalAttention(config, heads, layer=layer, group=group, name=name, mixer=mixer)
 
-    def forward(self, x: Tensor, other: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
+    def read(self, other: Tensor) -> Projected:
+        """Keys and values of other [B, S, C]."""
+        return Projected(*self.key_value(other).chunk(2, dim=-1))
+
+    def forward(self, x: Tensor, other: Tensor | Projected, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
         """Queries from x [B, T, C], keys and values from other [B, S, C] -> [B, T, C]; S = T if it is causal."""
-        key, value = self.key_value(other).chunk(2, dim=-1)
+        key, value = other if isinstance(other, Projected) else self.read(other)
         return self.out(self.attention(self.query(x), key, value, keys, visible))
+
+    def keep(self, other: Tensor, visible: Visible, steps: range) -> None:
+        """Keep of other [B, T, C] what further steps would, and compute nothing else."""
+        key, value = self.key_value(other).chunk(2, dim=-1)
+        self.attention.keep(key, value, visible, steps)

@@ -86,6 +86,10 @@ class Saver:
         self._warned: set[str] = set()
         self._published = published
         self._save: _Save | None = None
+        self._newest: CheckpointManifest | None = None
+        """The last one that was published; rank 0's thread alone knows it, and the losses."""
+        self._losses: dict[int, float] = {}
+        self._adding: Future[None] | None = None
         self._abandoned = Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
@@ -135,6 +139,10 @@ class Saver:
 
         self._save = _Save(path, content, self._thread.submit(write), since, time.perf_counter() - since)
 
+    def validated(self, step: int, loss: float) -> None:
+        """Add its validation loss to the checkpoint of a step, in flight or published; on every rank."""
+        self._adding = self._thread.submit(self._add_loss, step, loss)
+
     def poll(self, writing: bool) -> None:
         """Go on with the save in flight, unless a rank is still `writing`; a collective, and `writing` is agreed on.
 
@@ -152,6 +160,9 @@ class Saver:
         """
         while self._save:
             self._advance(self._save)
+        if self._adding:
+            adding, self._adding = self._adding, None
+            self._ranks.together(adding.result)
 
     def __enter__(self) -> "Saver":
         return self
@@ -188,15 +199,28 @@ class Saver:
     def _publish(self, save: _Save, shards: list[CheckpointShard]) -> None:
         if not self._ranks.is_first:
             return
+        loss = self._losses.get(save.content["step"], save.content["validation_loss"])
+        manifest = CheckpointManifest(**save.content | {"validation_loss": loss}, shards=shards)
+        self._write(manifest, save.path)
+
+    def _add_loss(self, step: int, loss: float) -> None:
+        if not self._ranks.is_first:
+            return
+        self._losses = {step: loss}
+        if self._newest and self._newest.step == step:
+            self._write(self._newest.model_copy(update={"validation_loss": loss}), step_path(self._root, step))
+
+    def _write(self, manifest: CheckpointManifest, path: Path) -> None:
+        """Seal the checkpoint, and let go of those that need not stay beside it."""
         self._still_ours()
-        manifest = CheckpointManifest(**save.content, shards=shards)
-        file = save.path / MANIFEST
+        file = path / MANIFEST
         try:
-            sync_folder(save.path)
+            sync_folder(path)
             write_atomic(file, manifest.sealed())
             sync_folder(self._root)
         except OSError as error:
             raise write_error(file, error) from error
+        self._newest = manifest
         try:
             self._prune(manifest.step)
         except (CheckpointError, OSError) as error:  # the run has what it needs to go on

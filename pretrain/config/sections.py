@@ -15,7 +15,6 @@ class RunConfig(
     BaseModel,
     extra="forbid",
     frozen=True,
-    use_attribute_docstrings=True,
     allow_inf_nan=False,
     coerce_numbers_to_str=True,
 ):
@@ -41,7 +40,7 @@ class RunConfig(
         return value
 
 
-class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class BatchConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """The global batch of one optimizer step."""
 
     tokens: int = Field(default=8192, ge=1, le=2**32)
@@ -50,7 +49,7 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Sequences a rank holds at once; the rank's whole share of the batch unless given."""
 
 
-class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class OptimizerConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """AdamW, in 32 or 8 bits, or Muon with it. Weight decay acts on tensors of two and more dimensions only."""
 
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
@@ -61,6 +60,9 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     mask_lr: Annotated[float | None, may_change.IN_FORK] = Field(default=None, gt=0.0, le=1e30)
     """The most that the peak learning rate of what learned dropout computes its masks from may be: theirs is the lower
     of this and `lr`, and follows the same schedule. Not with Muon."""
+    attention_lr: Annotated[float | None, may_change.IN_FORK] = Field(default=None, gt=0.0, le=1e30)
+    """Peak learning rate of the few numbers that shape the weights of attention, such as alphas and
+    spans (`model.weights`); ten times `lr` unless given. Not with Muon, where it is `lr`."""
     muon_lr: Annotated[float, may_change.IN_FORK] = Field(default=0.02, gt=0.0, le=1e30)
     """Peak learning rate of Muon; follows the same schedule."""
     muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
@@ -75,7 +77,7 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     """Largest global gradient norm; 0 switches clipping off."""
 
 
-class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class ScheduleConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Learning rate over the steps: linear warm-up to the peak `optimizer.lr`, then the kind's curve."""
 
     kind: Annotated[Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"], may_change.IN_FORK] = "cosine"
@@ -97,7 +99,7 @@ class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
         return self
 
 
-class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class TrainConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """How long to train and how often to do what."""
 
     steps: Annotated[int, may_change.IN_FORK] = Field(default=1000, ge=1, le=2**40)
@@ -108,6 +110,11 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Steps between lines on the terminal; the journal holds every step."""
     eval_every: Annotated[int, may_change.WATCHED] = Field(default=200, ge=1)
     """Steps between validations; the last step is always validated."""
+    eval_tokens: Annotated[Annotated[int, Field(ge=1)] | Literal["all"] | None, may_change.WATCHED] = None
+    """Held-out tokens of a validation, in whole windows, the same each time and spread over the sources; `all` of them.
+    Unless given, a thirty-second of the tokens between two validations."""
+    eval_whole_at_end: Annotated[bool, may_change.WATCHED] = True
+    """The last validation is over all held-out text, whatever `eval_tokens` says."""
     checkpoint_every: Annotated[int, may_change.WATCHED] = Field(default=200, ge=1)
     """Steps between checkpoints; the first step, to see that the disk works, and the last always get one."""
     keep_checkpoints: Annotated[int, may_change.WATCHED] = Field(default=3, ge=1)
@@ -130,7 +137,7 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
         return {key: value for key, value in raw.items() if key != "steps"}
 
 
-class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class EngineConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """DeepSpeed ZeRO."""
 
     zero_stage: Annotated[Literal[0, 1, 2, 3], may_change.COMPUTED] = 1
@@ -162,7 +169,7 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
         return self
 
 
-class HealthConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class HealthConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """How a run watches itself (docs/health.md)."""
 
     max_skipped: Annotated[int, may_change.WATCHED] = Field(default=10, ge=1)
@@ -185,7 +192,7 @@ class HealthConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     half of it unless given."""
 
 
-class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class TrackingConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """MLflow, the mirror of the run's journal."""
 
     mode: Annotated[Literal["online", "offline", "off"], may_change.WATCHED] = "online"
@@ -211,7 +218,7 @@ class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
         return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
-class ProfileConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class ProfileConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """torch's profiler on rank 0; what it writes is in the run folder's `profile/`."""
 
     steps: Annotated[tuple[int, int] | None, may_change.WATCHED] = None

@@ -27,7 +27,7 @@ from pretrain.engine.buffers import Buffers, Multipliers
 from pretrain.engine.caches import own_caches
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.fragments import Fragment, Kept
-from pretrain.engine.hardware import check_hardware
+from pretrain.engine.hardware import check_hardware, keep_freed_memory
 from pretrain.engine.layer_transforms import checkpoint_activations, compile_layers
 from pretrain.engine.optim import (
     ADAM_STATES,
@@ -102,6 +102,8 @@ class Engine:
             ConfigError: the ranks cannot share the batch, or the hardware cannot do what the configuration asks for.
         """
         check_hardware(config, ranks.world_size, ranks.device)
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         bootstrap()
         self.stage = config.engine.zero_stage
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

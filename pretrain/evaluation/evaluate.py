@@ -1,4 +1,4 @@
-"""Validation over the whole held-out text: the same batches, whatever the number of ranks.
+"""Validation over the held-out text, or a part of it: the same batches, whatever the number of ranks.
 
 The text is one stream, and a window may begin in one source and end in the next; what a source comes to is told by
 its labels, so it costs no pass of its own.
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from data_pipeline.errors import DataError
 from data_pipeline.sampling.kinds import AnyWindows, kind_of, open_windows
 from data_pipeline.storage.dataset import Dataset
-from model.batch import IGNORE, ModelOutput
+from model.batch import IGNORE, Batch, ModelOutput
 from model.masks.telemetry import KEPT
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
 from pretrain.evaluation.batches import Batches
-from pretrain.metric_names import BITS_PER_BYTE, VALIDATION, of_validation
+from pretrain.evaluation.part import HeldOutPart
+from pretrain.metric_names import BITS_PER_BYTE, VALIDATION, VALIDATION_PART, VALIDATION_PONDER, of_validation
 
 GATES = ("density", "mask_mean")
 """What validation tells of the masks."""
@@ -46,7 +47,10 @@ def evaluate(
     batch: int,
     ranks: Ranks,
     batches: Batches,
-    edge: Callable[[], object] = lambda: None,
+    edge: Callable[[int, int], object] = lambda done, total: None,
+    *,
+    part: HeldOutPart | None = None,
+    whole: bool = True,
 ) -> dict[str, float]:
     """Predict what `batches` asks for of the held-out text, in non-overlapping windows: every token but the first.
 
@@ -55,72 +59,121 @@ def evaluate(
     Args:
         text_bytes: UTF-8 bytes of that text by source, for bits per byte.
         batch: windows of a forward pass on each rank.
-        edge: called before each batch, as often on every rank; may raise to break off.
+        edge: called before each batch, as often on every rank, with the number of batches that are done and of all;
+            may raise to break off.
+        part: what is predicted instead, if not the `whole` text; else what is told of beside it.
 
     Returns:
         `loss/val` (nats a label), `loss/val_bits_per_byte` if every token is predicted, and the gates' means under
-        evaluation rounding as `gate/val_…`. Where the text is of several sources, of each that has labels, too:
-        `loss/val/NAME` and `loss/val_bits_per_byte/NAME`, of which the first two are the means, weighted by labels
-        and by bytes.
+        evaluation rounding as `gate/val_…`; `ponder/val_steps` where tokens halt. Where the text is of several
+        sources, of each that has labels, too: `loss/val/NAME` and `loss/val_bits_per_byte/NAME`, of which the first two
+        are the means, weighted by labels and by bytes. A part's bytes are those that its labels would have if they were
+        of the mean length in their source. `loss/val_part`, the loss of `part`, beside that of the whole text.
 
     Raises:
         DataError: there is nothing to predict.
     """
     model.eval()
     # Every rank makes the same number of forward passes (ZeRO-3 gathers in each); what is missing counts for nothing.
-    rounds = math.ceil(len(windows) / (batch * ranks.world_size))
+    chosen = part.windows if part and not whole else np.arange(len(windows))
+    beside = np.isin(chosen, part.windows) if part and whole else None
+    rounds = math.ceil(len(chosen) / (batch * ranks.world_size))
     sources = windows.sources if len(windows.sources) > 1 else []
-    tally: dict[str, np.ndarray] = {VALIDATION: np.zeros((2, 1))}
-    by_source = np.zeros((2, len(sources)))
+    names = [VALIDATION, *([VALIDATION_PART] if beside is not None else []), *map(VALIDATION.of, sources)]
+    tally: dict[str, np.ndarray] = {name: np.zeros(2) for name in names}
     for index in range(rounds):
-        edge()
+        edge(index, rounds)
         first = (index * ranks.world_size + ranks.rank) * batch
-        indices = np.arange(first, min(first + batch, len(windows)))
-        inputs = batches.of_validation(windows, indices)
-        output: ModelOutput = model(inputs)
-        counts = inputs.labels != IGNORE
-        for name, sum_and_number in _sums(output.metrics, int(counts.sum())).items():
+        rows = None if beside is None else beside[first : first + batch]
+        for name, sum_and_number in _of_batch(model, windows, chosen[first : first + batch], batches, rows).items():
             tally[name] = tally.get(name, 0.0) + sum_and_number
-        if sources and counts.any():
-            assert output.by_token is not None
-            of_labels, kept = output.by_token.double().cpu().numpy(), counts.cpu().numpy()
-            which = np.broadcast_to(batches.sources_of_labels(windows, indices), kept.shape)[kept]
-            by_source += [np.bincount(which, of_label, len(sources)) for of_label in (of_labels[kept], None)]
-    table = ranks.sum(torch.from_numpy(np.hstack([*tally.values(), by_source]))).numpy()
-    whole = dict(zip([*tally, *map(VALIDATION.of, sources)], table.T, strict=True))
-    return _means(whole, text_bytes if batches.objective.predicts_every_token else {})
+    table = ranks.sum(torch.from_numpy(np.stack([*tally.values()]))).numpy()
+    return _means(dict(zip(tally, table, strict=True)), text_bytes if part is None or whole else part, batches)
 
 
-def _sums(metrics: Mapping[str, Tensor], predicted: int) -> dict[str, np.ndarray]:
-    """Of a batch, the sum of something and of how many it is, [2, 1]: the losses of labels, and over positions those of
+def _of_batch(
+    model: nn.Module, windows: AnyWindows, indices: np.ndarray, batches: Batches, rows: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """What is counted of a batch, [2]: sum and number; of its `rows`, bool [B], too, if there are any given."""
+    inputs = batches.of_validation(windows, indices)
+    output: ModelOutput = model(inputs)
+    found = _sums(output.metrics, int((inputs.labels != IGNORE).sum()), int(inputs.num_tokens()))
+    if len(indices) and len(windows.sources) > 1:
+        found |= _by_source(output, inputs, windows.sources, batches.sources_of_labels(windows, indices))
+    if len(indices) and rows is not None:
+        found[VALIDATION_PART] = _of_rows(output, inputs, rows)
+    return found
+
+
+def _sums(metrics: Mapping[str, Tensor], predicted: int, tokens: int) -> dict[str, np.ndarray]:
+    """Of a batch, the sum of something and of how many it is, [2]: the losses of labels, and over positions those of
     each mask, such as `density/enc_ff/00`."""
-    found: dict[str, np.ndarray] = {VALIDATION: np.array([[float(metrics["cross_entropy"]) * predicted], [predicted]])}
+    found: dict[str, np.ndarray] = {VALIDATION: np.array([float(metrics["cross_entropy"]) * predicted, predicted])}
+    if "ponder_steps" in metrics:
+        tokens = tokens if predicted else 0  # a row that counts for nothing
+        found[VALIDATION_PONDER] = np.array([float(metrics["ponder_steps"]) * tokens, tokens])
     for name, value in metrics.items():
         gate, _, mask = name.partition("/")
         if mask and gate in GATES:
             positions = float(metrics[f"{KEPT}/{mask}"][-1])
-            found[name] = np.array([[float(value) * positions], [positions]])
+            found[name] = np.array([float(value) * positions, positions])
     return found
 
 
-def _means(whole: Mapping[str, np.ndarray], text_bytes: Mapping[str, int]) -> dict[str, float]:
+def _by_source(output: ModelOutput, inputs: Batch, sources: list[str], which: np.ndarray) -> dict[str, np.ndarray]:
+    """The losses of labels and their number, [2], of each source; `which` has its number for each label."""
+    of_labels, kept = _losses(output, inputs)
+    number = np.broadcast_to(which, kept.shape)[kept]
+    table = np.stack([np.bincount(number, of_label, len(sources)) for of_label in (of_labels[kept], None)], axis=1)
+    return {VALIDATION.of(name): row for name, row in zip(sources, table, strict=True)}
+
+
+def _of_rows(output: ModelOutput, inputs: Batch, rows: np.ndarray) -> np.ndarray:
+    """The losses of labels and their number, [2], in the windows where `rows`, bool [B], is true."""
+    of_labels, kept = _losses(output, inputs)
+    return np.array([of_labels[rows][kept[rows]].sum(), kept[rows].sum()])
+
+
+def _losses(output: ModelOutput, inputs: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Of each label, float64 [B, T]; and whether it counts, bool [B, T]."""
+    assert output.by_token is not None
+    return output.by_token.double().cpu().numpy(), (inputs.labels != IGNORE).cpu().numpy()
+
+
+def _means(
+    whole: Mapping[str, np.ndarray], text: Mapping[str, int] | HeldOutPart, batches: Batches
+) -> dict[str, float]:
     """What `evaluate` returns, of sums and numbers, [2] each, over all ranks; no bits per byte without bytes."""
     nats, labels = whole[VALIDATION]
     if not labels:
         raise DataError("the held-out text is too short: nothing in it is to be predicted; hold out more")
+    sources = {
+        name.removeprefix(VALIDATION.family): of for name, of in whole.items() if name.startswith(VALIDATION.family)
+    }
+    text_bytes = _bytes_of(text, sources or {"": whole[VALIDATION]}) if isinstance(text, HeldOutPart) else text
     result: dict[str, float] = {VALIDATION: float(nats / labels)}
+    if (of_part := whole.get(VALIDATION_PART)) is not None and of_part[1]:
+        result[VALIDATION_PART] = float(of_part[0] / of_part[1])
+    if not batches.objective.predicts_every_token:
+        text_bytes = {}
     if text_bytes:
         result[BITS_PER_BYTE] = _bits(result[VALIDATION] * float(labels)) / sum(text_bytes.values())
+    if VALIDATION_PONDER in whole:
+        result[VALIDATION_PONDER] = float(whole[VALIDATION_PONDER][0] / whole[VALIDATION_PONDER][1])
     for gate in GATES:
         if of_masks := [float(sums[0] / sums[1]) for name, sums in whole.items() if name.startswith(f"{gate}/")]:
             result[of_validation(gate)] = sum(of_masks) / len(of_masks)
-    for name, (total, number) in whole.items():
-        if name.startswith(VALIDATION.family) and number:
-            source = name.removeprefix(VALIDATION.family)
-            result[name] = float(total / number)
+    for source, (total, number) in sources.items():
+        if number:
+            result[VALIDATION.of(source)] = float(total / number)
             if size := text_bytes.get(source):
                 result[BITS_PER_BYTE.of(source)] = _bits(float(total)) / size
     return result
+
+
+def _bytes_of(part: HeldOutPart, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Of a part's text, by source: its labels have the length that those of the whole text have in the mean."""
+    return {name: labels * part.bytes_per_label[name] for name, (_, labels) in sums.items()}
 
 
 def _bits(nats: float) -> float:

@@ -1,7 +1,7 @@
 """A trained model after the run: where it is read from, and its validation."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,11 +17,16 @@ from pretrain.engine.distributed import join
 from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.evaluate import evaluate, held_out, held_out_bytes
 from pretrain.export.portable import is_export, load_export
+from pretrain.inference.in_use import used_with
 from pretrain.inference.trained import Trained, find_checkpoint, read_model, tokenizer_of
 
+Progress = Callable[[int, int], object]
 
-def open_trained(path: Path, step: int | None = None) -> Trained:
+
+def open_trained(path: Path, step: int | None = None, changes: Sequence[str] = ()) -> Trained:
     """The model of a run folder (its newest checkpoint, or that of `step`), of a checkpoint or of an export.
+
+    `changes`: of keys that may change in use, as `used_with` takes them, which says what else is raised.
 
     Raises:
         RunError: none of them.
@@ -33,20 +38,29 @@ def open_trained(path: Path, step: int | None = None) -> Trained:
     if is_export(path):
         if step is not None:
             raise ConfigError(f"{path} is an export, which has one step; leave step {step} out")
-        return load_export(path)
+        return _changed(load_export(path), changes)
     checkpoint, config = find_checkpoint(path, step)
     tokenizer = tokenizer_of(checkpoint, config)[1]
     step = checkpoint.manifest.step
-    return Trained(read_model(checkpoint, config), tokenizer, config.data.objective, config.run.name, step)
+    model = read_model(checkpoint, config)
+    return _changed(Trained(model, tokenizer, config.data.objective, config.run.name, step), changes)
 
 
-def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> dict[str, float]:
+def evaluate_run(
+    run: Path,
+    step: int | None,
+    rounding: str | None = None,
+    progress: Progress = lambda done, total: None,
+    changes: Sequence[str] = (),
+) -> dict[str, float]:
     """Validation metrics of a checkpoint over all held-out text, as `evaluate` gives them.
 
     Says on standard error when that text is of another dataset than the checkpoint's.
 
     Args:
         rounding: of learned dropout's masks, one of EVAL_ROUNDINGS; the run's own unless given.
+        progress: told before each batch how many are done, and of how many.
+        changes: of keys that may change in use, as `used_with` takes them.
 
     Raises:
         DataError: the dataset is damaged, or its tokenizer another one than the model was trained with.
@@ -56,12 +70,14 @@ def evaluate_run(run: Path, step: int | None, rounding: str | None = None) -> di
     checkpoint, config = find_checkpoint(run, step)
     if rounding:
         config = _rounded(run, config, rounding)
-    with validating(checkpoint, config) as validate:
-        return validate(read_model(checkpoint, config))
+    with validating(checkpoint, config, progress) as validate:
+        return validate(used_with(read_model(checkpoint, config), changes))
 
 
 @contextmanager
-def validating(checkpoint: Checkpoint, config: Config) -> Iterator[Callable[[TokenModel], dict[str, float]]]:
+def validating(
+    checkpoint: Checkpoint, config: Config, progress: Progress = lambda done, total: None
+) -> Iterator[Callable[[TokenModel], dict[str, float]]]:
     """What validates models over the held-out text of a checkpoint's run, as `evaluate_run` does, and raises as it."""
     own_caches()
     tokenizer_of(checkpoint, config)  # as many pieces may be others
@@ -78,7 +94,11 @@ def validating(checkpoint: Checkpoint, config: Config) -> Iterator[Callable[[Tok
         batch = max(1, 8192 // config.model.context)
         batches = Batches.of(config, dataset, ranks.device)
         sizes = held_out_bytes(dataset)
-        yield lambda model: evaluate(model.to(ranks.device), windows, sizes, batch, ranks, batches)
+        yield lambda model: evaluate(model.to(ranks.device), windows, sizes, batch, ranks, batches, progress)
+
+
+def _changed(trained: Trained, changes: Sequence[str]) -> Trained:
+    return trained._replace(model=used_with(trained.model, changes))
 
 
 def _rounded(run: Path, config: Config, rounding: str) -> Config:

@@ -33,7 +33,8 @@ def record(trained: Trained, text: Text, number: int, settings: Settings, look: 
     ids = text.prompt_ids + [token.id for token in text.drawn]
     start = max(0, len(ids) - model.config.context)
     device = model.token_embed.weight.device
-    seen = inspect(model, torch.tensor(ids[start:], device=device), look)
+    prefix = max(0, len(text.prompt_ids) - start) if model.config.reads_prompt else None
+    seen = inspect(model, torch.tensor(ids[start:], device=device), look, prefix)
     prompt = [Token(token) for token in text.prompt_ids]
     predicted = torch.tensor(text.prompt_ids[start + 1 :], dtype=torch.int64, device=device)
     chunks = zip(predicted.split(_CHUNK), seen.states[: len(predicted)].split(_CHUNK), strict=True)
@@ -57,6 +58,7 @@ def record(trained: Trained, text: Text, number: int, settings: Settings, look: 
         "density": {
             mask: nothing + [round(share, 6) for share in density.tolist()] for mask, density in seen.density.items()
         },
+        "steps": [] if seen.steps is None else nothing + [int(steps) for steps in seen.steps.tolist()],
     }
 
 

@@ -47,7 +47,7 @@ class Trained(NamedTuple):
 def check_objective(config: ModelConfig, objective: str) -> None:
     """Raises ConfigError unless a model of this shape and objective continues texts."""
     check_continues(config)
-    if not objective_of(objective).continues_text:
+    if not (objective_of(objective).continues_text or config.reads_prompt):
         raise ConfigError(
             f"the model was trained with data.objective={objective}, where a prompt is read both ways; it is not "
             "generated from"

@@ -8,11 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pretrain.metric_names import (
+    ALPHA,
     BACKWARD_MS,
     BITS_PER_BYTE,
     CHECKPOINT_MS,
     DATA_MS,
     DENSITY,
+    EARLIER_LOSS,
     FORWARD_MS,
     GATE_ENTROPY,
     GOODPUT,
@@ -24,12 +26,17 @@ from pretrain.metric_names import (
     MULTIPLIER,
     OPTIMIZER_MS,
     PEAK_MEMORY,
+    PONDER_SHARE,
+    PONDER_STEPS,
     RANK_SPREAD,
+    REFINE_CHANGE,
+    SPAN,
     STEP_MS,
     TOKENS_PER_SECOND,
     TOKENS_SEEN,
     UPDATE_RATIO,
     VALIDATION,
+    ZEROS,
     Metric,
 )
 from pretrain.run.journal import Point
@@ -260,15 +267,17 @@ def _draw_time(axes: "Axes", runs: Coloured) -> None:
     )  # beside it: there is no empty place inside
 
 
-def _sites(prefix: str, highest: float | None) -> Callable[["Axes", Coloured], None]:
+def _sites(prefix: str, highest: float | None, lowest: float = 0.0) -> Callable[["Axes", Coloured], None]:
     def draw(axes: "Axes", runs: Coloured) -> None:
-        sites(axes, runs[0][0].points, prefix, highest)
+        sites(axes, runs[0][0].points, prefix, highest, lowest)
 
     return draw
 
 
-def sites(axes: "Axes", points: dict[str, list[Point]], prefix: str, highest: float | None) -> None:
-    """A heat map: one row a site and layer, one column a step; `highest` is the end of the scale."""
+def sites(
+    axes: "Axes", points: dict[str, list[Point]], prefix: str, highest: float | None, lowest: float = 0.0
+) -> None:
+    """A heat map: one row a site and layer, one column a step; the scale goes from `lowest` to `highest`."""
     import numpy as np
 
     names = sorted(name for name in points if name.startswith(prefix))
@@ -282,7 +291,7 @@ def sites(axes: "Axes", points: dict[str, list[Point]], prefix: str, highest: fl
                 table[row, column[point.step]] = point.value
     axes.grid(False)
     mesh = axes.pcolormesh(
-        steps, range(len(names)), table, shading="nearest", cmap="viridis", vmin=0.0, vmax=highest, rasterized=True
+        steps, range(len(names)), table, shading="nearest", cmap="viridis", vmin=lowest, vmax=highest, rasterized=True
     )
     stride = math.ceil(len(names) / 24)
     labels = [name.removeprefix(prefix).replace("/", " ") for name in names[::stride]]
@@ -299,6 +308,7 @@ PANELS = (
     Panel("Loss by tokens", (LOSS, VALIDATION), _loss(by_tokens=True), by_tokens=True),
     Panel("Validation, bits per byte", (BITS_PER_BYTE,), _draw_bits),
     Panel("Validation by source", OF_SOURCES, _draw_sources, single=True),
+    Panel("Loss read from an earlier step of refinement", (EARLIER_LOSS,), _metric(EARLIER_LOSS, smooth=True)),
     Panel("Learning rate", (LEARNING_RATE,), _metric(LEARNING_RATE)),
     Panel("Gradient norm", (GRAD_NORM,), _metric(GRAD_NORM, smooth=True)),
     Panel("Update ratio", (UPDATE_RATIO,), _metric(UPDATE_RATIO, smooth=True)),
@@ -312,6 +322,21 @@ PANELS = (
     Panel("Goodput", (GOODPUT,), _metric(GOODPUT, from_zero=True)),
     Panel("Rank spread", (RANK_SPREAD,), _metric(RANK_SPREAD, smooth=True)),
     Panel("Memory", (MEMORY, PEAK_MEMORY), _draw_memory),
+    Panel(
+        "Change of the vectors by step of refinement",
+        (REFINE_CHANGE.family,),
+        _sites(REFINE_CHANGE.family, None),
+        single=True,
+        wide=True,
+    ),
+    Panel("Steps a token takes", (PONDER_STEPS,), _metric(PONDER_STEPS)),
+    Panel(
+        "Tokens by the steps they take",
+        (PONDER_SHARE.family,),
+        _sites(PONDER_SHARE.family, 1.0),
+        single=True,
+        wide=True,
+    ),
     Panel("Gate density", (DENSITY,), _metric(DENSITY)),
     Panel("Gate density by site and layer", (DENSITY.family,), _sites(DENSITY.family, 1.0), single=True, wide=True),
     Panel(
@@ -328,6 +353,9 @@ PANELS = (
         single=True,
         wide=True,
     ),
+    Panel("Alpha of entmax by head", (ALPHA.family,), _sites(ALPHA.family, 2.0, 1.0), single=True, wide=True),
+    Panel("Span by head, in tokens", (SPAN.family,), _sites(SPAN.family, None), single=True, wide=True),
+    Panel("Keys with weight 0 by head", (ZEROS.family,), _sites(ZEROS.family, 1.0), single=True, wide=True),
 )
 
 

@@ -86,6 +86,10 @@ class Heartbeat:
     tokens_per_second: float | None = None
     checkpoint: int | None = None
     """Step of the last one that this attempt wrote or began from."""
+    validating: float | None = None
+    """When a validation that is under way has last done a batch."""
+    validated: float | None = None
+    """The share of it that is done."""
     job: str | None = field(default_factory=lambda: this_job()[0])
     restart: int = field(default_factory=lambda: this_job()[1])
     pid: int = field(default_factory=os.getpid)

@@ -58,6 +58,13 @@ class RunFolder:
         else:
             self._write(config, {"name": config.run.name, "dataset": dataset, "id": self.id})
 
+    def kept(self, config: Config) -> Config:
+        """A configuration to go on with: what it leaves open, and the run does not, stays as it is."""
+        if config.train.eval_tokens is not None or not self.has_trained():
+            return config
+        train = config.train.model_copy(update={"eval_tokens": self.config().train.eval_tokens})
+        return config.model_copy(update={"train": train})
+
     def went_on(self, config: Config, dataset: dict[str, Any]) -> None:
         """The run goes on with this configuration and dataset, which `check` has let pass."""
         self._write(config, self.facts() | {"name": config.run.name, "dataset": dataset, "id": self.id})
@@ -104,6 +111,8 @@ class RunFolder:
         file = self.run_file if "config" in content else self.config_file
         try:
             found = content["config"] if "config" in content else yaml.safe_load(file.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and isinstance(train := found.get("train"), dict):
+                train.setdefault("eval_tokens", "all")  # so it was before there was the key
             config: Config = Config.model_validate(found)
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
             raise RunError(f"{file}: damaged or missing: {_brief(error)}; restore it from a copy") from error

@@ -19,6 +19,7 @@ from rich.console import Console as Terminal
 from rich.live import Live
 from rich.text import Text
 
+from pretrain import status_line
 from pretrain.metric_names import COLUMNS, STEP_MS, Column, Metric
 from pretrain.tracking.durations import duration
 
@@ -27,6 +28,8 @@ WINDOW = 50
 """Calls of `step` over which the time left is estimated."""
 LEFT_WIDTH = 9
 PROGRESS_SECONDS = 10.0
+SILENT_SECONDS = 2.0
+"""Without a line, after which the status line says for how long."""
 VALIDATION_LABEL = "validation"
 STYLES = {
     "header": "bold",
@@ -44,6 +47,8 @@ class Screen:
     def __init__(self, log: Path) -> None:
         self.log = log
         self.out, self.err = (_duplicate(stream) for stream in (sys.stdout, sys.stderr))
+        for stream in (self.out, self.err):
+            status_line.watch(stream)
         self._copy = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._size = self._length()
 
@@ -108,11 +113,14 @@ class Console:
         terminal = Terminal(file=self._file, highlight=False, soft_wrap=True)
         self._terminal = terminal if terminal.is_terminal and not terminal.is_dumb_terminal else None
         self._live: Live | None = None
+        self._status = (0.0, "", 0.0)
         self._columns: list[tuple[Metric, Column]] = []
         self._lines_since_header = 0
         self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._warned: set[str] = set()
         self._gone = False
+        self._began = self._told = 0.0
+        """When a validation began, and when a line told how far it was."""
         self._printing = threading.RLock()
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
@@ -132,6 +140,17 @@ class Console:
         self._print(f"{self._position(step)}{values}{left:>{LEFT_WIDTH}}", "step" if finite else "bad")
         self._show_status(step, left)
 
+    def validating(self, step: int, done: int, total: int) -> None:
+        """So many batches of a validation are done: a bar on a terminal, else a line every ten seconds."""
+        now = time.monotonic()
+        if not done:
+            self._began = self._told = now
+        left = f"{duration((total - done) * (now - self._began) / done)} left" if done else ""
+        self._show_bar(done / total, f"{VALIDATION_LABEL}  {left}")
+        if self._terminal is None and now - self._told >= PROGRESS_SECONDS:
+            self._told = now
+            self._print(f"{self._position(step)}  {VALIDATION_LABEL}   {done / total:.0%}   {left}", "note")
+
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         """A line of a validation's results, but for those of single masks, such as `gate/flips/enc_ff/00`."""
         shown = [
@@ -139,6 +158,8 @@ class Console:
             for name, value in metrics.items()
             if name.count("/") == 1
         ]
+        if self._live and step >= self._total:
+            self.close()
         text = "   ".join(f"{'loss' if name == 'val' else name} {value:.4f}" for name, value in shown)
         self._print(f"{self._position(step)}  {VALIDATION_LABEL}   {text}", "validation")
 
@@ -191,25 +212,34 @@ class Console:
         return "-"
 
     def _show_status(self, step: int, left: str) -> None:
+        if step < self._total:
+            self._show_bar(step / self._total, f"{left} left")
+        else:
+            self.close()
+
+    def _show_bar(self, share: float, words: str) -> None:
         if self._terminal is None:
             return
-        share = min(step / self._total, 1.0)
-        full = round(30 * share)
-        bar = Text.assemble(("━" * full, "green"), ("━" * (30 - full), "bright_black"), f"  {share:4.0%}  {left} left")
-        if self._live is None and step < self._total:
+        self._status = (share, words, time.monotonic())
+        if self._live:
+            self._live.refresh()
+        else:
             self._live = Live(
-                bar,
+                get_renderable=self._bar,
                 console=self._terminal,
-                auto_refresh=False,
+                refresh_per_second=1,
                 transient=True,
                 redirect_stdout=False,  # else it brings back to the screen what `take_over` keeps from it
                 redirect_stderr=False,
             )
             self._live.start()
-        elif self._live and step >= self._total:
-            self.close()
-        elif self._live:
-            self._live.update(bar, refresh=True)
+
+    def _bar(self) -> Text:
+        """How far the run is; and the seconds since it said so, where those are many."""
+        share, words, since = self._status
+        full, age = round(30 * share), time.monotonic() - since
+        text = f"  {share:4.0%}  {words}" + (f", {age:.0f} s ago" if age >= SILENT_SECONDS else "")
+        return Text.assemble(("━" * full, "green"), ("━" * (30 - full), "bright_black"), text)
 
     def _print(self, text: str, style: str) -> None:
         if self._gone:

@@ -23,7 +23,7 @@ NAME_LENGTH = 250
 TEXT_LENGTH = 6000
 """Of a param's value; tags may be a little longer."""
 A_LAYER = re.compile(r"gate/(\w+)/(\w+)/\d+")
-A_SOURCE = re.compile(r"(loss/val|loss/val_bits_per_byte)/(.+)", re.DOTALL)
+PART_OF = re.compile(r"(loss/val|loss/val_bits_per_byte|ponder/share)/(.+)", re.DOTALL)
 ESCAPED = re.compile(r"[^\w .:-]|-(?=x[0-9a-f])|^\.\.|^\.$")
 """In a part of a name. Slashes, too: MLflow's page makes sections of them. `-x` and a digit would read as an escape."""
 
@@ -59,8 +59,8 @@ def _plan(names: tuple[str, ...]) -> tuple[list[tuple[str, str]], dict[str, list
 
 @functools.cache
 def mirrored(name: str) -> str:
-    """A metric's name in MLflow: of one section at most, and with a dot before a source's name."""
-    if part := A_SOURCE.fullmatch(name):
+    """A metric's name in MLflow: of one section at most, and with a dot before a source's name or a number of steps."""
+    if part := PART_OF.fullmatch(name):
         return _bounded_name(f"{part[1]}.{escaped(part[2])}")
     section, slash, rest = name.partition("/")
     if not (section and rest):

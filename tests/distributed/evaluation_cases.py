@@ -17,6 +17,7 @@ from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
 from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.evaluate import evaluate, held_out, held_out_bytes
+from pretrain.evaluation.part import choose
 from pretrain.export.use import open_trained
 from tests.objectives import objective
 
@@ -37,8 +38,11 @@ def opened(args: list[str]) -> tuple[Config, Dataset, AnyWindows, TokenModel]:
     return config, dataset, held_out(dataset, config), model.eval()
 
 
-def validate(ranks: Ranks, runs: list[list[str]], unweighted: bool = False) -> list[dict[str, float]]:
-    """Of each run's arguments. `unweighted`: a wrong mean, in which all ranks count alike."""
+def validate(
+    ranks: Ranks, runs: list[list[str]], unweighted: bool = False, number: int | None = None, whole: bool = True
+) -> list[dict[str, float]]:
+    """Of each run's arguments; `number` windows, or the `whole` text beside them. `unweighted`: a wrong mean, in which
+    all ranks count alike."""
     if unweighted:
         add = Ranks.sum
         Ranks.sum = lambda self, values: add(self, (values / values[1]).nan_to_num())  # type: ignore[method-assign]
@@ -47,7 +51,9 @@ def validate(ranks: Ranks, runs: list[list[str]], unweighted: bool = False) -> l
         config, dataset, windows, model = ranks.together(lambda args=args: opened(args))  # type: ignore[misc]
         module = Engine(model, config, ranks).module if config.engine.zero_stage == 3 else model
         batches = Batches.of(config, dataset, ranks.device)
-        found.append(evaluate(module, windows, held_out_bytes(dataset), BATCH, ranks, batches))
+        part = choose(windows, number, dataset)
+        given = (held_out_bytes(dataset), BATCH, ranks, batches)
+        found.append(evaluate(module, windows, *given, part=part, whole=whole))
     return found
 
 

@@ -12,7 +12,10 @@ from typing import Any
 
 from data_pipeline.errors import DataError, RunError
 from data_pipeline.loading import loader
+from launch.slurm.run_files import read_files
+from launch.slurm.run_status import join
 from pretrain import life, trainer
+from pretrain.checkpoint.saver import Saver
 from pretrain.config.schema import load
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
@@ -30,7 +33,9 @@ def run(ranks: Ranks, args: list[str], job: str | None = None, restart: int = 0,
         os.environ |= {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart), "SLURMD_NODENAME": f"n{ranks.rank}"}
         os.environ |= {"RUN_DIR": str(load(args).run_dir), "DUET_STOP_LEAD": str(lead)}
     evaluate = trainer.evaluate
-    trainer.evaluate = lambda module, windows, size, batch, *more: evaluate(module, windows, size, 4, *more)
+    trainer.evaluate = lambda module, windows, size, batch, *more, **part: evaluate(
+        module, windows, size, 4, *more, **part
+    )
     without_report()
     return trainer.train(load(args), ranks, StopRequest(), time.time(), FailureFile(ranks.rank))
 
@@ -47,6 +52,30 @@ def signalled_in_validation(ranks: Ranks, args: list[str], at: int) -> list[int]
 
     Batches.of_validation = count  # type: ignore[assignment,method-assign]
     return [run(ranks, args, job="7"), batches[0]]
+
+
+def watched_in_validation(ranks: Ranks, args: list[str]) -> list[Any]:
+    """What a look into the folder finds in the fifth batch of the first validation, when the disk has the step."""
+    batches, of_validation, seen = [0], Batches.of_validation, list[Any]()
+    saving, start = list[Saver](), Saver.start
+    run_dir = load(args).run_dir
+
+    def look(*given: Any) -> Any:
+        batches[0] += 1
+        if batches[0] in (2, 3, 4):
+            while saving[-1].writing:
+                time.sleep(0.001)
+        if batches[0] == 5 and ranks.is_first:
+            seen.extend([read_files(run_dir).checkpoint, join(read_files(run_dir), [], asked=False).state])
+        return of_validation(*given)
+
+    def remember(self: Saver, *given: Any) -> None:
+        saving.append(self)
+        start(self, *given)
+
+    Batches.of_validation, Saver.start = look, remember  # type: ignore[assignment,method-assign]
+    assert run(ranks, args) == 0
+    return [*seen, batches[0]]
 
 
 def signalled_while_data_stall(ranks: Ranks, args: list[str], step: int) -> int:

@@ -16,6 +16,7 @@ from data_pipeline.sampling.windows import Windows
 from data_pipeline.storage.dataset import Dataset
 from model.batch import IGNORE
 from pretrain.evaluation.batches import Batches
+from pretrain.evaluation.part import choose, shares
 from tests.distributed.evaluation_cases import opened
 from tests.runs import SMALL
 
@@ -83,13 +84,17 @@ def by_letters(dataset: Dataset, rows: np.ndarray, follow: bool) -> np.ndarray:
     return which
 
 
-def expected(args: list[str]) -> tuple[dict[str, float], dict[str, int]]:
-    """Loss, and labels, of each source: a forward pass for each, in which the labels of the others do not count."""
+def expected(args: list[str], number: int | None = None) -> tuple[dict[str, float], dict[str, int]]:
+    """Loss, and labels, of each source, in so many windows or in all: a forward pass for each, in which the labels of
+    the others do not count."""
     config, dataset, windows, model = opened(args)
     assert [*windows.sources] == list(LETTERS)
     numbers = np.arange(len(windows))
     which = by_letters(dataset, windows.read(numbers), isinstance(windows, Windows))
     assert np.array_equal(windows.sources_of(numbers)[which >= 0], which[which >= 0])
+    if part := choose(windows, number, dataset):
+        numbers, which = part.windows, which[part.windows]
+        assert len(numbers) == number
     batch = Batches.of(config, dataset, torch.device("cpu")).of_validation(windows, numbers)
     objective = config.data.objective
     if objective in ("pairs", "span_corruption"):
@@ -97,8 +102,8 @@ def expected(args: list[str]) -> tuple[dict[str, float], dict[str, int]]:
     else:
         which = which[:, :-1] if objective == "masked" else which[:, 1:]
     losses, counts = {}, {}
-    for number, name in enumerate(LETTERS):
-        labels = batch.labels.masked_fill(torch.from_numpy(which != number), IGNORE)
+    for source, name in enumerate(LETTERS):
+        labels = batch.labels.masked_fill(torch.from_numpy(which != source), IGNORE)
         if count := int((labels != IGNORE).sum()):
             with torch.no_grad():
                 losses[name] = float(model(replace(batch, labels=labels)).loss)
@@ -166,3 +171,42 @@ def test_the_proof_fails_for_a_mean_in_which_ranks_count_alike(ranks: Ranks, run
     [[metrics], _] = ranks("tests.distributed.evaluation_cases:validate", 2, runs=[args], unweighted=True)
     with pytest.raises(AssertionError):
         check(metrics, *expected(args))
+
+
+def test_a_part_is_the_same_windows_of_every_source_and_is_told_of_beside_the_whole(
+    ranks: Ranks, runs: dict[str, list[str]], found: dict[str, dict[str, float]]
+) -> None:
+    kinds, number = ["causal", "packed", "masked", "pairs"], 9
+    case, given = "tests.distributed.evaluation_cases:validate", [runs[kind] for kind in kinds]
+    [parts] = ranks(case, 1, runs=given, number=number, whole=False)
+    [others, _] = ranks(case, 2, runs=given, number=number, whole=False)
+    [wholes, _] = ranks(case, 2, runs=given, number=number)
+    for kind, part, other, whole in zip(kinds, parts, others, wholes, strict=True):
+        losses, counts = expected(runs[kind], number)
+        check(part, losses, counts)
+        assert other == pytest.approx(part, abs=1e-6)
+        assert whole.pop("loss/val_part") == pytest.approx(part["loss/val"], abs=1e-6)
+        assert whole == pytest.approx(found[kind], abs=1e-6)
+        if kind in ("causal", "pairs"):
+            assert losses.keys() == LETTERS.keys(), "also of those that are small"
+        if kind == "causal":
+            _, dataset, _, _ = opened(runs[kind])
+            tokens = {source.name: source.tokens["validation"] for source in dataset.manifest.sources}
+            size = {s.name: s.split_bytes["validation"] * counts[s.name] for s in dataset.manifest.sources}
+            bits = sum(losses[name] * counts[name] for name in LETTERS) / math.log(2)
+            mean = bits / sum(size[name] / tokens[name] for name in LETTERS)
+            assert part["loss/val_bits_per_byte"] == pytest.approx(mean, rel=2 / sum(tokens.values()))
+
+
+def test_shares_are_in_proportion_and_leave_nobody_out() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        sizes = rng.integers(0, 50, rng.integers(1, 8))
+        number = int(rng.integers(0, sizes.sum() + 1))
+        given = shares(sizes, number) if sizes.sum() else sizes
+        filled = np.count_nonzero(sizes)
+        assert given.sum() == (number if sizes.sum() else 0) and (given <= sizes).all() and (given >= 0).all()
+        if number >= filled:
+            assert np.count_nonzero(given) == filled
+        if sizes.sum():
+            assert (np.abs(given - number * sizes / sizes.sum()) <= max(1, filled)).all()

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from pretrain.run.checkpoint_folder import step_path
 from pretrain.run.job_records import JobFolder
 from pretrain.run.journal import read
-from pretrain.run.run_listing import recorded_end
+from pretrain.run.run_listing import recorded_end, saved_steps
 from pretrain.run.signals import KILL_SWITCH
+from tests.checkpoints import manifest_of
 from tests.conftest import RanksFailed
 from tests.runs import ROOT, SMALL, attempts, newest_on_disk
 
@@ -73,6 +75,26 @@ def test_the_planned_signal_breaks_off_a_validation_that_is_made_up_for(
         check_whole(run_dir, reference)
     assert ranks(f"{CASES}run", 2, args=args) == [0, 0], "once more"
     assert len([found for found in validations(run_dir) if found[1] == step]) == 1
+
+
+def test_a_step_is_saved_before_its_validation_which_has_a_budget_but_at_the_end(
+    ranks: Ranks, dataset: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    args = arguments(
+        dataset, run_dir, "train.checkpoint_every=6", "train.eval_tokens=0.64K", "train.keep_checkpoints=1"
+    )
+    [[checkpoint, state, batches], _] = ranks(f"{CASES}watched_in_validation", 2, args=args)
+    assert (checkpoint, state) == (6, "validating")
+    records = [r.metrics for r in read(run_dir / "metrics.jsonl") if "loss/val" in r.metrics]
+    assert ["loss/val_part" in metrics for metrics in records] == [False, True]
+    assert batches > 2 * 640 / 16 / 4 / 2, "all at the end"
+    compared = [records[0]["loss/val"], records[1]["loss/val_part"]]
+    kept = {step: manifest_of(step_path(run_dir / "checkpoints", step)) for step in saved_steps(run_dir)}
+    assert kept[12]["validation_loss"] == compared[1]
+    assert [*kept] == ([12] if compared[1] < compared[0] else [6, 12]), "the newest, and the best by what compares"
+    beat = JobFolder(run_dir).last_heartbeat()
+    assert beat and beat.validating is None
 
 
 @pytest.mark.parametrize("step", [1, 8])

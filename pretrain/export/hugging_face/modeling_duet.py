@@ -31,6 +31,8 @@ class DuetConfig(PreTrainedConfig):
 class KeptByTransformers(cache.Cache):
     """Keys and values lie in a cache of transformers, an entry for each attention in the order of their calls."""
 
+    may_stop = False  # what is kept is found by the order of calls
+
     def __init__(self, kept: Cache, attention_mask: Tensor, count: int) -> None:
         """For one pass.
 
@@ -61,6 +63,9 @@ class KeptByTransformers(cache.Cache):
         key, value = self._kept.update(key, value, self._calls)
         self._calls += 1
         return key, value, self._mask(place.patterns)
+
+    def _ring(self, place: cache.Cached) -> None:
+        """The caches of transformers keep everything."""
 
     def asked(self, x: Tensor) -> Tensor:
         """All columns [B, T, C]."""

@@ -86,6 +86,24 @@ def test_every_preset_is_valid(name: str) -> None:
     load([name, "data.sources.text.paths=[x.txt]"] if name == "data/characters" else [name])
 
 
+def test_a_validation_has_a_thirty_second_of_the_tokens_unless_it_is_told_otherwise() -> None:
+    given = ["model.context=64", "batch.tokens=2048", "train.eval_every=30"]
+    windows = {
+        "": 30,
+        "model.context=100 batch.tokens=2K": 19,
+        "train.eval_every=1 batch.tokens=128": 1,
+        "train.eval_tokens=1K": 16,
+        "train.eval_tokens=65": 2,
+        "train.eval_tokens=all": None,
+    }
+    for more, number in windows.items():
+        assert load([*given, *more.split()]).eval_windows == number, more
+    with pytest.raises(ConfigError, match="train.eval_tokens"):
+        load(["train.eval_tokens=0"])
+    with pytest.raises(ConfigError, match="train.eval_tokens"):
+        load(["train.eval_tokens=some"])
+
+
 def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
     config = load(["model/tiny", "run/quickstart", "data.sources.x.paths=[a, b]"])
     file = tmp_path / "config.yaml"

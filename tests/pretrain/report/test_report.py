@@ -55,6 +55,7 @@ def journal_steps(run_dir: Path, attempt: int, first: int, last: int, *, resumed
                 metrics[f"gate/density/{site}/{layer:02d}"] = 1 - step / 200 - layer / 10
                 metrics[f"gate/entropy/{site}/{layer:02d}"] = step / 200 + layer / 10
                 metrics[f"gate/multiplier/{site}/{layer:02d}"] = step / 1000
+        metrics |= {f"attention/{kind}/dec_sa/00/h0": 1.5 for kind in ("alpha", "span", "zeros")}
         journal.metrics(step, metrics)
         if step % 20 == 0:
             losses = {"loss/val": 2.25 - attempt / 8, "loss/val_bits_per_byte": 1.75 - attempt / 8}

@@ -53,6 +53,20 @@ def test_new_metrics_bring_a_new_header() -> None:
     assert [line.split()[0] for line in file.getvalue().splitlines()] == ["step", "1/10", "step", "2/10"]
 
 
+def test_a_long_validation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("pretrain.tracking.console.time.monotonic", lambda: clock[0])
+    file = io.StringIO()
+    console = Console(100, file)
+    for done in range(8):
+        console.validating(50, done, 8)
+        clock[0] += 4.0
+    assert [line.split() for line in file.getvalue().splitlines()] == [
+        ["50/100", "validation", "38%", "20s", "left"],
+        ["50/100", "validation", "75%", "8s", "left"],
+    ]
+
+
 def test_validation_note_warning_summary() -> None:
     file = io.StringIO()
     console = Console(100, file)
