@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ import torch
 from mlflow.entities import Metric
 
 from pretrain.run.journal import Journal
-from pretrain.tracking.mlflow_follower import Tracker, assign
+from pretrain.tracking.follower import Tracker, assign
 from pretrain.tracking.mlflow_store import connect
+from pretrain.tracking.mlflow_sync import Mirror
 
 METRICS = {f"loss/metric_{i:02d}": 1.0 / (i + 1) for i in range(20)}
 STEPS_A_BLOCK = 20
@@ -68,7 +70,7 @@ def cost_of_a_step(folder: Path, uri: str) -> dict[str, float]:
     journal = Journal(run_dir / "metrics.jsonl", 1)
     journal.event("start", resumed_from=None)
     assign(run_dir, uri=uri, experiment="duet", run_name="run")
-    tracker = Tracker(run_dir, print)
+    tracker = Tracker(partial(Mirror, run_dir), print)
     tracker.start()
 
     def log_async(step: int) -> None:  # the cheapest of MLflow's ways; `mlflow.log_metrics` takes longer for the same
@@ -120,7 +122,7 @@ def step_with_a_dead_server(folder: Path) -> tuple[float, float]:
             journal.event("start", resumed_from=None)
             if mode == "dead":
                 assign(run_dir, uri=dead_uri, experiment="duet", run_name=mode)
-                tracker = Tracker(run_dir, lambda text: None)
+                tracker = Tracker(partial(Mirror, run_dir), lambda text: None)
                 tracker.start()
             for first in range(0, 10 * STEPS_A_BLOCK, STEPS_A_BLOCK):
                 times.extend(block(journal, first))

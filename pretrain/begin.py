@@ -1,5 +1,6 @@
 """How a run begins: it owns its folder, knows its data, and opens its parts where its newest checkpoint stands."""
 
+import getpass
 import os
 import platform
 import shlex
@@ -255,6 +256,16 @@ def _facts(claim: Claim, parameters: int) -> dict[str, Any]:
         "device": device,
         "host": platform.node(),
         "job": os.environ.get("SLURM_JOB_ID"),
+        "command": os.environ.get("DUET_COMMAND") or shlex.join(["duet-rank", *sys.argv[1:]]),
+        "user": _user(),
         "start_from": claim.config.run.start_from,
         "versions": {name: version(name) for name in ("torch", "deepspeed", "mlflow", "pyarrow", "sentencepiece")},
     }
+
+
+def _user() -> str | None:
+    """None in a container that does not know its user."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return None

@@ -1,6 +1,7 @@
-"""A line on the terminal while nothing else is said: what goes on, and for how long. Standard library only.
+"""What every program of ours does on a terminal. Standard library only.
 
-`Waiting … 3 s` appears after a second of silence, counts, and is gone before the next word.
+While nothing else is said a line says what goes on, and for how long: `Waiting … 3 s` appears after a second of
+silence, counts, and is gone before the next word. And no word is broken where a line is too long.
 """
 
 import atexit
@@ -14,6 +15,9 @@ from contextlib import contextmanager
 from typing import TextIO
 
 TICK_SECONDS = 1.0
+USUAL_WIDTH = 80
+_WORDS = re.compile(r" *(?:\S*`[^`]*`\S*|\S+)")
+_LABEL = re.compile(r" *\S+(?: \S+)* {2,}")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -41,8 +45,11 @@ class StatusLine:
             with self._lock:
                 self._clear()
                 self._last_word = time.monotonic()
+                begins = not self._within_line
                 if shown := _ESCAPES.sub("", text):
                     self._within_line = shown[-1] not in "\r\n"
+                if begins and shown == text:  # else it has been laid out, or is under way
+                    text = fit(text, self._width())
                 return write(text)
 
         stream.write = watched  # type: ignore[method-assign]
@@ -80,10 +87,36 @@ class StatusLine:
 
     def _write(self, text: str) -> None:
         try:
-            width = os.get_terminal_size(self._terminal).columns or 80
-            os.write(self._terminal, f"\r\x1b[K{text[: width - 1]}".encode(errors="replace"))
+            os.write(self._terminal, f"\r\x1b[K{text[: self._width() - 1]}".encode(errors="replace"))
         except OSError:  # the terminal is gone, which whoever has something to say will notice
             self._ended.set()
+
+    def _width(self) -> int:
+        try:
+            return os.get_terminal_size(self._terminal).columns or USUAL_WIDTH
+        except OSError:
+            return USUAL_WIDTH
+
+
+def fit(text: str, width: int, end: str = "") -> str:
+    """Lines that are too long, broken at spaces, but not within a command in backticks; the rest of a line stands below
+    its second column. `end` is put where one is broken: a backslash keeps a command one."""
+    return "\n".join(_fit_line(line, width, end) for line in text.split("\n"))
+
+
+def _fit_line(line: str, width: int, end: str) -> str:
+    if len(line) <= width:
+        return line
+    label = _LABEL.match(line)
+    indent = " " * (label.end() if label and label.end() <= width // 2 else 0)
+    lines, now = list[str](), ""
+    for word in _WORDS.findall(line):
+        if now.strip() and len(now) + len(word) + len(end) > width:
+            lines.append(now + end)
+            now = indent + word.lstrip()
+        else:
+            now += word
+    return "\n".join([*lines, now])
 
 
 _line: StatusLine | None = None

@@ -69,12 +69,7 @@ def _strict(fields: dict[str, object]) -> dict[str, object]:
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
 
 
-track_app = typer.Typer(no_args_is_help=True, help="Bring MLflow up to date with a run's journal.")
-
-
-@track_app.callback()
-def _track_group() -> None:
-    """Keeps `sync` a word of its own."""
+track_app = typer.Typer(no_args_is_help=True, help="Bring MLflow up to date with a run's journal, or export it.")
 
 
 @track_app.command("sync")
@@ -83,14 +78,43 @@ def sync(
     new_run: Annotated[
         bool, typer.Option("--new-run", help="Make it a run of its own there: of a copy, or when its run was deleted.")
     ] = False,
+    all_masks: Annotated[
+        bool, typer.Option("--all-masks", help="From now on send everything about masks, not a few summaries.")
+    ] = False,
 ) -> None:
     """Send what MLflow does not have, from wherever it is reachable; a run that died is KILLED there.
 
     Example: `duet track sync runs/quickstart`
     """
-    from pretrain.tracking.mlflow_follower import sync as sync_run
+    from pretrain.tracking.follower import sync as sync_run
 
-    done = sync_run(run, lambda warning: typer.echo(f"warning: {warning}", err=True), new_run)
+    done = sync_run(run, lambda warning: typer.echo(f"warning: {warning}", err=True), new_run, all_masks)
     typer.echo(
-        f"{done.uri} has all of {run} as run {done.run_id}, {done.status}; {done.num_metrics:,} values were sent now"
+        f"{done.uri} has all of {run} as run {done.run_id}, {done.status}; {done.num_metrics:,} values were sent now; "
+        f"its page: {done.page}"
     )
+
+
+@track_app.command("export")
+def export(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
+    to: Annotated[str, typer.Option("--to", metavar="tensorboard", help="What is to read it.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A folder that gets one for each run; unless given, `tensorboard` in each run folder."),
+    ] = None,
+) -> None:
+    """Write the journals of runs as files that another tool reads: every metric, without what was superseded.
+
+    Example: `duet track export runs/a runs/b --to tensorboard --out boards`
+    """
+    from data_pipeline.errors import ConfigError
+    from pretrain.tracking.tensorboard import FOLDER, export
+
+    if to != "tensorboard":
+        raise ConfigError(f"--to {to}: the only one is tensorboard")
+    names = [run.resolve().name for run in runs]
+    if out and (twice := {name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"--out {out}: several runs are called {', '.join(sorted(twice))}; leave --out out")
+    for run, name in zip(runs, names, strict=True):
+        export(run, out / name if out else run / FOLDER, typer.echo)

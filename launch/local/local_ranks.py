@@ -42,6 +42,7 @@ def run_ranks(args: list[str], ranks: int, logs: Path, *, verbose: bool = False)
         "DUET_RENDEZVOUS": f"file:///proc/self/fd/{meeting}",
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
+        "DUET_COMMAND": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     if verbose:
         environment["DUET_VERBOSE"] = "1"

@@ -9,17 +9,20 @@ import argparse
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 
-from data_pipeline.errors import CheckpointError
+from data_pipeline.errors import CheckpointError, RunError
+from data_pipeline.secret import redact
 from launch.slurm.exclude import exclude
 from pretrain.run.job_records import Failure, JobFolder, RankFailure, this_job
 from pretrain.run.lease import LOST_FOLDER
-from pretrain.run.run_listing import End, recorded_end, saved_steps
+from pretrain.run.run_listing import End, recorded_end, run_state, saved_steps
+from pretrain.tracking import webhook
 
 LAUNCH_FAILED = 233
 """srun's exit code when a node did not start its tasks."""
@@ -262,7 +265,26 @@ def main(args: list[str]) -> int:
         print(f"policy: no node is excluded: {refusal}", flush=True)
     folder.decided(decision.action.name, decision.reason, given.rc, given.signal)
     print(f"policy: {decision.action.name.lower().replace('_', ' ')}: {decision.reason}", flush=True)
+    _tell(given.run_dir, decision)
     return decision.action
+
+
+def _tell(run_dir: Path, decision: Decision) -> None:
+    """The webhook of the run, if it has one, what the ranks could not tell it."""
+    again = decision.action in (Action.REQUEUE, Action.REQUEUE_AVOIDING)
+    failed = decision.action == Action.STOP and run_state(run_dir).state not in ("failed", "killed", "finished")
+    found = webhook.of_run(run_dir) if again or failed else None
+    if not found:
+        return
+    beat = JobFolder(run_dir).last_heartbeat()
+    step, attempt = (beat.step, beat.attempt) if beat else (0, 0)
+    facts = webhook.about(run_dir.resolve(), found[0], step, attempt, time.time_ns() // 1_000_000)
+    job, restart = this_job()
+    event = {"event": "requeued" if again else "failed", "text": decision.reason, "job": job, "restart": restart}
+    try:
+        webhook.post(webhook.address(found[1]), event | facts)
+    except (OSError, RunError) as error:  # whoever hears of it: what was decided is done
+        print(f"policy: the webhook did not hear of it: {type(error).__name__}: {redact(str(error))}", flush=True)
 
 
 if __name__ == "__main__":

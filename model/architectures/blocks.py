@@ -75,7 +75,8 @@ class EncoderLayer(nn.Module):
         self._post_norm = config.norm_position == "post"
         std = residual_std(config)
         self.attention_norm = stream_norm(config, both_ways=not config.causal)
-        self.attention = SelfAttention(config, f"{'dec' if alone else 'enc'}_sa/{layer:02d}", std, layer)
+        name = f"{'dec' if alone else 'enc'}_sa/{layer:02d}"
+        self.attention = SelfAttention(config, name, std, layer, both_ways=not config.causal)
         self.attention_dropout = dropout_at(config, "dec_sa" if alone else "enc_sa", layer)
         self.ff_norm = stream_norm(config, both_ways=not config.causal)
         self.ff = feed_forward_at(config, "dec_ff" if alone else "enc_ff", layer, std)

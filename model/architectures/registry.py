@@ -13,6 +13,7 @@ from model.architectures.decoder_only.spec import DecoderOnlyConfig
 from model.architectures.draft_and_verify.spec import DraftAndVerifyConfig
 from model.architectures.encoder_decoder.spec import EncoderDecoderConfig
 from model.architectures.encoder_only.spec import EncoderOnlyConfig
+from model.architectures.feedback.spec import FeedbackConfig
 from model.architectures.parallel_encoder_decoder.spec import ParallelEncoderDecoderConfig
 from model.architectures.refined.spec import RefinedConfig
 from model.config.model_config import NO_VOCABULARY, ModelConfig
@@ -46,6 +47,7 @@ ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "decoder_only": DecoderOnlyConfig,
     "encoder_decoder": EncoderDecoderConfig,
     "encoder_only": EncoderOnlyConfig,
+    "feedback": FeedbackConfig,
     "refined": RefinedConfig,
     "draft_and_verify": DraftAndVerifyConfig,
 }

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.cache import Cached
+from model.attention.linformer import Linformer
 from model.attention.rule import Rows
 from model.attention.softmax import Softmax
+from model.attention.synthesizer import Synthesizer
 from model.attention.visibility import CAUSAL, Visible
 from model.attention.weights import mixer_of
 from model.config.transformer import TransformerConfig, TwoStreamConfig
@@ -89,8 +91,8 @@ class CausalAttention(Cached):
 
     def _in_heads(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, H, T, d], key and value [B, H / group, S, d], turned by their positions where these are rotary."""
-        query = query.unflatten(-1, (self.heads, -1))
-        key, value = (x.unflatten(-1, (self.heads // self._group, -1)) for x in (key, value))
+        query = _cut(query, self.heads)
+        key, value = (_cut(x, self.heads // self._group) for x in (key, value))
         if self._config.positions == "rotary" and visible.aligned:
             positions = visible.positions
             if positions is None:
@@ -102,20 +104,24 @@ class CausalAttention(Cached):
 class SelfAttention(nn.Module):
     """Attention of a stream to itself."""
 
-    def __init__(self, config: TransformerConfig, name: str, std: float, layer: int = 0) -> None:
+    def __init__(
+        self, config: TransformerConfig, name: str, std: float, layer: int = 0, *, both_ways: bool = False
+    ) -> None:
         """One projection [3C, C] for queries, keys and values (fewer rows with grouped queries), one [C, C] out.
 
         Args:
             name: of this place; keys the noise.
             std: start of the map out.
             layer: see `CausalAttention`.
+            both_ways: each position sees those after it, too.
         """
         super().__init__()
         group = config.queries_per_kv_head
-        self._sizes = [config.width, config.width // group, config.width // group]
+        of_queries, of_keys = config.score_vectors
+        self._sizes = [of_queries * config.width, of_keys * config.width // group, config.width // group]
         self.qkv = Linear(config.width, sum(self._sizes), bias=config.bias)
         self.out = Linear(config.width, config.width, bias=config.bias, std=std)
-        mixer = mixer_of(config, config.heads, name)
+        mixer = _mixer(config, name, both_ways)
         self.attention = CausalAttention(config, config.heads, layer=layer, group=group, name=name, mixer=mixer)
 
     def forward(self, x: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
@@ -134,6 +140,20 @@ class Projected(NamedTuple):
 
     key: Tensor
     value: Tensor
+
+
+def _mixer(config: TransformerConfig, name: str, both_ways: bool) -> Softmax:
+    """Of self attention: what the configuration says of scores and weights."""
+    if config.scores.kind == "synthesizer":
+        return Synthesizer(config, name)
+    if config.scores.kind == "linformer" and both_ways:
+        return Linformer(config, name)
+    return mixer_of(config, config.heads, name)
+
+
+def _cut(x: Tensor, heads: int) -> Tensor:
+    """[B, T, C] -> [B, T, H, d]; of no channels, too."""
+    return x.unflatten(-1, (heads, x.shape[-1] // heads))
 
 
 class CrossAttention(nn.Module):

@@ -48,7 +48,8 @@ class Cache:
         self.padded = bool(padding.any())
         """Some row is."""
         self._capacity = capacity
-        self._stored: dict[tuple[Cached, int], tuple[Tensor, Tensor]] = {}
+        self._stored: dict[tuple[Cached, int], tuple[Tensor, ...]] = {}
+        """Keys and values; keys of no channels where a key is told by its position."""
         self._rows: Rows | None = None
         self._masks: dict[tuple[Patterns, Ring | None], Tensor] = {}
         """Of the pass that is under way."""
@@ -117,12 +118,23 @@ class Cache:
         """The same at a place that sees everything: keys and values so far."""
         end, kept = self.length + key.shape[2], (place, self.step)
         if kept not in self._stored:
-            shape = (*key.shape[:2], self._capacity, key.shape[3])
-            self._stored[kept] = key.new_empty(shape), value.new_empty(shape)
+            self._stored[kept] = tuple(x.new_empty(*x.shape[:2], self._capacity, x.shape[3]) for x in (key, value))
         keys, values = self._stored[kept]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
         return keys[:, :, :end], values[:, :, :end]
+
+    def held(self, place: Cached) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [B, H, S, d] that such a place has added in the passes before; None before the first."""
+        if (place, self.step) not in self._stored:
+            return None
+        keys, values = self._stored[place, self.step]
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def holds(self) -> Tensor:
+        """[B, S] bool: False for the pads among all columns, those of this pass included."""
+        assert self._rows is not None and self._rows.positions is not None
+        return self._rows.positions >= 0
 
     def places(self, place: Cached) -> tuple[Tensor, Tensor]:
         """Positions in their texts of the new columns [B, T] and of the keys [B, S] that `extend` gave; pads' are -1 or
@@ -144,8 +156,7 @@ class Cache:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         kept = place, self.step
         if kept not in self._stored:  # zeros, since pads see slots that hold nothing
-            shape = (*key.shape[:2], ring.size, key.shape[3])
-            self._stored[kept] = key.new_zeros(shape), value.new_zeros(shape)
+            self._stored[kept] = tuple(x.new_zeros(*x.shape[:2], ring.size, x.shape[3]) for x in (key, value))
         keys, values = self._stored[kept]
         count, last = key.shape[2], self.length - 1 - self._padding
         if count == 1:
@@ -154,8 +165,10 @@ class Cache:
             values[rows, :, slots] = value[:, :, 0]
         else:
             keys, values = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
-            sources = ring.sources(last, count)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
-            self._stored[kept] = keys.gather(2, sources), values.gather(2, sources)
+            sources = ring.sources(last, count)[:, None, :, None]
+            self._stored[kept] = tuple(
+                x.gather(2, sources.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values)
+            )
         return keys, values, self._mask(place.patterns, ring)
 
     def _mask(self, patterns: Patterns, ring: Ring | None = None) -> Tensor | None:

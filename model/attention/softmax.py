@@ -69,7 +69,7 @@ class Softmax(nn.Module):
         self._told = {f"{self.name}/h{head}": values for head, values in enumerate(told)}
 
     def _formed(self, query: Tensor, key: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
-        scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+        scores = self._scores(query, key, visible)
         mask = visible.mask
         assert mask is None or isinstance(mask, Tensor)
         if mask is None and visible.causal:
@@ -80,6 +80,10 @@ class Softmax(nn.Module):
             # Added, since torch fills by a mask that is broadcast in seven times the time, forward and backward.
             scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
         return self._normalised(scores, keys, visible)
+
+    def _scores(self, query: Tensor, key: Tensor, visible: Visible) -> Tensor:
+        """[B, H, T, S], of keys that are not seen, too; B may be 1 where all rows have the same."""
+        return query @ key.transpose(2, 3) * query.shape[3] ** -0.5
 
     def _normalised(self, scores: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
         """Scores [B, H, T, S], -inf where a key is not seen -> weights, in fp32 at least."""

@@ -10,6 +10,7 @@ from model.config.mask_config import L0Config, LearnedDropoutConfig, Site
 from model.config.model_config import ModelConfig
 from model.config.pattern_config import PatternConfig, Patterns
 from model.config.recurrence_config import RecurrenceConfig
+from model.config.scores_config import ScoresConfig
 from model.config.weights_config import WeightsConfig
 
 
@@ -31,6 +32,7 @@ class TransformerConfig(ModelConfig, frozen=True):
     """Of the attention weights; the rate `dropout` unless given. Needs `explicit` attention."""
     pattern: PatternConfig = PatternConfig()
     weights: WeightsConfig = WeightsConfig()
+    scores: ScoresConfig = ScoresConfig()
     learned_dropout: LearnedDropoutConfig = LearnedDropoutConfig()
     l0: L0Config = L0Config()
     block_gates: BlockGatesConfig = BlockGatesConfig()
@@ -74,7 +76,15 @@ class TransformerConfig(ModelConfig, frozen=True):
     @property
     def needs_weights(self) -> bool:
         """Attention weights are formed, in training at least."""
-        return self.attention == "explicit" or self.attention_rate > 0.0 or self.weights.kind != "softmax"
+        formed = self.weights.kind != "softmax" or self.scores.kind == "synthesizer"
+        return self.attention == "explicit" or self.attention_rate > 0.0 or formed
+
+    @property
+    def score_vectors(self) -> tuple[int, int]:
+        """Vectors of C channels that self attention makes scores of: of each query, and of each key."""
+        if self.scores.kind != "synthesizer":
+            return 1, 1
+        return self.scores.maps, int("dot" in self.scores.parts)
 
     @property
     def patterns(self) -> tuple[Patterns, ...]:
@@ -154,6 +164,14 @@ class TransformerConfig(ModelConfig, frozen=True):
     @model_validator(mode="after")
     def _pattern_fits(self) -> "TransformerConfig":
         self.pattern.check(self.layers, self.heads_by_key, self.context)
+        self.scores.check(
+            causal=self.causal,
+            pattern=self.pattern.kind,
+            weights=self.weights.kind,
+            kv_heads=self.kv_heads is not None,
+            rotary=self.positions == "rotary",
+            documents=self.document_mask,
+        )
         return self
 
     @model_validator(mode="after")
@@ -184,10 +202,10 @@ class TransformerConfig(ModelConfig, frozen=True):
                 f"attention=flash never forms the attention weights, so it cannot drop them at rate "
                 f"{self.attention_rate}; set attention_dropout=0, or attention=explicit"
             )
-        if self.attention == "flash" and self.weights.kind != "softmax":
+        if self.attention == "flash" and (self.weights.kind != "softmax" or self.scores.kind == "synthesizer"):
+            other = "scores" if self.weights.kind == "softmax" else "weights"
             raise ValueError(
-                f"attention=flash: weights.kind={self.weights.kind} is no softmax, and no kernel forms it; take "
-                "attention=auto"
+                f"attention=flash: no kernel has {other}.kind={getattr(self, other).kind}; take attention=auto"
             )
         if self.l0.enabled and self.learned_dropout.enabled:
             raise ValueError("l0 and learned_dropout are both enabled; set learned_dropout.enabled=false, or l0's")

@@ -40,6 +40,7 @@ from model.config.model_config import ModelConfig
 from model.config.pattern_config import FULL, Patterns, keys_seen
 from model.config.transformer import TransformerConfig, TwoStreamConfig
 from model.costs.kernels import Attended, Kept, kept_by
+from model.costs.mixers import synthesizer_bytes, synthesizer_flops
 from model.layers.chunks import chunk_tokens
 
 _FP32 = 4
@@ -268,9 +269,16 @@ def self_attention(shape: Shape, tokens: int, name: str, *, causal: bool) -> Par
     """With its maps."""
     config = _transformer(shape)
     width, keys = config.width, config.width // config.queries_per_kv_head
-    weights = linear_weights(config, width, width + 2 * keys) + linear_weights(config, width, width)
+    of_queries, of_keys = config.score_vectors
+    mapped = of_queries * width + (of_keys + 1) * keys
+    weights = linear_weights(config, width, mapped) + linear_weights(config, width, width)
     weights += config.weights.learned * config.heads
-    flops = tokens * (4 * width**2 + 4 * width * keys) + shape.scores(tokens, causal)
+    flops = tokens * 2 * width * (mapped + width)
+    if config.scores.kind == "synthesizer":
+        return synthesized(shape, Part(name, weights, flops), tokens, causal=causal)
+    if config.scores.kind == "linformer" and not causal:
+        return over_slots(shape, Part(name, weights, flops), tokens)
+    flops += shape.scores(tokens, causal)
     saved = attention_bytes(shape, tokens, tokens, config.heads, causal=causal, **_in_layers(config))
     return Part(name, weights, flops, saved)
 
@@ -338,7 +346,6 @@ def attention_bytes(
     """Saved from the projections to the result; `read`: by a linear map, which keeps it; `in_layer`: not of a mask."""
     config, rows, size = _transformer(shape), shape.rows, shape.size
     turned = config.positions == "rotary" and aligned
-    square = heads * queries * keys
     total = shape.vectors(queries) if read else 0
     patterns = shape.patterns if aligned and not shape.in_blocks else (FULL,)
     formed = in_layer and config.weights.shapes(aligned=aligned)
@@ -346,12 +353,7 @@ def attention_bytes(
         total += shape.vectors(queries) + 2 * shape.vectors(keys)
         if formed and config.weights.kind == "adaptive_span":
             total += (rows if shape.dense_mask else 1) * (queries + keys) * 8  # positions
-        # The weights in fp32 and, where that is another type, in 16 bits; with dropout its factors and result.
-        low = size < _FP32
-        total += rows * square * (_FP32 + low * size + (rate > 0) * (1 if low else 2) * size)
-        if shape.dense_mask or causal or not all(pattern.covers(keys) for pattern in patterns):
-            groups = heads if len(patterns) > 1 else 1
-            total += (rows if shape.dense_mask else 1) * groups * queries * keys
+        total += formed_bytes(shape, queries, keys, heads, causal=causal, rate=rate, patterns=patterns)
     else:
         kept = Kept(rows * heads * queries * 4 + (rows * queries * keys * size if shape.dense_mask else 0))
         if aligned:
@@ -369,6 +371,51 @@ def attention_bytes(
         tables = rows if config.document_mask else 1
         total += tables * (queries + keys) * (config.width // heads // 2) * 2 * _FP32
     return total
+
+
+def formed_bytes(
+    shape: Shape, queries: int, keys: int, heads: int, *, causal: bool, rate: float, patterns: Patterns
+) -> int:
+    """Of weights that are formed, and the mask before them."""
+    rows, size, square, low = shape.rows, shape.size, heads * queries * keys, shape.size < _FP32
+    # The weights in fp32 and, where that is another type, in 16 bits; with dropout its factors and result.
+    total = rows * square * (_FP32 + low * size + (rate > 0) * (1 if low else 2) * size)
+    if shape.dense_mask or causal or not all(pattern.covers(keys) for pattern in patterns):
+        groups = heads if len(patterns) > 1 else 1
+        total += (rows if shape.dense_mask else 1) * groups * queries * keys
+    return total
+
+
+def synthesized(shape: Shape, maps: Part, tokens: int, *, causal: bool) -> Part:
+    """Self attention by a synthesizer, with its maps."""
+    config = _transformer(shape)
+    heads, documents = config.heads, shape.dense_mask
+    seen = keys_seen(shape.patterns, tokens, causal)
+    weights = maps.parameters + config.scores.table_rows(config.context, config.width, heads)
+    saved = (4 if "dot" in config.scores.parts else 2) * shape.vectors(tokens)  # what is read, values, q and k
+    saved += synthesizer_bytes(config, shape.rows, tokens, shape.size, documents=documents)
+    rate = config.attention_rate
+    saved += formed_bytes(shape, tokens, tokens, heads, causal=causal, rate=rate, patterns=shape.patterns)
+    return Part(maps.name, weights, maps.flops + synthesizer_flops(config, tokens, seen), saved)
+
+
+def over_slots(shape: Shape, maps: Part, tokens: int) -> Part:
+    """Self attention by Linformer, with its maps."""
+    config = _transformer(shape)
+    slots, rate, turned = config.scores.slots, config.attention_rate, config.positions == "rotary"
+    flops = tokens * 8 * slots * config.width
+    group = config.queries_per_kv_head
+    # What is read, queries, two copies of keys and values that are summed, and what they come to.
+    saved = 4 * shape.vectors(tokens) + 2 * shape.vectors(slots)
+    if turned:
+        saved += tokens * 2 * (config.width // config.heads // 2) * 2 * _FP32
+    else:  # the queries are a view of all
+        saved += 2 * shape.vectors(tokens) // group
+    if config.attention == "explicit" or rate:
+        saved += formed_bytes(shape, tokens, slots, config.heads, causal=False, rate=rate, patterns=(FULL,))
+    else:
+        saved += shape.rows * config.heads * tokens * _FP32
+    return Part(maps.name, maps.parameters + 2 * slots * config.context, maps.flops + flops, saved)
 
 
 def _transformer(shape: Shape) -> TransformerConfig:

@@ -1,5 +1,6 @@
 """The sections of a run's configuration but for `data` and `model`, whose rooms own them. Free of torch."""
 
+import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -201,6 +202,25 @@ class TrackingConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     """Tracking server or store; the sqlite file `mlflow.db` beside the run folder unless given."""
     experiment: Annotated[str, may_change.WATCHED] = Field(default="duet", min_length=1, max_length=500)
     """Name of the MLflow experiment."""
+    masks: Annotated[Literal["summary", "all"], may_change.WATCHED] = "summary"
+    """What MLflow gets of masks: nine numbers at most, or all that the journal has."""
+
+    tensorboard: Annotated[bool, may_change.WATCHED] = False
+    """Write TensorBoard's files into the run folder's `tensorboard/`, too; needs the extra `tensorboard`."""
+    webhook: Annotated[str | None, may_change.WATCHED] = None
+    """Where changes of the run's state are posted to: `https://…`, or `env:NAME` for what the environment holds."""
+
+    @field_validator("webhook")
+    @classmethod
+    def _an_address_without_a_password(cls, webhook: str | None) -> str | None:
+        if webhook is None or re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*", webhook):
+            return webhook
+        if has_secret(webhook):
+            raise ValueError("an address that holds a secret goes into the environment; name it as env:NAME")
+        parts = urlsplit(webhook)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError("expected https://HOST/…, http://HOST/…, or env:NAME")
+        return webhook
 
     @field_validator("uri")
     @classmethod

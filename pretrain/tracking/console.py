@@ -30,6 +30,10 @@ LEFT_WIDTH = 9
 PROGRESS_SECONDS = 10.0
 SILENT_SECONDS = 2.0
 """Without a line, after which the status line says for how long."""
+COMMANDS = ("open it", "resume")
+"""Rows of the summary that are to be copied into a shell."""
+LEFT_OUT_FIRST = ("GiB", "l1", "entropy", "grad", "lr")
+"""Columns that a narrow terminal has no room for."""
 VALIDATION_LABEL = "validation"
 STYLES = {
     "header": "bold",
@@ -126,7 +130,7 @@ class Console:
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """A line of a step's metrics: of the known ones, those that are there."""
         self._times.append((step, time.monotonic()))
-        columns = [(metric, column) for metric, column in COLUMNS if metric in metrics]
+        columns = self._fitting([(metric, column) for metric, column in COLUMNS if metric in metrics])
         repeat = self._terminal is not None and self._lines_since_header >= HEADER_EVERY
         if columns != self._columns or repeat:
             self._columns = columns
@@ -180,7 +184,7 @@ class Console:
         width = max((len(label) for label, _ in rows), default=0)
         self._print("", "note")
         for label, text in rows:
-            self._print(f"{label:<{width}}  {text}", "step")
+            self._print(f"{label:<{width}}  {text}", "step", end=" \\" if label in COMMANDS else "")
 
     def close(self) -> None:
         """Take the status line away and give the cursor back."""
@@ -241,7 +245,18 @@ class Console:
         text = f"  {share:4.0%}  {words}" + (f", {age:.0f} s ago" if age >= SILENT_SECONDS else "")
         return Text.assemble(("━" * full, "green"), ("━" * (30 - full), "bright_black"), text)
 
-    def _print(self, text: str, style: str) -> None:
+    def _fitting(self, columns: list[tuple[Metric, Column]]) -> list[tuple[Metric, Column]]:
+        """Those that the terminal is wide enough for; the journal has them all."""
+        if self._terminal is None:
+            return columns
+        left = self._terminal.width - self._step_width - LEFT_WIDTH
+        for title in (*LEFT_OUT_FIRST, None):
+            if sum(column.width for _, column in columns) <= left:
+                break
+            columns = [(metric, column) for metric, column in columns if column.title != title]
+        return columns
+
+    def _print(self, text: str, style: str, end: str = "") -> None:
         if self._gone:
             return
         text = _printable(text, self._file)
@@ -252,6 +267,7 @@ class Console:
                 self._screen.copy(text)
             try:
                 if self._terminal:
+                    text = status_line.fit(text, self._terminal.width, end)
                     self._terminal.print(Text(text, style=STYLES[style]))
                 else:
                     self._file.write(text + "\n")

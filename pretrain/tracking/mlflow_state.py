@@ -19,9 +19,13 @@ from data_pipeline.errors import RunError
 from data_pipeline.files.sealed import unseal, write_sealed
 from pretrain.run.journal import Record, read
 
-FORMAT = 3
+FORMAT = 4
 JOURNAL = "metrics.jsonl"
 SQLITE = "sqlite:///"
+SERVED = "http://127.0.0.1:5000"
+"""Where `mlflow ui` shows a store."""
+ABOUT_TRAINING = "workflowType=machine_learning"
+"""Else MLflow takes the reader for one of traces, and leads from the run to an empty page."""
 _KEY = re.compile(rb'"key": "([0-9a-f]{32})"')
 
 
@@ -48,6 +52,10 @@ class State:
     """Where the run folder was: a copy of it has the same key."""
     adopt: bool = True
     """A run in MLflow that was made from this journal is this one, whatever its key."""
+    all_masks: bool = False
+    """All that the journal tells of masks is sent, and not a few summaries only."""
+    experiment_id: str | None = None
+    """MLflow's name for the experiment of the run."""
 
     @classmethod
     def load(cls, run_dir: Path, warn: Callable[[str], None] = lambda _: None) -> "State | None":
@@ -81,6 +89,15 @@ class State:
         """The run is not in MLflow any more: all of the journal has to be sent."""
         self.run_id, self.receipt, self.offsets, self.attempt = None, None, {}, 0
 
+    def page(self, run_dir: Path) -> str | None:
+        """The address of the run's curves in MLflow; where the store is a file, as `mlflow ui` serves it. None while
+        the run is not there."""
+        if self.run_id is None or self.experiment_id is None:
+            return None
+        uri = self.uri or default_uri(run_dir)
+        server = SERVED if uri.startswith(SQLITE) else uri.rstrip("/")
+        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}/model-metrics?{ABOUT_TRAINING}"
+
     def original(self, run_dir: Path) -> Path | None:
         """The folder that `run_dir` is a copy of; None when it is none, or was moved."""
         there = Path(self.folder or run_dir)
@@ -104,14 +121,14 @@ def identity(run_dir: Path) -> str:
 
 
 def _parse(text: bytes, path: Path) -> State:
-    content = unseal(text, formats=(FORMAT,))
+    content = unseal(text, formats=(3, FORMAT))
     version = content.pop("format", None)
     if isinstance(version, int) and version > FORMAT:
         raise RunError(f"{path}: format {version} is not known here; this version reads {FORMAT}")
     if version == 1:  # it knew the journal only, and held params and tags, which are in the journal now
         content["offsets"] = {JOURNAL: content.pop("offset")}
         content = {name: value for name, value in content.items() if name not in ("params", "tags", "pending")}
-    elif version not in (2, FORMAT):
+    elif version not in (2, 3, FORMAT):
         raise ValueError(f"format {version}")
     return TypeAdapter(State).validate_json(json.dumps(content), strict=True, extra="forbid")
 
@@ -136,6 +153,7 @@ def _remade(run_dir: Path, damaged: bytes) -> State | None:
         str(config.get("run", {}).get("name")),
         first.time,
         key[1].decode() if key else uuid.uuid4().hex,
+        all_masks=tracking.get("masks") == "all",
     )
 
 

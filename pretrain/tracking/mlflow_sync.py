@@ -16,9 +16,22 @@ from data_pipeline.places import RUN, mistaken
 from data_pipeline.secret import redact
 from pretrain.run.journal import Record, read_from
 from pretrain.run.run_summary import load, verdict
-from pretrain.tracking.mlflow_names import drift_tag, flat, shipped, text
+from pretrain.tracking.mlflow_names import Names, about_start, description, drift_tag, flat, shipped, text
 from pretrain.tracking.mlflow_state import JOURNAL, SQLITE, State, default_uri, identity
-from pretrain.tracking.mlflow_store import artifacts, brief, connect, is_gone, is_refused
+from pretrain.tracking.mlflow_store import (
+    Point,
+    Points,
+    artifacts,
+    brief,
+    connect,
+    find_run,
+    is_refused,
+    is_slow,
+    kind_of_experiment,
+    log_dataset,
+    point_of,
+    wait_longer,
+)
 
 SYSTEM = "logs/system-*.jsonl"
 """One file a node, each with one writer; a node that joins later brings its own."""
@@ -27,10 +40,10 @@ METRICS_A_CALL = 990
 ITEMS_A_CALL = 100
 """Params, or tags."""
 KEY_TAG, JOURNAL_TAG, FOLDER_TAG, RECEIPT_TAG = "duet.key", "duet.journal", "duet.folder", "duet.receipt"
+NAMES_TAG = "duet.names"
+"""Which names the metrics of a run have; the first version wrote none."""
 NOTE = "mlflow.note.content"
 ARTIFACTS = ("config.yaml", "run.json", "code/*", "profile/*", "report.html", "report.png", "report-plots/*")
-Point = tuple[int, int]
-"""Step and time."""
 
 
 class Mirror:
@@ -62,6 +75,7 @@ class Mirror:
         self._failed = False
         self._size = METRICS_A_CALL
         self._refused: set[str] = set()
+        self._names = Names()
 
     @property
     def place(self) -> str:
@@ -73,6 +87,29 @@ class Mirror:
         """MLflow's name for the run; there is one as soon as something was sent."""
         assert self._state.run_id
         return self._state.run_id
+
+    @property
+    def page(self) -> str | None:
+        """The address of the run's curves; None while there is no run."""
+        return self._state.page(self._run_dir)
+
+    @property
+    def called(self) -> str:
+        """What a message calls the store."""
+        return f"MLflow at {self.place}"
+
+    def bring(self, last: bool) -> None:
+        """Send what is new; at the end what became of the run, too."""
+        self.ship()
+        if last:
+            self.send_verdict()
+        # After the metrics: a store that refuses files must not hold them up.
+        if last or self.files_due:
+            self.send_files()
+
+    def wait_longer(self, error: Exception) -> bool:
+        """Give MLflow four times as long, if an answer did not come in time; whether that was possible."""
+        return is_slow(error) and wait_longer()
 
     def ship(self) -> None:
         """Send all whole lines that are new: the journal's, then those about the nodes."""
@@ -91,10 +128,16 @@ class Mirror:
             raise
         self._failed = False
 
+    def want_all_masks(self) -> None:
+        """From now on everything is sent that the journal tells of masks; `compare` sends what is there already."""
+        self._state.all_masks = True
+        self._state.save(self._run_dir)
+
     def begin_anew(self) -> None:
         """From now on the folder has a run of its own, that no other folder's journal is in."""
         before = self._state
         self._state = State(before.uri, before.experiment, text(self._run_dir.name), before.created, adopt=False)
+        self._state.all_masks = before.all_masks
         self._state.save(self._run_dir)
 
     def compare(self) -> None:
@@ -105,7 +148,7 @@ class Mirror:
         """
         run = self._open()
         self.files_due = True
-        have = _Points(self._client, self.run_id, run.data.metrics)
+        have = Points(self._client, self.run_id, run.data.metrics)
         newest: dict[str, tuple[Point, float]] = {}
         events: list[Record] = []
         ends: dict[str, int] = {}
@@ -116,10 +159,10 @@ class Mirror:
                 events.append(record)
             elif record.kind != "metrics":
                 continue
-            elif not have.all_of(values := shipped(record), record):
+            elif not have.all_of(values := shipped(record, self._names), record):
                 whole = False
             else:
-                point = _point(record)
+                point = point_of(record)
                 newest |= {n: (point, v) for n, v in values.items() if n not in newest or newest[n] < (point, v)}
         suspects = {name for name, (_, value) in newest.items() if run.data.metrics.get(name) != value}
         if not whole or suspects:
@@ -141,7 +184,8 @@ class Mirror:
 
     def send_verdict(self) -> None:
         """Say how the run went, at the top of its page."""
-        self._client.set_tag(self.run_id, NOTE, text("\n\n".join(verdict(load(self._run_dir)))))
+        run = load(self._run_dir)
+        self._client.set_tag(self.run_id, NOTE, description(verdict(run), run.starts[-1] if run.starts else None))
 
     def status(self) -> str:
         """What MLflow says of the run: RUNNING, FINISHED, FAILED or KILLED."""
@@ -184,7 +228,7 @@ class Mirror:
             )
         if self._client is None or self._uri.startswith(SQLITE):  # whose file may be gone
             self._client = connect(self._uri)
-        run = self._get_run() if state.run_id else None
+        run = find_run(self._client, state.run_id) if state.run_id else None
         if run is None:
             gone = state.run_id
             state.forget_run()
@@ -202,17 +246,11 @@ class Mirror:
                 f"MLFLOW_TRACKING_URI={self.place} mlflow runs restore --run-id {state.run_id}, or make it anew with "
                 f"duet track sync {shlex.quote(str(self._given))} --new-run"
             )
+        self._names = Names(state.all_masks, first=NAMES_TAG not in run.data.tags)
+        if state.experiment_id != run.info.experiment_id:
+            state.experiment_id = str(run.info.experiment_id)
+            state.save(self._run_dir)
         return run
-
-    def _get_run(self) -> Any:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self._client.get_run(self._state.run_id)
-        except MlflowException as error:
-            if not is_gone(error):
-                raise
-            return None
 
     def _find_run(self) -> str | None:
         tags = {KEY_TAG: self._state.key} | ({JOURNAL_TAG: identity(self._run_dir)} if self._state.adopt else {})
@@ -227,6 +265,7 @@ class Mirror:
     def _create_run(self) -> str:
         state = self._state
         tags = {KEY_TAG: state.key, JOURNAL_TAG: identity(self._run_dir), FOLDER_TAG: text(self._run_dir)}
+        tags[NAMES_TAG] = "2"
         run = self._client.create_run(
             self._experiment_id(), start_time=state.created, tags=tags, run_name=state.run_name
         )
@@ -240,7 +279,9 @@ class Mirror:
         if not found:
             place = artifacts(self._uri).as_uri() if self._uri.startswith(SQLITE) else None  # a server has its own
             try:
-                return str(self._client.create_experiment(name, artifact_location=place))
+                made = str(self._client.create_experiment(name, artifact_location=place))
+                kind_of_experiment(self._client, made, {})
+                return made
             except MlflowException:
                 found = self._client.get_experiment_by_name(name)  # another run was faster
                 if not found:
@@ -251,6 +292,7 @@ class Mirror:
                 f"MLFLOW_TRACKING_URI={self.place} mlflow experiments restore --experiment-id {found.experiment_id}, "
                 "or train with another tracking.experiment"
             )
+        kind_of_experiment(self._client, found.experiment_id, found.tags)
         return str(found.experiment_id)
 
     def _follow(self, file: Path) -> None:
@@ -259,7 +301,7 @@ class Mirror:
         offset = self._offset(file)
         batch: list[tuple[str, float, Record]] = []
         for record, behind in read_from(file, offset):
-            values = shipped(record) if record.kind == "metrics" else {}
+            values = shipped(record, self._names) if record.kind == "metrics" else {}
             if batch and (not values or len(batch) + len(values) > self._size):
                 self._send(batch, {name: offset})
                 batch = []
@@ -271,13 +313,13 @@ class Mirror:
         if batch or offset > self._offset(file):
             self._send(batch, {name: offset})
 
-    def _send_missing(self, have: "_Points", suspects: set[str]) -> None:
+    def _send_missing(self, have: Points, suspects: set[str]) -> None:
         """Whole records, and of the others the values of these names."""
         batch: list[tuple[str, float, Record]] = []
         for _, record, _ in self._records():
             if record.kind != "metrics":
                 continue
-            values = shipped(record)
+            values = shipped(record, self._names)
             if have.all_of(values, record):
                 values = {n: v for n, v in values.items() if n in suspects and not have.one(n, record)}
             batch += [(name, value, record) for name, value in values.items()]
@@ -333,7 +375,8 @@ class Mirror:
         if record.kind == "start":
             self.set_running()
             self._describe(record, self._client.get_run(self.run_id))
-            self._client.set_tag(self.run_id, NOTE, f"Attempt {record.attempt} is running, or was killed.")
+            note = description([f"Attempt {record.attempt} is running, or was killed."], record)
+            self._client.set_tag(self.run_id, NOTE, note)
             self._state.attempt = record.attempt
         elif record.kind == "checkpoint":
             self._client.set_tag(
@@ -359,43 +402,18 @@ class Mirror:
         from mlflow.entities import Param, RunTag
 
         params, there = flat(start.fields.get("config", {})), run.data.params
-        tags = {name: text(value) for name, value in start.fields.get("tags", {}).items()}
-        tags |= {
+        tags = about_start(start) | {
             drift_tag(name): text(f"{there[name]} → {value} (attempt {start.attempt})")
             for name, value in params.items()
             if there.get(name, value) != value
         }
-        tags["restarts"] = str(start.attempt - 1)
         missing = [Param(name, value) for name, value in params.items() if name not in there]
         there |= {param.key: param.value for param in missing}
         for first in range(0, len(missing), ITEMS_A_CALL):
             self._log("params", missing[first : first + ITEMS_A_CALL], [])
+        if (fingerprint := start.fields.get("tags", {}).get("dataset/fingerprint")) and "data.path" in params:
+            profile = {"vocabulary": params.get("model.vocab_size"), "objective": params.get("data.objective")}
+            log_dataset(self._client, self.run_id, params["data.path"], fingerprint, profile)
         new = [RunTag(name, value) for name, value in tags.items()]
         for first in range(0, len(new), ITEMS_A_CALL):
             self._log("tags", new[first : first + ITEMS_A_CALL], [])
-
-
-class _Points:
-    """The points that MLflow has of a run; those of a name are fetched when it is asked for."""
-
-    def __init__(self, client: Any, run_id: str, newest: dict[str, float]) -> None:
-        self._client = client
-        self._run_id = run_id
-        self._newest = newest
-        self._points: dict[str, set[Point]] = {}
-
-    def one(self, name: str, record: Record) -> bool:
-        """Whether a record's value of this name is there."""
-        if name not in self._points:
-            history = self._client.get_metric_history(self._run_id, name) if name in self._newest else []
-            self._points[name] = {(metric.step, metric.timestamp) for metric in history}
-        return _point(record) in self._points[name]
-
-    def all_of(self, values: dict[str, float], record: Record) -> bool:
-        """Whether a record is there: its values came in order, so the last of those that MLflow has tells of all."""
-        last = next((name for name in reversed(values) if name in self._newest), None)
-        return last is not None and self.one(last, record)
-
-
-def _point(record: Record) -> Point:
-    return record.step or 0, record.time

@@ -4,6 +4,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -39,8 +40,12 @@ from pretrain.run.run_folder import RunFolder
 from pretrain.run.run_summary import RunData, load
 from pretrain.run.signals import BrokenOff, StopRequest, exit_code, told
 from pretrain.tracking.console import Console
+from pretrain.tracking.follower import Follows, Tracker, assign, unsent
 from pretrain.tracking.metrics import StepMetrics
-from pretrain.tracking.mlflow_follower import Tracker, assign, unsent
+from pretrain.tracking.mlflow_state import State
+from pretrain.tracking.mlflow_sync import Mirror
+from pretrain.tracking.tensorboard import EventFiles, check_installed
+from pretrain.tracking.webhook import Webhook
 
 T = TypeVar("T")
 COUNTED = {STEPS_SKIPPED: "steps without an update", SPIKES: "loss spikes", ROLLBACKS: "rollbacks"}
@@ -64,6 +69,8 @@ class Recorder:
         self._world_size = ranks.world_size
         self._ended = False
         self._tracker: Tracker | None = None
+        self._others: list[Tracker] = []
+        """Of TensorBoard and the webhook."""
         self._mlflow = ""
         self._sample = ""
         self._slowest_rank: int | None = None
@@ -80,6 +87,7 @@ class Recorder:
         self._first_step = step
         self._folder.describe(**facts)
         self._journal.num_rollbacks = num_rollbacks
+        self._follow_elsewhere()  # from here on
         self._journal.event(
             "start", resumed_from=step or None, config=config.model_dump(mode="json"), tags=self._tags(), **facts
         )
@@ -98,11 +106,25 @@ class Recorder:
                 uri=tracking.uri,
                 experiment=tracking.experiment,
                 run_name=config.run.name,
+                all_masks=tracking.masks == "all",
                 warn=self.warning,
             )
         if tracking.mode == "online":
-            self._tracker = Tracker(self._folder.path, self.warning)
+            self._tracker = Tracker(partial(Mirror, self._folder.path), self.warning)
             self._tracker.start(asleep=ASLEEP_SECONDS)
+
+    def _follow_elsewhere(self) -> None:
+        """Raises ConfigError or RunError when it cannot."""
+        tracking, path = self._config.tracking, self._folder.path
+        mirrors: list[Follows] = []
+        if tracking.tensorboard:
+            check_installed("tracking.tensorboard")
+            mirrors.append(EventFiles(path, all_masks=tracking.masks == "all"))
+        if tracking.webhook:
+            mirrors.append(Webhook(path, self._config.run.name, tracking.webhook))
+        self._others = [Tracker(lambda _, mirror=mirror: mirror, self.warning) for mirror in mirrors]  # type: ignore[misc]
+        for tracker in self._others:
+            tracker.start()
 
     def note(self, text: str) -> None:
         """Something the user may want to know."""
@@ -219,7 +241,7 @@ class Recorder:
             return
         if error is not None and not self._ended and not isinstance(error, LeaseLost):
             self._end("FAILED", redact(f"{type(error).__name__}: {error}"))
-            if self._mlflow and not self._close_tracker(CLOSE_SECONDS_AFTER_SIGNAL):
+            if not self._close_tracker(CLOSE_SECONDS_AFTER_SIGNAL) and self._mlflow:
                 self._console.note(f"MLflow: {self._late()}")
         self._journal.close()
         self._console.close()
@@ -245,7 +267,16 @@ class Recorder:
             return None
 
     def _close_tracker(self, timeout: float) -> bool:
-        return self._tracker.close(timeout) if self._tracker else False
+        """All mirrors, within the same time; whether MLflow has all."""
+        end = time.monotonic() + timeout
+        every = [*([self._tracker] if self._tracker else []), *self._others]
+        for tracker in every:
+            tracker.close_soon()
+        done = {tracker: tracker.close(max(0.0, end - time.monotonic())) for tracker in every}
+        for tracker in self._others:
+            if not done[tracker]:
+                self._console.note(f"{tracker.called} does not have all of the run")
+        return self._tracker is not None and done[self._tracker]
 
     def _late(self) -> str:
         path = self._folder.path
@@ -286,9 +317,11 @@ class Recorder:
             rows.append(("checkpoint", str(saved[0])))
         rows.append(("report", made))
         if self._mlflow:
-            rows.append(("mlflow", self._mlflow + ("" if shipped else f" ({self._late()})")))
+            state = State.load(path)
+            page = (state and state.page(path)) or self._mlflow
+            rows.append(("mlflow", page + ("" if shipped else f" ({self._late()})")))
             if self._mlflow.startswith("sqlite"):
-                rows.append(("open it", _command("mlflow", "ui", "--backend-store-uri", self._mlflow)))
+                rows.append(("served by", _command("mlflow", "ui", "--backend-store-uri", self._mlflow)))
         submitted = JobFolder(path).submissions()
         again = ["resume", path] if submitted else ["train", self._folder.config_file, "--ranks", self._world_size]
         rows.append(("resume", _command("duet", *again)))

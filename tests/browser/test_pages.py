@@ -1,7 +1,7 @@
 """What a reader sees of a real run: its page in MLflow, and its report."""
 
-import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +22,8 @@ from pretrain.inference.continuation import Continuation, Settings
 from pretrain.inference.text_page import records, write_page
 from pretrain.inference.trained import Trained
 from pretrain.run.run_summary import load, verdict
+from pretrain.tracking.mlflow_state import SERVED, State
+from pretrain.tracking.mlflow_store import connect
 from tests.browser.conftest import Browser
 from tests.model.helpers import build, open_masks, small
 from tests.ports import free_port
@@ -77,14 +79,13 @@ def server(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         process.wait(30)
 
 
-def test_the_loss_is_the_first_chart_of_the_runs_page(browser: Browser, server: str, run_dir: Path) -> None:
+def test_the_runs_page_is_in_order_and_the_experiment_leads_to_it(browser: Browser, server: str, run_dir: Path) -> None:
     from selenium.webdriver.support.wait import WebDriverWait
 
-    run_id = json.loads((run_dir / "tracking.json").read_text())["run_id"]
-    with urllib.request.urlopen(f"{server}/api/2.0/mlflow/runs/get?run_id={run_id}") as answer:
-        experiment = json.load(answer)["run"]["info"]["experiment_id"]
+    state = State.load(run_dir)
+    assert state and state.page(run_dir)
     browser.look(DESK, dark=False)
-    browser.open(f"{server}/#/experiments/{experiment}/runs/{run_id}/model-metrics")
+    browser.open(str(state.page(run_dir)).replace(SERVED, server))
     charts = f"[...document.querySelectorAll('{CHART}')].filter(c => c.querySelector('.trace path.js-line'))"
 
     def names(_: object) -> list[str]:
@@ -94,7 +95,20 @@ def test_the_loss_is_the_first_chart_of_the_runs_page(browser: Browser, server: 
 
     shown = WebDriverWait(browser.driver, 60).until(names)
     assert [name for name in shown[: shown.index("loss/train")] if not name.startswith("loss/")] == []
-    assert browser.run(f"document.querySelector('{SECTION}').innerText").split()[0] == "loss"
+    headers = browser.run(f"[...document.querySelectorAll('{SECTION}')].map(s => s.innerText.split('\\n')[0].trim())")
+    order = ["loss", "optim", "speed", "training data", "training health", "training masks", "usage"]
+    shown_as = [re.sub(r"\s*\(\d+\)$", "", header) for header in headers]
+    assert shown_as == [*order, "Model metrics"], "the last one is MLflow's own, and empty"
+    run = connect(f"sqlite:///{run_dir.parent / 'mlflow.db'}").get_run(state.run_id)
+    masks = [name for name in run.data.metrics if name.startswith("training masks/")]
+    assert 5 <= len(masks) <= 10
+    assert " train " in run.data.tags["mlflow.source.name"]
+
+    up = f"//a[contains(@href, '/experiments/{state.experiment_id}/runs') and not(contains(@href, '{state.run_id}'))]"
+    browser.driver.find_elements("xpath", up)[-1].click()
+    link = f"document.querySelector('a[href*=\"{state.run_id}\"]')"
+    WebDriverWait(browser.driver, 60).until(lambda _: browser.run(f"{link} !== null"))
+    assert f"/experiments/{state.experiment_id}/runs?" in browser.run("location.href"), "not the page about traces"
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

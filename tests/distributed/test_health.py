@@ -15,7 +15,7 @@ from pretrain.report.report import write_report
 from pretrain.run.checkpoint_folder import step_path
 from pretrain.run.journal import Record, read, series
 from pretrain.run.run_summary import load, verdict
-from pretrain.tracking.mlflow_follower import sync
+from pretrain.tracking.follower import sync
 from tests.checkpoints import manifest_of, write_manifest
 from tests.conftest import RanksFailed
 from tests.faults.tracked import assert_mirrors, run_of
@@ -247,7 +247,7 @@ def test_a_rollback_outlives_a_crash_and_is_told_everywhere(ranks: Ranks, datase
     assert synced.status == "FINISHED"
     assert_mirrors(run_dir)
     client_metrics = run_of(run_dir).data.metrics
-    assert client_metrics["progress/rollbacks"] == client_metrics["progress/spikes"] == 1
+    assert client_metrics["training health/rollbacks"] == client_metrics["training health/spikes"] == 1
 
 
 def test_a_run_that_spikes_again_after_its_rollbacks_ends(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:

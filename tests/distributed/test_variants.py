@@ -7,7 +7,7 @@ import pytest
 
 Ranks = Callable[..., list[Any]]
 
-NAMES = ["smoothed", "everywhere_embed", "l0", "encoder_loss_published", "dropout_modern", "entmax", "span"]
+NAMES = ["smoothed", "everywhere_embed", "l0", "encoder_loss_published", "dropout_modern", "entmax", "span", "mixture"]
 NAMES += ["universal", "halting"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.run.journal import read
-from pretrain.tracking.mlflow_follower import sync, unsent
+from pretrain.tracking.follower import sync, unsent
 from pretrain.tracking.mlflow_state import State
 from tests.faults.tracked import Gate, Server, Writer, assert_mirrors, run_of, until
 from tests.runs import ROOT, SMALL, duet, kill, start_duet, wait_for_step, wait_until_gone

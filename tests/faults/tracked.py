@@ -29,7 +29,14 @@ ANSWERS = {
     "403": b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\nConnection: close\r\n\r\nNo",
     "wrong port": b"SSH-2.0-OpenSSH_9.6\r\n",
 }
-RENAMED = {"data": "progress", "gate": "mask", "health": "progress", "penalty": "mask"}
+RENAMED = {"time": "speed", "data": "training data", "health": "training health", "system": "usage"}
+RENAMED |= {"gate": "training masks", "penalty": "training masks"}
+MASKS = {
+    *("gate/density", "gate/val_density", "gate/mask_mean", "gate/flips", "gate/multiplier", "gate/mask_slope"),
+    *("penalty/entropy", "penalty/l0", "penalty/blocks"),
+}
+TWICE = ("health/restarts", "data/samples_seen", "time/tokens_per_second_per_device", "system/host_memory_gib")
+"""Of a run of one rank without a GPU; with several ranks the third is no double."""
 
 
 def until(condition: Callable[[], Any], seconds: float = 120.0) -> None:
@@ -84,7 +91,7 @@ class Writer:
         assert time.monotonic() - since < timeout + 60.0, "the exit waited for the server"
         assert result["callers"], "the proof sees calls at all"
         for event, threads in result["callers"].items():
-            assert threads == ["mlflow-mirror"], event
+            assert threads == ["mirror"], event
         return bool(result["complete"])
 
     def warnings(self) -> list[str]:
@@ -235,8 +242,9 @@ def run_of(run_dir: Path) -> Any:
     return connect(state.uri or default_uri(run_dir)).get_run(state.run_id)
 
 
-def assert_mirrors(run_dir: Path) -> int:
-    """Every finite point of the journal's files is in MLflow once, and nothing else is. Returns how many points."""
+def assert_mirrors(run_dir: Path, all_masks: bool = False) -> int:
+    """Every finite point that MLflow is to have of the journal's files is there once, and nothing else is. Returns how
+    many points."""
     expected: dict[str, Counter[tuple[int, int, float]]] = {}
     journal_names: dict[str, str] = {}
     for file in (run_dir / "metrics.jsonl", *sorted((run_dir / "logs").glob("system-*.jsonl"))):
@@ -247,19 +255,7 @@ def assert_mirrors(run_dir: Path) -> int:
                 continue
             point = (record.get("step") or 0, record["time"])
             bad = 0
-            layers: dict[str, list[float]] = {}
-            for name, given in record["metrics"].items():
-                if name.count("/") == 3:  # gate / what / site / layer
-                    _, what, site, _ = name.split("/")
-                    layers.setdefault(f"gate/{what}_{site}", []).append(float(given))
-            summaries = {
-                f"{site}_{word}": str(summary(values)) if all(map(math.isfinite, values)) else "nan"
-                for site, values in layers.items()
-                for word, summary in (("min", min), ("max", max), ("mean", fmean))
-            }
-            for name, given in (record["metrics"] | summaries).items():
-                if name.count("/") == 3:
-                    continue
+            for name, given in _of_record(record["metrics"], all_masks).items():
                 section, _, rest = name.partition("/")
                 shown = f"{RENAMED.get(section, section)}/{rest.replace('/', '.')}"
                 assert journal_names.setdefault(shown, name) == name, "two metrics became one"
@@ -268,9 +264,9 @@ def assert_mirrors(run_dir: Path) -> int:
                     expected.setdefault(shown, Counter())[*point, value] += 1
                 else:
                     bad += 1
-            expected.setdefault("progress/attempt", Counter())[*point, float(record["attempt"])] = 1
+            expected.setdefault("training health/attempt", Counter())[*point, float(record["attempt"])] = 1
             if bad:
-                expected.setdefault("progress/nonfinite_values", Counter())[*point, float(bad)] = 1
+                expected.setdefault("training health/nonfinite_values", Counter())[*point, float(bad)] = 1
     state, run = State.load(run_dir), run_of(run_dir)
     assert state
     client = connect(state.uri or default_uri(run_dir))
@@ -279,3 +275,30 @@ def assert_mirrors(run_dir: Path) -> int:
         history = client.get_metric_history(run.info.run_id, name)  # follows the pages to the last one
         assert Counter((m.step, m.timestamp, m.value) for m in history) == points, name
     return sum(points.total() for points in expected.values())
+
+
+def _of_record(metrics: dict[str, Any], all_masks: bool) -> dict[str, Any]:
+    """By their names in the journal, with what is made of several."""
+    layers: dict[str, list[float]] = {}
+    for name, given in metrics.items():
+        if name.count("/") == 3:  # gate / what / site / layer
+            _, what, site, _ = name.split("/")
+            layers.setdefault(f"gate/{what}_{site}", []).append(float(given))
+    twice = {*TWICE} - ({TWICE[2]} if "time/rank_spread" in metrics else set())
+    if not any(name.startswith("penalty/") for name in metrics):
+        twice.add("loss/total")
+    if "gate/mask_mean" in metrics:
+        twice.add("penalty/l1")
+    found = {
+        name: given
+        for name, given in metrics.items()
+        if name.count("/") < 3 and name not in twice
+        if all_masks or name in MASKS or not name.startswith(("gate/", "penalty/"))
+    }
+    if all_masks:
+        for site, values in layers.items():
+            for word, summary in (("min", min), ("max", max), ("mean", fmean)):
+                found[f"{site}_{word}"] = str(summary(values)) if all(map(math.isfinite, values)) else "nan"
+    if "loss/val" in metrics:
+        found["loss/val_perplexity"] = math.exp(float(metrics["loss/val"]))
+    return found

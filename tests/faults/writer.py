@@ -11,13 +11,15 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pretrain.run.journal import Journal
 from pretrain.run.lease import Lease
-from pretrain.tracking import mlflow_follower
+from pretrain.tracking import follower
 from pretrain.tracking.mlflow_state import State
+from pretrain.tracking.mlflow_sync import Mirror
 
 NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "sqlite3.connect")
 
@@ -36,7 +38,7 @@ def values(step: int, attempt: int) -> dict[str, float]:
 
 def main(run_dir: Path, attempt_config: dict[str, Any], uri: str | None, mode: str, resumed_from: int | None) -> None:
     """Until `die`, `end`, or the end of the input."""
-    mlflow_follower.POLL_SECONDS, mlflow_follower.LONGEST_PAUSE_SECONDS = 0.05, 0.2
+    follower.POLL_SECONDS, follower.LONGEST_PAUSE_SECONDS = 0.05, 0.2
     callers: dict[str, set[str]] = {}
 
     def audit(event: str, _: Any) -> None:
@@ -49,8 +51,8 @@ def main(run_dir: Path, attempt_config: dict[str, Any], uri: str | None, mode: s
     lease = Lease.acquire(run_dir)
     journal = Journal(run_dir / "metrics.jsonl", lease.attempt)
     journal.event("start", resumed_from=resumed_from, config=attempt_config, tags={"git/commit": f"c{lease.attempt}"})
-    mlflow_follower.assign(run_dir, uri=uri, experiment="duet", run_name=run_dir.name)
-    tracker = mlflow_follower.Tracker(run_dir, warn=lambda text: journal.event("warning", text=text))
+    follower.assign(run_dir, uri=uri, experiment="duet", run_name=run_dir.name)
+    tracker = follower.Tracker(partial(Mirror, run_dir), warn=lambda text: journal.event("warning", text=text))
     if mode == "online":
         tracker.start()
     answer(attempt=lease.attempt)

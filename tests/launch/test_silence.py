@@ -1,14 +1,16 @@
-"""No command leaves somebody at a terminal without a word for more than two seconds (`make drills`, some minutes)."""
+"""No command is silent on a terminal for two seconds, or breaks a word there (`make drills`, some minutes)."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from pretrain.status_line import fit
 from tests.runs import ROOT
-from tests.terminal import on_terminal
+from tests.terminal import COLUMNS, on_terminal
 from tests.test_docs import commands, scripts
 
 pytestmark = pytest.mark.drill
@@ -35,7 +37,7 @@ def test_every_command_says_something_every_two_seconds(tmp_path: Path) -> None:
     shutil.copy(ROOT / "LICENSE", tmp_path)
     run = [script for name in ("README.md", "docs/commands.md") for script in scripts(ROOT / name)] + WITHOUT_SLURM
     assert [name for name in commands() if not any(f"duet {name}" in script for script in run)] == []
-    silent, failed = {}, {}
+    silent, failed, broken = {}, {}, {}
     for script in run:
         seen = on_terminal(["bash", "-eo", "pipefail", "-c", script], tmp_path, environment)
         print(f"{seen.silence:5.2f} s  {seen.code}  {script.splitlines()[0]}")
@@ -43,7 +45,10 @@ def test_every_command_says_something_every_two_seconds(tmp_path: Path) -> None:
             silent[script] = seen.silence
         if seen.code not in ((0, 2) if script in WITHOUT_SLURM else (0,)):
             failed[script] = seen.text
-    assert (silent, failed) == ({}, {})
+        lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.text))
+        if long := [line for line in lines if "duet " in script and fit(line, COLUMNS) != line]:
+            broken[script] = long
+    assert (silent, failed, broken) == ({}, {}, {})
 
 
 def test_a_silence_is_noticed(tmp_path: Path) -> None:

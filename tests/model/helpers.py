@@ -205,11 +205,23 @@ MIXED = {
     "span": NAMED["dropout_modern"] | {"weights": {"kind": "adaptive_span", "ramp": 3, "span_init": 0.3}},
     "span_sinks": PATTERNED["sinks_alone"]
     | {"attention": "auto", "weights": {"kind": "adaptive_span", "ramp": 2, "max_span": 4, "span_init": 0.4}},
+    "dense": NAMED["everywhere_embed"] | {"scores": {"kind": "synthesizer"}},
+    "random": NAMED["gates"] | {"scores": {"kind": "synthesizer", "parts": ["random"]}},
+    "factorised": {
+        **PATTERNED["globals"],
+        "scores": {"kind": "synthesizer", "parts": ["factorised_dense", "factorised_random"], "rank": 3},
+    },
+    "mixture": PATTERNED["window"]
+    | {"scores": {"kind": "synthesizer", "parts": ["dot", "dense", "random"], "trainable": False}},
 }
 """Other weights and other scores."""
 MIXED_BOTH_WAYS = {
     "t5_entmax": PATTERNED_BOTH_WAYS["t5_strided"] | {"weights": {"kind": "entmax"}},
     "t5_span": NAMED["t5_dropout"] | {"weights": {"kind": "adaptive_span", "ramp": 4, "max_span": 3, "span_init": 0.5}},
+    "t5_linformer": NAMED["t5_modern"] | {"scores": {"kind": "linformer", "slots": 5}},
+    "bert_linformer": NAMED["bert_embed"] | {"attention": "auto", "scores": {"kind": "linformer", "slots": 4}},
+    "bert_random": NAMED["bert_dropout"]
+    | {"positions": "learned", "scores": {"kind": "synthesizer", "parts": ["dot", "factorised_random"]}},
     "bert_entmax": NAMED["bert_gates"] | {"weights": {"kind": "entmax", "alpha": 2.0}},
 }
 
@@ -223,6 +235,11 @@ def small(architecture: str = "parallel_encoder_decoder", **changes: Any) -> Any
     """Two layers, C 16, N 12; learned dropout on."""
     shape = {"layers": 2, "width": 16, "heads": 2, "context": 12, "vocab_size": VOCABULARY}
     return configure({"architecture": architecture} | shape | changes)
+
+
+def one_of(architecture: str) -> Any:
+    """The same of any architecture, for what is to hold for all that there are."""
+    return small(architecture, **({"refine": {"chunk": 4}} if architecture == "refined" else {}))
 
 
 def variant(name: str, **changes: Any) -> Any:

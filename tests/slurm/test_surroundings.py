@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.run.journal import read
 from pretrain.run.provenance import MODULE, PACKAGES
-from pretrain.tracking.mlflow_follower import sync
+from pretrain.tracking.follower import sync
 from tests.faults.tracked import Server, assert_mirrors
 from tests.runs import ROOT, newest_on_disk
 from tests.slurm.cluster import Cluster

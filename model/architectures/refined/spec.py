@@ -19,7 +19,6 @@ from model.costs.parts import (
     head,
     last_output,
     loss_bytes,
-    norm,
     norm_weights,
     one_stream,
 )
@@ -120,8 +119,8 @@ class RefinedConfig(TwoStreamConfig, frozen=True):
         tokens, steps, read = shape.inputs, self.refine.steps, replace(shape, dense_mask=True)
         sites: tuple[Site, Site] = ("enc_sa", "enc_ff")
         layer = one_stream(read, tokens, sites, stream="encoder")
-        decoder = cross_layer(shape, tokens, 1 + tokens, aligned=False)
-        step = [*one_stream(read, tokens, sites, stream="refinement"), *self._mixing(shape), norm(shape, tokens)]
+        decoder = cross_layer(replace(shape, dense_mask=self.document_mask), tokens, 1 + tokens, aligned=False)
+        step = [*one_stream(read, tokens, sites, stream="refinement"), *self._mixing(shape)]
         layers = [(self.layers, layer), (self.layers, decoder), (1, last_output(shape, tokens))]
         if steps:
             layers += [(1, step), (steps - 1, [part._replace(parameters=0) for part in step])]

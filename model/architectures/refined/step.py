@@ -20,7 +20,10 @@ _RATE = 0.1
 
 
 class Refiner(nn.Module):
-    """Self attention and feed forward; then, where configured, re-weighting and a gradient step; a norm."""
+    """Self attention and feed forward; then, where configured, re-weighting and a gradient step.
+
+    Without a norm behind it: with one, a step that was trained three times did worse at its fourth (docs/model.md E5).
+    """
 
     def __init__(self, config: RefinedConfig) -> None:
         """Its masks are called those of a layer behind the encoder's."""
@@ -28,7 +31,6 @@ class Refiner(nn.Module):
         self.layer = EncoderLayer(config, config.layers)
         self.reweighting = Reweighting(config) if config.refine.reweight else None
         self.descent = Descent() if config.refine.gradient else None
-        self.norm = stream_norm(config)
 
     def forward(
         self, x: Tensor, keys: Tensor | None, source: Tensor | None, visible: Visible, ids: Tensor, table: Tensor | None
@@ -49,7 +51,7 @@ class Refiner(nn.Module):
         if self.descent is not None:
             assert table is not None
             x = self.descent(x, ids, table)
-        return self.norm(x), statistics
+        return x, statistics
 
 
 class Reweighting(nn.Module):

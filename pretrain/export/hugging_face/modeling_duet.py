@@ -43,7 +43,7 @@ class KeptByTransformers(cache.Cache):
         """
         super().__init__(attention_mask.new_zeros(len(attention_mask), dtype=torch.int64), attention_mask.shape[1])
         self._kept = kept
-        self._padded = not bool(attention_mask.all())
+        self.padded = not bool(attention_mask.all())
         places = positions_of(attention_mask)
         self._places = places[:, -count:]
         self._calls = 0
@@ -57,12 +57,28 @@ class KeptByTransformers(cache.Cache):
 
     def extend(self, place: cache.Cached, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `Cache.extend`."""
+        return *self.append(place, key, value), self._mask(place.patterns)
+
+    def append(self, place: cache.Cached, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Cache.append`."""
         # transformers makes an entry for each layer, and a layer may hold several attentions.
         if isinstance(self._kept, DynamicCache) and len(self._kept.layers) == self._calls:
             self._kept.layers.append(DynamicLayer())
-        key, value = self._kept.update(key, value, self._calls)
+        found: tuple[Tensor, Tensor] = self._kept.update(key, value, self._calls)
         self._calls += 1
-        return key, value, self._mask(place.patterns)
+        return found
+
+    def held(self, place: cache.Cached) -> tuple[Tensor, Tensor] | None:
+        """As `Cache.held`."""
+        layers = self._kept.layers
+        if not self.length or len(layers) <= self._calls:
+            return None
+        return layers[self._calls].keys, layers[self._calls].values
+
+    def holds(self) -> Tensor:
+        """As `Cache.holds`."""
+        assert self._rows is not None and self._rows.segments is not None
+        return self._rows.segments
 
     def _ring(self, place: cache.Cached) -> None:
         """The caches of transformers keep everything."""
@@ -166,6 +182,12 @@ class DuetForCausalLM(DuetPreTrainedModel, GenerationMixin):
     """A model that continues texts."""
 
     accepts_loss_kwargs = True  # a Trainer gives `num_items_in_batch`
+
+    def __init__(self, config: DuetConfig) -> None:
+        """Generation keeps nothing where the architecture cannot go on with what was kept."""
+        super().__init__(config)
+        if self.generation_config is not None and not self.model.config.traits.cached:
+            self.generation_config.use_cache = False
 
     def forward(
         self,

@@ -18,6 +18,7 @@ from model.generation.sampling import Sampling
 from model.layers.noise import sample_keys
 from pretrain.engine.layer_transforms import checkpoint_activations
 from pretrain.inference.in_use import used_with
+from tests.model.architectures import pointer_chasing
 from tests.model.costs.test_activations import measure
 from tests.model.costs.test_flops import counted
 from tests.model.helpers import VOCABULARY, batch_of, build, open_masks, small
@@ -281,6 +282,18 @@ def test_what_is_written_token_by_token_is_what_one_pass_over_the_text_gives(nam
         for number, tokens in found.items():
             texts[number] += tokens
     assert [len(text) for text in texts] == [10, 8, 16, 13]
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_step_that_is_supervised_each_time_becomes_an_operator(seed: int) -> None:
+    """It is taken once more than in training; with one step, or with the last one supervised, nothing like it."""
+    each, one, last = (pointer_chasing.accuracy(*arm, seed) for arm in pointer_chasing.ARMS.values())
+    assert min(each[:3]) >= 0.98
+    assert each[3] >= 0.9
+    assert one[0] >= 0.98
+    assert one[1] <= 0.6
+    assert max(last[:2]) <= 0.6
 
 
 @pytest.mark.parametrize(

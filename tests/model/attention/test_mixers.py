@@ -1,6 +1,7 @@
 """Other weights and other scores of attention hold what a softmax holds: causality, caches, documents, gradients."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,13 @@ import torch
 from torch import Tensor
 
 from model.architectures.token_model import TokenModel
+from model.attention.attention import SelfAttention
+from model.attention.cache import Cache
+from model.attention.linformer import Linformer
+from model.attention.softmax import Softmax
 from model.attention.visibility import CAUSAL
 from model.attention.weights import AdaptiveSpan, Entmax, _Held, _Spanned
+from model.costs.totals import activations
 from model.layers.noise import sample_keys
 from pretrain.engine.layer_transforms import checkpoint_activations
 from tests.model.attention import test_causality
@@ -20,7 +26,10 @@ from tests.model.attention.test_patterns import copied, influence, plain
 from tests.model.helpers import MIXED, MIXED_BOTH_WAYS, VOCABULARY, batch_of, build, open_masks, small, variant
 
 EVERY = {**MIXED, **MIXED_BOTH_WAYS}
-APART = [name for name, changes in EVERY.items() if changes.get("architecture") != "encoder_decoder"]
+APART = [name for name in EVERY if not name.startswith("t5") and "linformer" not in name]
+
+
+TABLES = ("dense", "first", "second", "table", "left", "right", "mixture", "key_slots", "value_slots")
 
 
 def opened(model: TokenModel) -> TokenModel:
@@ -31,6 +40,8 @@ def opened(model: TokenModel) -> TokenModel:
             torch.nn.init.normal_(parameter, std=0.5, generator=generator)
         if name.endswith("alpha_logit"):
             torch.nn.init.normal_(parameter, std=1.0, generator=generator)
+        if any(name.endswith(f"mixer.{table}") for table in TABLES):
+            torch.nn.init.normal_(parameter, std=0.7, generator=generator)
         if name.endswith("mixer.share"):
             torch.nn.init.uniform_(parameter, 0.1, 0.6, generator=generator)
     return model.double()
@@ -186,6 +197,95 @@ def test_the_penalty_is_on_the_mean_span_in_tokens_and_starts_late() -> None:
         assert output.metrics["span_weight"] == pytest.approx(weight)
         penalised = output.metrics["loss"] - output.metrics["cross_entropy"]
         assert penalised.item() == pytest.approx(weight * 12, abs=1e-5)
+
+
+def test_a_dense_synthesizer_whose_map_is_0_takes_the_mean_of_what_is_seen() -> None:
+    model = model_of("dense")
+    attention = next(module for module in model.modules() if isinstance(module, SelfAttention))
+    torch.nn.init.zeros_(attention.attention.mixer.dense)  # type: ignore[arg-type]
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    value = attention.qkv(x)[..., -16:]
+    expected = attention.out(value.cumsum(1) / torch.arange(1, 13)[:, None])
+    torch.testing.assert_close(attention(x, None), expected)
+
+
+@pytest.mark.parametrize(("part", "same"), [("random", True), ("factorised_random", True), ("dense", False)])
+def test_a_random_synthesizer_weighs_all_texts_alike(part: str, same: bool) -> None:
+    model = opened(build(small("decoder_only", scores={"kind": "synthesizer", "parts": [part]})))
+    attention = next(module for module in model.modules() if isinstance(module, SelfAttention))
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    query, key, _ = attention.qkv(x).split(attention._sizes, dim=-1)
+    first, second = attention.attention.weights(query, key)
+    assert torch.equal(first, second) == same
+    assert first.std(-1).min() >= 0 < first[:, -1].std()
+
+
+def test_of_a_synthesizer_values_alone_are_kept() -> None:
+    model, cache = model_of("dense").eval(), Cache(torch.tensor([0, 2]), 12)
+    cache.logits(model, batch_of(model.config, sequences=2).input_ids)
+    kept = {str(vars(place)["name"]): keys.numel() for place, (keys, _) in cache._stored.items()}
+    assert kept["dec_sa/00"] == kept["enc_sa/01"] == 0 < kept["cross/00"]
+
+
+def test_linformer_with_a_slot_for_each_key_is_full_attention() -> None:
+    """On a shorter text, too; padding adds nothing."""
+    shape: dict[str, Any] = {"learned_dropout": {"enabled": False}, "heads": 2}
+    full_one = opened(build(small("encoder_only", **shape)))
+    model = build(small("encoder_only", scores={"kind": "linformer", "slots": 12}, **shape)).double()
+    weights = full_one.state_dict()
+    slots = {name: torch.eye(12, dtype=torch.float64) for name in model.state_dict() if "_slots" in name}
+    model.load_state_dict(weights | slots)
+    ids = batch_of(model.config).input_ids
+    torch.testing.assert_close(model.predict(ids, None), full_one.predict(ids, None), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["t5_linformer", "bert_linformer"])
+def test_padding_adds_nothing_to_slots(name: str) -> None:
+    """The last three tokens of the text that is read are padding: nothing depends on them but what stands there."""
+    model = model_of(name).eval()
+    batch = batch_of(model.config)
+    padding = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
+    padding[:, -3:] = True
+    one = replace(
+        batch, segment_ids=-padding.long(), input_ids=batch.input_ids.masked_fill(padding, 1), padding=padding
+    )
+    other = replace(one, input_ids=batch.input_ids.masked_fill(padding, 2))
+    found = [model.predict(b.input_ids, None, b) for b in (one, other)]
+    seen = slice(None) if name.startswith("t5") else slice(0, -3)
+    torch.testing.assert_close(found[0][:, seen], found[1][:, seen], rtol=0, atol=1e-12)
+    assert (
+        model.predict(other.input_ids, None, replace(other, padding=None, segment_ids=None)) - found[1]
+    ).abs().max() > 1e-6
+
+
+def test_slots_would_tell_earlier_tokens_of_later_ones() -> None:
+    """Why it is refused for causal models: the causal mask over slots does not help."""
+    config = small("encoder_only", scores={"kind": "linformer", "slots": 12}, learned_dropout={"enabled": False})
+    mixer = Linformer(config, "dec_sa/00").double()
+    query, key, value = (torch.randn(1, 2, 12, 8, dtype=torch.float64) for _ in range(3))
+    key_slots, value_slots = (
+        torch.einsum("st,bhtd->bhsd", table, x) for table, x in ((mixer.key_slots, key), (mixer.value_slots, value))
+    )
+    changed = value.clone()
+    changed[:, :, -1] += 1
+    others = torch.einsum("st,bhtd->bhsd", mixer.value_slots, changed)
+    causal = [Softmax(config)(query, key_slots, v, None, CAUSAL) for v in (value_slots, others)]
+    assert (causal[0] - causal[1])[:, :, :-1].abs().max() > 1e-2
+
+
+def test_what_linformer_keeps_grows_with_the_text_and_not_with_its_square() -> None:
+    kept = {}
+    for kind in ("linformer", "dot"):
+        counts = []
+        for context in (256, 512, 1024):
+            scores = {"kind": kind, "slots": 32} if kind == "linformer" else {}
+            config = small(
+                "encoder_only", attention="explicit", context=context, scores=scores, learned_dropout={"enabled": False}
+            )
+            counts.append(activations(config, 1, 4).layers)
+        kept[kind] = (counts[2] - counts[1]) / (counts[1] - counts[0])
+    assert kept["linformer"] == pytest.approx(2.0, rel=0.01)
+    assert kept["dot"] > 3.5
 
 
 def copy_with_spans(steps: int = 500, lr: float = 5e-3, **weights: Any) -> tuple[float, list[float]]:

@@ -17,6 +17,7 @@ from data_pipeline.config import TokenizerConfig
 from data_pipeline.tokenize.fast_tokenizer import fast_tokenizer
 from data_pipeline.tokenize.tokenizer import JSON, Tokenizer, train_tokenizer
 from model.architectures.token_model import TokenModel
+from model.generation.generate import Generation
 from model.generation.sampling import Sampling
 from pretrain.export.hugging_face.folder import hugging_face_config, kind_of
 from pretrain.export.hugging_face.sources import ENTRY, TOKENIZATION, sources
@@ -184,6 +185,25 @@ def test_caches_and_pads_change_nothing(name: str) -> None:
         found = theirs(ids, attention_mask=mask, use_cache=use_cache).logits
         torch.testing.assert_close(found[:1, 4:], alone[0], rtol=0, atol=1e-12)
         torch.testing.assert_close(found[1:, :7], alone[1], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_what_keeps_nothing_reads_each_text_alone() -> None:
+    """Refined vectors are no keys and values: whole texts, padded at either side, and greedy generation as ours."""
+    model = build(small("refined", refine={"chunk": 4, "reweight": True})).double().eval()
+    theirs, ids = wrapped(model), batch_of(model.config, sequences=2).input_ids[:, :7]
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[1, 5:] = 0
+    found = theirs(ids, attention_mask=mask).logits
+    for row, part in ((0, slice(3, 7)), (1, slice(0, 5))):
+        torch.testing.assert_close(found[row, part], model(ids[row : row + 1, part])[0], rtol=0, atol=1e-12)
+    options: Any = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    written = theirs.generate(ids, attention_mask=mask.fill_(1).index_fill_(1, torch.tensor(0), 0), **options)
+    generation = Generation(model, [row[1:] for row in ids], Sampling(temperature=0.0))
+    steps = [generation.step() for _ in range(5)]
+    assert written[:, 7:].tolist() == [[step[row][0] for step in steps] for row in range(2)]
+    with pytest.raises(ValueError, match="keeps no keys and values"):
+        theirs.generate(ids, use_cache=True, **options)
 
 
 @torch.no_grad()

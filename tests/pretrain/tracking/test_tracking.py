@@ -17,8 +17,8 @@ from data_pipeline.errors import ConfigError, RunError
 from pretrain.config.schema import load
 from pretrain.run import provenance
 from pretrain.run.journal import Journal, Record, read
-from pretrain.tracking.mlflow_follower import assign, sync
-from pretrain.tracking.mlflow_names import ATTEMPT, NONFINITE, flat, mirrored, shipped, text
+from pretrain.tracking.follower import assign, sync
+from pretrain.tracking.mlflow_names import ATTEMPT, Names, flat, mirrored, shipped, text
 from pretrain.tracking.mlflow_state import State, default_uri
 from pretrain.tracking.mlflow_store import connect
 from tests.faults.tracked import Writer, assert_mirrors, run_of
@@ -142,7 +142,7 @@ def test_a_training_run_is_in_mlflow_with_all_that_it_is_made_of(ranks: Ranks, d
     if (ROOT / ".git").exists():
         assert len(tags["git/commit"]) == 40
     sections = sorted({name.split("/")[0] for name in run.data.metrics if "/" in name})
-    assert sections == ["loss", "mask", "optim", "progress", "system", "time"]
+    assert sections == ["loss", "optim", "speed", "training data", "training health", "training masks", "usage"]
     client = connect(default_uri(run_dir))
     files = {f.path for f in client.list_artifacts(run.info.run_id)}
     assert {"config.yaml", "run.json", "code", "profile", "report.html"} <= files
@@ -229,15 +229,58 @@ def test_uris_of_no_use_are_refused_without_telling_the_password(uri: str) -> No
 def test_an_untracked_run_and_a_newer_state(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a tracked run"):
         sync(tmp_path)
-    (tmp_path / "tracking.json").write_text('{"format": 4}')
-    with pytest.raises(RunError, match="format 4 is not known"):
+    (tmp_path / "tracking.json").write_text('{"format": 5}')
+    with pytest.raises(RunError, match="format 5 is not known"):
         sync(tmp_path)
 
 
-def test_of_the_layers_the_mirror_gets_least_mean_and_greatest() -> None:
+def test_of_masks_the_mirror_gets_a_few_summaries_and_nothing_twice() -> None:
+    step = {
+        "loss/total": 2.0,
+        "loss/train": 2.0,
+        "gate/density": 0.5,
+        "gate/density/enc_ff/0": 0.5,
+        "gate/mask_near_one": 0.5,
+        "time/tokens_per_second": 8.0,
+        "time/tokens_per_second_per_device": 8.0,
+        "system/memory_gib": 1.0,
+        "system/host_memory_gib": 1.0,
+        "data/tokens_seen": 16.0,
+        "data/samples_seen": 1.0,
+        "health/restarts": 2.0,
+    }
+    few = {
+        "loss/train": 2.0,
+        "training masks/density": 0.5,
+        "speed/tokens_per_second": 8.0,
+        "usage/memory_gib": 1.0,
+        "training data/tokens_seen": 16.0,
+        ATTEMPT: 3.0,
+    }
+    assert shipped(Record("metrics", 0, 3, 1, step, {})) == few
+    more = {"penalty/l0": 0.1, "time/rank_spread": 1.0, "system/host_memory_gib": 2.0}
+    assert shipped(Record("metrics", 0, 3, 1, step | more, {})) == few | {
+        "loss/total": 2.0,
+        "training masks/l0": 0.1,
+        "speed/rank_spread": 1.0,
+        "speed/tokens_per_second_per_device": 8.0,
+        "usage/host_memory_gib": 2.0,
+    }
+    validation = {"loss/val": 2.0, "loss/val_bits_per_byte": 1.5}
+    there = shipped(Record("metrics", 0, 3, 1, validation, {}))
+    assert there == {**validation, "loss/val_perplexity": math.exp(2.0), ATTEMPT: 3.0}
+    assert "loss/val_perplexity" not in shipped(Record("metrics", 0, 3, 1, {"loss/val": 1e4}, {}))
+
+
+def test_if_asked_for_the_mirror_gets_least_mean_and_greatest_of_the_layers_as_the_first_version_did() -> None:
     density = {"gate/density/enc_ff/0": 0.5, "gate/density/enc_ff/1": 0.25, "gate/density/dec_ff/0": 1.0}
     values = {"loss/train": 2.0} | density | {"gate/entropy/enc_ff/0": math.nan, "gate/entropy/enc_ff/1": 0.1}
-    assert shipped(Record("metrics", 0, 3, 1, values, {})) == {
+    record = Record("metrics", 0, 3, 1, values, {})
+    first = shipped(record, Names(first=True))
+    renamed = {name.replace("training health/", "progress/").replace("training masks/", "mask/"): value
+               for name, value in shipped(record, Names(all_masks=True)).items()}  # fmt: skip
+    assert renamed == first
+    assert first == {
         "loss/train": 2.0,
         "mask/density_enc_ff_min": 0.25,
         "mask/density_enc_ff_mean": 0.375,
@@ -245,8 +288,8 @@ def test_of_the_layers_the_mirror_gets_least_mean_and_greatest() -> None:
         "mask/density_dec_ff_min": 1.0,
         "mask/density_dec_ff_mean": 1.0,
         "mask/density_dec_ff_max": 1.0,
-        NONFINITE: 3.0,
-        ATTEMPT: 3.0,
+        "progress/nonfinite_values": 3.0,
+        "progress/attempt": 3.0,
     }
 
 
@@ -256,6 +299,7 @@ def test_of_a_validation_the_mirror_gets_every_source() -> None:
         "loss/val": 2.0,
         "loss/val.web": 2.5,
         "loss/val_bits_per_byte.a-x2f-b -x28-c-x29-": 1.5,
+        "loss/val_perplexity": math.exp(2.0),
         ATTEMPT: 3.0,
     }
 
@@ -301,12 +345,12 @@ def test_names_are_accepted_distinct_and_can_be_read_back() -> None:
 
 
 def test_names_that_need_no_other_stay_and_long_ones_are_bounded() -> None:
-    same = ["loss/train", "loss", "time/step_ms", "system/node-1.cpu_percent", "a/.b", "loss/größe", "a b:c", "a-xy"]
+    same = ["loss/train", "loss", "optim/lr", "a/.b", "loss/größe", "a b:c", "a-xy"]
     assert [mirrored(name) for name in same] == same
-    assert mirrored("gate/val_density") == "mask/val_density"
+    assert mirrored("gate/val_density") == "training masks/val_density"
     long = [mirrored(f"data/epoch_{'x' * 300}{end}") for end in "ab"]
     assert len(set(long)) == 2
-    assert all(len(name) <= 250 and name.startswith("progress/epoch_xxx") for name in long)
+    assert all(len(name) <= 250 and name.startswith("training data/epoch_xxx") for name in long)
     assert flat({"a": {"b%(c)/": [1], "d": {}}}) == {"a.b-x25--x28-c-x29--x2f-": "[1]"}
 
 

@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 
 from data_pipeline.errors import RunError
 from pretrain.run.journal import Journal
-from pretrain.tracking import mlflow_follower
-from pretrain.tracking.mlflow_follower import Tracker, assign, sync, unsent
+from pretrain.tracking import follower
+from pretrain.tracking.follower import Tracker, assign, sync, unsent
 from pretrain.tracking.mlflow_state import FORMAT, State, default_uri
 from pretrain.tracking.mlflow_store import connect
+from pretrain.tracking.mlflow_sync import Mirror
 from tests.faults.tracked import assert_mirrors, run_of, until
 from tests.runs import new_store
 
@@ -55,8 +57,8 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_follower, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(mlflow_follower, "LONGEST_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(follower, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(follower, "LONGEST_PAUSE_SECONDS", 0.2)
 
 
 def store_of(run: Run) -> Path:
@@ -90,8 +92,8 @@ def test_a_store_put_back_to_an_older_copy_gets_what_it_lacks(run: Run, tmp_path
     # Only a part of it is gone, whatever its tags say.
     with closing(sqlite3.connect(store_of(run))) as database, database:
         database.execute("DELETE FROM metrics WHERE step BETWEEN 11 AND 20")
-        database.execute("DELETE FROM metrics WHERE key = 'mask/density'")
-        database.execute("DELETE FROM latest_metrics WHERE key = 'mask/density'")
+        database.execute("DELETE FROM metrics WHERE key = 'training masks/density'")
+        database.execute("DELETE FROM latest_metrics WHERE key = 'training masks/density'")
         database.execute("DELETE FROM params")
     assert sync(run.path).num_metrics == 10 * 3 + 40
     assert assert_mirrors(run.path) == 50 * 3 + 10 * 2
@@ -103,11 +105,12 @@ def test_a_store_that_changes_under_a_running_mirror(run: Run, tmp_path: Path) -
     """Put back, replaced by an empty file, and removed."""
     said: list[str] = []
     (run.path / "config.yaml").write_text("a: 1\n")
-    tracker = Tracker(run.steps(10).path, said.append)
+    mirror = Mirror(run.steps(10).path, said.append)
+    tracker = Tracker(lambda warn: mirror, said.append)
     tracker.start()
 
     def until_it_rests() -> None:
-        until(lambda: shipped(run) and not tracker._mirror.files_due)
+        until(lambda: shipped(run) and not mirror.files_due)
 
     until_it_rests()
     shutil.copy(store_of(run), tmp_path / "older")
@@ -180,7 +183,7 @@ def test_a_copied_run_folder_becomes_a_run_of_its_own_when_its_owner_says_so(run
     with pytest.raises(RunError, match=f"a copy of {run.path}.*duet track sync {copy} --new-run"):
         sync(copy)
     said: list[str] = []
-    tracker = Tracker(copy, said.append)
+    tracker = Tracker(partial(Mirror, copy), said.append)
     tracker.start()
     assert not tracker.close(60.0)
     assert [f"duet track sync {copy} --new-run" in text for text in said] == [True]
@@ -240,6 +243,53 @@ def test_notes_of_format_2_go_on(run: Run) -> None:
     assert (done.run_id, done.num_metrics, said) == (run_id, 3, [])
 
 
+def test_a_run_keeps_the_names_it_began_with(run: Run) -> None:
+    """One of the first version has no tag that tells of its names."""
+    client = client_of(run)
+    client.delete_tag(sync(run.path).run_id, "duet.names")
+    assert sync(run.steps(5).path).num_metrics == 5 * 3
+    assert sorted(run_of(run.path).data.metrics) == ["loss/train", "mask/density", "progress/attempt"]
+    assert sync(run.path, all_masks=True).num_metrics == 0
+
+
+def test_all_masks_are_there_once_they_are_asked_for(run: Run) -> None:
+    for step in range(1, 5):
+        run.journal.metrics(step, {"gate/density": 0.5, "gate/density/enc_ff/00": 0.5, "gate/always_on": 0.1})
+    run.step = 4
+    assert sync(run.steps(2).path).num_metrics == 4 * 2 + 2 * 3
+    assert assert_mirrors(run.path) == 4 * 2 + 2 * 3
+    assert sync(run.path, all_masks=True).num_metrics == 4 * 4
+    assert_mirrors(run.path, all_masks=True)
+    run.journal.metrics(7, {"gate/always_on": 0.1})
+    assert sync(run.end().path).num_metrics == 2, "from then on, too"
+    assert_mirrors(run.path, all_masks=True)
+
+
+def test_the_page_and_its_columns_are_filled(run: Run) -> None:
+    fields = {"command": "duet train a b=c", "user": "ada", "parameters": 1234, "world_size": 2, "device": "H200"}
+    tags = {"git/commit": "c0ffee", "dataset/fingerprint": "f" * 64}
+    config = {"data": {"path": "/data/books"}, "model": {"vocab_size": 65}}
+    run.journal.event("start", resumed_from=None, config=config, tags=tags, **fields)
+    for _ in range(2):
+        done = sync(run.steps(2).path)
+        found = run_of(run.path)
+        wanted = {
+            "source.name": "duet train a b=c",
+            "source.type": "LOCAL",
+            "source.git.commit": "c0ffee",
+            "user": "ada",
+        }
+        assert {name: found.data.tags[f"mlflow.{name}"] for name in wanted} == wanted
+        assert "1,234 parameters, data /data/books, 2 rank(s), H200" in found.data.tags["mlflow.note.content"]
+        [dataset] = found.inputs.dataset_inputs
+        assert (dataset.dataset.name, dataset.dataset.digest) == ("books", "f" * 36)
+        assert json.loads(dataset.dataset.source) == {"uri": "/data/books"}
+        [experiment] = [e for e in client_of(run).search_experiments() if e.name == "duet"]
+        assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+        place = f"/#/experiments/{experiment.experiment_id}/runs/{found.info.run_id}/model-metrics"
+        assert done.page == f"http://127.0.0.1:5000{place}?workflowType=machine_learning"
+
+
 def test_a_metric_that_mlflow_refuses_is_left_out_and_told(run: Run) -> None:
     for step in range(20):
         run.journal.metrics(100 + step, {"": 1.0, "loss/train": 0.5})
@@ -247,7 +297,7 @@ def test_a_metric_that_mlflow_refuses_is_left_out_and_told(run: Run) -> None:
     assert sync(run.path, said.append).num_metrics == 20 * 2
     assert len(said) == 1
     assert "refuses ''" in said[0]
-    assert sorted(run_of(run.path).data.metrics) == ["loss/train", "progress/attempt"]
+    assert sorted(run_of(run.path).data.metrics) == ["loss/train", "training health/attempt"]
 
 
 def test_names_that_mlflow_refuses_are_all_there(tmp_path: Path) -> None:
@@ -260,8 +310,8 @@ def test_names_that_mlflow_refuses_are_all_there(tmp_path: Path) -> None:
     assert sync(run.end().path, said.append).num_metrics == 3 * (2 * len(sources) + 1)
     assert said == []
     data = run_of(run.path).data
-    assert data.metrics["progress/epoch_web -x28-en-x29-"] == 0.0
-    assert data.metrics["progress/epoch_web -x5b-en-x5d-"] == 1.0
+    assert data.metrics["training data/epoch_web -x28-en-x29-"] == 0.0
+    assert data.metrics["training data/epoch_web -x5b-en-x5d-"] == 1.0
     assert len([name for name in data.params if name.endswith(".paths") or "-x-" in name]) == len(sources)
     assert sync(run.path).num_metrics == 0
 

@@ -1,12 +1,14 @@
-"""MLflow, a mirror of the journal that may be late and never stops training: who brings it up to date, and when.
+"""Mirrors of the journal, which may be late and never stop training: who brings them up to date, and when.
 
-A thread of rank 0 follows the journal while the run goes on (`Tracker`); `sync` does the same later, from anywhere.
+A thread of rank 0 for each follows the journal while the run goes on (`Tracker`): MLflow, TensorBoard, the webhook.
+`sync` does the same for MLflow later, from anywhere.
 """
 
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from data_pipeline.errors import RunError
 from pretrain.run.journal import Record, read, read_from
@@ -27,10 +29,18 @@ class Synced:
     run_id: str
     status: str
     num_metrics: int
+    page: str
+    """Address of its curves."""
 
 
 def assign(
-    run_dir: Path, *, uri: str | None, experiment: str, run_name: str, warn: Callable[[str], None] = lambda _: None
+    run_dir: Path,
+    *,
+    uri: str | None,
+    experiment: str,
+    run_name: str,
+    all_masks: bool = False,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> str:
     """Say where in MLflow a run belongs; one that belongs there already goes on. Makes no call.
 
@@ -44,6 +54,8 @@ def assign(
     before = State.load(run_dir, warn) if state_path(run_dir).exists() else None
     if before and (before.uri, before.experiment) == (state.uri, state.experiment):
         state = before
+    if all_masks and not state.all_masks:
+        state.all_masks, state.receipt = True, None  # of what was sent, too
     if not state.original(run_dir):
         state.save(run_dir)
     return state.uri or default_uri(run_dir)
@@ -58,24 +70,39 @@ def unsent(run_dir: Path) -> str:
     return "its end or its files are not there yet" if first is None else f"not there yet: steps from {first} on"
 
 
-class Tracker:
-    """Mirrors a run to MLflow from a daemon thread; the training thread makes no call and waits for none.
+class Follows(Protocol):
+    """A mirror of a journal."""
 
-    `warn` is called from the thread: once when MLflow fails and once when it is back.
+    @property
+    def called(self) -> str:
+        """What a message calls it."""
+
+    def bring(self, last: bool) -> None:
+        """Bring it up to date; `last`: nothing follows. May raise anything; calling it again goes on."""
+
+    def wait_longer(self, error: Exception) -> bool:
+        """Give it longer from now on, if this was an answer that did not come in time; whether that was possible."""
+
+
+class Tracker:
+    """Brings a mirror up to date from a daemon thread; the training thread makes no call and waits for none.
+
+    `make` gives the mirror, and gets where that says what the user should know. `warn` is called from the thread: once
+    when the mirror fails and once when it is back.
 
     Raises:
-        RunError: the run was not assigned.
+        UserError: as `make` does.
     """
 
-    def __init__(self, run_dir: Path, warn: Callable[[str], None]) -> None:
+    def __init__(self, make: Callable[[Callable[[str], None]], Follows], warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._awake = threading.Event()
         self._closing = threading.Event()
         self._abandoned = threading.Event()
-        self._mirror = Mirror(run_dir, self._say)
+        self._mirror = make(self._say)
         self._complete = False
         self._asleep = 0.0
-        self._thread = threading.Thread(target=self._run, name="mlflow-mirror", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
 
     def start(self, asleep: float = 0.0) -> None:
         """Begin to follow the journal: once `wake` is called, or so many seconds are over."""
@@ -86,14 +113,23 @@ class Tracker:
         """There is something to send."""
         self._awake.set()
 
+    @property
+    def called(self) -> str:
+        """What a message calls the mirror."""
+        return self._mirror.called
+
+    def close_soon(self) -> None:
+        """Send what is left, trying once more at once; does not wait for it."""
+        self._closing.set()
+        self._awake.set()
+
     def close(self, timeout: float) -> bool:
         """Send what is left, trying once more at once, for at most `timeout` seconds.
 
         Returns:
-            whether MLflow has all of it; if not, `sync` sends the rest later.
+            whether the mirror has all of it; if not, `sync` sends MLflow the rest later.
         """
-        self._closing.set()
-        self._awake.set()
+        self.close_soon()
         self._thread.join(timeout)
         self._abandoned.set()
         return self._complete and not self._thread.is_alive()
@@ -104,24 +140,19 @@ class Tracker:
         while True:
             last = self._closing.is_set()
             try:
-                self._mirror.ship()
-                if last:
-                    self._mirror.send_verdict()
-                # After the metrics: a store that refuses files must not hold them up.
-                if last or self._mirror.files_due:
-                    self._mirror.send_files()
+                self._mirror.bring(last)
             except Exception as error:  # whatever it is, training goes on
                 failures, pause = failures + 1, min(2 * pause, LONGEST_PAUSE_SECONDS)
-                mistake, slow = isinstance(error, RunError), is_slow(error) and wait_longer()
+                mistake, slow = isinstance(error, RunError), self._mirror.wait_longer(error)
                 # Once may be no more than a connection that was closed; what the user has to mend is told at once.
                 if not told and (mistake or failures > 1):
-                    told, place = True, self._mirror.place
-                    self._say(f"MLflow at {place} failed and is tried again; the journal keeps all: {brief(error)}")
+                    told = True
+                    self._say(f"{self.called} failed and is tried again; the journal keeps all: {brief(error)}")
                 if last and not mistake and (slow or failures == 1):
                     continue
             else:
                 if told:
-                    self._say(f"MLflow at {self._mirror.place} is back and has all")
+                    self._say(f"{self.called} is back and has all")
                 pause, failures, told = POLL_SECONDS, 0, False
             if last:
                 self._complete = not failures
@@ -133,10 +164,13 @@ class Tracker:
             self._warn(text)
 
 
-def sync(run_dir: Path, warn: Callable[[str], None] = lambda _: None, new_run: bool = False) -> Synced:
+def sync(
+    run_dir: Path, warn: Callable[[str], None] = lambda _: None, new_run: bool = False, all_masks: bool = False
+) -> Synced:
     """Send what MLflow does not have of a run, with its files and its status: KILLED when it died without a word.
 
-    The status of a run that goes on is left alone. With `new_run` the folder gets a run of its own in MLflow.
+    The status of a run that goes on is left alone. With `new_run` the folder gets a run of its own in MLflow; with
+    `all_masks` everything is sent that the journal tells of masks, from now on.
 
     Raises:
         RunError: the run was never tracked, its journal is broken, or MLflow cannot be reached.
@@ -144,12 +178,14 @@ def sync(run_dir: Path, warn: Callable[[str], None] = lambda _: None, new_run: b
     mirror = Mirror(run_dir, warn)
     if new_run:
         mirror.begin_anew()
+    if all_masks:
+        mirror.want_all_masks()
     tries = 0
     while True:
         sent = mirror.num_metrics
         try:
             _bring_up_to_date(mirror, run_dir)
-            return Synced(mirror.place, mirror.run_id, mirror.status(), mirror.num_metrics)
+            return Synced(mirror.place, mirror.run_id, mirror.status(), mirror.num_metrics, mirror.page or "")
         except RunError:
             raise
         except Exception as error:
