@@ -245,6 +245,11 @@ def small(architecture: str = "parallel_encoder_decoder", **changes: Any) -> Any
     return configure({"architecture": architecture} | shape | changes)
 
 
+def one_of(architecture: str) -> Any:
+    """The same of any architecture, for what is to hold for all that there are."""
+    return small(architecture, **({"refine": {"chunk": 4}} if architecture == "refined" else {}))
+
+
 def variant(name: str, **changes: Any) -> Any:
     return small(**((NAMED | EVERY | PATTERNED | PATTERNED_BOTH_WAYS | MIXED | MIXED_BOTH_WAYS)[name] | changes))
 

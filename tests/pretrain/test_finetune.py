@@ -24,7 +24,7 @@ from pretrain.inference.trained import find_checkpoint
 from pretrain.run.checkpoint_folder import step_path
 from pretrain.run.journal import read, series
 from tests.conftest import RanksFailed
-from tests.model.helpers import VOCABULARY, batch_of, build, open_masks, small
+from tests.model.helpers import VOCABULARY, batch_of, build, one_of, open_masks, small
 from tests.runs import CHARACTERS, SMALL, documented_architecture, duet
 
 Ranks = Callable[..., list[Any]]
@@ -46,7 +46,7 @@ def test_adapters_on_every_linear_map_of_an_architecture(name: str, tmp_path: Pa
         shape = {"layers": 2, "width": 16, "heads": 2, "context": 12, "vocab_size": VOCABULARY}
         config = configure({"architecture": f"{tmp_path / 'gla.py'}:GLA", **shape}, [])
     else:
-        config = small(name)
+        config = one_of(name)
     model = open_masks(build(config)).double()
     base = {key: values.clone() for key, values in model.state_dict().items()}
     batch = batch_of(config)

@@ -21,7 +21,7 @@ from pretrain.export.hugging_face.folder import hugging_face_config, kind_of
 from pretrain.export.hugging_face.sources import ENTRY, TOKENIZATION, check_alone, sources
 from pretrain.export.use import open_trained
 from pretrain.inference.continuation import Continuation, Settings
-from tests.model.helpers import VOCABULARY, batch_of, open_masks, small
+from tests.model.helpers import VOCABULARY, batch_of, one_of, open_masks, small
 from tests.runs import documented_architecture
 
 PROMPTS = ["You may", "The", "A"]
@@ -105,8 +105,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By folder: of each architecture there is, and of one that a user wrote."""
     root = tmp_path_factory.mktemp("alone")
     (root / "model.py").write_text("MINE = True\n")
-    own_keys: dict[str, Any] = {"refined": {"refine": {"chunk": 4}}}
-    configs = {name: small(name, **own_keys.get(name, {})) for name in ARCHITECTURES} | {"own": own(root)}
+    configs = {name: one_of(name) for name in ARCHITECTURES} | {"own": own(root)}
     made = {f"of-{name}": written(config, root / f"of-{name}") for name, config in configs.items()}
     for name, model in made.items():
         batch = batch_of(model.config, sequences=2)
