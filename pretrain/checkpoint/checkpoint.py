@@ -39,6 +39,8 @@ class Checkpoint:
         """
         self.path = path
         self.manifest = CheckpointManifest.load(path)
+        self._files: dict[int, Any] = {}
+        """Shards that are open, by their number."""
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compare every shard (or every `parts`-th, from `part`) with its hash and its tensors with the manifest.
@@ -134,25 +136,34 @@ class Checkpoint:
     def read(self, target: Fragment) -> None:
         """Fill every state of a fragment from the stored ones that overlap it."""
         for state, values in target.states.items():
-            for start, numel, source, position in self._stored[target.name, state]:
+            for start, numel, shard, position in self._stored[target.name, state]:
                 low, high = max(start, target.start), min(start + numel, target.start + target.numel)
                 if low < high:
-                    piece = source[position + low - start : position + high - start]
+                    piece = self._slice(shard, state)[position + low - start : position + high - start]
                     values[low - target.start : high - target.start].copy_(piece)
 
     @cached_property
-    def _stored(self) -> dict[tuple[str, str], list[tuple[int, int, Any, int]]]:
-        """Of each parameter and state the pieces: start, numel, the tensor that holds it, position there."""
-        stored: dict[tuple[str, str], list[tuple[int, int, Any, int]]] = {}
-        for shard in self.manifest.shards:
-            file = self._open(shard)
-            slices = {state: file.get_slice(state) for state in file.keys()}  # noqa: SIM118  # not a dict
-            ends = dict.fromkeys(slices, 0)
+    def _stored(self) -> dict[tuple[str, str], list[tuple[int, int, int, int]]]:
+        """Of each parameter and state the pieces: start, numel, number of the shard that holds it, position there."""
+        stored: dict[tuple[str, str], list[tuple[int, int, int, int]]] = {}
+        for number, shard in enumerate(self.manifest.shards):
+            ends: dict[str, int] = {}
             for name, start, numel in shard.fragments:
                 for state in self.manifest.states[name]:
-                    stored.setdefault((name, state), []).append((start, numel, slices[state], ends[state]))
-                    ends[state] += numel
+                    position = ends.get(state, 0)
+                    stored.setdefault((name, state), []).append((start, numel, number, position))
+                    ends[state] = position + numel
         return stored
+
+    def _slice(self, number: int, state: str) -> Any:
+        """A state's tensor in a shard, which is opened when it is first read: of thousands a rank needs a few."""
+        if number not in self._files:
+            self._files[number] = self._open(self.manifest.shards[number])
+        try:
+            return self._files[number].get_slice(state)
+        except SafetensorError as error:
+            file = self.path / self.manifest.shards[number].file
+            raise CheckpointError(f"{file}: {state} is missing: {error}") from error
 
     def _compare(self, theirs: dict[str, list[int]], ours: dict[str, list[int]], kind: str) -> None:
         odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
@@ -193,7 +204,7 @@ def newest(root: Path, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint 
     damage = []
     for path in paths:
         try:
-            return ranks.together(lambda path=path: _verified(path, ranks))  # type: ignore[misc]
+            return _verified(path, ranks)
         except CheckpointError as error:
             damage.append(str(error))
             warn(f"damaged checkpoint passed over: {error}")
@@ -206,6 +217,7 @@ def newest(root: Path, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint 
 
 
 def _verified(path: Path, ranks: Ranks) -> Checkpoint:
-    checkpoint = Checkpoint(path)
-    checkpoint.verify(ranks.rank, ranks.world_size)
+    # One rank looks at all shards for all: thousands that each look at thousands would stop a file server.
+    checkpoint = ranks.together(lambda: Checkpoint(path), only_first=True)
+    ranks.together(lambda: checkpoint.verify(ranks.rank, ranks.world_size))
     return checkpoint
