@@ -1,6 +1,7 @@
-"""What each start passes first: do `model`, `launch` and our other names mean our packages here, or somebody's own?
+"""The one name of ours that nobody else has: the console scripts begin here, and so does Duet from Python.
 
-The one name of ours that nobody else has, so the console scripts begin here. Standard library only.
+What each start passes first: do `model`, `launch` and our other names mean our packages here, or somebody's own?
+Standard library only; what `import duet_pretrain as duet` offers is imported from `launch/api.py` when it is asked for.
 """
 
 import os
@@ -8,6 +9,12 @@ import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launch.api import build, journal, load, open_dataset, train
+
+__all__ = ["build", "journal", "load", "open_dataset", "train"]
 
 SOURCE = Path(__file__).resolve().parent
 """Where our packages lie, and `configs` and `slurm`, which are read by path."""
@@ -48,6 +55,20 @@ def rank() -> None:
     from pretrain.__main__ import run
 
     run()
+
+
+def __getattr__(name: str) -> Any:
+    """What Duet offers to Python.
+
+    Raises:
+        NameTaken: a package of ours means something else here.
+    """
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    check(*ALL)
+    from launch import api
+
+    return getattr(api, name)
 
 
 def _check_all() -> None:

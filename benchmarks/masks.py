@@ -21,6 +21,7 @@ from model.architectures.token_model import TokenModel
 from model.batch import Batch
 from model.config.model_config import ModelConfig
 from model.costs.flops import training_flops_per_token
+from pretrain.engine.hardware import keep_freed_memory
 from pretrain.engine.layer_transforms import compile_layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,6 +67,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=["fp32", "bf16", "eager", "compiled"], help="types and ways")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if DEVICE == "cpu":
+        keep_freed_memory(torch.device("cpu"))  # as the engine does
     rows = [
         row
         for dtype in ("fp32", "bf16")

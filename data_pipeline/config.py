@@ -21,7 +21,7 @@ Place = Annotated[str, AfterValidator(_without_a_secret)]
 """A path or a URI."""
 
 
-class FilterConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class FilterConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Which documents of a source are kept. Every one left out is counted by reason."""
 
     min_chars: Annotated[int, may_change.BUILD] = Field(default=0, ge=0)
@@ -44,7 +44,7 @@ class FilterConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
         return self
 
 
-class DuplicateConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class DuplicateConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Which documents count as copies of an earlier one, over all sources. The first in the order of input stays."""
 
     rule: Annotated[Literal["keep", "exact", "near"], may_change.BUILD] = "keep"
@@ -58,7 +58,7 @@ class DuplicateConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     """`near`: hash functions; more tell similar from dissimilar more sharply."""
 
 
-class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class SourceConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """One named body of text."""
 
     paths: Annotated[list[Place], may_change.BUILD] = Field(min_length=1)
@@ -78,7 +78,7 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     """At most this many epochs of this source; without it as many as its weight asks for. Kept as `weight` is."""
 
 
-class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class TokenizerConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """How the SentencePiece tokenizer is trained. It sees training text only."""
 
     type: Annotated[Literal["unigram", "bpe", "char"], may_change.BUILD] = "unigram"
@@ -120,7 +120,7 @@ class TokenizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
         return self
 
 
-class SplitConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class SplitConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Which text is held out for validation. Part of the dataset's fingerprint."""
 
     rule: Annotated[Literal["hash", "tail", "given"], may_change.BUILD] = "hash"
@@ -142,7 +142,7 @@ class SplitConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
         return self
 
 
-class DataConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A dataset: where it is, what it is built from, and what is made of it to learn from."""
 
     path: Annotated[Place, may_change.PLACE] = "data/dataset"

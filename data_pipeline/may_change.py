@@ -13,9 +13,12 @@ class MayChange:
     why: str
     """What the key is about; docs/training.md has what holds for it."""
     on_resume: bool = True
+    in_use: bool = False
+    """When a trained model is used, too: `duet eval --set`, `duet generate --set`."""
 
     def __str__(self) -> str:
-        return f"{'on resume' if self.on_resume else 'in a fork'}: {self.why}"
+        when = "on resume" if self.on_resume else "in a fork"
+        return f"{when}{' and in use' if self.in_use else ''}: {self.why}"
 
 
 PLACE = MayChange("where things lie")
@@ -24,3 +27,4 @@ PHASE = MayChange("what is read from here on")
 COMPUTED = MayChange("how it is computed")
 WATCHED = MayChange("how it is watched")
 IN_FORK = MayChange("what makes another run", on_resume=False)
+THOUGHT = MayChange("how long it thinks", on_resume=False, in_use=True)

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from model.architectures.registry import ARCHITECTURES, DEFAULT
 from model.config.model_config import ModelConfig
 from pretrain.config.changes import mark_of
-from pretrain.config.json_schema import json_schema
+from pretrain.config.json_schema import describe, json_schema
 from pretrain.config.schema import Config
 from pretrain.objectives.registry import OBJECTIVES
 
@@ -32,7 +32,8 @@ error that names the nearest valid one. How stacking works: [training.md](traini
 `duet config show …` prints the result, `duet config presets` lists the presets that are shipped.
 
 **May change**, the last column: *on resume*, when a run goes on, and in a fork (`duet train --from`), too; *in a fork*
-only; or, where it is empty, never. [training.md](training.md#stopping-and-going-on) says what holds for each reason.
+only; or, where it is empty, never. *In use*: by `--set` of `duet eval` and `duet generate`, too, when it is trained.
+[training.md](training.md#stopping-and-going-on) says what holds for each reason.
 """
 COLUMNS = "| key | kind | default | meaning | may change |\n|---|---|---|---|---|"
 SIGNS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
@@ -51,6 +52,7 @@ def schema() -> str:
 
 def reference() -> str:
     """The whole page."""
+    describe()
     parts = [HEAD]
     for name, field in Config.model_fields.items():
         if name == "model":

@@ -18,7 +18,8 @@ from data_pipeline.files.mapped import told
 from data_pipeline.secret import WAY_ON, argument_of_secret
 from launch.commands import checkpoint, data, jobs, plan, preflight, runs, status, study, submit
 from launch.commands.generate import generate
-from launch.completion import complete_configs, complete_runs, shipped
+from launch.completion import complete_changes, complete_configs, complete_runs, shipped
+from pretrain import status_line
 from pretrain.run.provenance import check_code
 
 ConfigArgs = Annotated[
@@ -85,7 +86,7 @@ def train(
     ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine: one for each GPU.")] = 1,
     start_from: Annotated[
         str | None,
-        typer.Option("--from", metavar="RUN[@STEP]", help="Begin with a checkpoint of another run, or its newest."),
+        typer.Option("--from", metavar="RUN[@STEP]", help="Begin with a checkpoint of another run, or an export."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what DeepSpeed and torch print, too.")] = False,
@@ -100,12 +101,9 @@ def train(
     from pretrain.config.schema import load
 
     if start_from:
-        from pretrain.run.origin import parse
-        from pretrain.run.run_folder import RunFolder
+        from pretrain.run.origin import first_file
 
-        origin = RunFolder(parse(start_from)[0])
-        origin.facts()  # a run folder
-        config = [str(origin.config_file), *config, f"run.start_from={start_from}"]
+        config = [str(first_file(start_from)), *config, f"run.start_from={start_from}"]
     loaded = load(config)
     loaded.micro_batches(ranks)
     if dry_run:
@@ -119,6 +117,7 @@ def train(
 
 
 app.command()(generate)
+app.command()(checkpoint.push)
 
 
 @app.command("eval")
@@ -135,17 +134,41 @@ def evaluate(
         str | None,
         typer.Option(help="Round the masks of learned dropout otherwise than trained with: none, threshold, sample."),
     ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE[,…]",
+            help="Other values than trained with, of a key that allows it: one each.",
+            autocompletion=complete_changes,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the loss against the values of --set.")
+    ] = None,
 ) -> None:
     """Validate a checkpoint over all held-out text, of all sources and of each, or evaluate a model on tasks.
 
-    Examples: `duet eval runs/quickstart`, `duet eval exported --tasks mine.yaml,lambada_openai`
+    Examples: `duet eval runs/quickstart`, `duet eval exported --tasks mine.yaml,lambada_openai`,
+    `duet eval runs/refined --set model.refine.steps=1,2,4,8 --plot steps.png`
     """
+    changes = changes or []
+    if plot and (tasks or not changes):
+        raise ConfigError("--plot draws the validation loss against the values of --set KEY=A,B,…; give these")
+    if tasks is None and (plot or (changes and "," in changes[-1])):
+        from pretrain.export.sweep import sweep
+
+        if rounding:
+            raise ConfigError("--rounding goes with one value of each --set; leave one of them out")
+        for change, metrics in sweep(run, step, changes, plot).items():
+            typer.echo("  ".join([change, *(f"{name} {value:.6f}" for name, value in metrics.items())]))
+        return
     if tasks is None:
         from launch.progress import counted
         from pretrain.export.use import evaluate_run
 
         with counted("validating") as progress:
-            found = evaluate_run(run, step, rounding, progress)
+            found = evaluate_run(run, step, rounding, progress, changes)
         width = max(28, *map(len, found))
         for name, value in found.items():
             typer.echo(f"{name:<{width}} {value:.6f}")
@@ -153,7 +176,7 @@ def evaluate(
     with wanted("lm_eval", "lm-eval", "--tasks"):
         from pretrain.export.harness import evaluate_tasks
 
-    for task, metrics in evaluate_tasks(run, step, tasks.split(",")).items():
+    for task, metrics in evaluate_tasks(run, step, tasks.split(","), changes).items():
         for name, value in metrics.items():
             typer.echo(f"{f'{task}/{name}':<42} {value:.6f}")
 
@@ -248,6 +271,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may be no text, and a terminal may lack a character
             stream.reconfigure(errors="backslashreplace")
+    status_line.begin(" ".join(["duet", *sys.argv[1:2]]))
     with told(lambda error: print(f"error: {error}", file=sys.stderr)):
         try:
             check_code()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from data_pipeline.ingest.splits import Progress
 
 _LINE_SECONDS = 10.0
+_AT_ONCE = {"train"}
+"""Stages whose end is all that is known of how far they are."""
 _NOTHING_TO_DO = "already built from this text and these settings: nothing to do"
 
 
@@ -28,19 +30,35 @@ def progress_line() -> "Iterator[Progress]":
         yield _plain_lines()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = (TextColumn("{task.description:<10}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        tasks = {}
+    told = (DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description:<9}"), BarColumn(24), *told, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+        at_once: dict[TaskID, int] = {}
 
         def show(stage: str, done: int, total: int) -> None:
             if stage == "unchanged":
                 bars.console.print(_NOTHING_TO_DO)
                 return
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
+            if stage in tasks:
+                bars.update(tasks[stage], completed=done)
+                return
+            for task, size in at_once.items():
+                bars.update(task, total=size, completed=size)
+            at_once.clear()
+            tasks[stage] = bars.add_task(stage, total=None if stage in _AT_ONCE else total, completed=done)
+            if stage in _AT_ONCE:
+                at_once[tasks[stage]] = total
 
         yield show
 
@@ -55,6 +73,8 @@ def _plain_lines() -> Callable[[str, int, int], None]:
             stage_now, began, told, first = stage, now, now, done
             if stage == "unchanged":
                 typer.echo(_NOTHING_TO_DO, err=True)
+            if stage in _AT_ONCE:
+                typer.echo(f"{stage}: {megabytes(total)}, which may take minutes", err=True)
         elif now - told >= _LINE_SECONDS:
             told = now
             speed = max(done - first, 1) / (now - began)

@@ -34,6 +34,11 @@ def main(args: list[str]) -> int:
 
     stop = StopRequest()  # first of all: Ctrl-C during the imports below is a request, too
 
+    from pretrain import status_line
+
+    if (rank := int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)) == 0:
+        status_line.begin("importing torch and DeepSpeed")
+
     from data_pipeline.errors import RunError, UserError
     from data_pipeline.files.atomic import disk_errors
     from data_pipeline.files.mapped import told
@@ -42,7 +47,6 @@ def main(args: list[str]) -> int:
     from pretrain.run.provenance import check_code
     from pretrain.tracking.console import fail, take_over
 
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     try:
         with told(lambda error: fail(f"error: {error}")), FailureFile(rank) as failure_file:
             check_code()
@@ -73,7 +77,10 @@ def main(args: list[str]) -> int:
 
 def run() -> NoReturn:
     """The whole process: its arguments, its exit code."""
+    from pretrain import status_line
+
     code = main(sys.argv[1:])
+    status_line.end()
     with contextlib.suppress(OSError):  # a closed pipe, a full disk: the code says how it went
         sys.stdout.flush()
         sys.stderr.flush()

@@ -33,6 +33,7 @@ from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
 from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.evaluate import held_out
+from pretrain.finetune.base import check_tokenizer, prepare
 from pretrain.health.monitor import Health
 from pretrain.health.rollback import Past, read_past
 from pretrain.life import Life
@@ -121,6 +122,8 @@ def open_parts(claim: Claim, stop: StopRequest, started: float, stack: ExitStack
     config, ranks, folder, train = claim.config, claim.ranks, claim.folder, claim.config.train
     torch.manual_seed(config.run.seed)
     model = registry.build(config.model)
+    begun = ranks.together(lambda: bool(folder.saved_steps()), only_first=True)
+    ranks.together(lambda: prepare(model, config, begun=begun))
     parameters = sum(p.numel() for p in model.parameters())
     engine = Engine(model, config, ranks)
     recorder = ranks.together(lambda: stack.enter_context(Recorder(config, folder, ranks, claim.attempt)))
@@ -175,6 +178,7 @@ def _tie(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     Plan(dataset, wanted_phase(dataset, config.data, config.model.context), config.run.seed)
     held_out(dataset, config)
     origin.check(config, identity(config, dataset))
+    check_tokenizer(config, dataset.manifest.tokenizer.sha256)
     folder.claim(config, identity(config, dataset))
     return config
 
@@ -195,7 +199,7 @@ def _restore(claim: Claim, engine: Engine, warn: Callable[[str], None]) -> tuple
         _check_weighing(found.manifest, config, folder)
     else:
         ranks.together(folder.check_never_saved)
-        if config.run.start_from is not None:
+        if config.run.start_from is not None and config.finetune.kind == "none":
             owner = origin.folder(config)
             found = ranks.together(lambda: checkpoint.Checkpoint(origin.checkpoint_folder(config)))
             ranks.together(lambda: found.verify(ranks.rank, ranks.world_size))

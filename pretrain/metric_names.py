@@ -61,11 +61,18 @@ L0_WEIGHT = Metric("penalty/l0_weight", "factor", of_model="l0_weight")
 BLOCK_PENALTY = Metric("penalty/blocks", "multiplier times excess", of_model="block_penalty")
 BLOCK_ENTROPY = Metric("penalty/block_entropy", "bits", of_model="block_entropy")
 BLOCK_ENTROPY_WEIGHT = Metric("penalty/block_entropy_weight", "factor", of_model="block_entropy_weight")
+PONDER = Metric("penalty/ponder", "steps and remainder", of_model="ponder")
+PONDER_WEIGHT = Metric("penalty/ponder_weight", "factor", of_model="ponder_weight")
 ENCODER_LOSS = Metric("loss/encoder", "its own", of_model="encoder_loss")
+EARLIER_LOSS = Metric("loss/earlier_step", "nats per token", of_model="earlier_cross_entropy")
+REFINE_CHANGE = Metric("refine/change", "share of the vectors' norm", of_model="refine_change")
+DRAFT_LOSS = Metric("loss/draft", "nats per hidden label", of_model="draft_cross_entropy")
+LENGTH_LOSS = Metric("loss/length", "nats per target", of_model="length_cross_entropy")
 Z_LOSS = Metric("loss/z", "mean of log² Z", of_model="z_loss")
 VALIDATION = Metric("loss/val", "nats per label")
 VALIDATION_PART = Metric("loss/val_part", "nats per label")
 VALIDATION_PERPLEXITY = Metric("loss/val_perplexity", "perplexity")
+VALIDATION_DRAFT = Metric("loss/val_draft", "nats per hidden label")
 BITS_PER_BYTE = Metric("loss/val_bits_per_byte", "bits per byte")
 DENSITY = Metric("gate/density", "share of open gates", of_model="density", column=Column("density", 8))
 GATE_ENTROPY = Metric("gate/entropy", "bits")
@@ -74,8 +81,17 @@ MASK_SLOPE = Metric("gate/mask_slope", "mean of abs(dm/dangle)", of_model="mask_
 NEAR_ZERO = Metric("gate/mask_near_zero", "share below 0.1", of_model="mask_near_zero")
 NEAR_ONE = Metric("gate/mask_near_one", "share above 0.9", of_model="mask_near_one")
 MULTIPLIER = Metric("gate/multiplier", "of the density's penalty", of_model="multiplier")
+PONDER_STEPS = Metric("ponder/steps", "steps a token", of_model="ponder_steps", column=Column("steps", 6, ".2f"))
+PONDER_SHARE = Metric("ponder/share", "share of tokens", of_model="ponder_share")
+VALIDATION_PONDER = Metric("ponder/val_steps", "steps a token")
 FLIPS = Metric("gate/flips", "share of elements")
 VALIDATION_DENSITY = Metric("gate/val_density", "share of open gates")
+ALPHA = Metric("attention/alpha", "alpha of entmax", of_model="alpha")
+ZEROS = Metric("attention/zeros", "share of visible keys with weight 0", of_model="zeros")
+SPAN = Metric("attention/span", "tokens", of_model="span")
+FULLEST = Metric("attention/fullest", "share of tokens in the fullest cluster", of_model="fullest")
+EMPTY = Metric("attention/empty", "share of clusters without a token", of_model="empty")
+SPAN_WEIGHT = Metric("penalty/span_weight", "factor", of_model="span_weight")
 GRAD_NORM = Metric("optim/grad_norm", "norm before clipping", column=Column("grad", 8, ".3f"))
 LEARNING_RATE = Metric("optim/lr", "learning rate", column=Column("lr", 9, ".2e"))
 SKIPPED = Metric("optim/skipped", "steps")
@@ -104,6 +120,8 @@ SPIKES = Metric("health/spikes", "spikes")
 ROLLBACKS = Metric("health/rollbacks", "rollbacks")
 
 OF_MODEL = {metric.of_model: metric for metric in REGISTRY.values() if metric.of_model}
+OF_PARTS = (ALPHA, ZEROS, SPAN, FULLEST, EMPTY, PONDER_SHARE, REFINE_CHANGE)
+"""Of each head, such as `attention/alpha/dec_sa/00/h0`, or each step."""
 COLUMNS: tuple[tuple[Metric, Column], ...] = tuple(
     (metric, metric.column) for metric in REGISTRY.values() if metric.column
 )
@@ -111,10 +129,15 @@ COLUMNS: tuple[tuple[Metric, Column], ...] = tuple(
 
 
 def of_model(name: str) -> str:
-    """What the journal calls a metric of the model; one of a single mask, `density/enc_ff/00`, stays below its family.
+    """What the journal calls a metric of the model; one of a single mask, `density/enc_ff/00`, stays below its family,
+    and so does one of a step of refinement, `refine_change/01`.
 
     Those that have no name of their own here are the gates'.
     """
+    family, _, part = name.partition("/")
+    metric = OF_MODEL.get(family)
+    if part and metric and metric in OF_PARTS:
+        return metric.of(part)
     return OF_MODEL.get(name) or f"gate/{name}"
 
 

@@ -12,7 +12,7 @@ from data_pipeline.files.atomic import disk_errors
 from data_pipeline.files.mapped import explained, told
 from data_pipeline.loading.loader import Loader, Reader
 from data_pipeline.sampling.sample_plan import Plan
-from pretrain import begin
+from pretrain import begin, status_line
 from pretrain.config.schedule import learning_rate
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
@@ -54,10 +54,11 @@ def train(config: Config, ranks: Ranks, stop: StopRequest, started: float, failu
         UserError: on every rank, with the same message.
     """
     with disk_errors(config.run_dir, RunError), still_there(config.run_dir), ExitStack() as stack:
-        claim = begin.claim(config, ranks, stack)
-        parts = begin.open_parts(claim, stop, started, stack)
+        with status_line.doing("opening data, model and run folder"):
+            claim = begin.claim(config, ranks, stack)
+            parts = begin.open_parts(claim, stop, started, stack)
         stack.enter_context(told(lambda error: failure_file.__exit__(type(error), error, None)))
-        with explained(), parts.system, parts.saver, parts.health:
+        with explained(), status_line.doing("training"), parts.system, parts.saver, parts.health:
             loop = Loop(claim, parts, failure_file)
             request = loop.run()
         parts.life.ended(loop.step, request)
@@ -200,7 +201,8 @@ class Loop:
 
         try:
             given = (self._windows, size, batch, claim.ranks, claim.batches, edge)
-            metrics = evaluate(model, *given, part=self._part, whole=whole)
+            with status_line.doing("validating"):
+                metrics = evaluate(model, *given, part=self._part, whole=whole)
         except Stopped:
             return None
         finally:

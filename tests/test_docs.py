@@ -23,6 +23,7 @@ from tests.runs import ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONTINUE_THE_README = {
+    "after.md",
     "training.md",
     "tracking.md",
     "commands.md",
@@ -31,6 +32,7 @@ CONTINUE_THE_README = {
     "generate.md",
     "use.md",
     "study.md",
+    "tutorial.md",
     "your-architecture.md",
 }
 """They say that their examples continue with the data and the run of the README."""
@@ -58,6 +60,7 @@ RUN_ELSEWHERE = {
     "bash slurm/tokenize.sbatch 32 mine.yaml data.path=data/shared": "tests/slurm/test_tokenize.py",
     "duet data upload data/mine s3://bucket/mine": "tests/data_pipeline/storage/test_remote.py",
     "duet checkpoint shrink runs/gated --gates --to smaller": "tests/pretrain/export/test_shrink.py",
+    "duet checkpoint import SmolLM-135M --to imported": "docs/after.md, with a model of ours",
     "duet cancel runs/first": "tests/slurm/test_status.py",
     "duet requeue runs/first": "tests/slurm/test_status.py",
     "duet resume runs/first --nodes 4": "tests/slurm/test_status.py",

@@ -65,6 +65,7 @@ def test_a_model_of_another_objective_is_trained_and_validated(
     [
         (False, ["model.document_mask=true"]),
         (True, ["model.architecture=encoder_decoder", "data.objective=span_corruption"]),
+        (False, ["model.architecture=draft_and_verify", "data.objective=continuation"]),
     ],
 )
 def test_other_ranks_and_stages_learn_the_same(

@@ -30,9 +30,10 @@ def build(
 ) -> Manifest:
     """Builds the dataset of `config` at `config.path`, or returns what stands there if it is that very dataset.
 
-    Stages told to `progress`: hash, measure (where something must be known of all text first), tokenizer, tokenize,
-    write; `unchanged` if there was nothing to do. The number of processes makes no difference to the result. Documents
-    that were left out are listed in the file `dropped`; `notes` is told of files that were, or that gave none.
+    Stages told to `progress`: hash, measure (where something must be known of all text first), tokenizer, train (of
+    which no share is known), tokenize, write; `unchanged` if there was nothing to do. The number of processes makes no
+    difference to the result. Documents that were left out are listed in the file `dropped`; `notes` is told of files
+    that were, or that gave none.
 
     Interrupted anywhere, it leaves the former state; run again, it goes on behind the last unit that was finished and
     gives the same bytes. One that failed stands in the way of no other settings. (Only while `overwrite` exchanges a

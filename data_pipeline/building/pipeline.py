@@ -192,7 +192,9 @@ class Build:
         for _, segments in self._sample_units(context, "tokenizer", limit):
             for segment in segments:
                 reservoir.add(segment)
-        return [segment.text for segment in reservoir.segments()]
+        texts = [segment.text for segment in reservoir.segments()]
+        self.report("train", sum(len(text.encode()) for text in texts))(0)
+        return texts
 
     def sample_sources(self, context: Context, limit: int) -> dict[str, list[str]]:
         """For each source a sample of its training text, of at most `limit` bytes."""

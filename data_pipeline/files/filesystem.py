@@ -1,4 +1,4 @@
-"""Input files by name, which is a local path or a URI of pyarrow.fs; plain or packed, each fault named by file."""
+"""Input files by name: a local path, or a URI that pyarrow.fs knows; plain or packed, each fault named by file."""
 
 import bz2
 import functools
@@ -94,12 +94,23 @@ def absolute(path: str) -> str:
 
 
 @contextmanager
+def as_os_errors() -> Iterator[None]:
+    """A network that fails is an OSError, whatever library notices it."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2"):  # what huggingface_hub calls
+            raise
+        raise OSError(str(error)) from error
+
+
+@contextmanager
 def open_raw(name: str) -> Iterator[BinaryIO]:
     """The bytes of a file as it is stored; seekable. Raises DataError for a file that cannot be opened or read."""
     try:
         if is_uri(name):
             filesystem, path = resolve(name)
-            with filesystem.open_input_file(path) as remote:
+            with as_os_errors(), filesystem.open_input_file(path) as remote:
                 yield io.BufferedReader(remote, 2**20)
         else:
             with open(name, "rb") as file:
@@ -150,7 +161,8 @@ def stamp(name: str) -> tuple[int, int]:
         status = Path(name).stat()
         return status.st_size, status.st_mtime_ns
     filesystem, path = resolve(name)
-    info = filesystem.get_file_info(path)
+    with as_os_errors():
+        info = filesystem.get_file_info(path)
     return info.size or 0, info.mtime_ns or 0
 
 
@@ -179,6 +191,8 @@ def _connect(root: str) -> tuple["FileSystem", str]:
 
     try:
         filesystem, base = FileSystem.from_uri(root)
+    except ImportError as error:
+        raise DataError(f"{root} needs the library huggingface_hub: pip install 'duet-pretrain[hf]'") from error
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{root}: no file system can be reached under it: {error}") from error
     return filesystem, base.rstrip("/")

@@ -9,8 +9,9 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from data_pipeline.errors import DataError
-from data_pipeline.files.filesystem import is_uri, resolve, root_of
+from data_pipeline.files.filesystem import as_os_errors, is_uri, resolve, root_of
 from data_pipeline.files.formats import is_utf8
+from data_pipeline.ingest.saved_folders import without_others
 
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
@@ -41,6 +42,10 @@ class Listing:
         else:
             where = os.path.expanduser(unquote(urlsplit(path).path) if is_uri(path) else path)  # noqa: PTH111
             found = list(self._local(where, path))
+        try:
+            found = without_others(found, self.left_out)
+        except DataError as error:
+            raise self._error(str(error)) from error
         for name in found:
             if not is_utf8(name):
                 raise self._error(f"{os.fsencode(name)!r}: the name is not UTF-8; rename it")
@@ -152,13 +157,15 @@ class Listing:
             filesystem, path = resolve(uri)
             magic = glob.has_magic(path)
             folder, pattern = _cut_glob(path) if magic else (path, ["**"])
-            info = filesystem.get_file_info(folder)
+            with as_os_errors():
+                info = filesystem.get_file_info(folder)
+                is_folder = info.type == FileType.Directory
+                below = filesystem.get_file_info(FileSelector(folder, recursive=True)) if is_folder else []
             if not magic and info.type == FileType.File:
                 yield uri
                 return
-            if info.type != FileType.Directory:
+            if not is_folder:
                 raise self._error(f"{uri} does not exist")
-            below = filesystem.get_file_info(FileSelector(folder, recursive=True))
         except OSError as error:
             raise self._error(f"{uri} cannot be listed: {error}") from error
         found = False

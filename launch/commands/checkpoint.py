@@ -182,6 +182,10 @@ def export(
         Path | None, typer.Option(metavar="FOLDER", help="A new folder: weights in one safetensors file, tokenizer.")
     ] = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights in --to.")] = "fp32",
+    layout: Annotated[
+        Literal["llama", "gpt2"] | None,
+        typer.Option(help="Of --to: one that other programs know, of a decoder_only model that fits it."),
+    ] = None,
     deepspeed: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="A new folder, in DeepSpeed's own layout.")
     ] = None,
@@ -196,10 +200,14 @@ def export(
 
     if (to is None) == (deepspeed is None):
         raise ConfigError("name one new folder: --to FOLDER, or --deepspeed FOLDER for DeepSpeed's own layout")
-    if deepspeed and dtype != "fp32":
-        raise ConfigError("--dtype is for --to; --deepspeed saves in the run's precision")
+    if deepspeed and (dtype != "fp32" or layout):
+        raise ConfigError("--dtype and --layout are for --to; --deepspeed saves in the run's precision")
     checkpoint, config = find_checkpoint(*parse(path))
-    if to:
+    if to and layout:
+        from pretrain.export.standard import write_standard
+
+        write_standard(checkpoint, config, to, layout, dtype)
+    elif to:
         from pretrain.export.portable import write_export
 
         write_export(checkpoint, config, to, dtype)
@@ -210,29 +218,86 @@ def export(
     typer.echo(f"{checkpoint.path}: exported to {to or deepspeed}")
 
 
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A Llama or GPT-2 model, as transformers saves it.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder: an export, as Duet writes them.")],
+) -> None:
+    """Take a model from elsewhere, weights and tokenizer, to begin a run with: `duet train --from`.
+
+    What does not fit is refused by the first field of its config.json that does not.
+
+    Example: `duet checkpoint import SmolLM-135M --to begin`
+    """
+    from pretrain.export.standard import import_model
+
+    found = import_model(folder, to)
+    typer.echo(f"{folder}: imported to {to}: {found.layers} layers, width {found.width}, {found.vocab_size} tokens")
+
+
 @app.command("shrink")
 def shrink(
     path: Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="A run folder (its newest checkpoint), or one.")],
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder: an export of the smaller model.")],
     gates: Annotated[bool, typer.Option("--gates", help="Remove gated blocks that no held-out token opens.")] = False,
+    spans: Annotated[bool, typer.Option("--spans", help="Windows as wide as the learned spans reach.")] = False,
 ) -> None:
     """Export a smaller model, without what it never uses; says the validation loss before and after.
 
     Example: `duet checkpoint shrink runs/gated --gates --to smaller`
     """
     from data_pipeline.errors import ConfigError
-    from pretrain.export.shrink import shrink as remove
     from pretrain.run.origin import parse
 
-    if not gates:
-        raise ConfigError("say what to remove: --gates, the blocks of feed forwards that no held-out token opens")
-    found = remove(*parse(path), to)
-    for name, (before, after) in found.blocks.items():
-        typer.echo(f"{name}: {after} of {before} blocks stay")
-    (many, fewer), (loss, other) = found.parameters, found.loss
-    typer.echo(f"parameters: {many:,} before, {fewer:,} after")
+    if gates == spans:
+        raise ConfigError(
+            "say what to remove: --gates, the blocks of feed forwards that no held-out token opens; or --spans, what "
+            "lies beyond the learned spans of attention"
+        )
+    if spans:
+        from pretrain.export.windows import take_windows
+
+        windowed = take_windows(*parse(path), to)
+        typer.echo(f"windows by layer: {', '.join(f'{window:,}' for window in windowed.windows)} tokens")
+        loss, other = windowed.loss
+    else:
+        from pretrain.export.shrink import shrink as remove
+
+        found = remove(*parse(path), to)
+        for name, (before, after) in found.blocks.items():
+            typer.echo(f"{name}: {after} of {before} blocks stay")
+        (many, fewer), (loss, other) = found.parameters, found.loss
+        typer.echo(f"parameters: {many:,} before, {fewer:,} after")
     typer.echo(f"validation loss: {loss:.6f} before, {other:.6f} after")
     typer.echo(f"exported to {to}")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An export.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="NAME/MODEL, made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it for yourself only, if it is made.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Upload an export to huggingface.co, or to the server that HF_ENDPOINT names.
+
+    `hf auth login`, or HF_TOKEN, says who you are.
+
+    Example: `duet push exported NAME/MODEL --dry-run`
+    """
+    from pretrain.export.hugging_face.push import is_licensed, uploads
+    from pretrain.export.hugging_face.push import push as upload
+
+    files = uploads(folder)
+    if not is_licensed(folder):
+        typer.echo(
+            f"warning: {folder / 'README.md'} does not say under which licence the weights may be used", err=True
+        )
+    if not dry_run:
+        typer.echo(upload(folder, repo, private=private))
+        return
+    for file in files:
+        typer.echo(f"{file.bytes:>15,}  {file.name}")
+    typer.echo(f"{len(files)} files, {sum(file.bytes for file in files):,} bytes would go to {repo}")
 
 
 def _no_checkpoint(path: Path) -> str:

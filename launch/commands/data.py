@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.commands.data_plan import locate, plan
+from launch.completion import complete_configs
 from launch.progress import megabytes, progress_line
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ ConfigArgs = Annotated[
     typer.Argument(
         metavar="CONFIG… KEY=VALUE…",
         help="YAML files or presets, then overrides such as data.tokenizer.vocab_size=8192.",
+        autocompletion=complete_configs,
     ),
 ]
 Processes = Annotated[
@@ -212,7 +214,7 @@ _SAMPLE_TOKENS = 200
 def collect(
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl.zst", help="The file to write.")],
 ) -> None:
-    """Write a small corpus that is on every machine: the documentation inside Python's standard library.
+    """Write a small corpus that is on every machine: the prose of the documentation inside Python's standard library.
 
     Example: `duet data collect data/python-docs.jsonl.zst`
     """

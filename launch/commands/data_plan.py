@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import DataError, RunError
+from launch.completion import complete_configs
 
 if TYPE_CHECKING:
     from data_pipeline.sampling.pair_windows import PairWindows
@@ -19,7 +20,14 @@ _SHOWN_CHARACTERS = 80
 
 
 def plan(
-    config: Annotated[list[str], typer.Argument(metavar="CONFIG… KEY=VALUE…", help="As for a run.")],
+    config: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG… KEY=VALUE…",
+            help="As for a run.",
+            autocompletion=complete_configs,
+        ),
+    ],
     tokens: Annotated[
         str | None, typer.Option(metavar="N", help="Tokens to train on, such as 10B; those of the run unless given.")
     ] = None,
@@ -36,7 +44,14 @@ def plan(
 
 
 def locate(
-    config: Annotated[list[str] | None, typer.Argument(metavar="CONFIG… KEY=VALUE…", help="As for a run.")] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG… KEY=VALUE…",
+            help="As for a run.",
+            autocompletion=complete_configs,
+        ),
+    ] = None,
     step: Annotated[int, typer.Option(min=1, help="Optimizer step, from 1.")] = 1,
     run: Annotated[Path | None, typer.Option(metavar="RUN", help="The folder of a run, instead of CONFIG.")] = None,
     text: Annotated[bool, typer.Option("--text", help="Show how each document begins.")] = False,

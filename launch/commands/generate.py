@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_pipeline.errors import ConfigError, UserError
+from launch.completion import complete_changes, complete_decode
+from pretrain import status_line
 
 if TYPE_CHECKING:
-    from pretrain.inference.continuation import Settings
+    from pretrain.inference.continuation import Continuation, Settings
     from pretrain.inference.trained import Trained
 
 
@@ -42,6 +44,25 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End a text before this string; may be given several times.")
     ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Another value than trained with, of a key that allows it.",
+            autocompletion=complete_changes,
+        ),
+    ] = None,
+    decode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAY",
+            help="Of a model that drafts: verify, ar, nar, mask_predict or refine.",
+            autocompletion=complete_decode,
+        ),
+    ] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Passes of --decode mask_predict.")] = 10,
+    candidates: Annotated[int, typer.Option(min=1, help="Lengths that nar and mask_predict try.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="A line of JSON for each text: tokens, probabilities, gates.")
@@ -58,6 +79,7 @@ def generate(
     `duet generate runs/quickstart --prompts prompts.txt --top-k 0 --top-p 0.9 --stop "."`,
     `duet generate runs/quickstart --prompt "Return the " --html text.html`
     """
+    from model.generation.drafting import Drafting
     from model.generation.sampling import Sampling
     from pretrain.export.use import open_trained
     from pretrain.inference.continuation import Settings
@@ -66,12 +88,15 @@ def generate(
         meant = shlex.join(["duet", "generate", str(run), "--prompt", " ".join(words)])
         raise ConfigError(f"a text to continue is given with --prompt: {meant}")
     sampling = Sampling(repetition_penalty, 0.0 if greedy else temperature, top_k or None, top_p, min_p)
-    settings = Settings(sampling, tokens, tuple(stop or []), seed)
+    if decode is None and (iterations, candidates) != (10, 1):
+        raise ConfigError("--iterations and --candidates belong to --decode mask_predict or nar; name the way")
+    drafting = Drafting(decode, iterations, candidates) if decode else None
+    settings = Settings(sampling, tokens, tuple(stop or []), seed, drafting)
     texts = _given(prompt, prompts)
     if not texts and _is_terminal() and not as_json and not html:
-        ask(open_trained(run, step), settings)
+        ask(open_trained(run, step, changes or []), settings)
     else:
-        _continue(texts or [_standard_input()], open_trained(run, step), settings, as_json, html)
+        _continue(texts or [_standard_input()], open_trained(run, step, changes or []), settings, as_json, html)
 
 
 def _given(prompt: list[str] | None, prompts: Path | None) -> list[str]:
@@ -92,7 +117,8 @@ def _continue(texts: list[str], trained: "Trained", settings: "Settings", as_jso
         for _ in continuation.pieces():
             pass
     else:
-        _show(texts, continuation.pieces())
+        _show([text + _between(continuation) for text in texts], continuation.pieces())
+        _tell_passes(continuation)
     if not as_json and not html:
         return
     found = records(trained, continuation, attention=html is not None)
@@ -119,6 +145,24 @@ def _show(prompts: list[str], pieces: Iterable[tuple[int, str]]) -> None:
     typer.echo()
     for number, text in enumerate(later[1:], 2):
         typer.echo(f"== {number} of {len(prompts)} ==\n{text}")
+
+
+def _between(continuation: "Continuation") -> str:
+    """What stands between a prompt and what comes of it: something where that is another text."""
+    return " ⟶ " if continuation.apart else ""
+
+
+def _tell_passes(continuation: "Continuation") -> None:
+    """How a model that drafts wrote each text, on standard error."""
+    for number, passes in enumerate(continuation.passes or [], 1):
+        assert continuation.drafting is not None
+        which = f" {number} of {len(continuation.texts)}" if len(continuation.texts) > 1 else ""
+        tokens = continuation.texts[number - 1].num_tokens
+        typer.echo(
+            f"{continuation.drafting.decode}{which}: {tokens} tokens in {passes.drafts} drafts and {passes.writes} "
+            "passes of the decoder that writes",
+            err=True,
+        )
 
 
 def _is_terminal() -> bool:
@@ -158,6 +202,7 @@ def ask(trained: "Trained", settings: "Settings") -> None:
     from pretrain.inference.continuation import Continuation
 
     trained.check_continues()
+    status_line.end()  # it would write over what is being typed
     typer.echo(_HELP)
     while True:
         try:
@@ -172,12 +217,14 @@ def ask(trained: "Trained", settings: "Settings") -> None:
             settings = _commanded(settings, line.split())
             continue
         try:
-            typer.echo(line, nl=False)
-            for _, piece in Continuation(trained, [line], settings).pieces():
+            continuation = Continuation(trained, [line], settings)
+            typer.echo(line + _between(continuation), nl=False)
+            for _, piece in continuation.pieces():
                 typer.echo(piece, nl=False)
         except KeyboardInterrupt:
             pass  # the reader has seen enough
         typer.echo()
+        _tell_passes(continuation)
         settings = replace(settings, seed=settings.seed + 1)
 
 

@@ -10,17 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import ConfigError
+from launch.completion import complete_configs
 from model.gpus import GPUS, Gpu, find, near
 
 if TYPE_CHECKING:
     from model.config.model_config import ModelConfig
     from pretrain.config.schema import Config
     from pretrain.planning.costs import RunCosts, Stage
+    from pretrain.planning.goodput import Outlook
 
 app = typer.Typer(no_args_is_help=True, help="Size and cost of a model.")
 ConfigArgs = Annotated[
     list[str],
-    typer.Argument(metavar="CONFIG… KEY=VALUE…", help="YAML files or presets, then overrides such as model.layers=4."),
+    typer.Argument(
+        metavar="CONFIG… KEY=VALUE…",
+        help="YAML files or presets, then overrides such as model.layers=4.",
+        autocompletion=complete_configs,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
@@ -105,9 +111,19 @@ def plan(
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of the peak that is expected; the journal has time/mfu.")
     ] = 0.4,
+    interruption_hours: Annotated[
+        float | None,
+        typer.Option(min=1e-3, help="Between interruptions of the run; if not given, as published for so many GPUs."),
+    ] = None,
+    time: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SECONDS", help="Measured: save, store, load, start, requeue, detect; repeatable."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a run needs and takes: memory of a GPU by ZeRO stage, time, checkpoints; and what fits if it does not.
+
+    Interruptions, too: the share of the time that trains, what takes the rest, and the best train.checkpoint_every.
 
     Nothing is allocated and no GPU is needed (docs/plan.md). The vocabulary comes from the dataset, if it is built, or
     from model.vocab_size. Exit code 1: it does not fit.
@@ -116,14 +132,19 @@ def plan(
     """
     from pretrain.config.schema import load
     from pretrain.planning.costs import costs
+    from pretrain.planning.goodput import outlook, parse_times
 
     name, board = _board(gpu, tflops, memory)
+    given = parse_times(time or [])
     loaded = _with_vocabulary(load(config))
     found = costs(loaded, gpus, board, mfu)
+    ahead = outlook(loaded, found, gpus, interruption_hours, given)
     if as_json:
-        typer.echo(json.dumps(_tree(found)))
+        typer.echo(json.dumps(_tree(found) | {"goodput": asdict(ahead)}))
     else:
-        typer.echo("\n".join(_lines(loaded, found, gpus, name, board, mfu)))
+        lines = _lines(loaded, found, gpus, name, board, mfu)
+        table = lines.index("")
+        typer.echo("\n".join([*lines[:table], *_goodput(loaded, ahead, found), *lines[table:]]))
     if not _fits(found, loaded):
         raise typer.Exit(1)
 
@@ -219,6 +240,24 @@ def _lines(config: "Config", found: "RunCosts", gpus: int, name: str, board: Gpu
     if not _fits(found, config):
         lines += ["", "The run does not fit. What would:", *(f"  {change}" for change in found.fitting or _NOTHING)]
     return lines
+
+
+def _goodput(config: "Config", ahead: "Outlook", found: "RunCosts") -> list[str]:
+    from pretrain.tracking.durations import duration
+
+    own, best, every = ahead.own, ahead.best, config.train.checkpoint_every
+    worth = max(own.by_second.values())
+    return [
+        f"goodput     {own.share:.2%} of the time trains, with an interruption every {duration(ahead.hours * 3600)} "
+        f"and a checkpoint every {duration(own.interval)} (train.checkpoint_every={every:,}): "
+        f"{duration(found.run_seconds / own.share)} in all",
+        f"            saving takes {own.saving:.2%}, steps taken again {own.lost:.2%}, being down {own.down:.2%}",
+        f"best        {best.share:.2%}, with train.checkpoint_every={ahead.best_steps:,}: saving {best.saving:.2%}, "
+        f"steps taken again {best.lost:.2%}, being down {best.down:.2%}",
+        f"seconds     {', '.join(f'{name} {seconds:.3g}' for name, seconds in asdict(ahead.times).items())} (--time)",
+        "a second    less of each is worth, at your interval: "
+        + ", ".join(f"{name} {gain:.3%}" for name, gain in own.by_second.items() if gain > worth / 1e3),
+    ]
 
 
 def _flops(found: "RunCosts") -> str:

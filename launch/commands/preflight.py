@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import ConfigError, UserError
+from launch.completion import complete_configs
 
 if TYPE_CHECKING:
     from pretrain.preflight.exchange import Place
@@ -33,7 +34,11 @@ _TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 def preflight(
     config: Annotated[
         list[str],
-        typer.Argument(metavar="CONFIG… KEY=VALUE…", help="What is to be trained: YAML files, presets, overrides."),
+        typer.Argument(
+            metavar="CONFIG… KEY=VALUE…",
+            help="What is to be trained: YAML files, presets, overrides.",
+            autocompletion=complete_configs,
+        ),
     ],
     run: Annotated[
         Path | None, typer.Option("--run", metavar="RUN", help="Write bad nodes to this run's list of those to avoid.")

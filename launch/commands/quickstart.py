@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,24 +51,30 @@ def _quoted(path: Path) -> str:
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 _TOPICS = "pydoc_data/topics.py"
+_FEWEST_WORDS = 8
+_PLAIN = re.compile(r"[^\W\d_]|[ .,;:'\"()-]")
+_PLAIN_SHARE = 0.99
 
 
 def collect(path: Path) -> tuple[int, int]:
     """Writes JSON Lines ({"name", "text"}), zstd-compressed, to `path`, which appears only when it is whole.
 
-    One document a documentation topic, then one a module: its docstrings in source order. Exact duplicates are left
-    out. The order depends on names alone. Returns (documents, UTF-8 bytes of text).
+    One document a documentation topic, then one a module: the prose of its docstrings in source order, each paragraph
+    once and on one line. So a small model soon writes what reads like it, which tables and code would keep it from.
+    The order depends on names alone. Returns (documents, UTF-8 bytes of text).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     seen: set[str] = set()
-    size = 0
+    documents = size = 0
     try:
         with open(temporary, "wb") as file:
             with zstandard.ZstdCompressor(level=9).stream_writer(file, closefd=False) as packed:
-                for name, text in _documents(Path(sysconfig.get_path("stdlib"))):
-                    if text and text not in seen:
-                        seen.add(text)
+                for name, raw in _documents(Path(sysconfig.get_path("stdlib"))):
+                    new = [one for one in dict.fromkeys(paragraphs(raw)) if one not in seen]
+                    if text := "\n\n".join(new):
+                        seen.update(new)
+                        documents += 1
                         size += len(text.encode())
                         packed.write((json.dumps({"name": name, "text": text}, ensure_ascii=False) + "\n").encode())
             file.flush()
@@ -75,7 +82,16 @@ def collect(path: Path) -> tuple[int, int]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return len(seen), size
+    return documents, size
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """Those of prose, each on one line: sentences of words, without code, tables and lists of names."""
+    for block in re.split(r"\n\s*\n", text):
+        line = " ".join(block.split())
+        is_sentence = len(line.split()) >= _FEWEST_WORDS and line[0].isupper() and line[-1] in ".:"
+        if is_sentence and "()" not in line and len(_PLAIN.findall(line)) >= _PLAIN_SHARE * len(line):
+            yield line
 
 
 def _documents(library: Path) -> Iterator[tuple[str, str]]:

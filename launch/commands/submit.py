@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import ConfigError
+from launch.completion import complete_configs
 
 if TYPE_CHECKING:
     from launch.slurm.submit import Submission
@@ -15,7 +16,14 @@ if TYPE_CHECKING:
 
 
 def submit(
-    config: Annotated[list[str], typer.Argument(metavar="CONFIG… KEY=VALUE…", help="As for `duet train`.")],
+    config: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG… KEY=VALUE…",
+            help="As for `duet train`.",
+            autocompletion=complete_configs,
+        ),
+    ],
     cluster: Annotated[
         str, typer.Option("--cluster", metavar="NAME", help="The site: a preset, one of your own, or a YAML file.")
     ],

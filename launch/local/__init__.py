@@ -2,5 +2,5 @@
 
 May import: data_pipeline.errors, data_pipeline.files, data_pipeline.sampling, data_pipeline.storage,
 model.architectures, model.config, model.costs, pretrain.config, pretrain.engine, pretrain.evaluation,
-pretrain.export, pretrain.run, pretrain.study.
+pretrain.export, pretrain.run, pretrain.status_line, pretrain.study.
 """

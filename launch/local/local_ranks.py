@@ -12,6 +12,7 @@ from types import FrameType
 
 from data_pipeline.errors import RunError
 from data_pipeline.files.atomic import disk_errors
+from pretrain import status_line
 from pretrain.run.run_listing import End, recorded_end
 
 GRACE_SECONDS = 15.0
@@ -34,6 +35,7 @@ def run_ranks(args: list[str], ranks: int, logs: Path, *, verbose: bool = False)
     Returns:
         the exit code: that of the recorded end of the run, else that of the first rank that failed, or 0.
     """
+    status_line.end()  # rank 0 has one
     meeting = os.memfd_create("duet-rendezvous")  # no file: nothing is left behind by SIGKILL
     environment = os.environ | {
         "DUET_PARENT": str(os.getpid()),

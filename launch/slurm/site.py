@@ -36,7 +36,7 @@ Word = Annotated[str, AfterValidator(_word)]
 """A value of one of sbatch's options."""
 
 
-class Cluster(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class Cluster(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """One site: where its jobs go, what a node has, and how Python gets into a job there."""
 
     partition: Word | None = None

@@ -5,6 +5,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from model.attention.visibility import Visible
+from model.batch import Batch
+from model.layers.layers import TiedEmbedding
 from model.masks.site import Statistics
 
 
@@ -21,6 +23,10 @@ class Embedded(NamedTuple):
     """To self attention."""
     statistics: Statistics
     """Of the mask on E."""
+    ids: Tensor
+    """[B, T] int64."""
+    table: TiedEmbedding
+    """Of the tokens; it is the head, too."""
 
 
 class SourceSequence(NamedTuple):
@@ -29,6 +35,14 @@ class SourceSequence(NamedTuple):
     embedded: Embedded
     across: Visible
     """What the written sequence may see of it."""
+
+
+class Earlier(NamedTuple):
+    """The same predictions made before all was computed: a second loss of the labels."""
+
+    x: Tensor
+    """[B, T, C], as that of `Hidden`."""
+    weight: float
 
 
 class Hidden(NamedTuple):
@@ -41,11 +55,23 @@ class Hidden(NamedTuple):
     auxiliary: Tensor | None = None
     """0-d: a loss of its own beside that of the tokens, with its weight; in training only."""
     metrics: dict[str, Tensor] = {}  # noqa: RUF012 - never changed
-    """What is told about that loss: detached."""
+    """What else is told, by the model's names: about that loss, the layers, or the steps that tokens take; in
+    validation, too, where it is known."""
+    penalised: dict[str, Tensor] = {}  # noqa: RUF012 - never changed
+    """What has a penalty of the configuration, beside its masks: 0-d, by the penalty's name."""
+    earlier: Earlier | None = None
+    """In training only."""
 
 
 class Backbone(nn.Module):
     """The layers of an architecture. `TokenModel` has the tables before them and the head behind them."""
+
+    def beside(self, embedded: Embedded, batch: Batch | None) -> SourceSequence | None:
+        """What is read beside the tokens that are predicted, where all is one text: nothing unless overridden.
+
+        `batch`: what else it says of these inputs.
+        """
+        return None
 
     def forward(self, embedded: Embedded, keys: Tensor | None, source: SourceSequence | None = None) -> Hidden:
         """Run the layers.

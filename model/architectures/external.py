@@ -102,6 +102,11 @@ def source(config: ModelConfig) -> tuple[str, bytes] | None:
     return Path(parse(config.architecture).file or file).name, content
 
 
+def is_of_file(module: str) -> bool:
+    """Whether that is what the module of an architecture in a file is called."""
+    return re.fullmatch(_module_name("[0-9a-f]{64}"), module) is not None
+
+
 def load(named: Named, folders: Iterable[Path]) -> tuple[str, type[ModelConfig]]:
     """The class, and its name with the hash. It runs the file.
 

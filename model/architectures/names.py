@@ -1,6 +1,15 @@
 """Names of a model's parameters, and what they were called before architectures had a part of their own."""
 
-_OUTER = {"token_embed", "position_embed", "embed_dropout", "final_norm", "mask_source", "target_dropout", "backbone"}
+_OUTER = {
+    "token_embed",
+    "position_embed",
+    "embed_dropout",
+    "final_norm",
+    "mask_source",
+    "target_dropout",
+    "draft_dropout",
+    "backbone",
+}
 """What stands beside the backbone."""
 
 

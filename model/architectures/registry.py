@@ -1,6 +1,6 @@
 """The architectures by name: from keys to a configuration, and from that to a model. Free of torch until it builds."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
@@ -10,9 +10,12 @@ from pydantic import BeforeValidator, SerializeAsAny, TypeAdapter, ValidationErr
 from data_pipeline.errors import ConfigError
 from model.architectures import external
 from model.architectures.decoder_only.spec import DecoderOnlyConfig
+from model.architectures.draft_and_verify.spec import DraftAndVerifyConfig
 from model.architectures.encoder_decoder.spec import EncoderDecoderConfig
 from model.architectures.encoder_only.spec import EncoderOnlyConfig
+from model.architectures.feedback.spec import FeedbackConfig
 from model.architectures.parallel_encoder_decoder.spec import ParallelEncoderDecoderConfig
+from model.architectures.refined.spec import RefinedConfig
 from model.config.model_config import NO_VOCABULARY, ModelConfig
 
 if TYPE_CHECKING:
@@ -29,12 +32,24 @@ class Buildable(Protocol):
         ...
 
 
+@runtime_checkable
+class Assembled(Protocol):
+    """A configuration that has a model of its own around its layers."""
+
+    def assemble(self, backbone: "Callable[[], Backbone]") -> "TokenModel":
+        """Tables first, then what `backbone` makes."""
+        ...
+
+
 DEFAULT = "parallel_encoder_decoder"
 ARCHITECTURES: dict[str, type[ModelConfig]] = {
     DEFAULT: ParallelEncoderDecoderConfig,
     "decoder_only": DecoderOnlyConfig,
     "encoder_decoder": EncoderDecoderConfig,
     "encoder_only": EncoderOnlyConfig,
+    "feedback": FeedbackConfig,
+    "refined": RefinedConfig,
+    "draft_and_verify": DraftAndVerifyConfig,
 }
 _GONE: dict[str, tuple[Any, str]] = {
     "streams": ("plain", "streams=batched was never faster, and is gone; leave model.streams out"),
@@ -114,7 +129,8 @@ def build(config: ModelConfig) -> "TokenModel":
     if config.vocab_size is None:
         raise ConfigError(NO_VOCABULARY)
     assert isinstance(config, Buildable)
-    return TokenModel(config, partial(_backbone, config))
+    layers = partial(_backbone, config)
+    return config.assemble(layers) if isinstance(config, Assembled) else TokenModel(config, layers)
 
 
 def _backbone(config: Buildable) -> "Backbone":

@@ -64,11 +64,18 @@ class TokenModel(Cached):
         if self.config.document_mask and inputs.segment_ids is None:
             raise ValueError("model.document_mask is on, and the batch does not say where documents are")
         self._compute_open_blocks(inputs.step)
-        found = self.hidden(inputs.input_ids, keys, inputs)
+        found = self.learning(inputs, keys)
         smoothing, z_weight = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
         count = None if inputs.counts is None else inputs.counts.labels
         tokens = self.token_embed(found.x, inputs.labels, smoothing, z_weight, count)
-        return self._output(tokens, found, inputs.step)
+        earlier = None
+        if found.earlier is not None:
+            earlier = self.token_embed(found.earlier.x, inputs.labels, smoothing, z_weight, count)
+        return self._output(tokens, found, inputs.step, earlier)
+
+    def learning(self, batch: Batch, keys: Tensor | None) -> Hidden:
+        """`hidden` of a batch in training or validation, with what the architecture's own losses are."""
+        return self.hidden(batch.input_ids, keys, batch)
 
     def predict(self, input_ids: Tensor, keys: Tensor | None, batch: Batch | None = None) -> Tensor:
         """Logits [B, T, V] of input_ids [B, T]; all else as in `hidden`."""
@@ -85,8 +92,13 @@ class TokenModel(Cached):
         """
         embedded, source = self._read(input_ids, keys, batch)
         found = self.backbone(embedded, keys, source)
-        x = apply_norm(self.final_norm, found.x, keys, embedded.visible.padding)
-        x = self.backbone.finish(x, embedded)
+
+        def finished(x: Tensor) -> Tensor:
+            return self.backbone.finish(apply_norm(self.final_norm, x, keys, embedded.visible.padding), embedded)
+
+        x = finished(found.x)
+        if found.earlier is not None:
+            found = found._replace(earlier=found.earlier._replace(x=finished(found.earlier.x)))
         if self.cache is not None:
             x = self.cache.asked(x)
         return found._replace(x=x)
@@ -96,10 +108,10 @@ class TokenModel(Cached):
         length = input_ids.shape[1]
         if length > self.config.context:
             raise ValueError(f"{length} tokens do not fit a context of {self.config.context}")
-        x, next_positions = self._with_positions(self.token_embed(input_ids), visible.positions)
+        x, next_positions = self.with_positions(self.token_embed(input_ids), visible.positions)
         mask_source = None if self.mask_source is None else self.mask_source(x, visible)
         x, statistics = dropout(x, keys, mask_source, visible)
-        return Embedded(x, next_positions, mask_source, visible, statistics)
+        return Embedded(x, next_positions, mask_source, visible, statistics, input_ids, self.token_embed)
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Of the token after each of input_ids [B, T], T <= context -> [B, T, V], with evaluation rounding."""
@@ -131,38 +143,42 @@ class TokenModel(Cached):
             visible = visible_in(input_ids, batch, self.config)
         else:
             visible = CAUSAL._replace(positions=self.cache.positions(input_ids.shape[1]))
-        return self.embed(input_ids, keys, visible, self.embed_dropout), None
+        embedded = self.embed(input_ids, keys, visible, self.embed_dropout)
+        return embedded, self.backbone.beside(embedded, batch)
 
-    def _output(self, tokens: TokenLoss, found: Hidden, step: Tensor) -> ModelOutput:
+    def _output(self, tokens: TokenLoss, found: Hidden, step: Tensor, earlier: TokenLoss | None) -> ModelOutput:
         """The loss of the tokens; in training plus that of the architecture and the penalties, means over the masks.
 
         Every mask counts alike. In evaluation the penalties are measured but do not enter the loss.
         """
         loss, config = tokens.loss, self.config
-        metrics = {"cross_entropy": tokens.cross_entropy}
+        metrics = {"cross_entropy": tokens.cross_entropy} | found.metrics
+        mean = found.penalised
         if config.z_loss:
             metrics["z_loss"] = tokens.z_loss
         if found.statistics:
             names = dict.fromkeys(name for mask in found.statistics.values() for name in mask)
             told = {name: {mask: v[name] for mask, v in found.statistics.items() if name in v} for name in names}
             stacked = {name: torch.stack([*of_mask.values()]) for name, of_mask in told.items() if name != KEPT}
-            mean = {name: values.mean() for name, values in stacked.items()}
+            mean = mean | {name: values.mean() for name, values in stacked.items()}
             if self.training and BLOCK_PENALTY in stacked:  # each feed forward's is a constraint of its own
                 loss = loss + stacked[BLOCK_PENALTY].sum()
-            for name, penalty in _penalties(config).items():
-                if name in mean:
-                    weight = metrics[f"{name}_weight"] = weight_at(step, penalty)
-                    if self.training:
-                        loss = loss + weight * mean[name]
-            metrics |= mean
             metrics |= {f"{name}/{mask}": value for name, values in told.items() for mask, value in values.items()}
+        for name, penalty in _penalties(config).items():
+            if name in mean:
+                weight = metrics[f"{name}_weight"] = weight_at(step, penalty)
+                if self.training:
+                    loss = loss + weight * mean[name]
+        metrics |= mean
+        if found.earlier is not None and earlier is not None:
+            loss = loss + found.earlier.weight * earlier.loss
+            metrics["earlier_cross_entropy"] = earlier.cross_entropy
         if found.auxiliary is not None:
             loss = loss + found.auxiliary
-            metrics |= found.metrics
         metrics["loss"] = loss
         return ModelOutput(loss, {name: value.detach() for name, value in metrics.items()}, tokens.by_token)
 
-    def _with_positions(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def with_positions(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, T, C] with their positions, and the position vectors one further where they are used.
 
         Positions [B, T] give vectors [B, T, C]; without them all rows share [T, C].
@@ -185,10 +201,14 @@ class TokenModel(Cached):
 
 
 def _penalties(config: ModelConfig) -> dict[str, PenaltyConfig]:
-    """The penalties on masks, by the statistic that they penalise."""
+    """The penalties on masks, spans and steps, by the statistic that they penalise."""
     if not isinstance(config, TransformerConfig):
         return {}
-    of_gates: dict[str, PenaltyConfig] = {"block_entropy": config.block_gates.entropy}
+    others: dict[str, PenaltyConfig] = {
+        "block_entropy": config.block_gates.entropy,
+        "span": config.weights.penalty,
+        "ponder": config.recurrence.ponder,
+    }
     if config.l0.enabled:
-        return {"l0": config.l0} | of_gates
-    return {"entropy": config.learned_dropout.entropy, "l1": config.learned_dropout.l1} | of_gates
+        return {"l0": config.l0} | others
+    return {"entropy": config.learned_dropout.entropy, "l1": config.learned_dropout.l1} | others

@@ -1,12 +1,18 @@
 """Multi-head attention, causal unless told otherwise: within a stream, and from one stream to another."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from model.attention.cache import Cached
+from model.attention.linformer import Linformer
+from model.attention.routing import Routing
 from model.attention.rule import Rows
 from model.attention.softmax import Softmax
+from model.attention.synthesizer import Synthesizer
 from model.attention.visibility import CAUSAL, Visible
+from model.attention.weights import mixer_of
 from model.config.transformer import TransformerConfig, TwoStreamConfig
 from model.layers.layers import Linear
 from model.layers.positions import rotate
@@ -26,15 +32,15 @@ class CausalAttention(Cached):
         layer: int = 0,
         group: int = 1,
         name: str = "",
-        rate: float = 0.0,
+        mixer: Softmax | None = None,
     ) -> None:
         """Attention of `heads` heads of queries.
 
         Args:
             layer: from 0 in its stream, whose pattern it has; what stands before the layers has the first one's.
             group: heads of queries that share one of keys and values.
-            name: of this place; keys the noise.
-            rate: of dropout on the weights, in training.
+            name: of this place.
+            mixer: of the values; a softmax unless given.
         """
         super().__init__()
         self.name = name
@@ -43,7 +49,7 @@ class CausalAttention(Cached):
         self._config = config
         self.heads = heads
         self._group = group
-        self._mixer = Softmax(config, name, rate)
+        self.mixer = mixer or Softmax(config)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible = CAUSAL
@@ -54,13 +60,26 @@ class CausalAttention(Cached):
         """
         visible = visible.of(self._pattern)
         query, key, value = self._in_heads(query, key, value, visible)
-        if self.cache is not None:
+        if self.cache is not None and (visible.aligned or self.cache.crosses):
             key, value, mask = self.cache.extend(self, key, value)
-            visible = Visible(causal=False, mask=mask)
+            queries, keys_at = self.cache.places(self) if self.mixer.counts else (None, None)
+            visible = Visible(causal=False, mask=mask, positions=queries, key_positions=keys_at)
         if self._group > 1:
             key, value = (x.repeat_interleave(self._group, dim=1) for x in (key, value))
-        found = self._mixer(query, key, value, keys, visible)
+        found = self.mixer(query, key, value, keys, visible)
         return found.transpose(1, 2).flatten(2)
+
+    def keep(self, key: Tensor, value: Tensor, visible: Visible, steps: range) -> None:
+        """Put key and value [B, T, C / group] into the cache alone, as what these further steps would compute."""
+        assert self.cache is not None
+        heads = self.heads // self._group
+        key, value = (x.unflatten(-1, (heads, -1)) for x in (key, value))
+        if self._config.positions == "rotary":
+            assert visible.positions is not None
+            key = rotate(key, visible.positions)
+        for step in steps:
+            self.cache.step = step
+            self.cache.extend(self, key.transpose(1, 2), value.transpose(1, 2))
 
     def weights(self, query: Tensor, key: Tensor, visible: Visible = CAUSAL) -> Tensor:
         """What each query gives each key of one text in evaluation, of tensors as `forward` takes -> [B, H, T, S]."""
@@ -69,12 +88,12 @@ class CausalAttention(Cached):
             rows = Rows(query.shape[:2], query.device, visible.causal)
             visible = visible._replace(mask=rows.dense(self.patterns))
         query, key, _ = self._in_heads(query, key, key, visible)
-        return self._mixer.weights(query, key.repeat_interleave(self._group, dim=1), visible)
+        return self.mixer.weights(query, key.repeat_interleave(self._group, dim=1), visible)
 
     def _in_heads(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, H, T, d], key and value [B, H / group, S, d], turned by their positions where these are rotary."""
-        query = query.unflatten(-1, (self.heads, -1))
-        key, value = (x.unflatten(-1, (self.heads // self._group, -1)) for x in (key, value))
+        query = _cut(query, self.heads)
+        key, value = (_cut(x, self.heads // self._group) for x in (key, value))
         if self._config.positions == "rotary" and visible.aligned:
             positions = visible.positions
             if positions is None:
@@ -86,26 +105,60 @@ class CausalAttention(Cached):
 class SelfAttention(nn.Module):
     """Attention of a stream to itself."""
 
-    def __init__(self, config: TransformerConfig, name: str, std: float, layer: int = 0) -> None:
+    def __init__(
+        self, config: TransformerConfig, name: str, std: float, layer: int = 0, *, both_ways: bool = False
+    ) -> None:
         """One projection [3C, C] for queries, keys and values (fewer rows with grouped queries), one [C, C] out.
 
         Args:
             name: of this place; keys the noise.
             std: start of the map out.
             layer: see `CausalAttention`.
+            both_ways: each position sees those after it, too.
         """
         super().__init__()
         group = config.queries_per_kv_head
-        self._sizes = [config.width, config.width // group, config.width // group]
+        queries, keys = config.score_channels
+        self._sizes = [queries, keys, config.width // group]
         self.qkv = Linear(config.width, sum(self._sizes), bias=config.bias)
         self.out = Linear(config.width, config.width, bias=config.bias, std=std)
-        rate = config.attention_rate
-        self.attention = CausalAttention(config, config.heads, layer=layer, group=group, name=name, rate=rate)
+        mixer = _mixer(config, name, both_ways)
+        self.attention = CausalAttention(config, config.heads, layer=layer, group=group, name=name, mixer=mixer)
 
     def forward(self, x: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
         query, key, value = self.qkv(x).split(self._sizes, dim=-1)
+        if isinstance(self.attention.mixer, Routing):
+            query, key = self.attention.mixer.routed(query, key)
         return self.out(self.attention(query, key, value, keys, visible))
+
+    def keep(self, x: Tensor, visible: Visible, steps: range) -> None:
+        """Keep of x [B, T, C] what further steps would, and compute nothing else."""
+        _, key, value = self.qkv(x).split(self._sizes, dim=-1)
+        self.attention.keep(key, value, visible, steps)
+
+
+class Projected(NamedTuple):
+    """Keys and values of a sequence that cross attention reads, [B, S, C / group] each."""
+
+    key: Tensor
+    value: Tensor
+
+
+def _mixer(config: TransformerConfig, name: str, both_ways: bool) -> Softmax:
+    """Of self attention: what the configuration says of scores and weights."""
+    if config.scores.kind == "synthesizer":
+        return Synthesizer(config, name)
+    if config.scores.kind == "routing":
+        return Routing(config, name, both_ways=both_ways)
+    if config.scores.kind == "linformer" and both_ways:
+        return Linformer(config, name)
+    return mixer_of(config, config.heads, name)
+
+
+def _cut(x: Tensor, heads: int) -> Tensor:
+    """[B, T, C] -> [B, T, H, d]; of no channels, too."""
+    return x.unflatten(-1, (heads, x.shape[-1] // heads))
 
 
 class CrossAttention(nn.Module):
@@ -118,10 +171,19 @@ class CrossAttention(nn.Module):
         self.query = Linear(config.width, config.width, bias=config.bias)
         self.key_value = Linear(config.width, 2 * (config.width // group), bias=config.bias)
         self.out = Linear(config.width, config.width, bias=config.bias, std=std)
-        rate = config.attention_rate
-        self.attention = CausalAttention(config, heads, layer=layer, group=group, name=name, rate=rate)
+        mixer = mixer_of(config, heads, name, aligned=not config.traits.two_sequences)
+        self.attention = CausalAttention(config, heads, layer=layer, group=group, name=name, mixer=mixer)
 
-    def forward(self, x: Tensor, other: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
+    def read(self, other: Tensor) -> Projected:
+        """Keys and values of other [B, S, C]."""
+        return Projected(*self.key_value(other).chunk(2, dim=-1))
+
+    def forward(self, x: Tensor, other: Tensor | Projected, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
         """Queries from x [B, T, C], keys and values from other [B, S, C] -> [B, T, C]; S = T if it is causal."""
-        key, value = self.key_value(other).chunk(2, dim=-1)
+        key, value = other if isinstance(other, Projected) else self.read(other)
         return self.out(self.attention(self.query(x), key, value, keys, visible))
+
+    def keep(self, other: Tensor, visible: Visible, steps: range) -> None:
+        """Keep of other [B, T, C] what further steps would, and compute nothing else."""
+        key, value = self.key_value(other).chunk(2, dim=-1)
+        self.attention.keep(key, value, visible, steps)

@@ -28,6 +28,11 @@ class Cache:
     token.
     """
 
+    may_stop = True
+    """Steps that no token takes any more need not be computed."""
+    crosses = False
+    """It keeps what is read of another sequence; else that is there as a whole in each pass."""
+
     def __init__(self, padding: Tensor, capacity: int) -> None:
         """An empty cache.
 
@@ -37,10 +42,14 @@ class Cache:
                 table, and a window that moves on changes every vector in it. So it is read anew, into a new cache.
         """
         self.length = 0
+        self.step = 0
+        """Of layers that are applied several times, which time it is; each has keys and values of its own."""
         self._padding = padding
-        self._padded = bool(padding.any())
+        self.padded = bool(padding.any())
+        """Some row is."""
         self._capacity = capacity
-        self._stored: dict[Cached, tuple[Tensor, Tensor]] = {}
+        self._stored: dict[tuple[Cached, int], tuple[Tensor, ...]] = {}
+        """Keys and values; keys of no channels where a key is told by its position."""
         self._rows: Rows | None = None
         self._masks: dict[tuple[Patterns, Ring | None], Tensor] = {}
         """Of the pass that is under way."""
@@ -73,6 +82,7 @@ class Cache:
         if self._model is not model:  # to look at all modules for each token takes 3 % of a small model's time
             self._model = model
             self._using = [vars(module) for module in model.modules() if isinstance(module, Cached)]
+        self.step = 0
         for place in self._using:
             place["cache"] = self
         try:
@@ -100,16 +110,41 @@ class Cache:
             Keys and values, [B, H, S, d], all so far or what a layer with windows still needs, and which of them the
             new queries see: bool [B, G, T, S] for G groups of heads, None for all.
         """
-        if ring := Ring.of(place.patterns, self._capacity):
+        if ring := self._ring(place):
             return self._extend_ring(ring, place, key, value)
-        end = self.length + key.shape[2]
-        if place not in self._stored:
-            shape = (*key.shape[:2], self._capacity, key.shape[3])
-            self._stored[place] = key.new_empty(shape), value.new_empty(shape)
-        keys, values = self._stored[place]
+        return *self.append(place, key, value), self._mask(place.patterns)
+
+    def append(self, place: Cached, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The same at a place that sees everything: keys and values so far."""
+        end, kept = self.length + key.shape[2], (place, self.step)
+        if kept not in self._stored:
+            self._stored[kept] = tuple(x.new_empty(*x.shape[:2], self._capacity, x.shape[3]) for x in (key, value))
+        keys, values = self._stored[kept]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end], self._mask(place.patterns)
+        return keys[:, :, :end], values[:, :, :end]
+
+    def held(self, place: Cached) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [B, H, S, d] that such a place has added in the passes before; None before the first."""
+        if (place, self.step) not in self._stored:
+            return None
+        keys, values = self._stored[place, self.step]
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def holds(self) -> Tensor:
+        """[B, S] bool: False for the pads among all columns, those of this pass included."""
+        assert self._rows is not None and self._rows.positions is not None
+        return self._rows.positions >= 0
+
+    def places(self, place: Cached) -> tuple[Tensor, Tensor]:
+        """Positions in their texts of the new columns [B, T] and of the keys [B, S] that `extend` gave; pads' are -1 or
+        whatever they see one another by."""
+        assert self._rows is not None and self._rows.positions is not None
+        new = self._rows.positions[:, self.length :]
+        if ring := self._ring(place):
+            positions = self._ring_positions(ring)
+            return new, positions[:, : ring.size] if new.shape[1] == 1 else positions
+        return new, self._rows.positions
 
     def reorder(self, rows: Tensor) -> None:
         """Go on with these rows [B'] int64, in this order; a row may come several times or not at all."""
@@ -119,10 +154,10 @@ class Cache:
     def _extend_ring(
         self, ring: Ring, place: Cached, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if place not in self._stored:  # zeros, since pads see slots that hold nothing
-            shape = (*key.shape[:2], ring.size, key.shape[3])
-            self._stored[place] = key.new_zeros(shape), value.new_zeros(shape)
-        keys, values = self._stored[place]
+        kept = place, self.step
+        if kept not in self._stored:  # zeros, since pads see slots that hold nothing
+            self._stored[kept] = tuple(x.new_zeros(*x.shape[:2], ring.size, x.shape[3]) for x in (key, value))
+        keys, values = self._stored[kept]
         count, last = key.shape[2], self.length - 1 - self._padding
         if count == 1:
             rows, slots = torch.arange(len(last), device=last.device), ring.slot(last + 1)
@@ -130,14 +165,16 @@ class Cache:
             values[rows, :, slots] = value[:, :, 0]
         else:
             keys, values = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
-            sources = ring.sources(last, count)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
-            self._stored[place] = keys.gather(2, sources), values.gather(2, sources)
+            sources = ring.sources(last, count)[:, None, :, None]
+            self._stored[kept] = tuple(
+                x.gather(2, sources.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values)
+            )
         return keys, values, self._mask(place.patterns, ring)
 
     def _mask(self, patterns: Patterns, ring: Ring | None = None) -> Tensor | None:
         """What each new column sees of all, or of the slots of a ring; made once in a pass. None: everything."""
         assert self._rows is not None
-        if patterns == (FULL,) and not self._padded and self._rows.length == self.length + 1:
+        if patterns == (FULL,) and not self.padded and self._rows.length == self.length + 1:
             return None
         if (patterns, ring) not in self._masks:
             made = self._rows.dense(patterns, self.length) if ring is None else self._ring_mask(patterns, ring)
@@ -146,10 +183,18 @@ class Cache:
 
     def _ring_mask(self, patterns: Patterns, ring: Ring) -> Tensor:
         """[B, G, T, S]: S are its slots and, behind them, more than one new column; one stands in its slot already."""
-        assert self._rows is not None and self._rows.positions is not None
-        new = self._rows.positions[:, self.length :]
-        alone = new.shape[1] == 1
-        held = ring.held(new[:, -1] if alone else new[:, 0] - 1)
-        positions = torch.cat([held, new], dim=1).clamp(min=-1)
+        positions = self._ring_positions(ring)
+        alone = positions.shape[1] == ring.size + 1
         rows = Rows(positions.shape, positions.device, not alone, positions < 0, positions)
         return rows.dense(patterns, ring.size)[..., : ring.size if alone else None]
+
+    def _ring_positions(self, ring: Ring) -> Tensor:
+        """[B, S] of what its slots hold, and of the new columns; where there is one, its slot holds it, too."""
+        assert self._rows is not None and self._rows.positions is not None
+        new = self._rows.positions[:, self.length :]
+        held = ring.held(new[:, -1] if new.shape[1] == 1 else new[:, 0] - 1)
+        return torch.cat([held, new], dim=1).clamp(min=-1)
+
+    def _ring(self, place: Cached) -> Ring | None:
+        """Where less is kept of a place than all."""
+        return Ring.of(place.patterns, self._capacity)

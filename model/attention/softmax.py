@@ -25,13 +25,21 @@ class Softmax(nn.Module):
     What an attention mixes its values with. It has no parameters, and a cache keeps its keys and values.
     """
 
-    def __init__(self, config: TransformerConfig, name: str = "", rate: float = 0.0) -> None:
-        """`name` of the attention keys the noise; `rate` is that of dropout on the weights, in training."""
+    counts = False
+    """It asks for the positions of queries and keys."""
+
+    def __init__(self, config: TransformerConfig, name: str = "", rate: float = 0.0, *, formed: bool = False) -> None:
+        """`name` of the attention keys the noise; `rate` is that of dropout on the weights, in training.
+
+        `formed`: the weights always are, since no kernel has them.
+        """
         super().__init__()
-        self._kernel = config.attention
+        self.name = name
+        self._kernel = "explicit" if formed else config.attention
+        self._told: dict[str, dict[str, Tensor]] = {}
         self._rate = rate
         self._site = noise_site(f"attention/{name}")
-        self._context = config.context
+        self._most_keys = config.most_keys
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
         """Query [B, H, T, d], key and value [B, H, S, d], noise keys [B] or None in evaluation -> [B, H, T, d].
@@ -40,23 +48,48 @@ class Softmax(nn.Module):
             ConfigError: no fused kernel takes these, and the configuration wants one.
         """
         if self._kernel == "explicit" or (self._rate and keys is not None):
-            weights = self.weights(query, key, visible).to(value.dtype)
+            weights = self._formed(query, key, keys, visible).to(value.dtype)
             if self._rate and keys is not None:
-                weights = weight_dropout(weights, keys, self._site, self._rate, self._context)
+                weights = weight_dropout(weights, keys, self._site, self._rate, max(self._most_keys, weights.shape[-1]))
             return weights @ value
         return self._attend(query, key, value, visible.mask, visible.causal)
 
     def weights(self, query: Tensor, key: Tensor, visible: Visible) -> Tensor:
         """What each query gives each key in evaluation, [B, H, T, S] in fp32 at least."""
-        scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+        return self._formed(query, key, None, visible)
+
+    def told(self) -> dict[str, dict[str, Tensor]]:
+        """What is told of the last pass in training, once: 0-d tensors by head, such as `dec_sa/00/h0`, and name."""
+        told, self._told = self._told, {}
+        return told
+
+    def _tell(self, **heads: Tensor) -> None:
+        """Of each of the heads [H]."""
+        told = [dict(zip(heads, values, strict=True)) for values in zip(*heads.values(), strict=True)]
+        self._told = {f"{self.name}/h{head}": values for head, values in enumerate(told)}
+
+    def _formed(self, query: Tensor, key: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
+        return self._normalised(self._masked(self._scores(query, key, visible), visible), keys, visible)
+
+    def _masked(self, scores: Tensor, visible: Visible) -> Tensor:
+        """Scores [B, H, T, S], -inf where a key is not seen."""
         mask = visible.mask
         assert mask is None or isinstance(mask, Tensor)
         if mask is None and visible.causal:
             mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
         elif mask is not None and 1 < mask.shape[1] < scores.shape[1]:
             mask = mask.repeat_interleave(scores.shape[1] // mask.shape[1], dim=1)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
+        if mask is None:
+            return scores
+        # Added, since torch fills by a mask that is broadcast in seven times the time, forward and backward.
+        return scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+
+    def _scores(self, query: Tensor, key: Tensor, visible: Visible) -> Tensor:
+        """[B, H, T, S], of keys that are not seen, too; B may be 1 where all rows have the same."""
+        return query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+
+    def _normalised(self, scores: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
+        """Scores [B, H, T, S], -inf where a key is not seen -> weights, in fp32 at least."""
         return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, causal: bool) -> Tensor:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from model.attention.forms import Mask, mask_of
@@ -23,6 +24,8 @@ class Visible(NamedTuple):
     """The same to layers with each further pattern."""
     positions: Tensor | None = None
     """[B, T] int64, place of each token in its document; its place in the row unless given."""
+    key_positions: Tensor | None = None
+    """[B, S] int64, the same of the keys, where these are not those of the queries."""
     aligned: bool = True
     """Queries and keys stand at the same positions; else their distance means nothing."""
     padding: Tensor | None = None
@@ -50,7 +53,8 @@ def visible_in(input_ids: Tensor, batch: Batch | None, config: ModelConfig) -> V
     rows = Rows(input_ids.shape, input_ids.device, config.causal)
     if batch is None:
         return _seen(rows, config)
-    rows = replace(rows, segments=batch.segment_ids, positions=batch.position_ids, prefixes=batch.prefix_lengths)
+    prefixes = None if config.reads_prompt else batch.prefix_lengths
+    rows = replace(rows, segments=batch.segment_ids, positions=batch.position_ids, prefixes=prefixes)
     return _counting(_seen(rows, config), batch)
 
 
@@ -72,6 +76,21 @@ def visible_target(batch: Batch, config: ModelConfig) -> Visible:
         return visible
     count = None if batch.counts is None else batch.counts.labels
     return visible._replace(padding=batch.labels == IGNORE, num_tokens=count)
+
+
+def visible_draft(batch: Batch, config: ModelConfig) -> Visible:
+    """What a decoder that writes all places at once may see of them: all that hold a label."""
+    rows = Rows(batch.labels.shape, batch.labels.device, False)
+    if batch.padding is None:
+        return _seen(rows, config)
+    padding = batch.labels == IGNORE
+    visible = _seen(replace(rows, segments=padding.int()), config)
+    return visible._replace(padding=padding, num_tokens=None if batch.counts is None else batch.counts.labels)
+
+
+def visible_both_ways(shape: torch.Size, device: torch.device, config: ModelConfig) -> Visible:
+    """What self attention over rows of one text each may see that looks both ways."""
+    return _seen(Rows(shape, device, False), config)
 
 
 def visible_source(batch: Batch, config: ModelConfig) -> tuple[Visible, Visible]:

@@ -17,7 +17,7 @@ class GateEntropyConfig(EntropyConfig, frozen=True):
     """-m log2 m, the same of 1 - m, or their sum, which treats 0 and 1 alike."""
 
 
-class BlockGatesConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class BlockGatesConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Gates on blocks of a feed forward's hidden units, from what it reads; closed blocks are not computed.
 
     See docs/gates.md.

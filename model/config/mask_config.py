@@ -4,14 +4,15 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, Field
 
-Site = Literal["enc_ff", "dec_ff", "enc_sa", "dec_sa", "cross", "embed"]
-"""What is masked: the update of a feed forward, of a self attention, of cross attention, or the embedded tokens."""
+Site = Literal["enc_ff", "dec_ff", "enc_sa", "dec_sa", "cross", "embed", "draft_ff", "draft_sa", "draft_cross"]
+"""What is masked: the update of a feed forward, of a self attention, of cross attention, or the embedded tokens;
+`draft_` of a decoder that drafts."""
 
 EvalRounding = Literal["none", "threshold", "sample"]
 EVAL_ROUNDINGS: tuple[EvalRounding, ...] = get_args(EvalRounding)
 
 
-class PenaltyConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class PenaltyConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Weight of a penalty term: 0 before `start_step`, then linear over `ramp_steps` up to `weight`."""
 
     weight: float = Field(ge=0.0)
@@ -44,7 +45,7 @@ class L1Config(PenaltyConfig, frozen=True):
     """Factor of the mean, from the end of the ramp on."""
 
 
-class LearnedDropoutConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class LearnedDropoutConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A mask that the model computes: m = 0.5 cos(angle) + 0.5 (docs/model.md B)."""
 
     enabled: bool = True

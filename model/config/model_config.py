@@ -34,19 +34,23 @@ class Traits:
     """Why it cannot continue a text; for one that is not causal."""
     decodings: tuple[str, ...] = ("autoregressive",)
     """How it can make text, as `DECODINGS` (model/generation/decoding.py) names them, the usual one first; for one that
-    is causal."""
+    is causal. One that writes targets does as `WAYS` (model/generation/drafting.py) says."""
     cached: bool = False
     """All that looks back is attention of ours, whose keys and values are kept (model/attention/cache.py), so that each
     token of a text is read once; else the whole text is, for each new token."""
     documents_apart: bool = False
     """It can keep the documents in a row apart (`document_mask`)."""
+    recurrent: bool = False
+    """Its layers can be applied several times (`recurrence`)."""
     two_sequences: bool = False
     """It reads one sequence and writes another."""
+    writes_targets: bool = False
+    """It writes the target of a source, or what comes behind a text; for one of two sequences."""
     lacks: str = "has nothing that this key could change"
     """Why keys of other architectures mean nothing here."""
 
 
-class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """What every architecture has: tables, sizes, norms and loss."""
 
     # A class of an architecture also has `build() -> Backbone` (model/architectures/backbone.py) and `costs(shape) ->
@@ -89,6 +93,11 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
         return self.traits.causal
 
     @property
+    def depth(self) -> int:
+        """Layers that a stream passes, each counted as often as it is passed."""
+        return self.layers
+
+    @property
     def dropout_sites(self) -> tuple[Site, ...]:
         """Sites of learned dropout; none when it is off."""
         return ()
@@ -102,6 +111,16 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     def why_not_compiled(self) -> str:
         """What keeps layers from being compiled; empty where nothing does."""
         return ""
+
+    @property
+    def why_not_partitioned(self) -> str:
+        """What keeps parameters from being divided over ranks (ZeRO 3); empty where nothing does."""
+        return ""
+
+    @property
+    def reads_prompt(self) -> bool:
+        """A prefix is read apart from the stream that predicts, which stays causal; so a prompt may be one."""
+        return False
 
     @property
     def needs_weights(self) -> bool:

@@ -136,7 +136,7 @@ def keys_seen(patterns: Patterns, tokens: int, causal: bool) -> float:
     return sum(bool(p.sees(query, key)) for p in patterns for key in range(tokens)) / len(patterns)
 
 
-class PatternConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class PatternConfig(BaseModel, extra="forbid", frozen=True):
     """What attention within a stream, and that of its masks, sees of a text (docs/attention.md).
 
     Local windows: "Longformer" (Beltagy et al. 2020, arXiv:2004.05150, section 3.1); sinks: Xiao et al. 2023
@@ -147,6 +147,8 @@ class PatternConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstr
     """Everything; a window; a window and every so manyth token before; the own block and the ends of those before."""
     window: int | None = Field(default=None, ge=1, le=_MOST)
     """For `window`: so many tokens, the query's own included; to either side where a text is read both ways."""
+    windows: list[int] = []
+    """For `window`: that of each layer, in the place of one for all; `duet checkpoint shrink --spans` writes them."""
     sinks: int = Field(default=0, ge=0, le=_MOST)
     """For `window`: the first so many tokens of a text are seen by all of it."""
     globals: list[int] = []
@@ -166,8 +168,9 @@ class PatternConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstr
         if self.kind == "full" or (self.full_every and (layer + 1) % self.full_every == 0):
             return (FULL,)
         if self.kind == "window":
-            assert self.window is not None
-            return (Pattern(window=self.window, sinks=self.sinks, marked=tuple(self.globals)),)
+            window = self.windows[layer] if self.windows else self.window
+            assert window is not None
+            return (Pattern(window=window, sinks=self.sinks, marked=tuple(self.globals)),)
         stride = self.stride_at(context)
         near, far = Pattern(window=stride), Pattern(stride=stride)
         if self.kind == "fixed":
@@ -186,12 +189,21 @@ class PatternConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstr
     @model_validator(mode="after")
     def _keys_are_of_the_kind(self) -> "PatternConfig":
         sparse = ("strided", "fixed")
-        of = {"window": ("window",), "sinks": ("window",), "globals": ("window",), "stride": sparse, "merge": sparse}
+        of = {
+            "window": ("window",),
+            "windows": ("window",),
+            "sinks": ("window",),
+            "globals": ("window",),
+            "stride": sparse,
+            "merge": sparse,
+        }
         of |= {"summary": ("fixed",), "full_every": ("window", *sparse)}
         for key, kinds in of.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.kind not in kinds:
                 raise ValueError(f"pattern.{key} is for pattern.kind={' or '.join(kinds)}, not {self.kind}")
-        if self.kind == "window" and self.window is None:
+        if self.windows and (self.window or self.full_every or min(self.windows) < 1):
+            raise ValueError("pattern.windows is a width of 1 or more for each layer; leave window and full_every out")
+        if self.kind == "window" and self.window is None and not self.windows:
             raise ValueError("pattern.kind=window: how wide? set pattern.window, such as 512")
         if self.full_every == 1:
             raise ValueError("pattern.full_every=1 makes every layer full; leave pattern out, or take 2 or more")
@@ -203,6 +215,8 @@ class PatternConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstr
         """Raises ValueError unless it fits a model of these."""
         if self.full_every > layers:
             raise ValueError(f"pattern.full_every={self.full_every}: of {layers} layers none would be full")
+        if self.windows and len(self.windows) != layers:
+            raise ValueError(f"pattern.windows has {len(self.windows)} widths, and there are layers={layers}")
         if self.sinks > context:
             raise ValueError(f"pattern.sinks={self.sinks}: a text has context={context} tokens; take fewer, such as 4")
         if max(self.globals, default=0) >= context:

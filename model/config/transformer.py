@@ -9,6 +9,9 @@ from model.config.gates_config import BlockGatesConfig, GatedSite
 from model.config.mask_config import L0Config, LearnedDropoutConfig, Site
 from model.config.model_config import ModelConfig
 from model.config.pattern_config import PatternConfig, Patterns
+from model.config.recurrence_config import RecurrenceConfig
+from model.config.scores_config import ScoresConfig
+from model.config.weights_config import WeightsConfig
 
 
 class TransformerConfig(ModelConfig, frozen=True):
@@ -28,9 +31,17 @@ class TransformerConfig(ModelConfig, frozen=True):
     attention_dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Of the attention weights; the rate `dropout` unless given. Needs `explicit` attention."""
     pattern: PatternConfig = PatternConfig()
+    weights: WeightsConfig = WeightsConfig()
+    scores: ScoresConfig = ScoresConfig()
     learned_dropout: LearnedDropoutConfig = LearnedDropoutConfig()
     l0: L0Config = L0Config()
     block_gates: BlockGatesConfig = BlockGatesConfig()
+    recurrence: RecurrenceConfig = RecurrenceConfig()
+
+    @property
+    def depth(self) -> int:
+        """Layers that a stream passes, each counted as often as it is passed."""
+        return self.layers * self.recurrence.steps
 
     @property
     def heads_by_key(self) -> dict[str, int]:
@@ -58,9 +69,25 @@ class TransformerConfig(ModelConfig, frozen=True):
         return self.dropout if self.attention_dropout is None else self.attention_dropout
 
     @property
+    def most_keys(self) -> int:
+        """That a query may see."""
+        return self.context
+
+    @property
     def needs_weights(self) -> bool:
         """Attention weights are formed, in training at least."""
-        return self.attention == "explicit" or self.attention_rate > 0.0
+        formed = self.weights.kind != "softmax" or self.scores.kind in ("synthesizer", "routing")
+        return self.attention == "explicit" or self.attention_rate > 0.0 or formed
+
+    @property
+    def score_channels(self) -> tuple[int, int]:
+        """Channels that self attention maps a token to, to make scores of it: as a query, and as a key."""
+        scores, width, keys = self.scores, self.width, self.width // self.queries_per_kv_head
+        if scores.kind == "synthesizer":
+            return scores.maps * width, width * ("dot" in scores.parts)
+        if scores.kind == "routing":  # queries of routed heads are their keys
+            return width, width // self.heads * (self.heads - scores.routed_heads_of(self.heads))
+        return width, keys
 
     @property
     def patterns(self) -> tuple[Patterns, ...]:
@@ -140,6 +167,16 @@ class TransformerConfig(ModelConfig, frozen=True):
     @model_validator(mode="after")
     def _pattern_fits(self) -> "TransformerConfig":
         self.pattern.check(self.layers, self.heads_by_key, self.context)
+        self.scores.check(
+            heads=self.heads,
+            context=self.context,
+            causal=self.causal,
+            pattern=self.pattern.kind,
+            weights=self.weights.kind,
+            kv_heads=self.kv_heads is not None,
+            rotary=self.positions == "rotary",
+            documents=self.document_mask,
+        )
         return self
 
     @model_validator(mode="after")
@@ -169,6 +206,13 @@ class TransformerConfig(ModelConfig, frozen=True):
             raise ValueError(
                 f"attention=flash never forms the attention weights, so it cannot drop them at rate "
                 f"{self.attention_rate}; set attention_dropout=0, or attention=explicit"
+            )
+        if self.attention == "flash" and (
+            self.weights.kind != "softmax" or self.scores.kind in ("synthesizer", "routing")
+        ):
+            other = "scores" if self.weights.kind == "softmax" else "weights"
+            raise ValueError(
+                f"attention=flash: no kernel has {other}.kind={getattr(self, other).kind}; take attention=auto"
             )
         if self.l0.enabled and self.learned_dropout.enabled:
             raise ValueError("l0 and learned_dropout are both enabled; set learned_dropout.enabled=false, or l0's")
@@ -200,6 +244,35 @@ class TransformerConfig(ModelConfig, frozen=True):
                 raise ValueError(
                     f"block_gates.left: {place}: {blocks}; expected {least} to {gates.blocks} blocks of one of "
                     f"{', '.join(places)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> "TransformerConfig":
+        steps = self.recurrence.steps
+        if steps == 1:
+            return self
+        if not self.traits.recurrent:
+            raise ValueError(
+                f"recurrence.steps={steps}: the layers of {self.architecture} are applied once; decoder_only, "
+                "encoder_only and parallel_encoder_decoder can apply theirs several times"
+            )
+        if self.norm == "batchnorm":
+            raise ValueError(
+                f"norm=batchnorm keeps one running mean for each norm, and recurrence.steps={steps} would mix those of "
+                "its steps in it: take layernorm or rmsnorm"
+            )
+        if self.dropout_sites and self.learned_dropout.eval_rounding == "sample":
+            raise ValueError(
+                f"learned_dropout.eval_rounding=sample draws by site and position, so all recurrence.steps={steps} "
+                "would draw the same: take threshold or none"
+            )
+        masks = {"learned_dropout": self.dropout_sites, "l0": self.l0_sites, "block_gates": self.gate_sites}
+        for key, sites in masks.items():
+            if sites and self.recurrence.halt:
+                raise ValueError(
+                    f"recurrence.halt with {key}: a token that has halted passes its masks by, which would still be "
+                    "penalised and told of; leave one of them out"
                 )
         return self
 

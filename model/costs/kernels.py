@@ -19,6 +19,8 @@ class Attended(NamedTuple):
     causal: bool
     documents: bool
     """A mask is each row's own."""
+    dense: bool = False
+    """Other attentions form their weights, so the mask that all share is T x T."""
 
 
 class Kept(NamedTuple):
@@ -43,7 +45,8 @@ def kept_by(patterns: Patterns, of: Attended) -> Kept:
 
 
 def _form(pattern: Pattern, of: Attended) -> str:
-    return pattern.form(of.tokens, documents=of.documents)
+    form = pattern.form(of.tokens, documents=of.documents)
+    return "dense" if of.dense and form != "full" else form
 
 
 def _kept(pattern: Pattern, of: Attended) -> Kept:

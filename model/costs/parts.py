@@ -40,6 +40,7 @@ from model.config.model_config import ModelConfig
 from model.config.pattern_config import FULL, Patterns, keys_seen
 from model.config.transformer import TransformerConfig, TwoStreamConfig
 from model.costs.kernels import Attended, Kept, kept_by
+from model.costs.mixers import formed_bytes, mixed
 from model.layers.chunks import chunk_tokens
 
 _FP32 = 4
@@ -224,16 +225,29 @@ def one_stream(shape: Shape, tokens: int, sites: tuple[Site, Site], *, stream: s
     return [*norms, own, feed_forward(shape, tokens, f"{stream}: feed forward", sites[1]), *masks]
 
 
-def cross_layer(shape: Shape, tokens: int, read: int, *, aligned: bool = True) -> list[Part]:
-    """A decoder layer, without its input from the encoder; `aligned`: both streams stand at the same positions."""
+def cross_layer(
+    shape: Shape,
+    tokens: int,
+    read: int,
+    *,
+    aligned: bool = True,
+    causal: bool = True,
+    stream: str = "decoder",
+    sites: tuple[Site, Site, Site] = ("dec_sa", "cross", "dec_ff"),
+) -> list[Part]:
+    """A decoder layer, without its input from the encoder; `aligned`: both streams stand at the same positions.
+
+    `sites` of self attention, cross attention and feed forward; `stream` as its parts are called.
+    """
     config = _transformer(shape)
     assert isinstance(config, TwoStreamConfig)
     parts = [norm(shape, tokens), Part(saved=shape.vectors(tokens))] * 3
     if not shape.post:
         parts += [norm(shape, read, inputs=False), Part(saved=shape.vectors(read))]
-    parts.append(self_attention(shape, tokens, "decoder: attention", causal=True))
+    parts.append(self_attention(shape, tokens, f"{stream}: attention", causal=causal))
     width, keys = config.width, config.width // config.queries_per_kv_head
     weights = linear_weights(config, width, width) * 2 + linear_weights(config, width, 2 * keys)
+    weights += config.weights.learned * config.weights.shapes(aligned=aligned) * config.num_cross_heads
     flops = tokens * 4 * width**2 + read * 4 * width * keys
     flops += shape.scores(tokens, causal=True) if aligned else 4 * read * tokens * width
     saved = attention_bytes(
@@ -246,18 +260,22 @@ def cross_layer(shape: Shape, tokens: int, read: int, *, aligned: bool = True) -
         aligned=aligned,
         **_in_layers(config),
     )
-    parts.append(Part("decoder: cross attention", weights, flops, saved))
-    parts.append(feed_forward(shape, tokens, "decoder: feed forward", "dec_ff"))
-    sites: tuple[Site, ...] = ("dec_sa", "cross", "dec_ff")
-    return [*parts, *chain.from_iterable(site(shape, name, tokens, causal=True) for name in sites)]
+    parts.append(Part(f"{stream}: cross attention", weights, flops, saved))
+    parts.append(feed_forward(shape, tokens, f"{stream}: feed forward", sites[-1]))
+    return [*parts, *chain.from_iterable(site(shape, name, tokens, causal=causal) for name in sites)]
 
 
 def self_attention(shape: Shape, tokens: int, name: str, *, causal: bool) -> Part:
     """With its maps."""
     config = _transformer(shape)
     width, keys = config.width, config.width // config.queries_per_kv_head
-    weights = linear_weights(config, width, width + 2 * keys) + linear_weights(config, width, width)
-    flops = tokens * (4 * width**2 + 4 * width * keys) + shape.scores(tokens, causal)
+    mapped = sum(config.score_channels) + keys
+    weights = linear_weights(config, width, mapped) + linear_weights(config, width, width)
+    weights += config.weights.learned * config.heads
+    flops = tokens * 2 * width * (mapped + width)
+    if (other := mixed(shape, config, tokens, causal=causal)) is not None:
+        return Part(name, weights + other.parameters, flops + other.flops, other.saved)
+    flops += shape.scores(tokens, causal)
     saved = attention_bytes(shape, tokens, tokens, config.heads, causal=causal, **_in_layers(config))
     return Part(name, weights, flops, saved)
 
@@ -320,25 +338,24 @@ def attention_bytes(
     cross: bool = False,
     aligned: bool = True,
     read: bool = True,
+    in_layer: bool = False,
 ) -> int:
-    """Saved from the projections to the result; `read`: by a linear map, which keeps it."""
+    """Saved from the projections to the result; `read`: by a linear map, which keeps it; `in_layer`: not of a mask."""
     config, rows, size = _transformer(shape), shape.rows, shape.size
     turned = config.positions == "rotary" and aligned
-    square = heads * queries * keys
     total = shape.vectors(queries) if read else 0
     patterns = shape.patterns if aligned and not shape.in_blocks else (FULL,)
-    if config.attention == "explicit" or rate:
+    formed = in_layer and config.weights.shapes(aligned=aligned)
+    if formed or config.attention == "explicit" or rate:
         total += shape.vectors(queries) + 2 * shape.vectors(keys)
-        # The weights in fp32 and, where that is another type, in 16 bits; with dropout its factors and result.
-        low = size < _FP32
-        total += rows * square * (_FP32 + low * size + (rate > 0) * (1 if low else 2) * size)
-        if shape.dense_mask or causal or not all(pattern.covers(keys) for pattern in patterns):
-            groups = heads if len(patterns) > 1 else 1
-            total += (rows if shape.dense_mask else 1) * groups * queries * keys
+        if formed and config.weights.kind == "adaptive_span":
+            total += (rows if shape.dense_mask else 1) * (queries + keys) * 8  # positions
+        total += formed_bytes(shape, queries, keys, heads, rate)
     else:
         kept = Kept(rows * heads * queries * 4 + (rows * queries * keys * size if shape.dense_mask else 0))
         if aligned:
-            kept = kept_by(patterns, Attended(rows, keys, config.width, heads, size, causal, shape.dense_mask))
+            dense = config.needs_weights
+            kept = kept_by(patterns, Attended(rows, keys, config.width, heads, size, causal, shape.dense_mask, dense))
         total += kept.saved + (0 if read or kept.result else shape.vectors(queries))
         # Kernels read views of the projections, or turned and repeated copies beside them.
         if kept.views:
@@ -360,4 +377,4 @@ def _transformer(shape: Shape) -> TransformerConfig:
 
 def _in_layers(config: TransformerConfig) -> dict[str, Any]:
     """Of the attentions in layers; those of masks have neither."""
-    return {"group": config.queries_per_kv_head, "rate": config.attention_rate}
+    return {"group": config.queries_per_kv_head, "rate": config.attention_rate, "in_layer": True}

@@ -8,6 +8,7 @@ from data_pipeline.errors import ConfigError
 from model.architectures.token_model import TokenModel
 from model.config.model_config import ModelConfig
 from model.generation.autoregressive import Autoregressive
+from model.generation.refining import Refining
 from model.generation.sampling import Sampling
 from model.generation.texts import Drawn, Texts
 
@@ -25,7 +26,7 @@ class Decoding(Protocol):
         """Go on with these rows of the texts, [B'] int64."""
 
 
-DECODINGS: dict[str, type[Decoding]] = {"autoregressive": Autoregressive}
+DECODINGS: dict[str, type[Decoding]] = {"autoregressive": Autoregressive, "refining": Refining}
 
 
 def decoding_of(config: ModelConfig, name: str | None = None) -> type[Decoding]:
@@ -43,5 +44,5 @@ def decoding_of(config: ModelConfig, name: str | None = None) -> type[Decoding]:
 
 def check_continues(config: ModelConfig) -> None:
     """Raises ConfigError for a model that cannot continue a prompt."""
-    if not config.causal:
+    if not config.causal and not config.traits.writes_targets:
         raise ConfigError(config.traits.why_not_continued)

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from model.architectures.draft_and_verify.two_decoders import TwoDecoders
 from model.architectures.token_model import TokenModel
 from model.generation.decoding import decoding_of
 from model.generation.sampling import Sampling
 from model.generation.texts import Drawn, Texts
+from model.generation.writing import Writing
 
 
 class Generation:
@@ -41,8 +43,8 @@ class Generation:
         self._texts = Texts(prompts, generators)
         self._eos_id = eos_id
         self._ended: set[int] = set()
-        self.drawn: Drawn | None = None
-        """By the last step; None before the first."""
+        self.drawn: list[Drawn] = []
+        """By the last step, all texts at once; empty before the first."""
 
     @torch.no_grad()
     def step(self) -> dict[int, list[int]]:
@@ -52,10 +54,12 @@ class Generation:
         """
         rows = self._texts.leave(self._ended)
         if not self._texts.numbers:
+            self.drawn = []
             return {}
         if rows is not None:
             self._decoding.keep(rows)
-        self.drawn = drawn = self._decoding.step(self._texts)
+        drawn = self._decoding.step(self._texts)
+        self.drawn = [drawn]
         self._texts.add(drawn.tokens)
         found = {}
         for number, tokens in zip(drawn.numbers, drawn.tokens.tolist(), strict=True):
@@ -84,9 +88,15 @@ def generate(
     eos_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
-    """Continue one prompt; see `Generation`."""
+    """Continue one prompt; see `Generation`, and `Writing` for a model that reads one sequence and writes another."""
     generators = None if generator is None else [generator]
-    generation = Generation(model, [prompt_ids], sampling, eos_id=eos_id, generators=generators)
+    generation: Generation | Writing
+    if isinstance(model, TwoDecoders):
+        if eos_id is None:
+            raise ValueError("a target begins with end-of-text: eos_id is needed")
+        generation = Writing(model, [prompt_ids], sampling, eos_id=eos_id, generators=generators, continues=True)
+    else:
+        generation = Generation(model, [prompt_ids], sampling, eos_id=eos_id, generators=generators)
     left = max_new_tokens
     while left > 0:
         tokens = generation.step().get(0, [])[:left]

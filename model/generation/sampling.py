@@ -41,12 +41,17 @@ class Sampling:
             if not fits:
                 raise ConfigError(f"{key}={getattr(self, key)}; it is {wanted}")
 
-    def draw(self, logits: Tensor, present: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
+    @property
+    def penalises(self) -> bool:
+        """Which tokens a text holds already makes a difference."""
+        return self.repetition_penalty != 1.0
+
+    def draw(self, logits: Tensor, present: Tensor | None, generators: Sequence[torch.Generator | None]) -> Tensor:
         """One token for each text.
 
         Args:
             logits: [B, V].
-            present: [B, V] bool, tokens that each text holds.
+            present: [B, V] bool, tokens that each text holds; None unless it `penalises`.
             generators: B of them, on the logits' device, so that no text's draws depend on the others; None is
                 torch's own.
 
@@ -54,12 +59,16 @@ class Sampling:
             [B] int64.
         """
         if self.temperature == 0.0:
-            return self._penalised(logits, present).argmax(dim=-1)
+            return self.likeliest(logits, present)
         rows = zip(self.probabilities(logits, present), generators, strict=True)
         return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
 
-    def probabilities(self, logits: Tensor, present: Tensor) -> Tensor:
-        """What is drawn from, at a temperature above 0: logits [B, V] and present [B, V] bool -> [B, V]."""
+    def likeliest(self, logits: Tensor, present: Tensor | None) -> Tensor:
+        """What temperature 0 takes: logits [B, V] and present [B, V] bool or None -> [B] int64."""
+        return self._penalised(logits, present).argmax(dim=-1)
+
+    def probabilities(self, logits: Tensor, present: Tensor | None) -> Tensor:
+        """What is drawn from, at a temperature above 0: logits [B, V] and present [B, V] bool or None -> [B, V]."""
         logits = self._penalised(logits, present)
         # The largest is 0 first: a small temperature would make it infinite.
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
@@ -74,7 +83,9 @@ class Sampling:
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
         return probabilities / probabilities.sum(-1, keepdim=True)
 
-    def _penalised(self, logits: Tensor, present: Tensor) -> Tensor:
+    def _penalised(self, logits: Tensor, present: Tensor | None) -> Tensor:
         logits = logits.float()
+        if present is None:
+            return logits
         factor = torch.where(logits > 0, 1.0 / self.repetition_penalty, self.repetition_penalty)
         return torch.where(present, logits * factor, logits)

@@ -16,8 +16,10 @@ class Drawn(NamedTuple):
     """[B, n] int64, the end token, and what was drawn behind it, included."""
     logits: Tensor
     """[B, n, V]."""
-    present: Tensor
-    """[B, n, V] bool, tokens that each text held before."""
+    present: Tensor | None
+    """[B, n, V] bool, tokens that each text held before; None where that changes nothing."""
+    drafts: Tensor | None = None
+    """[B, n] int64, what a draft proposed in their place, -1 where it proposed nothing; None without drafts."""
 
 
 class Texts:

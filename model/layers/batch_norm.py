@@ -43,7 +43,7 @@ class BatchNorm(nn.Module):
 
     def _of_batch(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         if padding is None:
-            number = torch.tensor(x.shape[0] * x.shape[1], device=x.device, dtype=x.dtype)
+            number = x.new_full((), x.shape[0] * x.shape[1])  # of a number, `torch.tensor` would wait for a GPU
             variance, mean = torch.var_mean(x, dim=(0, 1), correction=0)
         else:
             counted = (~padding).to(x.dtype)[..., None]

@@ -84,8 +84,8 @@ def stream_norm(config: ModelConfig, *, both_ways: bool = False) -> nn.LayerNorm
 
 
 def residual_std(config: ModelConfig, writes: int = 2) -> float:
-    """Start of every map that writes to a residual stream: 0.02 / sqrt(writes x layers) (GPT-2, section 2.3)."""
-    return INIT_STD / (writes * config.layers) ** 0.5
+    """Start of every map that writes to a residual stream: 0.02 / sqrt(writes x depth) (GPT-2, section 2.3)."""
+    return INIT_STD / (writes * config.depth) ** 0.5
 
 
 class FeedForward(nn.Module):

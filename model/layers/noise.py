@@ -49,6 +49,11 @@ def sample_keys(seed: int, step: Tensor, samples: Tensor) -> Tensor:
     return _mix(key + samples * _GAMMA_INT64)
 
 
+def of_step(keys: Tensor, number: int) -> Tensor:
+    """Keys [B] of a stack's further applications, `number` from 1; the first one's, 0, are as they come."""
+    return _mix(keys + _signed(number * _GAMMA)) if number else keys
+
+
 def uniform(keys: Tensor, site: int, shape: tuple[int, int]) -> Tensor:
     """Noise in [0, 1) for one site, in steps of 2^-24.
 

@@ -40,8 +40,8 @@ def mask_statistics(mask: Tensor, kept: Tensor, visible: Visible = CAUSAL) -> di
 
 def moments(x: Tensor, visible: Visible) -> Tensor:
     """Of vectors [B, T, C], padding left out: the mean of each channel and the mean of all squares, float64 [C + 1]."""
-    x = x.detach().double()
-    return torch.cat([by_channel(x, visible), mean(x.square(), visible)[None]])
+    x = x.detach().float()
+    return torch.cat([by_channel(x, visible), mean(x.square(), visible)[None]]).double()
 
 
 def told(means: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,17 @@
 """What may change in the configuration of a run: each field says for itself (`data_pipeline.may_change`)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import getitem
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from data_pipeline.errors import ConfigError
 from data_pipeline.may_change import MayChange
 from model.architectures.external import is_external
+from model.config.model_config import ModelConfig
 from pretrain.config.schema import ARCHITECTURE, Config, differences
 
 
@@ -35,6 +39,34 @@ def refused_in_fork(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     if all(is_external(name) for name in found.get(ARCHITECTURE, [])):
         found.pop(ARCHITECTURE, None)
     return found
+
+
+def in_use(model: ModelConfig, assignments: Sequence[str]) -> ModelConfig:
+    """A trained model's configuration with other values of keys that may change in use.
+
+    Args:
+        assignments: `model.KEY=VALUE` each.
+
+    Raises:
+        ConfigError: no assignment, a key that may not change, or a value that the model cannot have.
+    """
+    allowed = [key for key, mark in _marks(model, "model") if mark and mark.in_use]
+    values = model.model_dump()
+    for assignment in assignments:
+        key, sign, value = assignment.partition("=")
+        if not sign:
+            raise ConfigError(f"--set {assignment}: expected KEY=VALUE, such as model.refine.steps=8")
+        if key not in allowed:
+            may = f"of {model.architecture} these may: {', '.join(allowed)}" if allowed else "no key of its model may"
+            raise ConfigError(f"--set {key}: it may not change in a trained model; {may}")
+        *way, name = key.split(".")[1:]
+        section = reduce(getitem, way, values)
+        section[name] = value
+    try:
+        return type(model).model_validate(values)
+    except ValidationError as error:
+        told = "; ".join(f"model.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"--set {' '.join(assignments)}: {told}") from None
 
 
 def told(changed: dict[str, tuple[Any, Any]]) -> str:

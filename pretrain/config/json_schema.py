@@ -3,7 +3,15 @@
 It is of one layer: no key must be there. What concerns several keys is checked when the layers are stacked.
 """
 
-from typing import Any
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from typing import Any, get_args
+
+from pydantic import BaseModel
 
 from data_pipeline.counts import FORMS, PATTERN
 from model.architectures.registry import ARCHITECTURES, DEFAULT
@@ -22,6 +30,7 @@ _LETTERED = {
 
 def json_schema() -> Schema:
     """Draft 2020-12."""
+    describe()
     whole = Config.model_json_schema()
     parts: dict[str, Schema] = whole.pop("$defs")
     for name, kind in ARCHITECTURES.items():
@@ -33,6 +42,45 @@ def json_schema() -> Schema:
     whole["properties"]["model"] = {"$ref": "#/$defs/model"}
     told = {"$schema": _DIALECT, "title": "A configuration of Duet, or a layer of one"}
     return told | _as_written(whole) | {"$defs": _as_written(parts) | {_COUNT: _LETTERED}}
+
+
+@cache
+def describe() -> None:
+    """Have each key's field say as its `description` what stands below the key in its class.
+
+    pydantic can do so when a class is made (`use_attribute_docstrings`), in a twentieth of what `duet generate` takes
+    before its model is loaded; and nobody else reads it.
+    """
+    for kind in dict.fromkeys(inner for outer in (Config, *ARCHITECTURES.values()) for inner in _sections(outer)):
+        found: dict[str, str] = {}
+        for base in reversed(kind.__mro__):
+            if issubclass(base, BaseModel) and base is not BaseModel:
+                found |= _below(base)
+        for name, field in kind.model_fields.items():
+            field.description = found.get(name)
+        kind.model_rebuild(force=True)
+
+
+def _sections(kind: Any) -> Iterator[type[BaseModel]]:
+    """The classes in an annotation, those of keys before those that hold them."""
+    for inner in get_args(kind):
+        yield from _sections(inner)
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        for field in kind.model_fields.values():
+            yield from _sections(field.annotation)
+        yield kind
+
+
+def _below(kind: type) -> dict[str, str]:
+    """The text below each annotated name of a class."""
+    [tree] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(tree, ast.ClassDef)
+    return {
+        key.target.id: inspect.cleandoc(text.value.value)
+        for key, text in pairwise(tree.body)
+        if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+    }
 
 
 def _model(parts: dict[str, Schema]) -> Schema:

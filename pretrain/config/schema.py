@@ -18,12 +18,14 @@ from data_pipeline.secret import WAY_ON, argument_of_secret, key_of_secret
 from model.architectures import external
 from model.architectures.registry import DEFAULT, SOURCES, AnyModelConfig, class_of, configure
 from model.config.model_config import ModelConfig
+from model.config.transformer import TransformerConfig
 from pretrain.config import layers
 from pretrain.config.explain import explain, origin
 from pretrain.config.keys import Keys
 from pretrain.config.sections import (
     BatchConfig,
     EngineConfig,
+    FinetuneConfig,
     HealthConfig,
     OptimizerConfig,
     ProfileConfig,
@@ -40,7 +42,7 @@ EVAL_SHARE = 32
 """Tokens that are trained on for each that is validated on, unless `train.eval_tokens` is given."""
 
 
-class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class Config(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """All of a run."""
 
     run: RunConfig = RunConfig()
@@ -54,6 +56,7 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
     health: HealthConfig = HealthConfig()
     tracking: TrackingConfig = TrackingConfig()
     profile: ProfileConfig = ProfileConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
 
     @model_validator(mode="after")
     def _the_objective_fits_the_model(self) -> "Config":
@@ -78,6 +81,17 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
                 f"data.mask_boundaries is about the label after a document's end, which data.objective="
                 f"{data.objective} has not; leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_something_to_finetune(self) -> "Config":
+        if self.finetune.kind != "none" and self.run.start_from is None:
+            raise ValueError(
+                f"finetune.kind={self.finetune.kind}: of which weights? name a run or an export: run.start_from, or "
+                "duet train --from"
+            )
+        if self.finetune.kind == "lora" and self.optimizer.kind == "muon":
+            raise ValueError("finetune.kind=lora trains with AdamW: set optimizer.kind=adamw")
         return self
 
     @model_validator(mode="after")
@@ -124,6 +138,8 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
                 f"DeepSpeed cannot accumulate {engine.precision} gradients in fp32 at zero_stage=0; "
                 f"use engine.zero_stage={lowest}, or engine.precision=fp32"
             )
+        if engine.zero_stage == 3 and self.model.why_not_partitioned:
+            raise ValueError(f"engine.zero_stage=3: {self.model.why_not_partitioned}")
         if engine.hpz_partition_size > 1 and engine.zero_stage != 3:
             raise ValueError(
                 f"engine.hpz_partition_size={engine.hpz_partition_size} divides the parameters of ZeRO 3; use "
@@ -148,6 +164,11 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
                 f"optimizer.mask_lr={self.optimizer.mask_lr}: optimizer.kind=muon moves the masks' matrices itself; "
                 "use optimizer.mask_lr=null"
             )
+        if self.optimizer.attention_lr is not None:
+            raise ValueError(
+                f"optimizer.attention_lr={self.optimizer.attention_lr}: DeepSpeed's Muon moves all but the matrices at "
+                "optimizer.lr; use optimizer.attention_lr=null"
+            )
         if self.optimizer.clip:
             raise ValueError(
                 f"optimizer.clip={self.optimizer.clip}: at the stages 1 to 3 DeepSpeed would clip Muon's orthogonal "
@@ -161,6 +182,16 @@ class Config(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tr
             raise ValueError(
                 f"optimizer.mask_lr={self.optimizer.mask_lr}, but there are no masks; use optimizer.mask_lr=null, or "
                 "model.learned_dropout.enabled=true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_with_a_learning_rate_learns(self) -> "Config":
+        model, rate = self.model, self.optimizer.attention_lr
+        if rate is not None and not (isinstance(model, TransformerConfig) and model.weights.learned):
+            raise ValueError(
+                f"optimizer.attention_lr={rate}, but nothing that shapes attention's weights is learned; use "
+                "optimizer.attention_lr=null, or model.weights.kind=entmax"
             )
         return self
 

@@ -16,7 +16,6 @@ class RunConfig(
     BaseModel,
     extra="forbid",
     frozen=True,
-    use_attribute_docstrings=True,
     allow_inf_nan=False,
     coerce_numbers_to_str=True,
 ):
@@ -29,7 +28,8 @@ class RunConfig(
     seed: int = Field(default=1337, ge=0, lt=2**63)
     """Seeds the weights, the data order and the noise."""
     start_from: Annotated[str | None, may_change.IN_FORK] = None
-    """`RUN@STEP`: begin with that checkpoint of another run; its newest if only `RUN` (`duet train --from`)."""
+    """`RUN@STEP`: begin with that checkpoint of another run; its newest if only `RUN` (`duet train --from`). With
+    `finetune.kind` begin with its weights only, or with those of an export."""
 
     @field_validator("dir")
     @classmethod
@@ -41,7 +41,7 @@ class RunConfig(
         return value
 
 
-class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class BatchConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """The global batch of one optimizer step."""
 
     tokens: int = Field(default=8192, ge=1, le=2**32)
@@ -50,7 +50,7 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Sequences a rank holds at once; the rank's whole share of the batch unless given."""
 
 
-class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class OptimizerConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """AdamW, in 32 or 8 bits, or Muon with it. Weight decay acts on tensors of two and more dimensions only."""
 
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
@@ -61,6 +61,9 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     mask_lr: Annotated[float | None, may_change.IN_FORK] = Field(default=None, gt=0.0, le=1e30)
     """The most that the peak learning rate of what learned dropout computes its masks from may be: theirs is the lower
     of this and `lr`, and follows the same schedule. Not with Muon."""
+    attention_lr: Annotated[float | None, may_change.IN_FORK] = Field(default=None, gt=0.0, le=1e30)
+    """Peak learning rate of the few numbers that shape the weights of attention, such as alphas and
+    spans (`model.weights`); ten times `lr` unless given. Not with Muon, where it is `lr`."""
     muon_lr: Annotated[float, may_change.IN_FORK] = Field(default=0.02, gt=0.0, le=1e30)
     """Peak learning rate of Muon; follows the same schedule."""
     muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
@@ -75,7 +78,7 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docs
     """Largest global gradient norm; 0 switches clipping off."""
 
 
-class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class ScheduleConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Learning rate over the steps: linear warm-up to the peak `optimizer.lr`, then the kind's curve."""
 
     kind: Annotated[Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"], may_change.IN_FORK] = "cosine"
@@ -97,7 +100,7 @@ class ScheduleConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
         return self
 
 
-class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class TrainConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """How long to train and how often to do what."""
 
     steps: Annotated[int, may_change.IN_FORK] = Field(default=1000, ge=1, le=2**40)
@@ -135,7 +138,7 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
         return {key: value for key, value in raw.items() if key != "steps"}
 
 
-class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class EngineConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """DeepSpeed ZeRO."""
 
     zero_stage: Annotated[Literal[0, 1, 2, 3], may_change.COMPUTED] = 1
@@ -167,7 +170,7 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
         return self
 
 
-class HealthConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class HealthConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """How a run watches itself (docs/health.md)."""
 
     max_skipped: Annotated[int, may_change.WATCHED] = Field(default=10, ge=1)
@@ -190,7 +193,7 @@ class HealthConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     half of it unless given."""
 
 
-class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class TrackingConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """MLflow, the mirror of the run's journal."""
 
     mode: Annotated[Literal["online", "offline", "off"], may_change.WATCHED] = "online"
@@ -235,7 +238,7 @@ class TrackingConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
         return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
-class ProfileConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class ProfileConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """torch's profiler on rank 0; what it writes is in the run folder's `profile/`."""
 
     steps: Annotated[tuple[int, int] | None, may_change.WATCHED] = None
@@ -246,3 +249,28 @@ class ProfileConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstr
         if self.steps and not 1 <= self.steps[0] <= self.steps[1]:
             raise ValueError(f"steps={list(self.steps)}: expected [first, last] with 1 <= first <= last")
         return self
+
+
+class FinetuneConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+    """What is trained of the weights that `run.start_from` names (docs/after.md)."""
+
+    kind: Annotated[Literal["none", "full", "lora"], may_change.IN_FORK] = "none"
+    """`none`: the run goes on as the other would have, with its optimizer and its data. `full`: weights only, and all
+    are trained, from step 0, on data of the run's own. `lora`: adapters beside linear maps are trained, and saved
+    alone; `duet checkpoint export` adds them up."""
+    rank: Annotated[int, may_change.IN_FORK] = Field(default=8, ge=1)
+    """Of an adapter: inner size r of B A."""
+    alpha: Annotated[float | None, may_change.IN_FORK] = Field(default=None, gt=0.0)
+    """An adapter counts alpha / r times; 2 r unless given."""
+    dropout: Annotated[float, may_change.IN_FORK] = Field(default=0.0, ge=0.0, lt=1.0)
+    """On what adapters read, in training."""
+    targets: Annotated[list[str], may_change.IN_FORK] = Field(default=["qkv"], min_length=1)
+    """Linear maps that are adapted: by the last part of a name, masks aside, or by a pattern of the whole, such as
+    `backbone.layers.0.*`; `*` means all."""
+    base: Annotated[str | None, may_change.IN_FORK] = None
+    """Hash of the weights that the run has begun with; written by the run itself."""
+
+    @property
+    def scale(self) -> float:
+        """Alpha / r."""
+        return (self.alpha or 2 * self.rank) / self.rank

@@ -1,5 +1,5 @@
 """An optimizer step on all ranks: DeepSpeed, the fragments it owns, optimizers, random states.
 
-May import: data_pipeline.errors, data_pipeline.files, model.architectures, model.batch, model.masks,
+May import: data_pipeline.errors, data_pipeline.files, model.architectures, model.attention, model.batch, model.masks,
 pretrain.config.
 """

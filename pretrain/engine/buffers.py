@@ -1,6 +1,6 @@
 """What a model carries from step to step beside its parameters: persistent buffers.
 
-Such as BatchNorm's statistics, and the multipliers of block gates.
+Such as BatchNorm's statistics, the multipliers of block gates, and the centroids of routed attention.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from model.attention.routing import routings
 from model.masks.block_gates import block_gates
 from pretrain.engine.distributed import Ranks
 
@@ -81,3 +82,30 @@ class Multipliers:
             means = self._ranks.mean_on_device(means)
         for gates, mean in zip(self._gates, means, strict=True):
             gates.ascend(mean)
+
+
+class Centroids:
+    """Those of routed attention follow their tokens once a step, by what all ranks have seen; see `Routing.move`.
+
+    Each forward pass of training counts its tokens in. What activation checkpointing computes again is counted again,
+    all of it, so that the means stay as they are.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        """`model` is on its device, with the same buffers on all ranks."""
+        self._routings = routings(model)
+        self._ranks = ranks
+
+    def after_step(self, applied: bool) -> None:
+        """Move each; after a step that was not `applied` what was counted is forgotten. A collective."""
+        if not self._routings:
+            return
+        if not applied:
+            for routing in self._routings:
+                routing.sums.zero_()
+            return
+        sums = torch.cat([routing.sums.flatten() for routing in self._routings])
+        if self._ranks.world_size > 1:
+            sums = self._ranks.mean_on_device(sums)
+        for routing, part in zip(self._routings, sums.split([r.sums.numel() for r in self._routings]), strict=True):
+            routing.move(part.view_as(routing.sums) * self._ranks.world_size)

@@ -23,11 +23,11 @@ from model.masks.block_gates import block_gates
 from pretrain.config.schema import Config
 from pretrain.engine import fragments
 from pretrain.engine.adamw8bit import SIGNED
-from pretrain.engine.buffers import Buffers, Multipliers
+from pretrain.engine.buffers import Buffers, Centroids, Multipliers
 from pretrain.engine.caches import own_caches
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.fragments import Fragment, Kept
-from pretrain.engine.hardware import check_hardware
+from pretrain.engine.hardware import check_hardware, keep_freed_memory
 from pretrain.engine.layer_transforms import checkpoint_activations, compile_layers
 from pretrain.engine.optim import (
     ADAM_STATES,
@@ -102,27 +102,32 @@ class Engine:
             ConfigError: the ranks cannot share the batch, or the hardware cannot do what the configuration asks for.
         """
         check_hardware(config, ranks.world_size, ranks.device)
+        keep_freed_memory(ranks.device)
         bootstrap()
         self.stage = config.engine.zero_stage
-        self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
         self._ranks = ranks
         self._uneven = config.labels_vary
         self._optimizer = config.optimizer
         self._peaks = peak_rates(model, config.optimizer)
         self._offloads = config.engine.offload != "none"
-        self._lr = 0.0
-        self._applied = False
+        self._lr, self._applied = 0.0, False
         self.snapshot = Snapshot(ranks.device)
         """The copy of a save. It is made before parameters or optimizer states change: before an update, and when
         `fragments` gives them out. Nothing else changes them; `tests/distributed/test_saver.py` holds that."""
         self.stopwatch = Stopwatch(ranks.device)
         # The table of tokens is first in the forward pass, so its gradient is the last; hooks run in order of
         # registration, and DeepSpeed's, which may wait for other ranks, come later.
-        model.token_embed.weight.register_post_accumulate_grad_hook(lambda _: self.stopwatch.lap("backward"))
+        first = next(iter(trained.values()))
+        first.register_post_accumulate_grad_hook(lambda _: self.stopwatch.lap("backward"))
         self._deepspeed = _initialized(model, config, ranks)
-        self._names: dict[Any, str] = self._deepspeed.param_names
+        self._names: dict[Any, str] = {
+            parameter: name for parameter, name in self._deepspeed.param_names.items() if name in self.shapes
+        }
         self.buffers = Buffers(model, ranks)
         self._multipliers = Multipliers(model, ranks)
+        self._centroids = Centroids(model, ranks)
         self.gated_sites = [gates.name for gates in block_gates(model)]
         """Of feed forwards in gated blocks, for example `enc_ff/00`."""
         momentum_type = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
@@ -184,6 +189,7 @@ class Engine:
         norm = self._update()
         if self._applied:
             self._multipliers.after_step(metrics)
+        self._centroids.after_step(self._applied)
         self.buffers.after_step(self._applied)
         return metrics, norm, self._applied
 

@@ -1,9 +1,14 @@
 """What a configuration asks of the hardware, and cannot know by itself."""
 
+import ctypes
+
 import torch
 
 from data_pipeline.errors import ConfigError
 from pretrain.config.schema import Config
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_INT_MAX = 2**31 - 1
 
 
 def check_hardware(config: Config, world_size: int, device: torch.device) -> None:
@@ -24,3 +29,15 @@ def check_hardware(config: Config, world_size: int, device: torch.device) -> Non
             f"engine.hpz_partition_size={engine.hpz_partition_size} does not divide the {world_size} ranks; "
             "use the number of ranks of a node"
         )
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Have a process that trains on a CPU keep the memory that tensors leave, for the next ones.
+
+    glibc gives large blocks back to the system and asks for them anew, which zeroes them page by page: up to a tenth of
+    a step on a CPU (benchmarks/masks.md). Where another C library serves, nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt and device.type == "cpu":
+        mallopt(_M_MMAP_THRESHOLD, _INT_MAX)
+        mallopt(_M_TRIM_THRESHOLD, _INT_MAX)

@@ -1,11 +1,12 @@
 """Which parameter gets which update, in torch's own terms. DeepSpeed's Muon is named here and built by the engine."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model.attention.weights import AdaptiveSpan, Entmax
 from model.masks.learned_dropout import LearnedDropout, MaskSource
 from pretrain.config.sections import OptimizerConfig
 from pretrain.engine.adamw8bit import AdamW8bit
@@ -20,18 +21,24 @@ CHUNK = 2**24
 
 def peak_rates(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
     """Peak learning rate under AdamW of each parameter, by its name."""
-    masks = [module for module in model.modules() if isinstance(module, LearnedDropout | MaskSource)]
-    own = {id(parameter) for module in masks for parameter in module.parameters()}
-    of_masks = min(config.lr, config.mask_lr or config.lr)
-    return {name: of_masks if id(parameter) in own else config.lr for name, parameter in model.named_parameters()}
+    own = dict.fromkeys(_of(model, LearnedDropout | MaskSource), min(config.lr, config.mask_lr or config.lr))
+    if config.kind != "muon":
+        own |= dict.fromkeys(_of(model, Entmax | AdaptiveSpan), config.attention_lr or 10 * config.lr)
+    return {name: own.get(id(parameter), config.lr) for name, parameter in model.named_parameters()}
+
+
+def _of(model: nn.Module, kind: Any) -> Iterator[int]:
+    """The parameters of all modules of a kind."""
+    return (id(p) for module in model.modules() if isinstance(module, kind) for p in module.parameters())
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Tensors of two and more dimensions, with weight decay, and the others, without; by peak learning rate."""
     peaks = peak_rates(model, config)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {
-            "params": [p for name, p in model.named_parameters() if peaks[name] == peak and (p.ndim >= 2) == decayed],
+            "params": [p for name, p in trained if peaks[name] == peak and (p.ndim >= 2) == decayed],
             "weight_decay": config.weight_decay if decayed else 0.0,
             **({} if peak == config.lr else {"peak": peak}),
         }

@@ -39,6 +39,7 @@ class Batches:
             mask_boundaries=config.data.mask_boundaries,
             packed=config.data.packing == "best_fit",
             two_sequences=config.model.traits.two_sequences,
+            targets=config.model.lengths[1],
         )
         return cls(device, config.objective(setting))
 

@@ -20,7 +20,14 @@ from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
 from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.part import HeldOutPart
-from pretrain.metric_names import BITS_PER_BYTE, VALIDATION, VALIDATION_PART, of_validation
+from pretrain.metric_names import (
+    BITS_PER_BYTE,
+    VALIDATION,
+    VALIDATION_DRAFT,
+    VALIDATION_PART,
+    VALIDATION_PONDER,
+    of_validation,
+)
 
 GATES = ("density", "mask_mean")
 """What validation tells of the masks."""
@@ -64,11 +71,12 @@ def evaluate(
         part: what is predicted instead, if not the `whole` text; else what is told of beside it.
 
     Returns:
-        `loss/val` (nats a label), `loss/val_bits_per_byte` if every token is predicted, and the gates' means under
-        evaluation rounding as `gate/val_…`. Where the text is of several sources, of each that has labels, too:
-        `loss/val/NAME` and `loss/val_bits_per_byte/NAME`, of which the first two are the means, weighted by labels
-        and by bytes. A part's bytes are those that its labels would have if they were of the mean length in their
-        source. `loss/val_part`, the loss of `part`, beside that of the whole text.
+        `loss/val` (nats a label), `loss/val_bits_per_byte` if every token is predicted, `loss/val_draft` (nats a hidden
+        label) of a model that drafts, and the gates' means under evaluation rounding as `gate/val_…`;
+        `ponder/val_steps` where tokens halt. Where the text is of several sources, of each that has labels, too:
+        `loss/val/NAME` and `loss/val_bits_per_byte/NAME`, of which the first two are the means, weighted by labels and
+        by bytes. A part's bytes are those that its labels would have if they were of the mean length in their source.
+        `loss/val_part`, the loss of `part`, beside that of the whole text.
 
     Raises:
         DataError: there is nothing to predict.
@@ -97,7 +105,7 @@ def _of_batch(
     """What is counted of a batch, [2]: sum and number; of its `rows`, bool [B], too, if there are any given."""
     inputs = batches.of_validation(windows, indices)
     output: ModelOutput = model(inputs)
-    found = _sums(output.metrics, int((inputs.labels != IGNORE).sum()))
+    found = _sums(output.metrics, int((inputs.labels != IGNORE).sum()), int(inputs.num_tokens()))
     if len(indices) and len(windows.sources) > 1:
         found |= _by_source(output, inputs, windows.sources, batches.sources_of_labels(windows, indices))
     if len(indices) and rows is not None:
@@ -105,10 +113,15 @@ def _of_batch(
     return found
 
 
-def _sums(metrics: Mapping[str, Tensor], predicted: int) -> dict[str, np.ndarray]:
+def _sums(metrics: Mapping[str, Tensor], predicted: int, tokens: int) -> dict[str, np.ndarray]:
     """Of a batch, the sum of something and of how many it is, [2]: the losses of labels, and over positions those of
     each mask, such as `density/enc_ff/00`."""
     found: dict[str, np.ndarray] = {VALIDATION: np.array([float(metrics["cross_entropy"]) * predicted, predicted])}
+    if "ponder_steps" in metrics:
+        tokens = tokens if predicted else 0  # a row that counts for nothing
+        found[VALIDATION_PONDER] = np.array([float(metrics["ponder_steps"]) * tokens, tokens])
+    if "draft_cross_entropy" in metrics:
+        found[VALIDATION_DRAFT] = np.array([float(metrics["draft_cross_entropy"]) * predicted, predicted])
     for name, value in metrics.items():
         gate, _, mask = name.partition("/")
         if mask and gate in GATES:
@@ -155,6 +168,9 @@ def _means(
         text_bytes = {}
     if text_bytes:
         result[BITS_PER_BYTE] = _bits(result[VALIDATION] * float(labels)) / sum(text_bytes.values())
+    for name in (VALIDATION_PONDER, VALIDATION_DRAFT):
+        if name in whole:
+            result[name] = float(whole[name][0] / whole[name][1])
     for gate in GATES:
         if of_masks := [float(sums[0] / sums[1]) for name, sums in whole.items() if name.startswith(f"{gate}/")]:
             result[of_validation(gate)] = sum(of_masks) / len(of_masks)

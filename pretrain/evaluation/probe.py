@@ -43,7 +43,7 @@ class Probe:
         try:
             with torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
                 model(self._batch)
-            now = {mask.name: mask.sides[-1] for mask in masks if mask.sides}
+            now = {mask.name: torch.cat(mask.sides) for mask in masks if mask.sides}
         finally:
             for mask in masks:
                 mask.sides = None

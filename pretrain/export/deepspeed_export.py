@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data_pipeline.errors import CheckpointError
+from data_pipeline.errors import CheckpointError, ConfigError
 from data_pipeline.files.atomic import disk_errors, write_atomic
 from model.architectures import registry
 from pretrain.checkpoint.checkpoint import Checkpoint
@@ -27,6 +27,8 @@ def export_deepspeed(checkpoint: Checkpoint, folder: Path) -> None:
         CheckpointError: the manifest does not hold the run's configuration, or the folder is there already.
     """
     config = saved_config(checkpoint)
+    if config.finetune.kind == "lora":
+        raise ConfigError(f"{checkpoint.path} holds adapters, which DeepSpeed does not know; export with --to")
     if config.optimizer.kind == "adamw8bit":
         optimizer = config.optimizer.model_copy(update={"kind": "adamw"})
         config = config.model_copy(update={"optimizer": optimizer})

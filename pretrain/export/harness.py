@@ -14,13 +14,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
 
 from data_pipeline.errors import ConfigError, UserError
+from model.batch import Batch
 from model.generation.sampling import Sampling
 from pretrain.export.use import open_trained
 from pretrain.inference.continuation import Continuation, Settings
 from pretrain.inference.text import check_text
-from pretrain.inference.trained import Trained
+from pretrain.inference.trained import Trained, check_next_token
 
 MAX_TOKENS = 256
 """To generate, where a task does not say."""
@@ -49,7 +51,7 @@ class DuetLM(TemplateLM):
             ConfigError: the model was not trained to continue a text.
         """
         super().__init__()
-        trained.check_continues()
+        check_next_token(trained.model.config, trained.objective)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._trained = trained
         self._model = trained.model.to(self._device)
@@ -167,7 +169,8 @@ class DuetLM(TemplateLM):
                     )
                 rows.append(torch.tensor([*given, *follows][-self.max_length - 1 : -1], device=self._device))
             # What is behind the end of a row is seen by nothing before it.
-            vectors = self._model.hidden(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), None).x
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            vectors = self._model.hidden(ids, None, self._prompts(ids, rows, [requests[n][2] for n in numbers])).x
             for number, row, x in zip(numbers, rows, vectors, strict=True):
                 labels = torch.tensor(requests[number][2], device=self._device)
                 # The head one text at a time: logits of all would be large.
@@ -175,6 +178,14 @@ class DuetLM(TemplateLM):
                 likelihood = logits.log_softmax(-1).gather(1, labels[:, None]).double().sum()
                 found[number] = float(likelihood), bool((logits.argmax(-1) == labels).all())
         return found
+
+    def _prompts(self, ids: Tensor, rows: list[Tensor], follows: list[list[int]]) -> Batch | None:
+        """Where a model reads prompts apart: what is given of each row [B, T], before what follows."""
+        if not self._model.config.reads_prompt:
+            return None
+        lengths = [len(row) - len(labels) + 1 for row, labels in zip(rows, follows, strict=True)]
+        zero = torch.zeros(len(rows), dtype=torch.int64, device=ids.device)
+        return Batch(ids, ids, zero, zero[0], 0, prefix_lengths=torch.tensor(lengths, device=ids.device))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each text as its task asks, until one of the task's stop strings.
@@ -203,11 +214,13 @@ class DuetLM(TemplateLM):
         return texts
 
 
-def evaluate_tasks(path: Path, step: int | None, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+def evaluate_tasks(
+    path: Path, step: int | None, tasks: Sequence[str], changes: Sequence[str] = ()
+) -> dict[str, dict[str, float]]:
     """Metrics of each task, by name; a name that ends in `_stderr` is the standard error of the one before.
 
     Args:
-        path, step: as `open_trained` has them.
+        path, step, changes: as `open_trained` has them.
         tasks: the harness's names, or YAML files of its kind.
 
     Raises:
@@ -219,7 +232,7 @@ def evaluate_tasks(path: Path, step: int | None, tasks: Sequence[str]) -> dict[s
     for task in tasks:
         if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
             raise ConfigError(f"--tasks {task}: no such file")
-    model = DuetLM(open_trained(path, step))
+    model = DuetLM(open_trained(path, step, changes))
     # The harness's own tasks are many files: they are looked through only if one of them is asked for.
     manager = TaskManager(include_defaults=not all(Path(task).is_file() for task in tasks))
     loaded: list[Any] = []

@@ -1,55 +1,61 @@
 """An export: a trained model in one folder that needs neither the run nor its data.
 
-model.safetensors  config.json  tokenizer_config.json  spm.model or tokenizer.json  modeling_duet.py  EXPORT.txt
+model.safetensors  config.json  spm.model or tokenizer.json  EXPORT.txt
 
-Of an architecture that is not ours: its source, in architecture/, and nothing for transformers.
+Beside them lies what transformers needs (`hugging_face/`), and of an architecture that is not ours its source, in
+architecture/.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+import yaml
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline.errors import CheckpointError
+from data_pipeline.errors import CheckpointError, DataError
 from data_pipeline.files.atomic import disk_errors, sync_folder, write_atomic, write_json
-from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer, model_file
+from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer, model_file, model_name
 from model.architectures import external, registry
 from model.architectures.names import current_name
 from model.architectures.registry import AnyModelConfig
-from model.architectures.token_model import TokenModel
-from model.attention.attention import CausalAttention
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.checkpoint.shard_file import write_tensors
 from pretrain.config.architecture import keep
 from pretrain.config.schema import Config
-from pretrain.inference.trained import Trained, tokenizer_of
+from pretrain.export.hugging_face.folder import (
+    About,
+    dataset_of,
+    hugging_face_config,
+    rows_of,
+    texts_of,
+    write_for_transformers,
+)
+from pretrain.export.hugging_face.sources import check_alone
+from pretrain.inference.trained import Trained, tokenizer_of, whole_weights
 from pretrain.objectives.registry import ObjectiveName
 from pretrain.run.checkpoint_folder import MANIFEST
+from pretrain.run.origin import TRAIN, WEIGHTS
 
 FORMAT = 2
 """In the first, an architecture's parameters had no `backbone.` before their names."""
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CONFIG = "config.json"
+Dtype = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NOTE = """A model trained with Duet: run {run}, step {step}.
+NOTE = """\
+A model trained with Duet: run {run}, step {step}.
 Weights in {dtype} (model.safetensors), configuration (config.json), tokenizer ({tokenizer}).
 
-duet generate FOLDER --prompt "..."
-"""
-OURS = """\
-transformers, with duet-pretrain[hf] installed: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-"""
-NOT_OURS = """\
-The source of its architecture lies in architecture/ and is run by Duet alone: transformers knows our own only.
+README.md says how it is used; Duet itself: duet generate FOLDER --prompt "..."
 """
 
 
@@ -71,7 +77,7 @@ def write_export(
     checkpoint: Checkpoint,
     config: Config,
     folder: Path,
-    dtype: Literal["fp32", "bf16"] = "fp32",
+    dtype: Dtype = "fp32",
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint's model into a new folder, which is there whole or not at all.
@@ -89,29 +95,67 @@ def write_export(
     if folder.exists():
         raise CheckpointError(f"{folder}: is there already; name a new folder")
     file, tokenizer = tokenizer_of(checkpoint, config)
-    with torch.device("meta"):
-        model = registry.build(config.model)
     if weights is None:
-        weights = checkpoint.weights()
-        checkpoint.check_shapes({name: list(values.shape) for name, values in model.named_parameters()})
-    facts = _facts(checkpoint, config)
-    tensors = {name: values.to(DTYPES[dtype]) for name, values in weights.items()} | checkpoint.buffers()
+        with torch.device("meta"):
+            model = registry.build(config.model)
+        shapes = {name: list(values.shape) for name, values in model.named_parameters()}
+        weights = whole_weights(checkpoint, config, shapes)
+    dataset = dataset_of(checkpoint, config)
+    about = rows_of(checkpoint, config, dataset)
+    texts = texts_of(dataset, tokenizer)
+    tensors = {**weights, **checkpoint.buffers()}
+    write_folder(folder, _facts(checkpoint, config), tensors, (file.read_bytes(), tokenizer), texts, about, dtype)
+
+
+def write_folder(
+    folder: Path,
+    facts: ExportFacts,
+    tensors: Mapping[str, Tensor],
+    tokenizer: tuple[bytes, Tokenizer],
+    texts: Iterable[str] | DataError,
+    rows: Mapping[str, str],
+    dtype: Dtype = "fp32",
+) -> None:
+    """Write an export: parameters and buffers, a tokenizer with its file's content, and what else `About` tells.
+
+    Raises:
+        CheckpointError: it cannot be written; the code of the architecture cannot be copied.
+    """
+    with torch.device("meta"):
+        model = registry.build(facts.model)
+    shapes = {name: values.shape for name, values in model.named_parameters()}
+    kept = {name: values.to(DTYPES[dtype]) if name in shapes else values for name, values in tensors.items()}
     metadata = {"format": "pt"} | {name: str(getattr(facts, name)) for name in ("run", "step", "commit", "dataset")}
-    with _new_folder(folder) as new:
-        write_tensors(new / WEIGHTS, dict(sorted(tensors.items())), Event(), metadata)
-        written = facts.model_dump(mode="json")
-        written["model"]["architecture"] = external.without_folder(facts.model.architecture)
-        write_atomic(new / file.name, file.read_bytes())
-        note = NOTE.format(run=facts.run, step=facts.step, dtype=dtype, tokenizer=file.name)
+    content, opened = tokenizer
+    written = facts.model_dump(mode="json")
+    written["model"]["architecture"] = external.without_folder(facts.model.architecture)
+    told = {**rows, "weights": dtype}
+    about = About(facts.model, facts.objective, facts.run, model.num_parameters(), told, opened, content, texts)
+    with new_folder(folder) as new:
+        write_tensors(new / WEIGHTS, dict(sorted(kept.items())), Event(), metadata)
+        theirs = hugging_face_config(facts.model, facts.objective, type_name(dtype), opened.eos_id)
+        write_json(new / CONFIG, theirs | {"duet": written})
+        write_for_transformers(new, about)
+        write_atomic(new / TRAIN, _train(facts))
         if external.is_external(facts.model.architecture):
             keep(facts.model, new)
-            write_json(new / CONFIG, {"duet": written})
-            write_atomic(new / "EXPORT.txt", note + NOT_OURS)
-            return
-        write_json(new / CONFIG, _hugging_face(facts, model, tokenizer, dtype) | {"duet": written})
-        write_json(new / "tokenizer_config.json", _tokenizer_config(facts, tokenizer))
-        write_atomic(new / "modeling_duet.py", Path(__file__).with_name("modeling_duet.py").read_bytes())
-        write_atomic(new / "EXPORT.txt", note + OURS)
+            check_alone(new, written["model"], shapes)
+        note = NOTE.format(run=facts.run, step=facts.step, dtype=dtype, tokenizer=model_name(content))
+        write_atomic(new / "EXPORT.txt", note)
+
+
+def _train(facts: ExportFacts) -> str:
+    """The configuration of a run that begins with an export: its model, whose weights are trained on."""
+    shape = facts.model.model_dump(mode="json")
+    if external.is_external(facts.model.architecture):
+        shape["architecture"] = f"{external.FOLDER}/{external.without_folder(facts.model.architecture)}"
+    found = {"model": shape, "data": {"objective": facts.objective}, "finetune": {"kind": "full"}}
+    return f"# duet train --from FOLDER data.path=DATA run.name=NAME\n{yaml.safe_dump(found, sort_keys=False)}"
+
+
+def type_name(dtype: Dtype) -> str:
+    """What torch calls it."""
+    return str(DTYPES[dtype]).removeprefix("torch.")
 
 
 def _facts(checkpoint: Checkpoint, config: Config) -> ExportFacts:
@@ -173,43 +217,8 @@ def read_facts(folder: Path) -> ExportFacts:
         raise CheckpointError(f"{file}: damaged: {error}") from None
 
 
-def num_attentions(model: TokenModel) -> int:
-    """How many of its modules keep keys and values."""
-    return sum(isinstance(module, CausalAttention) for module in model.modules())
-
-
-def _hugging_face(facts: ExportFacts, model: TokenModel, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-    """What transformers reads of config.json."""
-    return {
-        "model_type": "duet",
-        "architectures": ["DuetForCausalLM"],
-        "auto_map": {"AutoConfig": "modeling_duet.DuetConfig", "AutoModelForCausalLM": "modeling_duet.DuetForCausalLM"},
-        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-        "vocab_size": facts.model.vocab_size,
-        "hidden_size": facts.model.width,
-        # As many as there are pairs of keys and values: its caches read this, and nothing else does.
-        "num_hidden_layers": num_attentions(model),
-        "num_attention_heads": getattr(facts.model, "heads", 1),
-        "max_position_embeddings": facts.model.context,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.eos_id,
-    }
-
-
-def _tokenizer_config(facts: ExportFacts, tokenizer: Tokenizer) -> dict[str, Any]:
-    end = tokenizer.piece(tokenizer.eos_id)
-    return {
-        "tokenizer_class": "DuetTokenizer",
-        "auto_map": {"AutoTokenizer": ["modeling_duet.DuetTokenizer", None]},
-        "model_max_length": facts.model.context,
-        "padding_side": "left",
-        "eos_token": end,
-        "pad_token": end,
-    }
-
-
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside it, which takes its name when all is in it."""
     new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with disk_errors(folder, CheckpointError):

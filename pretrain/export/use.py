@@ -1,7 +1,7 @@
 """A trained model after the run: where it is read from, and its validation."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,13 +17,16 @@ from pretrain.engine.distributed import join
 from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.evaluate import evaluate, held_out, held_out_bytes
 from pretrain.export.portable import is_export, load_export
+from pretrain.inference.in_use import used_with
 from pretrain.inference.trained import Trained, find_checkpoint, read_model, tokenizer_of
 
 Progress = Callable[[int, int], object]
 
 
-def open_trained(path: Path, step: int | None = None) -> Trained:
+def open_trained(path: Path, step: int | None = None, changes: Sequence[str] = ()) -> Trained:
     """The model of a run folder (its newest checkpoint, or that of `step`), of a checkpoint or of an export.
+
+    `changes`: of keys that may change in use, as `used_with` takes them, which says what else is raised.
 
     Raises:
         RunError: none of them.
@@ -35,15 +38,20 @@ def open_trained(path: Path, step: int | None = None) -> Trained:
     if is_export(path):
         if step is not None:
             raise ConfigError(f"{path} is an export, which has one step; leave step {step} out")
-        return load_export(path)
+        return _changed(load_export(path), changes)
     checkpoint, config = find_checkpoint(path, step)
     tokenizer = tokenizer_of(checkpoint, config)[1]
     step = checkpoint.manifest.step
-    return Trained(read_model(checkpoint, config), tokenizer, config.data.objective, config.run.name, step)
+    model = read_model(checkpoint, config)
+    return _changed(Trained(model, tokenizer, config.data.objective, config.run.name, step), changes)
 
 
 def evaluate_run(
-    run: Path, step: int | None, rounding: str | None = None, progress: Progress = lambda done, total: None
+    run: Path,
+    step: int | None,
+    rounding: str | None = None,
+    progress: Progress = lambda done, total: None,
+    changes: Sequence[str] = (),
 ) -> dict[str, float]:
     """Validation metrics of a checkpoint over all held-out text, as `evaluate` gives them.
 
@@ -52,6 +60,7 @@ def evaluate_run(
     Args:
         rounding: of learned dropout's masks, one of EVAL_ROUNDINGS; the run's own unless given.
         progress: told before each batch how many are done, and of how many.
+        changes: of keys that may change in use, as `used_with` takes them.
 
     Raises:
         DataError: the dataset is damaged, or its tokenizer another one than the model was trained with.
@@ -62,7 +71,7 @@ def evaluate_run(
     if rounding:
         config = _rounded(run, config, rounding)
     with validating(checkpoint, config, progress) as validate:
-        return validate(read_model(checkpoint, config))
+        return validate(used_with(read_model(checkpoint, config), changes))
 
 
 @contextmanager
@@ -86,6 +95,10 @@ def validating(
         batches = Batches.of(config, dataset, ranks.device)
         sizes = held_out_bytes(dataset)
         yield lambda model: evaluate(model.to(ranks.device), windows, sizes, batch, ranks, batches, progress)
+
+
+def _changed(trained: Trained, changes: Sequence[str]) -> Trained:
+    return trained._replace(model=used_with(trained.model, changes))
 
 
 def _rounded(run: Path, config: Config, rounding: str) -> Config:

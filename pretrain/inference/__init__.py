@@ -2,5 +2,5 @@
 
 May import: data_pipeline.errors, data_pipeline.files, data_pipeline.places, data_pipeline.storage,
 data_pipeline.tokenize, model.architectures, model.config, model.generation, pretrain.checkpoint, pretrain.config,
-pretrain.engine, pretrain.objectives, pretrain.run.
+pretrain.engine, pretrain.finetune, pretrain.objectives, pretrain.run.
 """

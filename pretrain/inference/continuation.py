@@ -7,10 +7,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import ConfigError
+from model.architectures.draft_and_verify.two_decoders import TwoDecoders
+from model.generation.drafting import Drafting
 from model.generation.generate import Generation
 from model.generation.inspection import score
 from model.generation.sampling import Sampling
+from model.generation.target import NO_DRAFT, Passes
 from model.generation.texts import Drawn
+from model.generation.writing import Writing
 from pretrain.inference.text import GrowingText, check_text
 from pretrain.inference.trained import Trained
 
@@ -29,6 +34,8 @@ class Settings:
     """A text ends before the first of them that it holds."""
     seed: int = 0
     """Text number n draws from seed + n."""
+    drafting: Drafting | None = None
+    """Of a model that drafts: how it writes; its usual way unless given."""
 
 
 class Token(NamedTuple):
@@ -43,6 +50,8 @@ class Token(NamedTuple):
     """Among all tokens under the model, from 1."""
     likeliest: tuple[tuple[int, float], ...] = ()
     """The first ranks: tokens and their log-probabilities."""
+    draft: int | None = None
+    """What a draft proposed in its place; where it is another token, that was corrected."""
 
 
 @dataclass
@@ -55,6 +64,8 @@ class Text:
     growing: GrowingText
     continuation: str = ""
     """As shown: it ends before a stop string."""
+    num_tokens: int = 0
+    """Drawn, those of a stop string included."""
     drawn: list[Token] = field(default_factory=list)
     """Those of a stop string included; only where recorded."""
     finish: Literal["stop", "end", "length"] = "length"
@@ -79,9 +90,11 @@ class Continuation:
             recorded: keep of each token how likely it was.
 
         Raises:
-            ConfigError: the model was not trained to continue a text, a stop string is empty, or one is no UTF-8.
+            ConfigError: the model was not trained to continue a text, or does not write in this way; a stop string is
+                empty, or one is no UTF-8.
         """
         trained.check_continues()
+        self.apart = trained.writes_targets
         self.settings = settings
         self._recorded = recorded
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,29 +102,30 @@ class Continuation:
         texts = [check_text(prompt, "a prompt") for prompt in prompts]
         encoded = [ids.tolist() if len(ids) else [tokenizer.eos_id] for ids in tokenizer.encode(texts)]
         self.texts = [
-            Text(prompt, ids, GrowingText(tokenizer.decode, settings.stops, ids))
+            Text(prompt, ids, GrowingText(tokenizer.decode, settings.stops, [] if self.apart else ids))
             for prompt, ids in zip(prompts, encoded, strict=True)
         ]
-        self._generation = Generation(
-            trained.model.to(device),
+        self._generation = _begun(
+            trained,
+            settings,
             [torch.tensor(ids, device=device) for ids in encoded],
-            settings.sampling,
-            eos_id=tokenizer.eos_id,
-            generators=[torch.Generator(device).manual_seed(settings.seed + number) for number in range(len(prompts))],
+            [torch.Generator(device).manual_seed(settings.seed + number) for number in range(len(prompts))],
         )
 
     def pieces(self) -> Iterator[tuple[int, str]]:
         """(number of the text, piece of it) as soon as a piece is certain; without the prompts."""
-        going, left = list(range(len(self.texts))), self.settings.tokens
-        while going and left > 0:
-            found = self._generation.step()
-            drawn = self._generation.drawn
-            assert drawn is not None
-            records = recorded(drawn, self.settings.sampling) if self._recorded else {}
-            for number in going:
-                yield from self._grown(number, found.get(number, [])[:left], records.get(number, []))
-            going = [number for number in going if not self._generation.has_ended(number)]
-            left -= drawn.tokens.shape[1]
+        going = dict.fromkeys(range(len(self.texts)), self.settings.tokens)
+        while going:
+            found, records = self._generation.step(), dict[int, list[Token]]()
+            for drawn in self._generation.drawn if self._recorded else []:
+                records |= recorded(drawn, self.settings.sampling)
+            for number, left in going.items():
+                tokens = found.get(number, [])[:left]
+                yield from self._grown(number, tokens, records.get(number, []))
+                going[number] = left - len(tokens)
+                if not going[number]:
+                    self._generation.end(number)
+            going = {number: left for number, left in going.items() if not self._generation.has_ended(number)}
         for number, text in enumerate(self.texts):
             yield self._shown(number, text.growing.finish())
 
@@ -119,33 +133,72 @@ class Continuation:
         """A text with the tokens of a step before its end; `records`: of all that were drawn, if they are recorded."""
         text = self.texts[number]
         for place, token in enumerate(tokens):
+            text.num_tokens += 1
             text.drawn += records[place : place + 1]
             yield self._shown(number, text.growing.add(token))
             if text.growing.ended:
                 text.finish = "stop"
                 self._generation.end(number)
                 return
-        if self._generation.has_ended(number):
+        if self._generation.has_ended(number) and number not in self._cut:
             text.finish = "end"
+
+    @property
+    def _cut(self) -> set[int]:
+        return self._generation.cut if isinstance(self._generation, Writing) else set()
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """How a model that drafts writes."""
+        return self._generation.drafting if isinstance(self._generation, Writing) else None
+
+    @property
+    def passes(self) -> list[Passes] | None:
+        """That each text took so far; None of a model that takes one for each token."""
+        return self._generation.passes if isinstance(self._generation, Writing) else None
 
     def _shown(self, number: int, piece: str) -> tuple[int, str]:
         self.texts[number].continuation += piece
         return number, piece
 
 
+def _begun(
+    trained: Trained, settings: Settings, prompts: list[Tensor], generators: list[torch.Generator]
+) -> Generation | Writing:
+    """Prompts on the device that the model goes to."""
+    model, eos_id = trained.model.to(prompts[0].device if prompts else "cpu"), trained.tokenizer.eos_id
+    if isinstance(model, TwoDecoders):
+        return Writing(
+            model,
+            prompts,
+            settings.sampling,
+            eos_id=eos_id,
+            drafting=settings.drafting,
+            continues=not trained.writes_targets,
+            generators=generators,
+        )
+    if settings.drafting is not None:
+        raise ConfigError(
+            f"decode={settings.drafting.decode} is for a model that drafts (architecture=draft_and_verify); "
+            f"{model.config.architecture} draws one token after the other: leave it out"
+        )
+    return Generation(model, prompts, settings.sampling, eos_id=eos_id, generators=generators)
+
+
 def recorded(drawn: Drawn, sampling: Sampling) -> dict[int, list[Token]]:
     """How likely each token of a step was, by the number of its text."""
     sampled = torch.zeros_like(drawn.tokens, dtype=torch.float32)
+    drafts = torch.full_like(drawn.tokens, NO_DRAFT) if drawn.drafts is None else drawn.drafts
     if sampling.temperature:
         probabilities = sampling.probabilities(drawn.logits, drawn.present)
         sampled = probabilities.gather(-1, drawn.tokens[..., None])[..., 0].log()
     return {
         number: [
-            token._replace(sampling_log_probability=own)
-            for token, own in zip(scored(tokens, logits), owns, strict=True)
+            token._replace(sampling_log_probability=own, draft=None if draft == NO_DRAFT else draft)
+            for token, own, draft in zip(scored(tokens, logits), owns, its, strict=True)
         ]
-        for number, tokens, logits, owns in zip(
-            drawn.numbers, drawn.tokens, drawn.logits, sampled.tolist(), strict=True
+        for number, tokens, logits, owns, its in zip(
+            drawn.numbers, drawn.tokens, drawn.logits, sampled.tolist(), drafts.tolist(), strict=True
         )
     }
 

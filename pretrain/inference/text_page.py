@@ -41,11 +41,14 @@ def records(trained: Trained, continuation: Continuation, *, attention: bool) ->
     """Of the finished texts, as `record` gives them; for a page with what they attend to."""
     found = []
     for number, text in enumerate(continuation.texts):
-        rows = None
+        rows, drafted = None, None
+        if continuation.drafting and continuation.passes:
+            drafted = continuation.drafting, continuation.passes[number]
         if attention:
             length = min(len(text.prompt_ids) + len(text.drawn), trained.model.config.context)
-            rows = AttentionRows(attention_heads(trained.model), length, ATTENTION_BYTES // len(continuation.texts))
-        one = record(trained, text, number, continuation.settings, rows.add if rows else None)
+            heads = [] if trained.model.config.traits.two_sequences else attention_heads(trained.model)
+            rows = AttentionRows(heads, length, ATTENTION_BYTES // len(continuation.texts))
+        one = record(trained, text, number, continuation.settings, rows.add if rows else None, drafted)
         found.append(one | {"attention": rows.packed()} if rows else one)
     return found
 

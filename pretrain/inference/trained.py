@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from data_pipeline.errors import CheckpointError, ConfigError, DataError, RunError
 from data_pipeline.files.filesystem import is_uri
@@ -20,6 +21,7 @@ from pretrain.checkpoint.ownership import check_own
 from pretrain.config.architecture import opened
 from pretrain.config.schema import Config
 from pretrain.engine.buffers import persistent_buffers
+from pretrain.finetune.base import weights_of
 from pretrain.objectives.registry import objective_of
 from pretrain.run.checkpoint_folder import complete, is_checkpoint, step_of, step_path
 from pretrain.run.run_folder import RunFolder
@@ -37,6 +39,11 @@ class Trained(NamedTuple):
     """Name of the run that trained it."""
     step: int
 
+    @property
+    def writes_targets(self) -> bool:
+        """What it writes is the target of a source, not the text behind a prompt."""
+        return self.model.config.traits.writes_targets and not objective_of(self.objective).continues_text
+
     def check_continues(self) -> None:
         """Raises ConfigError for a model that was not trained to continue a text."""
         check_objective(self.model.config, self.objective)
@@ -45,10 +52,20 @@ class Trained(NamedTuple):
 def check_objective(config: ModelConfig, objective: str) -> None:
     """Raises ConfigError unless a model of this shape and objective continues texts."""
     check_continues(config)
-    if not objective_of(objective).continues_text:
+    if not (config.traits.writes_targets or config.reads_prompt or objective_of(objective).continues_text):
         raise ConfigError(
             f"the model was trained with data.objective={objective}, where a prompt is read both ways; it is not "
             "generated from"
+        )
+
+
+def check_next_token(config: ModelConfig, objective: str) -> None:
+    """Raises ConfigError unless such a model predicts the next token of one text."""
+    check_objective(config, objective)
+    if config.traits.two_sequences:
+        raise ConfigError(
+            f"{config.architecture} reads one sequence and writes another, so it does not give the next token of one "
+            "text; duet generate writes with it"
         )
 
 
@@ -88,10 +105,20 @@ def saved_config(checkpoint: Checkpoint) -> Config:
 def read_model(checkpoint: Checkpoint, config: Config) -> TokenModel:
     """The model of a checkpoint, in fp32 and evaluation mode. Raises CheckpointError if it is another model's."""
     model = registry.build(config.model)
-    checkpoint.check_shapes({name: list(weights.shape) for name, weights in model.named_parameters()})
+    weights = whole_weights(checkpoint, config, {name: list(p.shape) for name, p in model.named_parameters()})
     checkpoint.check_buffers(persistent_buffers(model))
-    model.load_state_dict(checkpoint.weights() | checkpoint.buffers())
+    model.load_state_dict(weights | checkpoint.buffers())
     return model.eval()
+
+
+def whole_weights(checkpoint: Checkpoint, config: Config, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    """The fp32 parameters of a checkpoint's model. Raises CheckpointError unless they have these shapes."""
+    if config.finetune.kind != "lora":
+        checkpoint.check_shapes(shapes)
+    weights = weights_of(checkpoint, config)
+    if odd := sorted(name for name in shapes if name not in weights or list(weights[name].shape) != shapes[name]):
+        raise CheckpointError(f"{config.run.start_from}: of another model; first difference: {odd[0]}")
+    return weights
 
 
 def tokenizer_of(checkpoint: Checkpoint, config: Config) -> tuple[Path, Tokenizer]:

@@ -36,6 +36,8 @@ class Setting:
     """Windows hold whole documents, and padding behind them."""
     two_sequences: bool = False
     """The model reads one sequence and writes another."""
+    targets: int = 0
+    """Tokens that it writes of a window, at most."""
 
 
 class Objective(ABC):

@@ -5,13 +5,14 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from pretrain.objectives.causal import Causal
+from pretrain.objectives.continuation import NextChunk
 from pretrain.objectives.masked import Masked
 from pretrain.objectives.objective import Objective
 from pretrain.objectives.pairs import Pairs
 from pretrain.objectives.prefix import Prefix
 from pretrain.objectives.span_corruption import SpanCorruption
 
-_ALL: tuple[type[Objective], ...] = (Causal, Prefix, Masked, SpanCorruption, Pairs)
+_ALL: tuple[type[Objective], ...] = (Causal, Prefix, Masked, SpanCorruption, Pairs, NextChunk)
 OBJECTIVES = {objective.name: objective for objective in _ALL}
 
 

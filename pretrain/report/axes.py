@@ -1,4 +1,4 @@
-"""Where the axis of values of a picture begins and ends."""
+"""Of the axes of a picture: their colour, and where that of values begins and ends."""
 
 import math
 from typing import TYPE_CHECKING
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 FEW = 20
 """Of fewer values each counts."""
+
+INK = "#768390"
+"""Readable on white and on black: the page follows the reader's theme, its pictures are drawn once."""
 
 
 def show_the_curve(axes: "Axes") -> None:

@@ -8,12 +8,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pretrain.metric_names import (
+    ALPHA,
     BACKWARD_MS,
     BITS_PER_BYTE,
     CHECKPOINT_MS,
     DATA_MS,
     DENSITY,
+    DRAFT_LOSS,
+    EARLIER_LOSS,
+    EMPTY,
     FORWARD_MS,
+    FULLEST,
     GATE_ENTROPY,
     GOODPUT,
     GRAD_NORM,
@@ -24,15 +29,21 @@ from pretrain.metric_names import (
     MULTIPLIER,
     OPTIMIZER_MS,
     PEAK_MEMORY,
+    PONDER_SHARE,
+    PONDER_STEPS,
     RANK_SPREAD,
+    REFINE_CHANGE,
+    SPAN,
     STEP_MS,
     TOKENS_PER_SECOND,
     TOKENS_SEEN,
     UPDATE_RATIO,
     VALIDATION,
+    ZEROS,
     Metric,
 )
-from pretrain.report.axes import begin_at_zero, show_the_curve
+from pretrain.report.axes import INK, begin_at_zero, show_the_curve
+from pretrain.report.heat_map import heat_map
 from pretrain.run.journal import Point
 from pretrain.run.run_summary import OF_SOURCES, RunData, verdict
 
@@ -41,8 +52,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#06b6d4", "#eab308", "#ec4899")
-INK = "#768390"
-"""Readable on white and on black: the page follows the reader's theme, its pictures are drawn once."""
 TIME_PARTS = {
     "data": DATA_MS,
     "forward": FORWARD_MS,
@@ -55,7 +64,6 @@ NARROW, WIDE = (5.2, 3.0), (10.5, 3.2)
 HEAD, TITLE = 0.9, 0.3
 """Heights, in the overview, of what stands above all panels and above each, in inches."""
 DPI, OVERVIEW_DPI = 180, 100
-HEAT_COLUMNS = 300
 SOURCES_INSIDE = 6
 """Of more than these the legend is beside the plot."""
 SMOOTH_FROM = 60
@@ -265,38 +273,11 @@ def _draw_time(axes: "Axes", runs: Coloured) -> None:
     )  # beside it: there is no empty place inside
 
 
-def _sites(prefix: str, highest: float | None) -> Callable[["Axes", Coloured], None]:
+def _sites(prefix: str, highest: float | None, lowest: float = 0.0) -> Callable[["Axes", Coloured], None]:
     def draw(axes: "Axes", runs: Coloured) -> None:
-        sites(axes, runs[0][0].points, prefix, highest)
+        heat_map(axes, runs[0][0].points, prefix, highest, lowest)
 
     return draw
-
-
-def sites(axes: "Axes", points: dict[str, list[Point]], prefix: str, highest: float | None) -> None:
-    """A heat map: one row a site and layer, one column a step; `highest` is the end of the scale."""
-    import numpy as np
-
-    names = sorted(name for name in points if name.startswith(prefix))
-    steps = sorted({p.step for name in names for p in points[name]})
-    steps = steps[:: max(1, math.ceil(len(steps) / HEAT_COLUMNS))]
-    column = {step: index for index, step in enumerate(steps)}
-    table = np.full((len(names), len(steps)), np.nan)
-    for row, name in enumerate(names):
-        for point in points[name]:
-            if point.step in column:
-                table[row, column[point.step]] = point.value
-    axes.grid(False)
-    mesh = axes.pcolormesh(
-        steps, range(len(names)), table, shading="nearest", cmap="viridis", vmin=0.0, vmax=highest, rasterized=True
-    )
-    stride = math.ceil(len(names) / 24)
-    labels = [name.removeprefix(prefix).replace("/", " ") for name in names[::stride]]
-    axes.set_yticks(range(0, len(names), stride), labels)
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=max(4.0, min(8.0, 150 / len(names))))
-    bar = axes.figure.colorbar(mesh, ax=axes, pad=0.01)
-    bar.ax.tick_params(colors=INK, labelsize=7)
-    bar.outline.set_visible(False)
 
 
 def _of(title: str, name: Metric, *, smooth: bool = False, from_zero: bool = False) -> Panel:
@@ -305,9 +286,9 @@ def _of(title: str, name: Metric, *, smooth: bool = False, from_zero: bool = Fal
     return Panel(title, (name,), draw, smooth=smooth, from_zero=from_zero)
 
 
-def _map(title: str, metric: Metric, highest: float | None) -> Panel:
-    """The panel of a metric of single masks."""
-    return Panel(title, (metric.family,), _sites(metric.family, highest), single=True, wide=True, still=True)
+def _map(title: str, metric: Metric, highest: float | None, lowest: float = 0.0) -> Panel:
+    """The panel of a metric of single masks, heads or steps."""
+    return Panel(title, (metric.family,), _sites(metric.family, highest, lowest), single=True, wide=True, still=True)
 
 
 PANELS = (
@@ -315,6 +296,8 @@ PANELS = (
     Panel("Loss by tokens", (LOSS, VALIDATION), _loss(by_tokens=True), by_tokens=True, smooth=True),
     Panel("Validation, bits per byte", (BITS_PER_BYTE,), _draw_bits),
     Panel("Validation by source", OF_SOURCES, _draw_sources, single=True),
+    _of("Draft loss", DRAFT_LOSS, smooth=True),
+    _of("Loss read from an earlier step of refinement", EARLIER_LOSS, smooth=True),
     _of("Learning rate", LEARNING_RATE),
     _of("Gradient norm", GRAD_NORM, smooth=True),
     _of("Update ratio", UPDATE_RATIO, smooth=True),
@@ -324,10 +307,18 @@ PANELS = (
     _of("Goodput", GOODPUT, from_zero=True),
     _of("Rank spread", RANK_SPREAD, smooth=True),
     Panel("Memory", (MEMORY, PEAK_MEMORY), _draw_memory, from_zero=True),
+    _map("Change of the vectors by step of refinement", REFINE_CHANGE, None),
+    _of("Steps a token takes", PONDER_STEPS),
+    _map("Tokens by the steps they take", PONDER_SHARE, 1.0),
     _of("Gate density", DENSITY),
     _map("Gate density by site and layer", DENSITY, 1.0),
     _map("Multiplier of the gates' density by site and layer", MULTIPLIER, None),
     _map("Gate entropy by site and layer", GATE_ENTROPY, None),
+    _map("Alpha of entmax by head", ALPHA, 2.0, 1.0),
+    _map("Span by head, in tokens", SPAN, None),
+    _map("Fullest cluster by head", FULLEST, 1.0),
+    _map("Empty clusters by head", EMPTY, 1.0),
+    _map("Keys with weight 0 by head", ZEROS, 1.0),
 )
 
 

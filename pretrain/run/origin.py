@@ -1,20 +1,41 @@
 """A new run that begins with a checkpoint of another one: `run.start_from`, `RUN@STEP`. Free of torch."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from data_pipeline.errors import ConfigError, RunError
+from data_pipeline.places import EXPORT, kind_of
+from model.architectures.external import is_external
+from model.architectures.registry import configure
 from pretrain.config.changes import refused_in_fork, told
 from pretrain.config.schedule import decay_start
 from pretrain.config.schema import Config
-from pretrain.run.checkpoint_folder import step_path
+from pretrain.run.checkpoint_folder import MANIFEST, step_path
 from pretrain.run.run_folder import RunFolder
+
+WEIGHTS, TRAIN = "model.safetensors", "train.yaml"
+"""Of an export: its weights, and the configuration that a run which begins with them has."""
 
 
 def parse(start_from: str) -> tuple[Path, int | None]:
     """The run folder and the step of `RUN@STEP`; None for the newest checkpoint."""
     run, mark, step = start_from.rpartition("@")
     return (Path(run), int(step)) if mark and step.isdecimal() else (Path(start_from), None)
+
+
+def first_file(start_from: str) -> Path:
+    """The configuration that a run which begins so has, but for what is given. Raises RunError if there is none."""
+    path = parse(start_from)[0]
+    if kind_of(path) == EXPORT:
+        if not (path / TRAIN).is_file():
+            raise RunError(f"{path}: an export of an older version, without {TRAIN}; export the checkpoint again")
+        return path / TRAIN
+    origin = RunFolder(path)
+    origin.facts()  # a run folder
+    return origin.config_file
 
 
 def resolve(config: Config) -> Config:
@@ -30,6 +51,13 @@ def resolve(config: Config) -> Config:
     path, step = parse(config.run.start_from)
     path = path.resolve()
     folder = RunFolder(config.run_dir)
+    if kind_of(path) == EXPORT:
+        if config.finetune.kind == "none" or step is not None:
+            raise ConfigError(
+                f"run.start_from={config.run.start_from}: an export has weights of one step, and no state to go on "
+                "with: name it without a step, and set finetune.kind=full or finetune.kind=lora"
+            )
+        return _begun(config, path, None)
     if path == folder.path.resolve():
         raise RunError(f"run.start_from={config.run.start_from}: the run itself; give the new one a name: run.name=NEW")
     if step is None and folder.has_trained():
@@ -37,8 +65,36 @@ def resolve(config: Config) -> Config:
         step = parse(begun)[1] if begun and parse(begun)[0] == path else None
     if step is None:
         step = _newest(path)
-    run = config.run.model_copy(update={"start_from": f"{path}@{step}"})
-    return config.model_copy(update={"run": run})
+    return _begun(config, path, step)
+
+
+def _begun(config: Config, path: Path, step: int | None) -> Config:
+    """The configuration with its origin, and the hash of the weights in it if these are all that is taken."""
+    run = config.run.model_copy(update={"start_from": f"{path}" if step is None else f"{path}@{step}"})
+    kind, folder, base = config.finetune.kind, RunFolder(config.run_dir), None
+    if kind == "full" and folder.has_trained():  # its checkpoints hold all of it
+        base = folder.config().finetune.base
+    elif kind != "none":
+        base = base_hash(path, step)
+    tuned = config.finetune.model_copy(update={"base": base})
+    return config.model_copy(update={"run": run, "finetune": tuned})
+
+
+def base_hash(path: Path, step: int | None) -> str:
+    """Of the weights of an export, or of the manifest of a run's checkpoint, which holds those of its shards.
+
+    Raises:
+        RunError: there are none.
+    """
+    file = path / WEIGHTS if step is None else step_path(RunFolder(path).checkpoints, step) / MANIFEST
+    digest = xxhash.xxh3_128()
+    try:
+        with open(file, "rb") as opened:
+            while block := opened.read(2**23):
+                digest.update(block)
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def folder(config: Config) -> RunFolder:
@@ -65,6 +121,9 @@ def check(config: Config, dataset: dict[str, Any]) -> None:
     if config.run.start_from is None or RunFolder(config.run_dir).saved_steps():
         return
     path, step = parse(config.run.start_from)
+    if config.finetune.kind != "none":
+        _check_model(path, config)
+        return
     origin = RunFolder(path)
     theirs = origin.facts()["dataset"]
     assert step is not None
@@ -94,6 +153,25 @@ def check(config: Config, dataset: dict[str, Any]) -> None:
             f"{start}, before the checkpoint of step {step}; give train.steps={step + config.schedule.cooldown}, or a "
             f"cool-down of at most {config.train.steps - step}"
         )
+
+
+def _check_model(path: Path, config: Config) -> None:
+    """Whether a run may begin with these weights: its model is theirs. Raises RunError."""
+    if kind_of(path) == EXPORT:
+        try:
+            shape = json.loads((path / "config.json").read_text())["duet"]["model"]
+            theirs = config.model_copy(update={"model": configure(shape)})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{path / 'config.json'}: missing, damaged, or not of an export of Duet: {error!r}"
+            ) from None
+    else:
+        theirs = RunFolder(path).config()
+    if is_external(theirs.model.architecture) and is_external(config.model.architecture):
+        return  # whether the weights fit is seen when they are read
+    different = {key: values for key, values in refused_in_fork(theirs, config).items() if key.startswith("model.")}
+    if different:
+        raise RunError(f"{path}: weights of another model:\n{told(different)}\ngive the values of their training")
 
 
 def _newest(path: Path) -> int:

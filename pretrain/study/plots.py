@@ -4,7 +4,9 @@ import math
 from typing import TYPE_CHECKING
 
 from pretrain.metric_names import DENSITY, GATE_ENTROPY, MASK_MEAN, NEAR_ONE, NEAR_ZERO
-from pretrain.report.plots import COLOURS, INK, png, sites
+from pretrain.report.axes import INK
+from pretrain.report.heat_map import heat_map
+from pretrain.report.plots import COLOURS, png
 from pretrain.study.results import Result, Results, mean
 from pretrain.study.spec import Study
 
@@ -86,7 +88,7 @@ def _sites(arms: dict[str, list[Result]]) -> bytes:
             if not any(metric.startswith(prefix) for metric in runs[0].points):
                 axes.axis("off")  # hard-concrete gates have no entropy
                 continue
-            sites(axes, runs[0].points, prefix, highest)
+            heat_map(axes, runs[0].points, prefix, highest)
             axes.set_title(f"{arm}, seed {runs[0].run.seed}: {title}", loc="left", fontsize=9)
             axes.tick_params(labelsize=7)
     return png(figure, dpi=90)

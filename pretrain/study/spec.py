@@ -18,7 +18,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Counted = Literal["parameters", "training FLOPs"]
 
 
-class Arm(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class Arm(BaseModel, extra="forbid", frozen=True):
     """One of the things that are compared."""
 
     about: str
@@ -27,7 +27,7 @@ class Arm(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True)
     """Presets and overrides, as `duet train` takes them."""
 
 
-class Equal(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class Equal(BaseModel, extra="forbid", frozen=True):
     """Arms that must not differ in size or cost; a study in which they do is not run."""
 
     what: Counted
@@ -37,7 +37,7 @@ class Equal(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=Tru
     """Most that the largest may be above the smallest, as a share."""
 
 
-class Section(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class Section(BaseModel, extra="forbid", frozen=True):
     """Arms that are compared in one table."""
 
     title: str
@@ -71,7 +71,7 @@ class Section(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=T
         return self
 
 
-class Study(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+class Study(BaseModel, extra="forbid", frozen=True):
     """A study, as its file has it."""
 
     name: Name

@@ -19,6 +19,7 @@ from rich.console import Console as Terminal
 from rich.live import Live
 from rich.text import Text
 
+from pretrain import status_line
 from pretrain.metric_names import COLUMNS, STEP_MS, Column, Metric
 from pretrain.tracking.durations import duration
 
@@ -27,6 +28,12 @@ WINDOW = 50
 """Calls of `step` over which the time left is estimated."""
 LEFT_WIDTH = 9
 PROGRESS_SECONDS = 10.0
+SILENT_SECONDS = 2.0
+"""Without a line, after which the status line says for how long."""
+COMMANDS = ("served by", "resume")
+"""Rows of the summary that are to be copied into a shell."""
+LEFT_OUT_FIRST = ("GiB", "l1", "entropy", "grad", "lr")
+"""Columns that a narrow terminal has no room for."""
 VALIDATION_LABEL = "validation"
 STYLES = {
     "header": "bold",
@@ -44,6 +51,8 @@ class Screen:
     def __init__(self, log: Path) -> None:
         self.log = log
         self.out, self.err = (_duplicate(stream) for stream in (sys.stdout, sys.stderr))
+        for stream in (self.out, self.err):
+            status_line.watch(stream)
         self._copy = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._size = self._length()
 
@@ -108,6 +117,7 @@ class Console:
         terminal = Terminal(file=self._file, highlight=False, soft_wrap=True)
         self._terminal = terminal if terminal.is_terminal and not terminal.is_dumb_terminal else None
         self._live: Live | None = None
+        self._status = (0.0, "", 0.0)
         self._columns: list[tuple[Metric, Column]] = []
         self._lines_since_header = 0
         self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW)
@@ -120,7 +130,7 @@ class Console:
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """A line of a step's metrics: of the known ones, those that are there."""
         self._times.append((step, time.monotonic()))
-        columns = [(metric, column) for metric, column in COLUMNS if metric in metrics]
+        columns = self._fitting([(metric, column) for metric, column in COLUMNS if metric in metrics])
         repeat = self._terminal is not None and self._lines_since_header >= HEADER_EVERY
         if columns != self._columns or repeat:
             self._columns = columns
@@ -174,7 +184,7 @@ class Console:
         width = max((len(label) for label, _ in rows), default=0)
         self._print("", "note")
         for label, text in rows:
-            self._print(f"{label:<{width}}  {text}", "step")
+            self._print(f"{label:<{width}}  {text}", "step", end=" \\" if label in COMMANDS else "")
 
     def close(self) -> None:
         """Take the status line away and give the cursor back."""
@@ -214,22 +224,39 @@ class Console:
     def _show_bar(self, share: float, words: str) -> None:
         if self._terminal is None:
             return
-        full = round(30 * share)
-        bar = Text.assemble(("━" * full, "green"), ("━" * (30 - full), "bright_black"), f"  {share:4.0%}  {words}")
-        if self._live is None:
+        self._status = (share, words, time.monotonic())
+        if self._live:
+            self._live.refresh()
+        else:
             self._live = Live(
-                bar,
+                get_renderable=self._bar,
                 console=self._terminal,
-                auto_refresh=False,
+                refresh_per_second=1,
                 transient=True,
                 redirect_stdout=False,  # else it brings back to the screen what `take_over` keeps from it
                 redirect_stderr=False,
             )
             self._live.start()
-        else:
-            self._live.update(bar, refresh=True)
 
-    def _print(self, text: str, style: str) -> None:
+    def _bar(self) -> Text:
+        """How far the run is; and the seconds since it said so, where those are many."""
+        share, words, since = self._status
+        full, age = round(30 * share), time.monotonic() - since
+        text = f"  {share:4.0%}  {words}" + (f", {age:.0f} s ago" if age >= SILENT_SECONDS else "")
+        return Text.assemble(("━" * full, "green"), ("━" * (30 - full), "bright_black"), text)
+
+    def _fitting(self, columns: list[tuple[Metric, Column]]) -> list[tuple[Metric, Column]]:
+        """Those that the terminal is wide enough for; the journal has them all."""
+        if self._terminal is None:
+            return columns
+        left = self._terminal.width - self._step_width - LEFT_WIDTH
+        for title in (*LEFT_OUT_FIRST, None):
+            if sum(column.width for _, column in columns) <= left:
+                break
+            columns = [(metric, column) for metric, column in columns if column.title != title]
+        return columns
+
+    def _print(self, text: str, style: str, end: str = "") -> None:
         if self._gone:
             return
         text = _printable(text, self._file)
@@ -240,6 +267,7 @@ class Console:
                 self._screen.copy(text)
             try:
                 if self._terminal:
+                    text = status_line.fit(text, self._terminal.width, end)
                     self._terminal.print(Text(text, style=STYLES[style]))
                 else:
                     self._file.write(text + "\n")

@@ -71,8 +71,9 @@ MOST_NATS = 700.0
 """The exponential of more is no number."""
 ADDED = {ENCODER_LOSS, Z_LOSS}
 """What the total loss holds beside the cross entropy and penalties."""
-A_LAYER = re.compile(r"gate/(\w+)/(\w+)/\d+")
-A_SOURCE = re.compile(r"(loss/val|loss/val_bits_per_byte)/(.+)", re.DOTALL)
+A_LAYER = re.compile(r"(gate|attention)/(\w+)/(\w+)/\d+(?:/h\d+)?")
+"""Or a head of it."""
+PART_OF = re.compile(r"(loss/val|loss/val_bits_per_byte|ponder/share|refine/change)/(.+)", re.DOTALL)
 ESCAPED = re.compile(r"[^\w .:-]|-(?=x[0-9a-f])|^\.\.|^\.$")
 """In a part of a name. Slashes, too: MLflow's page makes sections of them. `-x` and a digit would read as an escape."""
 
@@ -131,7 +132,7 @@ def _plan(given: tuple[str, ...], names: Names) -> tuple[list[tuple[str, str]], 
     every = names.first or names.all_masks
     for name in given:
         if every and (part := A_LAYER.fullmatch(name)):
-            sites.setdefault(mirrored(f"gate/{part[1]}_{part[2]}", names.first), []).append(name)
+            sites.setdefault(mirrored(f"{part[1]}/{part[2]}_{part[3]}", names.first), []).append(name)
     twice = set() if names.first else _twice(given)
     single = [
         (name, mirrored(name, names.first))
@@ -157,8 +158,8 @@ def _twice(given: tuple[str, ...]) -> set[str]:
 
 @functools.cache
 def mirrored(name: str, first: bool = False) -> str:
-    """A metric's name in MLflow: of one section at most, and with a dot before a source's name."""
-    if part := A_SOURCE.fullmatch(name):
+    """A metric's name in MLflow: of one section at most, and with a dot before a source's name or a number of steps."""
+    if part := PART_OF.fullmatch(name):
         return _bounded_name(f"{part[1]}.{escaped(part[2])}")
     section, slash, rest = name.partition("/")
     if not (section and rest):

@@ -17,6 +17,7 @@ from data_pipeline.secret import redact
 from data_pipeline.storage.manifest import Manifest
 from model.config.transformer import TransformerConfig
 from model.masks.bistability import warnings_for
+from pretrain import status_line
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
 from pretrain.metric_names import (
@@ -257,7 +258,7 @@ class Recorder:
     def _afterwards(self, stop: StopRequest, what: str, work: Callable[[], T]) -> T | None:
         """Do what may fail, or be broken off, without harm; None when it did."""
         try:
-            with stop.breakable():
+            with stop.breakable(), status_line.doing(f"the run is over and saved; {what}"):
                 return work()
         except (Exception, BrokenOff) as error:
             traceback.print_exc()

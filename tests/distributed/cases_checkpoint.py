@@ -350,7 +350,7 @@ def copy_at_stage(ranks: Ranks, path: str, root: str, stage: int) -> None:
     engine = Engine(registry.build(config.model), config, ranks)
     source.load(engine)
     with a_saver(engine, Path(root), ranks) as subject:
-        subject.start(source.manifest.step, source.manifest.state)
+        subject.start(source.manifest.step, source.manifest.state, source.manifest.validation_loss)
         subject.join()
 
 

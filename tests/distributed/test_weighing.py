@@ -18,6 +18,7 @@ Found = dict[str, float]
 CASE = "tests.distributed.weighing_cases:learn"
 MASKED = ["data.objective=masked", "model.architecture=encoder_only"]
 TWO_SEQUENCES = ["model.architecture=encoder_decoder", "model.learned_dropout.sites=[enc_ff,dec_ff,dec_sa,cross,embed]"]
+DRAFTS = ["model.architecture=draft_and_verify", "model.learned_dropout.enabled=false"]
 PACKED = "data.packing=best_fit"
 WINDOW = ["model.pattern.kind=window", "model.pattern.window=4", "model.pattern.sinks=1"]
 TURNS = ["model.pattern.kind=strided", "model.pattern.stride=2", "model.pattern.merge=alternate", "model.layers=2"]
@@ -31,6 +32,8 @@ RUNS = {
     "masked packed": [*MASKED, PACKED, "model.learned_dropout.sites=[enc_ff,enc_sa,embed]"],
     "spans": ["data.objective=span_corruption", *TWO_SEQUENCES],
     "pairs": ["data.objective=pairs", *TWO_SEQUENCES, "model.z_loss=0.01"],
+    "drafts of pairs": ["data.objective=pairs", *DRAFTS],
+    "drafts": ["data.objective=continuation", *DRAFTS, "model.draft.masking=glat", "model.draft.share=true"],
     "joined pairs": ["data.objective=pairs", "model.encoder_loss.kind=cosine", "model.learned_dropout.source=embed"],
 }
 STAGES, WORLDS, MICRO_BATCHES = (0, 1, 2, 3), (1, 2, 3), (1, 2, 8)

@@ -3,12 +3,13 @@
 import torch
 
 from model.architectures import registry
+from model.architectures.registry import configure
 from model.layers import chunked_loss
 from pretrain.config.schema import load
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
 from tests.distributed.cases import train_steps
-from tests.model.helpers import NAMED
+from tests.model.helpers import MIXED, MIXED_BOTH_WAYS, NAMED
 
 
 def losses_of(ranks: Ranks, stage: int, names: list[str]) -> dict[str, list[float]]:
@@ -18,7 +19,7 @@ def losses_of(ranks: Ranks, stage: int, names: list[str]) -> dict[str, list[floa
     for name in names:
         config = load(["batch.tokens=64", "model.context=8", f"engine.zero_stage={stage}", "engine.precision=fp32"])
         shape = {"layers": 2, "width": 16, "heads": 2, "context": 8, "vocab_size": 41}
-        model = config.model.model_validate(shape | NAMED[name])
+        model = configure(shape | (NAMED | MIXED | MIXED_BOTH_WAYS)[name])
         config = config.model_copy(update={"model": model})
         torch.manual_seed(0)
         engine = Engine(registry.build(config.model), config, ranks)

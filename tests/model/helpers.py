@@ -70,11 +70,16 @@ _CAUSAL: dict[str, dict[str, Any]] = {
         "dropout": 0.1,
     },
     "gates_modern": {**_ALONE, **_OFF, **_MODERN, "block_gates": {"kind": "cosine", "left": {"dec_ff/01": 5}}},
+    "universal": {"recurrence": {"steps": 3}, "learned_dropout": {"sites": ["dec_sa", "enc_ff"]}},
+    "universal_decoder": {**_ALONE, **_OFF, "recurrence": {"steps": 2, "step_embedding": "sinusoidal"}},
+    "halting": {**_OFF, "recurrence": {"steps": 3, "halt": True, "halt_bias": 0}, "norm_position": "post"},
+    "halting_decoder": {**_ALONE, **_OFF, **_MODERN, "recurrence": {"steps": 4, "halt": True, "halt_bias": 0}},
     "sinusoidal_next": {"positions": "sinusoidal", "add_next_position": True, "subtract_next_position": "plain"},
 }
 """Every option at least once, in the combinations that could break one another."""
 
 _T5 = {"architecture": "encoder_decoder"}
+_DRAFT = {"architecture": "draft_and_verify", "cross_heads": 2}
 _BERT = {"architecture": "encoder_only"}
 _BERT_EVERYWHERE = ["enc_ff", "enc_sa", "embed"]
 _BOTH_WAYS: dict[str, dict[str, Any]] = {
@@ -90,12 +95,23 @@ _BOTH_WAYS: dict[str, dict[str, Any]] = {
     "t5_batchnorm": {**_T5, **_OFF, "norm": "batchnorm", "bias": True},
     "t5_gates": {**_T5, **_MODERN, **_OFF, "block_gates": {"kind": "cosine", "blocks": 4}},
     "t5_l0": {**_T5, **_OFF, "attention": "flash", "l0": {"enabled": True, "sites": _EVERYWHERE}},
+    "draft": {**_DRAFT, **_OFF, "bias": True, "dropout": 0.1},
+    "draft_modern": {
+        **_DRAFT,
+        **_MODERN,
+        "norm_position": "post",
+        "learned_dropout": {"sites": [*_EVERYWHERE, "draft_ff", "draft_sa", "draft_cross"]},
+        "draft": {"layers": 2},
+    },
+    "draft_shared": {**_DRAFT, "draft": {"share": True, "masking": "cmlm"}, "learned_dropout": {"source": "embed"}},
+    "draft_refine": {**_DRAFT, **_OFF, "draft": {"refine": True, "masking": "nat"}},
     "bert": {**_BERT, "norm_position": "post", "bias": True},
     "bert_batchnorm": {**_BERT, "norm": "batchnorm"},
     "bert_batchnorm_post": {**_BERT, **_OFF, "norm": "batchnorm", "norm_position": "post", "dropout": 0.2},
     "bert_modern": {**_BERT, **_MODERN, "attention": "flash", "learned_dropout": {"sites": _BERT_EVERYWHERE}},
     "bert_embed": {**_BERT, "attention": "explicit", "learned_dropout": {"sites": _BERT_EVERYWHERE, "source": "embed"}},
     "bert_gates": {**_BERT, **_OFF, "block_gates": {"kind": "top", "blocks": 2, "density": 0.5, "left": {}}},
+    "bert_halting": {**_BERT, **_OFF, "recurrence": {"steps": 3, "halt": True, "step_embedding": "none"}},
     "bert_dropout": {**_BERT, **_OFF, "positions": "sinusoidal", "dropout": 0.2},
     "bert_elementwise": {
         **_BERT,
@@ -130,7 +146,8 @@ def _class(options: dict[str, Any]) -> tuple[object, ...]:
     rounding = options.get("learned_dropout.rounding")
     masks = options.get("learned_dropout.enabled", True), rounding if rounding != "threshold_ste" else None
     parts = {key.split(".")[0] for key in options} & {"encoder_loss", "l0", "block_gates"}
-    return options.get("architecture"), options.get("norm") == "batchnorm", masks, parts
+    halts = options.get("recurrence.halt")
+    return options.get("architecture"), options.get("norm") == "batchnorm", masks, parts, halts
 
 
 def _together(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -182,6 +199,41 @@ PATTERNED_BOTH_WAYS = {
 }
 
 
+MIXED = {
+    "entmax": NAMED["gates_cosine"] | {"weights": {"kind": "entmax"}},
+    "entmax_fixed": PATTERNED["sinks"] | {"weights": {"kind": "entmax", "alpha": 1.5}},
+    "span": NAMED["dropout_modern"] | {"weights": {"kind": "adaptive_span", "ramp": 3, "span_init": 0.3}},
+    "span_sinks": PATTERNED["sinks_alone"]
+    | {"attention": "auto", "weights": {"kind": "adaptive_span", "ramp": 2, "max_span": 4, "span_init": 0.4}},
+    "dense": NAMED["everywhere_embed"] | {"scores": {"kind": "synthesizer"}},
+    "random": NAMED["gates"] | {"scores": {"kind": "synthesizer", "parts": ["random"]}},
+    "factorised": {
+        **PATTERNED["globals"],
+        "scores": {"kind": "synthesizer", "parts": ["factorised_dense", "factorised_random"], "rank": 3},
+    },
+    "mixture": PATTERNED["window"]
+    | {"scores": {"kind": "synthesizer", "parts": ["dot", "dense", "random"], "trainable": False}},
+    "routing": NAMED["gates_cosine"] | {"scores": {"kind": "routing", "clusters": 3, "window": 2}},
+    "routing_window": {
+        **PATTERNED["sinks_alone"],
+        "attention": "auto",
+        "scores": {"kind": "routing", "clusters": 2, "routed_heads": 2},
+    },
+}
+"""Other weights and other scores."""
+MIXED_BOTH_WAYS = {
+    "t5_entmax": PATTERNED_BOTH_WAYS["t5_strided"] | {"weights": {"kind": "entmax"}},
+    "t5_span": NAMED["t5_dropout"] | {"weights": {"kind": "adaptive_span", "ramp": 4, "max_span": 3, "span_init": 0.5}},
+    "t5_linformer": NAMED["t5_modern"] | {"scores": {"kind": "linformer", "slots": 5}},
+    "bert_linformer": NAMED["bert_embed"] | {"attention": "auto", "scores": {"kind": "linformer", "slots": 4}},
+    "bert_random": NAMED["bert_dropout"]
+    | {"positions": "learned", "scores": {"kind": "synthesizer", "parts": ["dot", "factorised_random"]}},
+    "t5_routing": NAMED["t5_dropout"] | {"scores": {"kind": "routing", "clusters": 3, "assign": "balanced"}},
+    "bert_routing": NAMED["bert_dropout"] | {"scores": {"kind": "routing", "clusters": 2, "assign": "balanced"}},
+    "bert_entmax": NAMED["bert_gates"] | {"weights": {"kind": "entmax", "alpha": 2.0}},
+}
+
+
 def configured(**fields: Any) -> Any:
     """The configuration that these keys make."""
     return configure(fields)
@@ -193,8 +245,13 @@ def small(architecture: str = "parallel_encoder_decoder", **changes: Any) -> Any
     return configure({"architecture": architecture} | shape | changes)
 
 
+def one_of(architecture: str) -> Any:
+    """The same of any architecture, for what is to hold for all that there are."""
+    return small(architecture, **({"refine": {"chunk": 4}} if architecture == "refined" else {}))
+
+
 def variant(name: str, **changes: Any) -> Any:
-    return small(**((NAMED | EVERY | PATTERNED | PATTERNED_BOTH_WAYS)[name] | changes))
+    return small(**((NAMED | EVERY | PATTERNED | PATTERNED_BOTH_WAYS | MIXED | MIXED_BOTH_WAYS)[name] | changes))
 
 
 def build(config: ModelConfig, seed: int = 0) -> TokenModel:
@@ -207,7 +264,7 @@ def batch_of(config: ModelConfig, sequences: int = 3, step: int = 5, first_sampl
     ids = torch.randint(0, VOCABULARY, (sequences, config.context + 1), generator=generator)
     samples = torch.arange(first_sample, first_sample + sequences)
     batch = Batch(ids[:, :-1], ids[:, 1:], samples, torch.tensor(step), seed=9)
-    if config.architecture != "encoder_decoder":
+    if not config.traits.two_sequences:
         return batch
     inputs, targets = config.lengths
     read, labels = ids[:, :inputs], ids.flip(0)[:, :targets]
@@ -228,6 +285,8 @@ def open_masks(model: TokenModel, shift: float = 1.57, std: float = 0.5) -> Toke
             torch.nn.init.normal_(parameter, std=std, generator=generator)
         if name.endswith("ff.gate_bias"):
             torch.nn.init.constant_(parameter, shift)
+        if name.endswith("halting.weight"):
+            torch.nn.init.normal_(parameter, std=10 * std, generator=generator)
         if "dropout.log_alpha" in name:
             torch.nn.init.normal_(parameter, std=2 * std, generator=generator)
     return model

@@ -11,7 +11,9 @@ from pretrain.metric_names import COLUMNS, LOSS, OF_MODEL, REGISTRY, Metric, epo
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTRY_FILE = ROOT / "pretrain" / "metric_names.py"
-SPELT = re.compile(r"(loss|penalty|gate|optim|time|system|health)/[a-z_]+(/|$)|data/(epoch|tokens_seen|samples_seen)")
+SPELT = re.compile(
+    r"(loss|penalty|gate|ponder|optim|time|system|health)/[a-z_]+(/|$)|data/(epoch|tokens_seen|samples_seen)"
+)
 
 
 def texts(file: Path) -> Iterator[tuple[int, str]]:
@@ -45,6 +47,7 @@ def test_names_are_what_journals_hold() -> None:
     assert of_model("cross_entropy") == LOSS == "loss/train"
     assert of_model("density") == "gate/density"
     assert of_model("density/enc_ff/00") == "gate/density/enc_ff/00"
+    assert of_model("ponder_share/2") == "ponder/share/2"
     assert of_model("mask_slope") == "gate/mask_slope"
     assert epoch_of("web") == "data/epoch_web"
     assert set(OF_MODEL.values()) <= set(REGISTRY.values())

@@ -30,6 +30,14 @@ def test_every_key_of_a_site_is_told() -> None:
     )
 
 
+def test_the_tutorial_says_nothing_else() -> None:
+    lines = [
+        {line for kind, script in FENCE.findall(text) if kind == "bash slurm" for line in script.splitlines()}
+        for text in ((ROOT / "docs" / "tutorial.md").read_text(), TEXT)
+    ]
+    assert lines[0] and lines[0] <= lines[1]
+
+
 def starts(run: Path) -> list[tuple[str, str]]:
     """Job and restart of each start that has taken a step."""
     found: list[tuple[str, str]] = []

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from model.architectures.backbone import Backbone, Embedded, Hidden, SourceSequence, one_stream
 from model.architectures.blocks import EncoderLayer
 from model.architectures.decoder_only.spec import DecoderOnlyConfig
+from model.architectures.recurrence import Recurrence, one_repeated_stream
 
 
 class DecoderOnly(Backbone):
@@ -14,7 +15,10 @@ class DecoderOnly(Backbone):
         """Layers whose sites are called the decoder's."""
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config, layer, alone=True) for layer in range(config.layers))
+        self.recurrence = None if config.recurrence.steps == 1 else Recurrence(config)
 
     def forward(self, embedded: Embedded, keys: Tensor | None, source: SourceSequence | None = None) -> Hidden:
         """See `Backbone.forward`."""
-        return Hidden(*one_stream(self.layers, embedded, keys))
+        if self.recurrence is None:
+            return Hidden(*one_stream(self.layers, embedded, keys))
+        return one_repeated_stream(self.recurrence, self.layers, embedded, keys)

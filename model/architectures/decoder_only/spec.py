@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from model.config.model_config import Traits
 from model.config.transformer import TransformerConfig
 from model.costs.parts import Costs, Shape, embedded, end, head, one_stream
+from model.costs.recurrence import recurrence, repeated
 
 if TYPE_CHECKING:
     from model.architectures.decoder_only.model import DecoderOnly
@@ -19,6 +20,7 @@ class DecoderOnlyConfig(TransformerConfig, frozen=True):
         sites=("dec_ff", "dec_sa", "embed"),
         cached=True,
         documents_apart=True,
+        recurrent=True,
         default_sites=("dec_ff",),
         lacks="has no second stream",
     )
@@ -28,8 +30,8 @@ class DecoderOnlyConfig(TransformerConfig, frozen=True):
     def costs(self, shape: Shape) -> Costs:
         """L layers of one stream."""
         layers = [(n, one_stream(of, shape.inputs, ("dec_sa", "dec_ff"))) for n, of in shape.by_pattern(self.layers)]
-        outside = [*embedded(shape, shape.inputs), *end(shape), *head(shape)]
-        return Costs(outside, layers, shape.vectors(shape.inputs) * self.layers)
+        outside = [*embedded(shape, shape.inputs), *recurrence(shape, shape.inputs), *end(shape), *head(shape)]
+        return Costs(outside, repeated(self, layers), shape.vectors(shape.inputs) * self.depth)
 
     def build(self) -> "DecoderOnly":
         """The layers."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from model.architectures.backbone import Backbone, Embedded, Hidden, SourceSequence, one_stream
 from model.architectures.blocks import EncoderLayer
 from model.architectures.encoder_only.spec import EncoderOnlyConfig
+from model.architectures.recurrence import Recurrence, one_repeated_stream
 
 
 class EncoderOnly(Backbone):
@@ -17,7 +18,10 @@ class EncoderOnly(Backbone):
         """The layers."""
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.layers))
+        self.recurrence = None if config.recurrence.steps == 1 else Recurrence(config)
 
     def forward(self, embedded: Embedded, keys: Tensor | None, source: SourceSequence | None = None) -> Hidden:
         """See `Backbone.forward`."""
-        return Hidden(*one_stream(self.layers, embedded, keys))
+        if self.recurrence is None:
+            return Hidden(*one_stream(self.layers, embedded, keys))
+        return one_repeated_stream(self.recurrence, self.layers, embedded, keys)

@@ -20,12 +20,13 @@ from model.costs.parts import (
     norm,
     one_stream,
 )
+from model.costs.recurrence import recurrence, repeated
 
 if TYPE_CHECKING:
     from model.architectures.parallel_encoder_decoder.model import ParallelEncoderDecoder
 
 
-class EncoderLossConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class EncoderLossConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A loss between the running mean of the embedded tokens and the encoder's output (docs/model.md A7)."""
 
     kind: Literal["none", "mse", "cosine", "log_cosine"] = "none"
@@ -51,6 +52,7 @@ class ParallelEncoderDecoderConfig(TwoStreamConfig, frozen=True):
         sites=("enc_ff", "dec_ff", "enc_sa", "dec_sa", "cross", "embed"),
         cached=True,
         documents_apart=True,
+        recurrent=True,
         default_sites=("enc_ff", "dec_ff"),
     )
 
@@ -95,12 +97,15 @@ class ParallelEncoderDecoderConfig(TwoStreamConfig, frozen=True):
         if self.subtract_next_position == "layer_norm":
             outside.append(norm(shape, tokens))
         outside += [*self._encoder_loss(shape), *end(shape), *head(shape)]
-        between = last_output(shape, tokens)
-        if not (shape.norm_keeps_input or shape.post or self.decoder_input_norm):
-            # Where the first norm does not keep the embedded tokens, the map to the decoder does.
+        between = last_output(shape, tokens) * (self.recurrence.steps if self.recurrence.marks else 1)
+        kept_by_norm = not self.recurrence.marks and (shape.norm_keeps_input or shape.post or self.decoder_input_norm)
+        if not kept_by_norm and (shape.norm_keeps_input or not self.decoder_input_norm):
+            # Where the first layer's norm does not keep the embedded tokens, the way to the decoder does.
             between = [*between, Part(saved=shape.vectors(tokens))]
-        kept = (layers + 1 + self.layers) * shape.vectors(tokens)
-        return Costs(outside, [*encoder, *decoder, (1, between)], kept)
+        outside += recurrence(shape, tokens, streams=2)
+        last = 1 + (self.recurrence.steps if self.recurrence.marks else 0)
+        kept = (layers * self.recurrence.steps + last + self.depth) * shape.vectors(tokens)
+        return Costs(outside, [*repeated(self, [*encoder, *decoder]), (1, between)], kept)
 
     def build(self) -> "ParallelEncoderDecoder":
         """The layers."""
@@ -125,6 +130,12 @@ class ParallelEncoderDecoderConfig(TwoStreamConfig, frozen=True):
                 raise ValueError("cross_source=layer_input: with topology=serial every layer reads the whole encoder")
             if self.layers < 2:
                 raise ValueError("cross_source=layer_input leaves the last encoder layer out, so it needs layers >= 2")
+        if self.recurrence.steps > 1 and (self.topology == "serial" or self.cross_source == "layer_input"):
+            key = "topology=serial" if self.topology == "serial" else "cross_source=layer_input"
+            raise ValueError(
+                f"recurrence.steps={self.recurrence.steps} leads both streams through their layers side by side, and "
+                f"{key} has the {'encoder done first' if self.topology == 'serial' else 'last encoder layer left out'}"
+            )
         if self.positions == "rotary" and self.uses_next_position:
             raise ValueError(
                 "add_next_position and subtract_next_position need position vectors, which positions=rotary has not"

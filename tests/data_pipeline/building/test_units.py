@@ -86,6 +86,8 @@ def test_units_and_processes_make_no_difference(
         done = [now for name, now, _ in seen if name == stage]
         assert done == sorted(done)
         assert done[-1] == next(total for name, _, total in seen if name == stage)
+    order = list(dict.fromkeys(stage for stage, *_ in seen))
+    assert order[order.index("tokenizer") + 1] == "train", "said before it begins, since it may take minutes"
 
 
 def rows_of(dataset: Dataset) -> dict[str, list[bytes]]:

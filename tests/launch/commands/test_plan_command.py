@@ -31,6 +31,15 @@ def test_a_run_that_fits() -> None:
     assert not any("does not fit" in line for line in lines)
 
 
+def test_interruptions_are_told_and_the_best_interval() -> None:
+    few = plan(*RUN, *WHERE, "--interruption-hours", "5", "--time", "save=3", "--time", "load=90")
+    assert "with an interruption every 5h00m" in few
+    assert "seconds     save 3, " in few and "load 90, start 60, requeue 120, detect 60 (--time)" in few
+    best = few.partition("best ")[2].partition("train.checkpoint_every=")[2].partition(":")[0].replace(",", "")
+    found = json.loads(plan(*RUN, f"train.checkpoint_every={best}", *WHERE, "--interruption-hours", "5", "--json"))
+    assert found["goodput"]["best"]["share"] >= found["goodput"]["own"]["share"] > 0.9
+
+
 def test_as_json_parts_are_the_total() -> None:
     found = json.loads(plan(*RUN, *WHERE, "--json"))
     assert found["parameters"] == 1_272_024_576

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.commands.preflight import AVOID, FAILED, GOOD, STOP, conclude, planned_nodes, tasks_per_node
-from launch.slurm.exclude import AVOIDED_SECONDS, MOST_EXCLUDED, PER_DAY, SHARE, avoided, exclude, refuse
+from launch.slurm.exclude import (
+    AT_A_TIME,
+    AVOIDED_SECONDS,
+    IN_A_MONTH,
+    MONTH,
+    SHARE,
+    avoided,
+    exclude,
+    refuse,
+    to_avoid,
+)
 from pretrain.preflight.gpu import inspect, judge_gpus, parse_gpus, parse_processes
 from pretrain.preflight.verdict import Finding, Link, Report, Verdict, judge
 from pretrain.run.job_records import JobFolder
@@ -140,9 +150,20 @@ def test_no_history_of_preflights_gets_past_the_caps(history: list[tuple[float, 
         if refuse(bad, num_nodes, list(records.values()), f"job {number}", now) is None:
             assert len(bad) <= max(1, SHARE * num_nodes)
             records |= {node: {"node": node, "time": now, "job": f"job {number}"} for node in bad}
-        in_force = [node for node, record in records.items() if now - record["time"] < AVOIDED_SECONDS]  # type: ignore[operator]
-        assert len(in_force) <= PER_DAY
-        assert len(records) <= MOST_EXCLUDED
+        ages = [now - record["time"] for record in records.values()]  # type: ignore[operator]
+        assert sum(age < AVOIDED_SECONDS for age in ages) <= AT_A_TIME
+        assert sum(age < MONTH for age in ages) <= IN_A_MONTH
+
+
+def test_large_jobs_may_have_more_bad_nodes_and_old_ones_do_not_count() -> None:
+    def day(number: int, count: int) -> list[dict[str, object]]:
+        return [{"node": f"n{number}-{n}", "time": number * 86400.0, "job": "7"} for n in range(count)]
+
+    assert refuse(["n"], 2048, day(0, 19), "7", 0.0) is None
+    assert refuse(["n"], 2048, day(0, 20), "7", 0.0) == "the run would avoid 21 nodes within a day, 20 are allowed"
+    month = [record for number in range(16) for record in day(2 * number, 2)]
+    assert refuse(["n"], 64, month, "7", 29.9 * 86400) == "the run would avoid 33 nodes within a month, 32 are allowed"
+    assert refuse(["n"], 64, month, "7", 30.1 * 86400) is None
 
 
 def test_an_excluded_node_is_avoided_for_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +176,9 @@ def test_an_excluded_node_is_avoided_for_a_day(tmp_path: Path, monkeypatch: pyte
     assert avoided(folder, since + AVOIDED_SECONDS + 1) == []
     refusal = exclude(folder, {"n3": "ECC"}, 4)
     assert refusal and "given to it again" in refusal, "without an end, if Slurm does not heed it"
+    assert exclude(folder, {"n3": "ECC"}, 4, since + AVOIDED_SECONDS + 1) is None, "it had its chance"
+    assert to_avoid(folder, ["n3", "n9"], since + 1) == {"n3", "n9"}
+    assert to_avoid(folder, ["n3", "n9"], since + 2 * AVOIDED_SECONDS) == {"n9"}, "the job was submitted to avoid it"
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     assert exclude(folder, {"n3": "ECC"}, 4) is None
     assert exclude(folder, {"n1": "ECC", "n2": "ECC"}, 4) == "2 of 4 nodes are bad, and one start may exclude 1"

@@ -16,7 +16,7 @@ import pytest
 
 from data_pipeline.files.sealed import unseal, write_sealed
 from launch.commands.jobs import _from_script, _Tail
-from launch.completion import complete_configs, complete_runs
+from launch.completion import complete_runs
 from launch.slurm import client
 from launch.slurm.render import directive
 from launch.slurm.run_files import read_files
@@ -284,7 +284,7 @@ def test_watch_redraws_and_ends_quietly_with_ctrl_c(tmp_path: Path) -> None:
     assert b"running" in shown.rpartition(b"\x1b[?1049l")[2], "the last look stays on the screen"
 
 
-def test_tab_completes_runs_and_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tab_completes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("first", "second"):
         JobFolder(tmp_path / "runs" / name).submitted("7", "test", "2", [])
@@ -292,9 +292,6 @@ def test_tab_completes_runs_and_presets(tmp_path: Path, monkeypatch: pytest.Monk
     assert complete_runs("runs/") == ["runs/first", "runs/second"]
     assert complete_runs("runs/s") == ["runs/second"]
     assert complete_runs("nowhere/s") == []
-    assert "model/tiny" in complete_configs("model/t")
-    (tmp_path / "mine.yaml").touch()
-    assert complete_configs("mi") == ["mine.yaml"]
     shell = {"_DUET_COMPLETE": "complete_bash", "COMP_WORDS": "duet logs runs/f", "COMP_CWORD": "2"}
     program = "import sys\nfrom launch.cli import main\nsys.argv = ['duet']\nmain()"
     environment = os.environ | shell | {"PYTHONPATH": str(ROOT)}

@@ -249,7 +249,7 @@ def test_a_ring_holds_no_more_than_the_window_and_the_sinks(name: str) -> None:
     for part in ids.split([4, 1, 5, 1, 1], dim=1):
         cache.logits(model, part)
         sizes |= {
-            (place.patterns[0], keys.shape[2], values.shape[2]) for place, (keys, values) in cache._stored.items()
+            (place.patterns[0], keys.shape[2], values.shape[2]) for (place, _), (keys, values) in cache._stored.items()
         }
     for pattern, *columns in sizes:
         held = 12 if pattern.stride else pattern.window + pattern.sinks
@@ -369,11 +369,14 @@ def test_turns_need_layers_and_halves_an_even_number_of_heads() -> None:
 
 
 def loss_of_a_copy(pattern: dict[str, Any], distance: int, layers: int) -> float:
-    """Nats a token, at the end of 300 steps, where each token is the one `distance` before it."""
     model = plain(pattern, layers=layers, width=32, context=32, positions="rotary").float().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    return copied(model, torch.optim.AdamW(model.parameters(), lr=5e-3), distance, 300)
+
+
+def copied(model: TokenModel, optimizer: torch.optim.Optimizer, distance: int, steps: int) -> float:
+    """Nats a token, at the end, where each token is the one `distance` before it."""
     generator, losses = torch.Generator().manual_seed(0), []
-    for step in range(300):
+    for step in range(steps):
         text = torch.randint(VOCABULARY, (16, distance), generator=generator).repeat(1, 40 // distance + 1)[:, :33]
         labels = text[:, 1:].clone()
         labels[:, : distance - 1] = IGNORE

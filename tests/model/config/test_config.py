@@ -20,6 +20,9 @@ from tests.model.helpers import EVERY, NAMED, configured, options, variant
 PRESETS = sorted((Path(__file__).parents[3] / "configs" / "model").glob("*.yaml"))
 
 
+_DRAFT = {"architecture": "draft_and_verify"}
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_build(path: Path) -> None:
     config = configured(**yaml.safe_load(path.read_text())["model"] | {"vocab_size": 65})
@@ -55,6 +58,32 @@ def test_a_vocabulary_is_needed_to_build() -> None:
         ({"learned_dropout": {"sites": []}}, "at least 1 item"),
         ({"learned_dropout": {"sites": ["cross", "cross"]}}, "learned_dropout.sites: a site is named twice"),
         ({"learned_dropout": {"detach_embed": True}}, "detach_embed is about source=embed"),
+        ({"weights": {"kind": "entmax"}, "attention": "flash"}, "attention=flash: no kernel has weights.kind=entmax"),
+        ({"weights": {"kind": "entmax", "ramp": 5}}, "weights.ramp is for weights.kind=adaptive_span, not entmax"),
+        ({"pattern": {"kind": "window", "windows": [3, 4]}}, "pattern.windows has 2 widths, and there are layers=3"),
+        ({"pattern": {"kind": "window", "windows": [3], "window": 3}}, "leave window and full_every out"),
+        (
+            {"scores": {"kind": "linformer"}},
+            "scores.kind=linformer sums keys over all positions before a mask could act",
+        ),
+        (
+            {"scores": {"kind": "linformer"}, "architecture": "encoder_only", "document_mask": True},
+            "before a mask could act: leave document_mask out",
+        ),
+        ({"scores": {"kind": "synthesizer"}, "kv_heads": 2}, "has no keys that kv_heads could share"),
+        ({"scores": {"kind": "synthesizer"}, "positions": "rotary"}, "positions=rotary turns queries and keys"),
+        ({"scores": {"kind": "synthesizer"}, "weights": {"kind": "entmax"}}, "is for scores of queries and keys"),
+        ({"scores": {"kind": "synthesizer"}, "attention": "flash"}, "no kernel has scores.kind=synthesizer"),
+        ({"scores": {"slots": 5}}, "scores.slots is for scores.kind=linformer, not dot"),
+        ({"scores": {"kind": "synthesizer", "rank": 5}}, "scores.rank is about the part factorised_random"),
+        (
+            {"scores": {"kind": "routing", "assign": "balanced"}},
+            r"which tokens a centroid takes .* \(measured: logits before a changed token move by up to 0.47\)",
+        ),
+        ({"scores": {"kind": "routing"}, "positions": "rotary"}, "alike wherever they stand; take learned"),
+        ({"scores": {"kind": "routing", "routed_heads": 9}}, "scores.routed_heads=9, and there are heads=4"),
+        ({"scores": {"clusters": 5}}, "scores.clusters is for scores.kind=routing, not dot"),
+        ({"weights": {"alpha": 1.5}}, "weights.alpha is for weights.kind=entmax, not softmax"),
         ({"l0": {"enabled": True}}, "l0 and learned_dropout are both enabled"),
         ({"l0": {"sites": ["cross"]}, "architecture": "decoder_only"}, "l0.sites: decoder_only has no site cross"),
         ({"norm": "batchnorm"}, "would see the tokens it is to predict; it fits bidirectional encoders only"),
@@ -76,10 +105,49 @@ def test_a_vocabulary_is_needed_to_build() -> None:
             "topology: .* reads one sequence and writes another",
         ),
         ({"architecture": "encoder_decoder", "document_mask": True}, "document_mask: .* reads one sequence and writes"),
+        ({**_DRAFT, "draft": {"refine": True}}, "draft.masking=mixed shows parts of that target .* draft.masking=nat"),
+        ({**_DRAFT, "draft": {"share": True, "layers": 1}}, "one stack for both decoders.* leave draft.layers out"),
+        (
+            {**_DRAFT, "draft": {"share": True}, "block_gates": {"kind": "top"}, "learned_dropout": {"enabled": False}},
+            "runs each layer .* twice in a step",
+        ),
+        (
+            {**_DRAFT, "draft": {"share": True}, "learned_dropout": {"sites": ["draft_ff"]}},
+            "no stack of its own for drafts, and so no site draft_ff; name dec_ff",
+        ),
+        ({**_DRAFT, "draft": {"chunk": 256}}, "draft.chunk=256 leaves nothing of a window .* take 128 or less"),
+        ({**_DRAFT, "document_mask": True}, "document_mask: draft_and_verify reads one sequence and writes another"),
+        ({"draft": {"share": True}}, "draft: parallel_encoder_decoder"),
         ({"architecture": "encoder_decoder", "context": 9}, "context=9: of so few tokens .* makes 10; take 10 or more"),
         (
             {"architecture": "encoder_only", "l0": {"sites": ["dec_ff"]}},
             "encoder_only has no site dec_ff; it has enc_ff",
+        ),
+        ({"recurrence": {"halt": True}}, "recurrence.halt chooses among steps, and recurrence.steps=1"),
+        ({"recurrence": {"steps": 2, "epsilon": 0.1}}, "recurrence.epsilon is about halt=true"),
+        ({"recurrence": {"steps": 2}, "architecture": "encoder_decoder"}, "encoder_decoder are applied once"),
+        ({"recurrence": {"steps": 2}, "topology": "serial"}, "topology=serial has the encoder done first"),
+        (
+            {"recurrence": {"steps": 2}, "cross_source": "layer_input"},
+            "cross_source=layer_input has the last encoder layer left out",
+        ),
+        (
+            {"recurrence": {"steps": 2}, "architecture": "encoder_only", "norm": "batchnorm"},
+            "recurrence.steps=2 would mix those of its steps",
+        ),
+        ({"recurrence": {"steps": 2}, "learned_dropout": {"eval_rounding": "sample"}}, "would draw the same"),
+        ({"recurrence": {"steps": 2, "halt": True}}, "recurrence.halt with learned_dropout: a token that has halted"),
+        (
+            {"recurrence": {"steps": 2, "halt": True}, "learned_dropout": {"enabled": False}, "l0": {"enabled": True}},
+            "recurrence.halt with l0",
+        ),
+        (
+            {
+                "recurrence": {"steps": 2, "halt": True},
+                "learned_dropout": {"enabled": False},
+                "block_gates": {"kind": "top"},
+            },
+            "recurrence.halt with block_gates",
         ),
         ({"dropout": 1.0}, "less than 1"),
         ({"depth": 3}, "Extra inputs"),
@@ -97,6 +165,8 @@ def test_refusals_say_what_is_wrong(values: dict[str, Any], message: str) -> Non
         ("parallel_encoder_decoder", "prefix", None),
         ("encoder_only", "masked", None),
         ("encoder_decoder", "span_corruption", None),
+        ("draft_and_verify", "continuation", None),
+        ("draft_and_verify", "causal", "reads one text and writes another; take data.objective=pairs or continuation"),
         ("decoder_only", "masked", "predicts each token from those before it; take data.objective=causal or prefix"),
         ("encoder_only", "causal", "sees every token, the next one included, .* take data.objective=masked"),
         ("encoder_decoder", "causal", "reads one text and writes another.* take data.objective=span_corruption"),

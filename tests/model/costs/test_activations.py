@@ -17,9 +17,11 @@ from model.costs import parts
 from model.costs.totals import activations
 from model.layers import chunked_loss
 from pretrain.engine.layer_transforms import checkpoint_activations, layers
-from tests.model.helpers import EVERY, NAMED, VOCABULARY, batch_of, build, configured, variant
+from tests.model.helpers import EVERY, MIXED, MIXED_BOTH_WAYS, NAMED, VOCABULARY, batch_of, build, configured, variant
 
 ROWS = 3
+HEADS = 8
+"""The most that an attention here has."""
 TYPES = {4: torch.float32, 2: torch.bfloat16}
 ESTIMATES = [name for name in EVERY if "encoder_loss" in name or "l0" in name]
 
@@ -32,7 +34,7 @@ class Kept:
 
 
 def saved_bytes(model: TokenModel, batch: Batch, recomputed: bool = False) -> int:
-    """Of a forward pass in training, each storage once; without parameters, vectors [B] and [C], and scalars.
+    """Of a forward pass in training, each storage once; without parameters, vectors [B], [C] and of heads, and scalars.
 
     `recomputed`: layers are, and so their inputs are kept.
     """
@@ -53,7 +55,7 @@ def saved_bytes(model: TokenModel, batch: Batch, recomputed: bool = False) -> in
     for tensor in [*(kept.tensor for kept in found), *inputs]:
         storage = tensor.untyped_storage()
         elements = storage.nbytes() // tensor.element_size()
-        if storage.data_ptr() not in parameters and elements > ROWS and elements != model.config.width:
+        if storage.data_ptr() not in parameters and elements > HEADS and elements != model.config.width:
             storages[storage.data_ptr()] = storage.nbytes()
     assert output.loss.requires_grad
     return sum(storages.values())
@@ -80,7 +82,7 @@ def larger(name: str, **changes: Any) -> ModelConfig:
 
 
 @pytest.mark.parametrize("size", TYPES)
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, *MIXED, *MIXED_BOTH_WAYS])
 def test_every_variant(name: str, size: int) -> None:
     config = larger(name)
     counted = activations(config, ROWS, size)
@@ -150,7 +152,7 @@ def test_with_a_pattern(
 ) -> None:
     monkeypatch.setattr(pattern_config, "FEWEST", 1)
     shape = {"width": 48, "heads": NAMED[name].get("heads", 2), "context": 40} | changes
-    documents = documents and NAMED[name].get("architecture") != "encoder_decoder"
+    documents = documents and not variant(name).traits.two_sequences
     config = variant(name, pattern=pattern, document_mask=documents, **shape)
     counted = activations(config, ROWS, 2, dense_mask=documents)
     measured = measure(config, 2, documents=documents)

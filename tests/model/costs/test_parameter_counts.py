@@ -167,6 +167,8 @@ def test_biases_are_counted() -> None:
         ({"learned_dropout": {"sites": ["embed", "cross"]}}, 3 * (3 * 48**2 + 48)),
         ({"learned_dropout": {"source": "embed", "sites": ["cross"]}}, 2 * (3 * 48**2 + 48) + 4 * 48**2),
         ({"l0": {"enabled": True, "sites": ["enc_sa", "embed"]}}, 3 * 48),
+        ({"recurrence": {"steps": 3}}, 2 * 3 * 48),
+        ({"recurrence": {"steps": 3, "halt": True, "step_embedding": "none"}}, 48 + 1),
     ],
 )
 def test_what_each_option_adds(options: dict[str, Any], difference: int) -> None:

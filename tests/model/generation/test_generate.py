@@ -104,7 +104,7 @@ def test_a_penalty_knows_all_that_the_text_holds(monkeypatch: pytest.MonkeyPatch
         return draw(self, logits, present, generators)
 
     monkeypatch.setattr(Sampling, "draw", recorded)
-    generation = Generation(MODEL, PROMPTS, GREEDY)
+    generation = Generation(MODEL, PROMPTS, Sampling(temperature=0.0, repetition_penalty=1.1))
     texts = [prompt.tolist() for prompt in PROMPTS]
     for _ in range(15):
         before = [set(text) for text in texts]

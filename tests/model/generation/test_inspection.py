@@ -16,9 +16,10 @@ from tests.model.helpers import VARIANTS, batch_of, build, open_masks, small, va
 
 def expected_attentions(config: Any) -> list[str]:
     alone = config.architecture == "decoder_only"
-    encoder = [] if alone else [f"enc_sa/{layer:02d}" for layer in range(config.num_encoder_layers)]
-    decoder = [f"dec_sa/{layer:02d}" for layer in range(config.layers)]
-    cross = [] if alone else [f"cross/{layer:02d}" for layer in range(config.layers)]
+    encoders = 0 if alone else config.num_encoder_layers * config.recurrence.steps
+    encoder = [f"enc_sa/{layer:02d}" for layer in range(encoders)]
+    decoder = [f"dec_sa/{layer:02d}" for layer in range(config.depth)]
+    cross = [] if alone else [f"cross/{layer:02d}" for layer in range(config.depth)]
     return sorted([*encoder, *decoder, *cross])
 
 
@@ -27,11 +28,10 @@ def test_weights_times_values_are_what_attention_gave(name: str) -> None:
     """In fp32, where the pass takes torch's own kernels: rotary, grouped, both streams at a time."""
     model = open_masks(build(variant(name))).eval()
     ids = batch_of(model.config).input_ids[0]
-    calls: dict[str, tuple[Tensor, Tensor]] = {}
+    calls: list[tuple[Tensor, Tensor]] = []
 
     def remember(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        assert isinstance(module, CausalAttention)
-        calls[module.name] = inputs[2], output
+        calls.append((inputs[2], output))
 
     for module in model.modules():
         if isinstance(module, CausalAttention) and module.name:
@@ -39,8 +39,7 @@ def test_weights_times_values_are_what_attention_gave(name: str) -> None:
     weights: dict[str, Tensor] = {}
     inspect(model, ids, weights.__setitem__)
     assert sorted(weights) == expected_attentions(model.config)
-    for place, found in weights.items():
-        value, output = calls[place]
+    for found, (value, output) in zip(weights.values(), calls, strict=True):
         heads, length = found.shape[0], len(ids)
         assert found.shape == (heads, length, length)
         assert not found.triu(1).any(), "no token sees a later one"
@@ -59,10 +58,13 @@ def test_densities_and_states_are_those_of_a_plain_pass(name: str) -> None:
         plain = model.hidden(ids, None)
     found = inspect(model, ids[0])
     torch.testing.assert_close(found.states, plain.x[0], rtol=0, atol=1e-12)
-    assert found.density.keys() == plain.statistics.keys()
-    for mask, density in found.density.items():
-        assert density.shape == (ids.shape[1],)
-        torch.testing.assert_close(density.mean(), plain.statistics[mask]["density"])
+    steps = variant(name).recurrence.steps
+    assert len(found.density) == len(plain.statistics) * (1 if "embed" in str(found.density) else steps)
+    for mask, told in plain.statistics.items():
+        site, layer = mask.split("/")
+        of_steps = [found.density[f"{site}/{int(layer) + n * model.config.layers:02d}"] for n in range(steps)]
+        assert of_steps[0].shape == (ids.shape[1],)
+        torch.testing.assert_close(torch.stack(of_steps).mean(), told["density"])
     if "everywhere" in name:
         assert any(density.unique().numel() > 3 for density in found.density.values()), "tokens differ"
 
@@ -94,19 +96,20 @@ def test_what_was_drawn_from_is_told() -> None:
     """With a cache and in a moved window alike, up to rounding of fp64 sums."""
     model = open_masks(build(small())).double().eval()
     prompts = [torch.tensor([3, 1, 4]), torch.tensor([2])]
-    generation = Generation(model, prompts, Sampling(temperature=0.0))
-    assert generation.drawn is None
+    generation = Generation(model, prompts, Sampling(temperature=0.0, repetition_penalty=1.1))
+    assert not generation.drawn
     texts = [prompt.tolist() for prompt in prompts]
     for step in range(14):
         if step == 5:
             generation.end(0)
         found = generation.step()
-        drawn = generation.drawn
+        [drawn] = generation.drawn
         assert drawn is not None
         assert dict(zip(drawn.numbers, drawn.tokens.tolist(), strict=True)) == found
         for row, text in enumerate(drawn.numbers):
             if len(texts[text]) <= model.config.context:
                 again = model.token_embed(inspect(model, torch.tensor(texts[text])).states[-1:])
                 torch.testing.assert_close(drawn.logits[row], again, rtol=0, atol=1e-12)
+            assert drawn.present is not None
             assert set(drawn.present[row, 0].nonzero().flatten().tolist()) == set(texts[text])
             texts[text] += found[text]

@@ -19,8 +19,13 @@ class TwoAtOnce(Autoregressive):
         first = super().step(texts)
         ahead = copy.copy(texts)
         ahead.add(first.tokens)
-        columns = zip(first[1:], super().step(ahead)[1:], strict=True)
-        return Drawn(texts.numbers, *(torch.cat(pair, dim=1) for pair in columns))
+        second = super().step(ahead)
+        tokens = torch.cat([first.tokens, second.tokens], dim=1)
+        logits = torch.cat([first.logits, second.logits], dim=1)
+        present = None
+        if first.present is not None and second.present is not None:
+            present = torch.cat([first.present, second.present], dim=1)
+        return Drawn(texts.numbers, tokens, logits, present)
 
 
 def make_two_at_once(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:

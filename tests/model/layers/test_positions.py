@@ -41,7 +41,7 @@ def test_a_rotation_keeps_lengths_and_types() -> None:
 
 def test_sines_start_as_large_as_a_learned_table() -> None:
     model = build(small(positions="sinusoidal", width=64, heads=4))
-    vectors = model._with_positions(torch.zeros(1, 12, 64))[0]
+    vectors = model.with_positions(torch.zeros(1, 12, 64))[0]
     assert vectors.square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-3)
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.tokenize.tokenizer import Tokenizer
 from launch.cli import app
 from pretrain.export.use import open_trained
+from tests.model.helpers import batch_of, build, small
 from tests.pretrain.export.test_elsewhere import LICENSE, PROMPTS, greedy
 
 
@@ -91,6 +93,25 @@ def test_likelihoods_are_the_models_and_do_not_depend_on_the_batch(exported: Pat
         assert a[1] == b[1] == bool((logits.argmax(-1) == ids[-length:]).all())
     greedily = greedy(exported, 5)[0].removeprefix(PROMPTS[0])
     assert answering(exported).loglikelihood(asked((PROMPTS[0], greedily)), disable_tqdm=True)[0][1]
+
+
+def test_what_is_given_to_a_model_that_reads_prompts_apart_is_its_prefix(exported: Path) -> None:
+    from pretrain.export.harness import DuetLM
+
+    trained = open_trained(exported)
+    shape = {"context": 16, "vocab_size": trained.model.config.vocab_size, "refine": {"form": "prefix"}}
+    model = build(small("refined", **shape)).eval()
+    pairs = [("You may", " not"), ("", "A"), (LICENSE[:40], LICENSE[40:45])]
+    found = DuetLM(trained._replace(model=model, objective="prefix"), 2).loglikelihood(asked(*pairs))
+    for (context, continuation), (likelihood, _) in zip(pairs, found, strict=True):
+        ids = trained.tokenizer.encode([context + continuation])[0].tolist()
+        ids = torch.tensor(ids if context else [trained.tokenizer.eos_id, *ids])[-17:]
+        given = len(ids) - len(continuation)
+        batch = replace(batch_of(model.config, 1), prefix_lengths=torch.tensor([given]))
+        with torch.no_grad():
+            logits = model.predict(ids[None, :-1], None, batch)[0, given - 1 :].log_softmax(-1)
+        expected = logits[range(len(continuation)), ids[given:]].sum()
+        assert likelihood == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_rolling_covers_every_token_once(exported: Path) -> None:

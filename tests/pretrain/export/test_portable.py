@@ -25,7 +25,9 @@ from pretrain.config.schema import load
 from pretrain.export.use import evaluate_run, open_trained
 from pretrain.inference.continuation import Continuation, Settings
 from pretrain.inference.trained import find_checkpoint, read_model
+from pretrain.metric_names import BITS_PER_BYTE
 from pretrain.run.checkpoint_folder import step_path
+from pretrain.run.journal import read, series
 from pretrain.run.run_folder import RunFolder
 from tests.runs import CHARACTERS, ROOT
 
@@ -65,7 +67,7 @@ def test_the_stage_and_the_number_of_ranks_leave_no_trace(
     assert content(tmp_path / "exported") == content(exported)
     export(f"{run}@1", "--to", tmp_path / "other")
     differ = {name for name, old in content(exported).items() if content(tmp_path / "other")[name] != old}
-    assert differ == {"model.safetensors", "config.json", "EXPORT.txt"}
+    assert differ == {"model.safetensors", "config.json", "EXPORT.txt", "README.md"}
 
 
 def test_it_holds_each_weight_once_and_says_where_it_comes_from(run: Path, exported: Path) -> None:
@@ -86,6 +88,13 @@ def test_it_holds_each_weight_once_and_says_where_it_comes_from(run: Path, expor
         assert file.metadata() == {"format": "pt"} | facts
     assert json.loads((exported / "config.json").read_text())["duet"].items() >= (facts | {"step": 3}).items()
     assert "step 3" in (exported / "EXPORT.txt").read_text()
+    card = (exported / "README.md").read_text()
+    bits = next(point.value for point in series(read(run / "metrics.jsonl"))[BITS_PER_BYTE] if point.step == 3)
+    for told in ("| step | 3 |", f"| bits per byte | {bits:.4f} of", state["data"]["fingerprint"], "LICENSE: say"):
+        assert told in card
+    assert "sentencepiece" not in card, "its tokenizer.json does"
+    raw = json.loads((exported / "config.json").read_text())
+    assert raw["num_hidden_layers"] == config.model.layers
 
 
 def test_run_checkpoint_and_export_are_the_same_model(run: Path, exported: Path) -> None:
@@ -124,7 +133,9 @@ def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_it_is_there_only_when_all_is_in_it(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_there_only_when_all_is_in_it(
+    run: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whenever it is looked for while it is written."""
     seen = []
     blocks, rename = shard_file._blocks, Path.rename
@@ -136,7 +147,7 @@ def test_it_is_there_only_when_all_is_in_it(run: Path, tmp_path: Path, monkeypat
 
     def last(new: Path, folder: Path) -> Path:
         assert not folder.exists()
-        assert len(list(new.iterdir())) == 6
+        assert {file.name for file in new.iterdir()} == {file.name for file in exported.iterdir()}
         return rename(new, folder)
 
     monkeypatch.setattr(shard_file, "_blocks", watched)
@@ -153,7 +164,7 @@ def test_what_cannot_be_exported_is_refused(run: Path, exported: Path, tmp_path:
         ([run, "--to", exported], CheckpointError, "is there already; name a new folder"),
         ([run], ConfigError, "name one new folder: --to FOLDER, or --deepspeed FOLDER"),
         ([run, "--to", new, "--deepspeed", new], ConfigError, "name one new folder"),
-        ([run, "--deepspeed", new, "--dtype", "bf16"], ConfigError, "--dtype is for --to"),
+        ([run, "--deepspeed", new, "--dtype", "bf16"], ConfigError, "--dtype and --layout are for --to"),
         ([f"{run}@2", "--to", new], CheckpointError, "no complete checkpoint of step 2; there are: 3, 1"),
         ([f"{step_path(run / 'checkpoints', 3)}@3", "--to", new], ConfigError, "is one checkpoint, which has one step"),
         ([tmp_path, "--to", new], RunError, "not a run folder"),
@@ -196,7 +207,7 @@ def test_a_damaged_export_is_named(exported: Path, tmp_path: Path) -> None:
     for name, change, message in (
         ("model.safetensors", lambda file: file.write_bytes(file.read_bytes()[:-1]), "model.safetensors: missing, dam"),
         ("model.safetensors", Path.unlink, "model.safetensors: missing"),
-        ("spm.model", Path.unlink, "no tokenizer"),
+        ("spm.model", lambda file: (file.unlink(), (file.parent / "tokenizer.json").unlink()), "no tokenizer"),
         ("config.json", lambda file: file.write_text("{"), "config.json: missing, damaged"),
         ("config.json", lambda file: file.write_text("[" * 200_000), "config.json: missing, damaged"),
         ("config.json", lambda file: file.write_text('{"model_type": "gpt2"}'), "not of an export of Duet"),

@@ -37,6 +37,7 @@ def journal_steps(run_dir: Path, attempt: int, first: int, last: int, *, resumed
     journal.event("start", resumed_from=first if resumed else None, world_size=2)
     for step in range(first + 1, last + 1):
         metrics = {
+            "loss/draft": 3 + 6 * math.exp(-step / 30),
             "loss/train": 2 + 6 * math.exp(-step / 30) + noise.gauss(0, 0.02),
             "gate/density": 0.5,
             "optim/lr": 1e-3,
@@ -55,6 +56,8 @@ def journal_steps(run_dir: Path, attempt: int, first: int, last: int, *, resumed
                 metrics[f"gate/density/{site}/{layer:02d}"] = 1 - step / 200 - layer / 10
                 metrics[f"gate/entropy/{site}/{layer:02d}"] = step / 200 + layer / 10
                 metrics[f"gate/multiplier/{site}/{layer:02d}"] = step / 1000
+        metrics |= {"loss/earlier_step": 3.0, "refine/change/01": 0.5, "ponder/steps": 2.5, "ponder/share/2": 0.5}
+        metrics |= {f"attention/{kind}/dec_sa/00/h0": 1.5 for kind in ("alpha", "span", "zeros", "fullest", "empty")}
         journal.metrics(step, metrics)
         if step % 20 == 0:
             losses = {"loss/val": 2.25 - attempt / 8, "loss/val_bits_per_byte": 1.75 - attempt / 8}

@@ -186,7 +186,7 @@ def test_it_is_evaluated_and_exported(run: Run, tmp_path: Path) -> None:
     shutil.rmtree(run.path)
     run.file.unlink()
     assert {file.name for file in folder.iterdir()} >= {"architecture", "config.json", "model.safetensors"}
-    assert not (folder / "modeling_duet.py").exists()
+    assert (folder / "architecture.py").is_file()
     assert str(tmp_path) not in (folder / "config.json").read_text()
     after = open_trained(folder).model
     ids = torch.tensor([[5, 6, 7]])

@@ -1,0 +1,137 @@
+"""How scores become weights where it is not a softmax; the weights are formed, since no kernel has these."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.attention.softmax import Softmax
+from model.attention.visibility import Visible
+from model.config.transformer import TransformerConfig
+from model.layers.entmax import SMALLEST, entmax
+
+
+def mixer_of(config: TransformerConfig, heads: int, name: str, *, aligned: bool = True) -> Softmax:
+    """What an attention of a stream mixes its values with, as the configuration says.
+
+    Args:
+        name: keys its noise.
+        aligned: queries and keys are of one text.
+    """
+    if config.weights.kind == "entmax":
+        return Entmax(config, heads, name)
+    if config.weights.kind == "adaptive_span" and aligned:
+        return AdaptiveSpan(config, heads, name)
+    return Softmax(config, name, config.attention_rate)
+
+
+class Entmax(Softmax):
+    """alpha-entmax in the place of the softmax: "Adaptively Sparse Transformers", arXiv:1909.00015, section 3.
+
+    Tells of each head in training: `alpha`, and `zeros`, the share of the visible keys that get a weight of 0.
+    """
+
+    def __init__(self, config: TransformerConfig, heads: int, name: str) -> None:
+        """alpha = 1 + sigmoid(a), a of each head from 0 on, unless the configuration gives one."""
+        super().__init__(config, name, config.attention_rate, formed=True)
+        self._fixed = config.weights.alpha
+        if config.weights.learned:
+            self.alpha_logit = nn.Parameter(torch.zeros(heads))
+
+    def _normalised(self, scores: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if self._fixed is not None:
+            alpha: Tensor | float = self._fixed
+        else:
+            alpha = (1.0 + self.alpha_logit.to(scores.dtype).sigmoid()).clamp(min=SMALLEST).view(-1, 1, 1)
+        weights = entmax(scores, alpha)
+        if keys is not None:
+            seen = scores.detach() > -torch.inf
+            zeros = ((weights.detach() == 0) & seen).float().sum((0, 2, 3)) / seen.sum((0, 2, 3))
+            learned = {"alpha": alpha.detach().flatten()} if isinstance(alpha, Tensor) else {}
+            self._tell(zeros=zeros, **learned)
+        return weights
+
+
+class AdaptiveSpan(Softmax):
+    """A softmax whose weights fall to 0 over a ramp, from a distance on that each head learns.
+
+    "Adaptive Attention Span in Transformers", arXiv:1905.07799, equations 3 to 5. Tells of each head in training:
+    `span`, z in tokens, as penalised, with its gradient.
+    """
+
+    counts = True
+
+    def __init__(self, config: TransformerConfig, heads: int, name: str) -> None:
+        """z = max_span u, with u of each head in [0, 1]."""
+        super().__init__(config, name, config.attention_rate, formed=True)
+        self._most = config.weights.max_span or config.context
+        self._ramp = config.weights.ramp
+        self.share = nn.Parameter(torch.full((heads,), config.weights.span_init))
+
+    def spans(self) -> Tensor:
+        """z [H] in tokens, fp32 at least; a key at a distance of z + ramp or more gets nothing."""
+        share: Tensor = _Held.apply(self.share.to(torch.promote_types(self.share.dtype, torch.float32)))
+        return share * self._most
+
+    def reach(self) -> int:
+        """Tokens that the widest head sees, its own included."""
+        return math.ceil(self.spans().max().item() + self._ramp)
+
+    def _normalised(self, scores: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
+        assert visible.aligned
+        queries = visible.positions
+        if queries is None:
+            queries = torch.arange(scores.shape[2], device=scores.device)[None]
+        # A copy, since the compiler takes no tensor twice.
+        others = queries.clone() if visible.key_positions is None else visible.key_positions
+        spans = self.spans()
+        if keys is not None:
+            self._tell(span=spans)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        weights: Tensor = _Spanned.apply(scores, spans.to(scores.dtype), self._ramp, queries, others)
+        return weights
+
+
+class _Held(torch.autograd.Function):
+    """clamp(u, 0, 1), whose gradient leads back from outside, where the optimizer's momentum carries u."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor) -> Tensor:
+        ctx.save_for_backward(share)
+        return share.clamp(0.0, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (share,) = ctx.saved_tensors
+        outwards = ((share >= 1.0) & (gradient < 0)) | ((share <= 0.0) & (gradient > 0))
+        return gradient.masked_fill(outwards, 0.0)
+
+
+class _Spanned(torch.autograd.Function):
+    """chi exp(s) / sum(chi exp(s)) over the last dimension; of T x T it keeps the result alone."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, spans: Tensor, ramp: int, queries: Tensor, keys: Tensor) -> Tensor:
+        chi = _chi(spans, ramp, queries, keys)
+        weights = scores.masked_fill(chi == 0, -torch.inf).softmax(-1) * chi
+        weights = weights / weights.sum(-1, keepdim=True)
+        ctx.ramp = ramp
+        ctx.save_for_backward(weights, spans, queries, keys)
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        weights, spans, queries, keys = ctx.saved_tensors
+        of_scores = weights * (gradient - (gradient * weights).sum(-1, keepdim=True))
+        chi = _chi(spans, ctx.ramp, queries, keys)
+        # The logarithm of chi is added to the scores; it rises with z inside the ramp only.
+        of_spans = torch.where((chi > 0) & (chi < 1), of_scores / chi / ctx.ramp, 0.0)
+        return of_scores, of_spans.sum((0, 2, 3)), None, None, None
+
+
+def _chi(spans: Tensor, ramp: int, queries: Tensor, keys: Tensor) -> Tensor:
+    """[B, H, T, S] in [0, 1]: 1 up to z [H], 0 from z + ramp on; positions of queries [B, T] and keys [B, S]."""
+    distance = (queries[:, None, :, None] - keys[:, None, None, :]).abs().to(spans.dtype)
+    return ((spans[:, None, None] + ramp - distance) / ramp).clamp(0.0, 1.0)

@@ -1,0 +1,67 @@
+"""The decoder of a refined model writes; whenever a chunk is finished, encoder and steps read what there is."""
+
+import torch
+from torch import Tensor
+
+from model.architectures.refined.model import Refined, read_by
+from model.architectures.refined.thoughts import Thoughts
+from model.architectures.token_model import TokenModel
+from model.attention.rule import Rows
+from model.attention.visibility import CAUSAL
+from model.generation.sampling import Sampling
+from model.generation.texts import Drawn, Texts
+
+
+class Refining:
+    """Of each token the decoder reads one position. A text with a chunk more is read anew, all in one pass; one whose
+    prompt is its prefix is read once. When the longest text no longer fits the model's context, its last `context`
+    tokens are read anew for every token, as by `Autoregressive`; of a prefix, all of them are it then.
+    """
+
+    def __init__(self, model: TokenModel, sampling: Sampling) -> None:
+        assert isinstance(model.backbone, Refined)
+        self._model, self._backbone, self._sampling = model, model.backbone, sampling
+        self._thoughts: Thoughts | None = None
+        self._finished = torch.empty(0, dtype=torch.int64)
+        """[B], chunks of each text that were read, or 1 where its prefix was."""
+
+    def step(self, texts: Texts) -> Drawn:
+        """The next token of each text."""
+        logits = self._logits(texts)
+        present = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, texts.ids, True)
+        tokens = self._sampling.draw(logits, present, texts.generators)
+        return Drawn(texts.numbers, tokens[:, None], logits[:, None], present[:, None])
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the texts, [B'] int64."""
+        if self._thoughts is not None:
+            self._thoughts.reorder(rows)
+            self._finished = self._finished[rows]
+
+    def _logits(self, texts: Texts) -> Tensor:
+        context, length = self._model.config.context, texts.ids.shape[1]
+        hidden = max(0, length - context)
+        ids, padding = texts.ids[:, hidden:], (texts.padding - hidden).clamp(min=0)
+        goes_on = self._thoughts is not None and not hidden
+        if not goes_on:
+            chunk = self._backbone.config.chunk
+            prefixes = None if chunk else ids.shape[1] - padding
+            self._thoughts = Thoughts(padding, context, self._backbone.crossing(), chunk, prefixes)
+            self._finished = torch.zeros_like(padding)
+        assert self._thoughts is not None
+        self._read(ids, ids.shape[1] - padding, self._thoughts)
+        return self._thoughts.logits(self._model, ids[:, -1:] if goes_on else ids)
+
+    def _read(self, ids: Tensor, lengths: Tensor, thoughts: Thoughts) -> None:
+        """Read texts of which more is finished, of `lengths` [B], than was read."""
+        chunk = self._backbone.config.chunk
+        finished = lengths // chunk if chunk else torch.ones_like(lengths)
+        rows = (finished > self._finished).nonzero()[:, 0]
+        if not len(rows):
+            return
+        self._finished = finished
+        reading = thoughts.reading(ids.shape[1]).of_rows(rows)
+        columns = Rows(reading.positions.shape, ids.device, segments=reading.segments, positions=reading.positions)
+        visible = CAUSAL._replace(mask=columns.dense(), positions=reading.positions.clamp(min=0))
+        embedded = self._model.embed(ids[rows], None, visible, self._model.embed_dropout)
+        thoughts.remember(rows, self._backbone.think(read_by(reading, embedded), None).last)

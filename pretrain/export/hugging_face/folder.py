@@ -1,0 +1,217 @@
+"""The files that an export has for transformers, beside weights and `config.json`'s facts for Duet."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.files.atomic import write_atomic, write_json
+from data_pipeline.storage.dataset import Dataset
+from data_pipeline.storage.token_stream import TokenStream
+from data_pipeline.tokenize.fast_tokenizer import fast_tokenizer
+from data_pipeline.tokenize.tokenizer import JSON, Tokenizer, model_name
+from model.config.model_config import ModelConfig
+from model.config.transformer import TransformerConfig
+from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.config.schema import Config
+from pretrain.export.hugging_face.card import CardFacts, card, told_of_data, told_of_training
+from pretrain.export.hugging_face.sources import ENTRY, TOKENIZATION, sources
+from pretrain.objectives.registry import objective_of
+
+COMPARED = 2**20
+"""Tokens of the held-out text on which two tokenizers are compared."""
+
+
+class Kind(NamedTuple):
+    """A class of transformers."""
+
+    name: str
+    """Of a class in `modeling_duet.py`."""
+    auto: str
+    task: str
+    generates: bool = False
+
+
+def kind_of(model: ModelConfig, objective: str) -> Kind:
+    """The class of transformers that a model becomes."""
+    if model.traits.two_sequences:
+        return Kind("DuetForSeq2SeqLM", "AutoModelForSeq2SeqLM", "text2text-generation")
+    if not model.causal:
+        return Kind("DuetForMaskedLM", "AutoModelForMaskedLM", "fill-mask")
+    if objective_of(objective).continues_text:
+        return Kind("DuetForCausalLM", "AutoModelForCausalLM", "text-generation", True)
+    return Kind("DuetPrefixForCausalLM", "AutoModelForCausalLM", "text-generation")
+
+
+def hugging_face_config(model: ModelConfig, objective: str, dtype: str, eos_id: int) -> dict[str, Any]:
+    """What transformers reads of config.json."""
+    kind = kind_of(model, objective)
+    found: dict[str, Any] = {
+        "model_type": "duet",
+        "architectures": [kind.name],
+        "auto_map": {"AutoConfig": f"{ENTRY}.DuetConfig", kind.auto: f"{ENTRY}.{kind.name}"},
+        "dtype": dtype,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.layers,
+        "max_position_embeddings": model.context,
+        "tie_word_embeddings": True,
+        "use_cache": kind.generates and model.traits.cached,
+        "is_encoder_decoder": model.traits.two_sequences,
+        "bos_token_id": None,
+        "eos_token_id": eos_id,
+        "pad_token_id": eos_id,
+    }
+    if model.traits.two_sequences:
+        found["decoder_start_token_id"] = eos_id
+    if isinstance(model, TransformerConfig):
+        found["num_attention_heads"] = model.heads
+        found["num_key_value_heads"] = model.kv_heads or model.heads
+        found["intermediate_size"] = model.hidden_width
+    return found
+
+
+class About(NamedTuple):
+    """What the files of an export tell of its model."""
+
+    model: ModelConfig
+    objective: str
+    run: str
+    parameters: int
+    rows: Mapping[str, str]
+    """Of the card."""
+    tokenizer: Tokenizer
+    content: bytes
+    """Of the tokenizer's file."""
+    texts: Iterable[str] | DataError
+    """On which tokenizers are compared, or why there are none."""
+
+
+def write_for_transformers(new: Path, about: About) -> None:
+    """Write code, tokenizer and model card into the folder of an export.
+
+    Raises:
+        CheckpointError: the code of an architecture cannot be copied.
+    """
+    kind = kind_of(about.model, about.objective)
+    fast, why = write_tokenizer(new, about)
+    code = sources(about.model, (ENTRY,) if fast else (ENTRY, TOKENIZATION))
+    for name, text in code.files.items():
+        write_atomic(new / name, text.encode())
+    write_card(new, about, kind, [*_notes(code.needs, why, kind, about.model)])
+
+
+def write_tokenizer(new: Path, about: About) -> tuple[bool, str]:
+    """Write the tokenizer and what generation takes; whether there is a tokenizer.json, or why not."""
+    kind, tokenizer = kind_of(about.model, about.objective), about.tokenizer
+    write_atomic(new / model_name(about.content), about.content)
+    fast, why = _fast(about)
+    if fast:
+        write_atomic(new / JSON, fast)
+    write_json(new / "tokenizer_config.json", _tokenizer_config(about.model, kind, tokenizer, fast is not None))
+    if kind.generates:
+        ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+        write_json(new / "generation_config.json", ids | {"use_cache": about.model.traits.cached})
+    return fast is not None, why
+
+
+def write_card(new: Path, about: About, kind: Kind, notes: Sequence[str], *, standard: bool = False) -> None:
+    """Write the model card. `standard`: in a layout that transformers knows, whose code it has."""
+    facts = CardFacts(
+        run=about.run,
+        architecture=about.model.architecture.partition("@")[0],
+        parameters=about.parameters,
+        objective=f"`{about.objective}`",
+        task=kind.task,
+        auto=kind.auto,
+        generates=kind.generates,
+        cached=about.model.traits.cached,
+        standard=standard,
+        rows=about.rows,
+        notes=notes,
+    )
+    write_atomic(new / "README.md", card(facts).encode())
+
+
+def _tokenizer_config(model: ModelConfig, kind: Kind, tokenizer: Tokenizer, fast: bool) -> dict[str, Any]:
+    end = tokenizer.piece(tokenizer.eos_id)
+    about = {
+        "model_max_length": model.context,
+        "padding_side": "left" if kind.generates else "right",
+        "eos_token": end,
+        "pad_token": end,
+        "clean_up_tokenization_spaces": False,
+    }
+    if fast:
+        return about | {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
+    own = {"auto_map": {"AutoTokenizer": [f"{TOKENIZATION}.DuetTokenizer", None]}}
+    return about | {"tokenizer_class": "DuetTokenizer"} | own
+
+
+def rows_of(checkpoint: Checkpoint, config: Config, dataset: Dataset | DataError) -> dict[str, str]:
+    """What the card tells of training and data."""
+    state, loss = checkpoint.manifest.state, checkpoint.manifest.validation_loss
+    left_out = config.data.mask_boundaries or config.model.document_mask or config.data.packing != "plain"
+    whole = loss if config.data.objective == "causal" and not left_out else None
+    return {
+        "run": config.run.name,
+        **told_of_training(state, checkpoint.manifest.step, loss),
+        **told_of_data(dataset, state.get("data", {}).get("fingerprint"), whole),
+    }
+
+
+def _notes(needs: tuple[str, ...], why: str, kind: Kind, model: ModelConfig) -> Iterator[str]:
+    """What a user of the model has to know."""
+    yield f"A text has {model.context} tokens at most, what is generated included."
+    yield "Nothing is put before or behind a text, and no text gives a special token."
+    if not kind.generates:
+        yield "The model does not continue texts: it has no `generate`."
+    if why:
+        yield why
+    if needs:
+        yield f"It needs these packages beside torch and transformers: {', '.join(needs)}."
+    yield "Duet reads this folder itself, too: `duet generate FOLDER`."
+
+
+def dataset_of(checkpoint: Checkpoint, config: Config) -> Dataset | DataError:
+    """The one that a run was trained on, or why it is not there."""
+    fingerprint = checkpoint.manifest.state.get("data", {}).get("fingerprint")
+    try:
+        dataset = Dataset.of(config.data, check=False)
+    except DataError as error:
+        return error
+    if fingerprint not in (None, dataset.manifest.fingerprint):
+        return DataError(f"{config.data.path} is another dataset now")
+    return dataset
+
+
+def texts_of(dataset: Dataset | DataError, tokenizer: Tokenizer) -> Iterable[str] | DataError:
+    """Documents of the held-out text, of `COMPARED` tokens or a few more."""
+    return dataset if isinstance(dataset, DataError) else _texts(dataset, tokenizer)
+
+
+def _texts(dataset: Dataset, tokenizer: Tokenizer) -> Iterator[str]:
+    stream, left = TokenStream(dataset, "validation"), COMPARED
+    for number in range(stream.num_batches):
+        tokens = stream.batch(number)
+        for document in np.split(tokens, (tokens == tokenizer.eos_id).nonzero()[0] + 1):
+            yield tokenizer.decode(document)
+        left -= len(tokens)
+        if left <= 0:
+            return
+
+
+def _fast(about: About) -> tuple[bytes | None, str]:
+    """A tokenizer.json, or why there is none."""
+    without = (
+        f"Its tokenizer needs the package {'tokenizers' if model_name(about.content) == JSON else 'sentencepiece'}"
+    )
+    if isinstance(about.texts, DataError):
+        return None, f"{without}: without the held-out text no `{JSON}` was compared with it."
+    try:
+        found = fast_tokenizer(about.content, about.tokenizer, about.texts)
+    except ImportError:
+        return None, f"{without}: the library tokenizers was not there to make a `{JSON}`."
+    return found, "" if found else f"{without}: no `{JSON}` gives its tokens on the held-out text."

@@ -1,0 +1,134 @@
+"""Models in layouts that others know (`layouts.py`): written from a checkpoint, and read to begin a run with."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_pipeline.errors import CheckpointError, DataError
+from data_pipeline.files.atomic import write_json
+from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer
+from model.architectures import registry
+from model.architectures.decoder_only.spec import DecoderOnlyConfig
+from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.checkpoint.shard_file import write_tensors
+from pretrain.config.schema import Config
+from pretrain.export.hugging_face.folder import (
+    About,
+    dataset_of,
+    kind_of,
+    rows_of,
+    texts_of,
+    write_card,
+    write_tokenizer,
+)
+from pretrain.export.layouts import LAYOUTS, check_fits, read_shape, to_ours, to_theirs
+from pretrain.export.portable import CONFIG, DTYPES, Dtype, ExportFacts, new_folder, type_name, write_folder
+from pretrain.finetune.base import weights_of
+from pretrain.inference.trained import tokenizer_of
+from pretrain.run.origin import WEIGHTS
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_TOKENIZERS = (MODEL, JSON, "tokenizer.model")
+"""Ours lies beside a tokenizer.json that gives the same tokens."""
+
+
+def import_model(folder: Path, to: Path) -> DecoderOnlyConfig:
+    """Make an export of ours of a folder of Llama's or GPT-2's layout: what a run begins with (`duet train --from`).
+
+    Raises:
+        CheckpointError: it does not fit; names the first field or tensor that does not. `to` is there already.
+        DataError: it has no tokenizer, or one that is not fit for training.
+    """
+    if to.exists():
+        raise CheckpointError(f"{to}: is there already; name a new folder")
+    try:
+        raw = json.loads((folder / CONFIG).read_text())
+        if not isinstance(raw, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: missing or damaged: {error}") from None
+    name, shape = read_shape(raw, folder)
+    try:
+        config = registry.configure(shape)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    assert isinstance(config, DecoderOnlyConfig)
+    weights = to_ours(_tensors(folder), config, name, folder)
+    with torch.device("meta"):
+        wanted = {key: values.shape for key, values in registry.build(config).state_dict().items()}
+    if odd := sorted(key for key in wanted.keys() | weights.keys() if wanted.get(key) != _shape(weights.get(key))):
+        key = odd[0]
+        raise CheckpointError(
+            f"{folder}: {key} is {_shape(weights.get(key))}, and config.json makes it {wanted.get(key)}"
+        )
+    file = next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
+    if file is None:
+        raise DataError(f"{folder}: no tokenizer ({', '.join(_TOKENIZERS)}), without which no text can be read")
+    tokenizer = Tokenizer.load(file)
+    if tokenizer.vocab_size > shape["vocab_size"]:
+        raise CheckpointError(
+            f"{folder}: vocab_size={shape['vocab_size']}: its tokenizer has {tokenizer.vocab_size} tokens, {file.name}"
+        )
+    facts = ExportFacts(model=config, objective="causal", run=folder.resolve().name, step=0, commit=None, dataset=None)
+    rows = {"imported from": f"{folder.resolve().name}, in the layout of {name}"}
+    write_folder(to, facts, weights, (file.read_bytes(), tokenizer), _spelled(tokenizer), rows, "fp32")
+    return config
+
+
+def write_standard(checkpoint: Checkpoint, config: Config, folder: Path, name: str, dtype: Dtype) -> None:
+    """Write a checkpoint's model into a new folder in a layout that others know.
+
+    Raises:
+        ConfigError: it does not fit; names the first key that does not.
+        CheckpointError, DataError: as `write_export`.
+    """
+    fits = check_fits(config.model, name)
+    if folder.exists():
+        raise CheckpointError(f"{folder}: is there already; name a new folder")
+    file, tokenizer = tokenizer_of(checkpoint, config)
+    dataset = dataset_of(checkpoint, config)
+    rows = rows_of(checkpoint, config, dataset) | {"layout": name, "weights": dtype}
+    weights = weights_of(checkpoint, config)
+    parameters = sum(values.numel() for values in weights.values())
+    texts = texts_of(dataset, tokenizer)
+    about = About(fits, config.data.objective, config.run.name, parameters, rows, tokenizer, file.read_bytes(), texts)
+    tensors = {key: values.to(DTYPES[dtype]) for key, values in to_theirs(weights, fits, name).items()}
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    with new_folder(folder) as new:
+        write_tensors(new / WEIGHTS, dict(sorted(tensors.items())), Event(), {"format": "pt"})
+        write_json(new / CONFIG, LAYOUTS[name].config(fits) | ids | {"dtype": type_name(dtype)})
+        fast, _ = write_tokenizer(new, about)
+        if not fast:  # the library of those who take this layout reads the file as it is
+            (new / "tokenizer_config.json").unlink()
+        kind = kind_of(fits, config.data.objective)
+        write_card(new, about, kind, [f"A text has {fits.context} tokens at most."], standard=True)
+
+
+def _shape(values: Tensor | None) -> Any:
+    return None if values is None else values.shape
+
+
+def _tensors(folder: Path) -> Mapping[str, Tensor]:
+    """Of one file or of several, with GPT-2's prefix where it was left out."""
+    try:
+        names = [SINGLE]
+        if (folder / INDEX).is_file():
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        found = {key: values for name in names for key, values in load_file(folder / Path(name).name).items()}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: no weights in safetensors, or damaged: {error}") from None
+    short = "wte.weight" in found
+    return {f"transformer.{key}" if short and key != "lm_head.weight" else key: found[key] for key in found}
+
+
+def _spelled(tokenizer: Tokenizer) -> Iterator[str]:
+    """Texts of all its tokens."""
+    for first in range(0, tokenizer.vocab_size, 64):
+        yield tokenizer.decode(range(first, min(first + 64, tokenizer.vocab_size)))

@@ -1,0 +1,77 @@
+"""Learned spans as windows: a model that keeps, of a text that it writes, no more than its heads still look at.
+
+Exact on every text: beyond its span and the ramp a key has a weight of 0 (docs/attention.md).
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from data_pipeline.errors import CheckpointError, ConfigError
+from model.architectures import registry
+from model.architectures.token_model import TokenModel
+from model.attention.weights import AdaptiveSpan
+from model.config.transformer import TransformerConfig
+from pretrain.export.portable import write_export
+from pretrain.export.use import validating
+from pretrain.inference.trained import find_checkpoint, read_model
+from pretrain.metric_names import VALIDATION
+
+
+class Windowed(NamedTuple):
+    """What became of a model."""
+
+    windows: list[int]
+    """Tokens, of each layer."""
+    loss: tuple[float, float]
+    """Validation before and after, in nats a label."""
+
+
+def take_windows(path: Path, step: int | None, folder: Path) -> Windowed:
+    """Export a checkpoint's model into a new folder, with a window for each layer in the place of what it never sees.
+
+    Raises:
+        ConfigError: the model has no spans, or a window would change it.
+        CheckpointError: the folder is there already.
+        RunError, DataError: as `find_checkpoint` and `evaluate_run`.
+    """
+    checkpoint, config = find_checkpoint(path, step)
+    shape = config.model
+    if not isinstance(shape, TransformerConfig) or shape.weights.kind != "adaptive_span":
+        raise ConfigError(f"{path} was trained without model.weights.kind=adaptive_span: there are no spans")
+    _check(shape)
+    if folder.exists():
+        raise CheckpointError(f"{folder}: is there already; name a new folder")
+    model = read_model(checkpoint, config)
+    windows = _windows(shape, model)
+    seen = shape.pattern
+    pattern = {"kind": "window", "windows": windows, "sinks": seen.sinks, "globals": seen.globals}
+    smaller = config.model_copy(update={"model": type(shape).model_validate(shape.model_dump() | {"pattern": pattern})})
+    with validating(checkpoint, config) as validate:
+        before = validate(model)[VALIDATION]
+        other = registry.build(smaller.model)
+        other.load_state_dict(model.state_dict())
+        after = validate(other.eval())[VALIDATION]
+    write_export(checkpoint, smaller, folder)
+    return Windowed(windows, (before, after))
+
+
+def _check(shape: TransformerConfig) -> None:
+    """Raises ConfigError where a window in the place of the spans would change what the model computes."""
+    if shape.pattern.kind not in ("full", "window"):
+        raise ConfigError(f"model.pattern.kind={shape.pattern.kind} has no windows that spans could narrow")
+    if shape.dropout_sites and shape.learned_dropout.source != "elementwise":
+        raise ConfigError(
+            "the attention that masks come from has the pattern of its layer, but no spans: with windows it would see "
+            "less, and the masks would be others; train with model.learned_dropout.enabled=false, or source=elementwise"
+        )
+
+
+def _windows(shape: TransformerConfig, model: TokenModel) -> list[int]:
+    """Of each layer of any stream: what its widest head sees, or its own window where that is narrower."""
+    found = [1] * shape.layers
+    for module in model.modules():
+        if isinstance(module, AdaptiveSpan):
+            layer = int(module.name.rpartition("/")[2])
+            found[layer] = max(found[layer], module.reach())
+    own = [shape.pattern.of_layer(layer, shape.context)[0] for layer in range(shape.layers)]
+    return [min(reach, pattern.window or reach, shape.context) for reach, pattern in zip(found, own, strict=True)]

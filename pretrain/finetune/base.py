@@ -1,0 +1,117 @@
+"""The weights that a run begins with, and those that its checkpoints come to together with them."""
+
+import hashlib
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_pipeline.errors import CheckpointError, DataError, RunError
+from data_pipeline.places import EXPORT, kind_of
+from data_pipeline.tokenize.tokenizer import JSON, MODEL
+from model.architectures.names import current_name
+from model.architectures.token_model import TokenModel
+from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.checkpoint.manifest import CheckpointManifest
+from pretrain.config.schema import Config
+from pretrain.finetune.lora import adapt, merged
+from pretrain.run.checkpoint_folder import step_path
+from pretrain.run.origin import WEIGHTS, base_hash, parse
+from pretrain.run.run_folder import RunFolder
+
+
+def prepare(model: TokenModel, config: Config, *, begun: bool) -> None:
+    """Give a fresh model the weights that its run begins with, and adapters if these are what is trained.
+
+    Args:
+        begun: the run has checkpoints of its own, which hold all that is trained.
+
+    Raises:
+        CheckpointError: the weights are gone, are others than the run has begun with, or are another model's.
+        ConfigError: there is no linear map of a name that is to be adapted.
+    """
+    if config.finetune.kind == "none" or (config.finetune.kind == "full" and begun):
+        return
+    try:
+        model.load_state_dict(_base(config))
+    except RuntimeError as error:
+        raise CheckpointError(f"{config.run.start_from}: of another model: {error}") from None
+    if config.finetune.kind == "lora":
+        adapt(model, config.finetune, config.run.seed)
+
+
+def check_tokenizer(config: Config, sha256: str) -> None:
+    """Whether data are made of the tokens that the weights know, by the hash of the tokenizer's file.
+
+    Raises:
+        DataError: they are not.
+    """
+    if config.finetune.kind == "none":
+        return
+    assert config.run.start_from is not None
+    path, step = parse(config.run.start_from)
+    if kind_of(path) == EXPORT:
+        files = [path / name for name in (MODEL, JSON) if (path / name).is_file()]
+        known = {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        way = f"data.tokenizer.model={files[0]}" if files else "the export has none"
+    else:
+        manifest = CheckpointManifest.load(step_path(RunFolder(path).checkpoints, step or 0))
+        known = {manifest.state.get("tokenizer", sha256)}
+        way = "data.tokenizer.model=FILE, with the one in its dataset"
+    if sha256 not in known:
+        raise DataError(
+            f"{config.data.path} was tokenized otherwise than the weights of {config.run.start_from} were trained: "
+            f"build it with their tokenizer: {way}"
+        )
+
+
+def weights_of(checkpoint: Checkpoint, config: Config) -> dict[str, Tensor]:
+    """The fp32 parameters of a checkpoint's model, whole, by name: adapters are added to what they adapt.
+
+    Raises:
+        CheckpointError: as `prepare`.
+    """
+    found = checkpoint.weights()
+    if config.finetune.kind != "lora":
+        return found
+    base = {name: values for name, values in _base(config).items() if name not in checkpoint.manifest.buffers}
+    return merged(base, found, config.finetune.scale)
+
+
+def _base(config: Config) -> dict[str, Tensor]:
+    """Parameters and buffers that a run of this (resolved) configuration begins with, in fp32."""
+    assert config.run.start_from is not None
+    path, step = parse(config.run.start_from)
+    try:
+        found = base_hash(path, step)
+    except RunError as error:
+        raise CheckpointError(f"{error}; what is trained are changes to these weights") from None
+    if found != config.finetune.base:
+        raise CheckpointError(
+            f"{config.run.start_from}: changed since the run has begun with it: its hash is {found}, it was "
+            f"{config.finetune.base}; restore it"
+        )
+    return _of_export(path) if kind_of(path) == EXPORT else _of_run(path, step)
+
+
+def _of_export(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path / WEIGHTS}: missing or damaged: {error}") from None
+    return {
+        current_name(name): values.float() if values.is_floating_point() else values for name, values in tensors.items()
+    }
+
+
+def _of_run(path: Path, step: int | None) -> dict[str, Tensor]:
+    assert step is not None
+    checkpoint = Checkpoint(step_path(RunFolder(path).checkpoints, step))
+    checkpoint.verify()
+    try:
+        config = Config.model_validate(checkpoint.manifest.state["config"])
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(f"{checkpoint.path}: the manifest does not hold the configuration: {error!r}") from None
+    return weights_of(checkpoint, config) | checkpoint.buffers()

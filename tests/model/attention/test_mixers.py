@@ -1,0 +1,438 @@
+"""Other weights and other scores of attention hold what a softmax holds: causality, caches, documents, gradients."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.architectures.token_model import TokenModel
+from model.attention.attention import SelfAttention
+from model.attention.cache import Cache
+from model.attention.linformer import Linformer
+from model.attention.routing import Routing, routings
+from model.attention.softmax import Softmax
+from model.attention.visibility import CAUSAL
+from model.attention.weights import AdaptiveSpan, Entmax, _Held, _Spanned
+from model.costs.totals import activations
+from model.layers.noise import sample_keys
+from pretrain.engine.layer_transforms import checkpoint_activations
+from tests.model.attention import test_causality
+from tests.model.attention.test_cache import cached, full
+from tests.model.attention.test_causality import leak
+from tests.model.attention.test_documents import ROWS, documents, packed
+from tests.model.attention.test_patterns import copied, influence, plain
+from tests.model.helpers import MIXED, MIXED_BOTH_WAYS, VOCABULARY, batch_of, build, open_masks, small, variant
+
+EVERY = {**MIXED, **MIXED_BOTH_WAYS}
+APART = [name for name in EVERY if name not in ("bert_linformer", "bert_routing") and name[:2] != "t5"]
+
+
+TABLES = ("dense", "first", "second", "table", "left", "right", "mixture", "key_slots", "value_slots")
+
+
+def opened(model: TokenModel) -> TokenModel:
+    """As after training: scores that differ, parameters of heads that do."""
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in open_masks(model).named_parameters():
+        if name.endswith(("qkv.weight", "query.weight", "key_value.weight")):
+            torch.nn.init.normal_(parameter, std=0.5, generator=generator)
+        if name.endswith("alpha_logit"):
+            torch.nn.init.normal_(parameter, std=1.0, generator=generator)
+        if any(name.endswith(f"mixer.{table}") for table in TABLES):
+            torch.nn.init.normal_(parameter, std=0.7, generator=generator)
+        if name.endswith("mixer.share"):
+            torch.nn.init.uniform_(parameter, 0.1, 0.6, generator=generator)
+    return model.double()
+
+
+def model_of(name: str, **changes: Any) -> TokenModel:
+    return opened(build(variant(name, **changes)))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", MIXED)
+def test_earlier_predictions_ignore_a_token(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_causality, "open_masks", opened)
+    before, after = leak(variant(name), mode)
+    assert before < 1e-12
+    assert after > 1e-3
+    monkeypatch.setattr(test_causality.CausalAttention, "forward", test_causality.leaky)
+    assert leak(variant(name), mode)[0] > 1e-6, "the check itself"
+
+
+@pytest.mark.parametrize("chunks", [[1] * 12, [5, 4, 1, 2]], ids=str)
+@pytest.mark.parametrize("name", MIXED)
+def test_a_cache_changes_nothing_and_a_padded_text_is_the_text_alone(name: str, chunks: list[int]) -> None:
+    model = model_of(name).eval()
+    ids, padding = batch_of(model.config, sequences=4).input_ids, [0, 3, 7, 10]
+    torch.testing.assert_close(cached(model, ids, chunks), full(model, ids, chunks), rtol=0, atol=1e-10)
+    together = cached(model, ids, chunks, padding)
+    for row, pads in enumerate(padding):
+        alone = full(model, ids[row : row + 1, pads:], [1] * (12 - pads))[0]
+        for step, end in enumerate(torch.tensor(chunks).cumsum(0).tolist()):
+            if end > pads:
+                torch.testing.assert_close(together[row, step], alone[end - pads - 1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_a_document_in_a_row_is_read_as_if_alone(name: str) -> None:
+    model = model_of(name, document_mask=True)
+    batch = packed(model.config)
+    with torch.no_grad():
+        together = model.predict(batch.input_ids, None, batch)
+        for row, place in documents():
+            alone = model.predict(batch.input_ids[row : row + 1, place], None)
+            torch.testing.assert_close(alone[0], together[row, place], rtol=0, atol=1e-10)
+    assert len(together) == len(ROWS)
+
+
+def gradients(model: TokenModel, **changes: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    output = model.train()(batch_of(model.config))
+    output.loss.backward()
+    return {"loss": output.loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+TRACED = ("entmax", "span", "routing")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_parameter_learns_alike_when_layers_are_recomputed_or_traced(name: str) -> None:
+    """As `engine.activation_checkpointing` and `engine.compile` do."""
+    plain, recomputed, traced = (model_of(name, layers=1 if name in TRACED else 2) for _ in range(3))
+    expected = gradients(plain)
+    assert set(expected) == {"loss", *(n for n, _ in plain.named_parameters())}
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in expected.values())
+    checkpoint_activations(recomputed)
+    torch.testing.assert_close(gradients(recomputed), expected)
+    if name not in TRACED:
+        return
+    torch._dynamo.reset()
+    for layer in [m for m in traced.modules() if type(m).__name__ in ("EncoderLayer", "DecoderLayer")]:
+        layer.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(gradients(traced), expected)
+
+
+@pytest.mark.parametrize("name", ["entmax", "t5_entmax"])
+def test_alphas_and_zeros_are_told_of_each_head(name: str) -> None:
+    model = model_of(name)
+    metrics = model.train()(batch_of(model.config)).metrics
+    found = [module for module in model.modules() if isinstance(module, Entmax)]
+    assert len(found) == 6
+    for module in found:
+        for head, logit in enumerate(module.alpha_logit):
+            assert metrics[f"alpha/{module.name}/h{head}"] == 1 + logit.sigmoid()
+            assert 0 <= metrics[f"zeros/{module.name}/h{head}"] < 1
+    assert metrics["alpha"] == pytest.approx(torch.cat([1 + m.alpha_logit.sigmoid() for m in found]).mean().item())
+    assert metrics["zeros"] > 0.02
+    assert not model.eval()(batch_of(model.config)).metrics.keys() & {"alpha", "zeros"}
+
+
+def test_zeros_are_a_share_of_what_is_seen() -> None:
+    """Of 12 tokens that see the first alone with a weight, 66 of 78 visible pairs are zeros."""
+    model = build(small("decoder_only", layers=1, weights={"kind": "entmax", "alpha": 2.0}))
+    mixer = next(module for module in model.modules() if isinstance(module, Entmax))
+    query = torch.ones(1, 2, 12, 8)
+    key = torch.zeros(1, 2, 12, 8)
+    key[:, :, 0] = 9.0
+    weights = mixer._formed(query, key, sample_keys(1, torch.tensor(1), torch.arange(1)), CAUSAL)
+    assert (weights[..., 0] == 1).all()
+    assert mixer.told()["dec_sa/00/h1"]["zeros"] == pytest.approx(66 / 78)
+    assert not mixer.told()
+
+
+def spanned(scores: Tensor, spans: Tensor, ramp: int = 4) -> Tensor:
+    places = torch.arange(scores.shape[-1])[None]
+    weights: Tensor = _Spanned.apply(scores, spans, ramp, places, places)
+    return weights
+
+
+def test_a_span_weighs_by_the_ramp_and_its_gradient_is_that_of_the_formula() -> None:
+    """Equations 3 to 5, written out; a span beyond the text is a softmax."""
+    scores = torch.randn(2, 3, 12, 12, dtype=torch.float64).masked_fill(torch.ones(12, 12).triu(1) > 0, -torch.inf)
+    spans = torch.tensor([0.3, 3.5, 20.0], dtype=torch.float64)
+    distance = torch.arange(12)[:, None] - torch.arange(12)
+    chi = ((4 + spans[:, None, None] - distance) / 4).clamp(0, 1)
+    expected = chi * scores.exp()
+    torch.testing.assert_close(spanned(scores, spans), expected / expected.sum(-1, keepdim=True))
+    torch.testing.assert_close(spanned(scores, spans)[:, 2], scores[:, 2].softmax(-1))
+    finite = scores.clamp(min=-30).requires_grad_()
+    assert torch.autograd.gradcheck(spanned, (finite, spans.requires_grad_()))
+    [slope] = torch.autograd.grad(spanned(scores, spans)[..., :3].square().sum(), spans)
+    assert slope[:2].all() and slope[2] == 0.0, "none where no key stands on the ramp"
+
+
+def test_a_span_stays_between_0_and_all_and_comes_back() -> None:
+    share = torch.tensor([-0.2, 0.5, 1.2], requires_grad=True)
+    for direction, moved in ((1.0, [0.0, 1.0, 1.0]), (-1.0, [-1.0, -1.0, 0.0])):
+        held: Tensor = _Held.apply(share)
+        assert held.tolist() == pytest.approx([0.0, 0.5, 1.0])
+        [gradient] = torch.autograd.grad((direction * held).sum(), share)
+        assert gradient.tolist() == moved
+
+
+def test_a_prediction_depends_on_what_lies_within_the_span_and_the_ramp() -> None:
+    """Of heads with z = 0 and z = 2, through two layers: at distances of less than 3 + 2 each."""
+    weights = {"kind": "adaptive_span", "ramp": 3}
+    model = plain({}, weights=weights, heads=2)
+    for module in model.modules():
+        if isinstance(module, AdaptiveSpan):
+            torch.nn.init.zeros_(module.share)
+            module.share.data[1] = 2 / 12
+            assert module.reach() == 5
+    distance = torch.arange(12) - torch.arange(12)[:, None]
+    assert torch.equal(influence(model, 12), (distance >= 0) & (distance < 2 * 5 - 1))
+
+
+def test_the_penalty_is_on_the_mean_span_in_tokens_and_starts_late() -> None:
+    penalty = {"weight": 0.5, "start_step": 5, "ramp_steps": 10}
+    config = small(
+        "decoder_only", weights={"kind": "adaptive_span", "penalty": penalty}, learned_dropout={"enabled": False}
+    )
+    for step, weight in ((5, 0.0), (10, 0.25), (90, 0.5)):
+        output = build(config).train()(batch_of(config, step=step))
+        assert output.metrics["span"] == 12.0
+        assert output.metrics["span_weight"] == pytest.approx(weight)
+        penalised = output.metrics["loss"] - output.metrics["cross_entropy"]
+        assert penalised.item() == pytest.approx(weight * 12, abs=1e-5)
+
+
+def test_a_dense_synthesizer_whose_map_is_0_takes_the_mean_of_what_is_seen() -> None:
+    model = model_of("dense")
+    attention = next(module for module in model.modules() if isinstance(module, SelfAttention))
+    torch.nn.init.zeros_(attention.attention.mixer.dense)  # type: ignore[arg-type]
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    value = attention.qkv(x)[..., -16:]
+    expected = attention.out(value.cumsum(1) / torch.arange(1, 13)[:, None])
+    torch.testing.assert_close(attention(x, None), expected)
+
+
+@pytest.mark.parametrize(("part", "same"), [("random", True), ("factorised_random", True), ("dense", False)])
+def test_a_random_synthesizer_weighs_all_texts_alike(part: str, same: bool) -> None:
+    model = opened(build(small("decoder_only", scores={"kind": "synthesizer", "parts": [part]})))
+    attention = next(module for module in model.modules() if isinstance(module, SelfAttention))
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    query, key, _ = attention.qkv(x).split(attention._sizes, dim=-1)
+    first, second = attention.attention.weights(query, key)
+    assert torch.equal(first, second) == same
+    assert first.std(-1).min() >= 0 < first[:, -1].std()
+
+
+def test_of_a_synthesizer_values_alone_are_kept() -> None:
+    model, cache = model_of("dense").eval(), Cache(torch.tensor([0, 2]), 12)
+    cache.logits(model, batch_of(model.config, sequences=2).input_ids)
+    kept = {str(vars(place)["name"]): keys.numel() for place, (keys, _) in cache._stored.items()}
+    assert kept["dec_sa/00"] == kept["enc_sa/01"] == 0 < kept["cross/00"]
+
+
+def test_linformer_with_a_slot_for_each_key_is_full_attention() -> None:
+    """On a shorter text, too; padding adds nothing."""
+    shape: dict[str, Any] = {"learned_dropout": {"enabled": False}, "heads": 2}
+    full_one = opened(build(small("encoder_only", **shape)))
+    model = build(small("encoder_only", scores={"kind": "linformer", "slots": 12}, **shape)).double()
+    weights = full_one.state_dict()
+    slots = {name: torch.eye(12, dtype=torch.float64) for name in model.state_dict() if "_slots" in name}
+    model.load_state_dict(weights | slots)
+    ids = batch_of(model.config).input_ids
+    torch.testing.assert_close(model.predict(ids, None), full_one.predict(ids, None), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["t5_linformer", "bert_linformer"])
+def test_padding_adds_nothing_to_slots(name: str) -> None:
+    """The last three tokens of the text that is read are padding: nothing depends on them but what stands there."""
+    model = model_of(name).eval()
+    batch = batch_of(model.config)
+    padding = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
+    padding[:, -3:] = True
+    one = replace(
+        batch, segment_ids=-padding.long(), input_ids=batch.input_ids.masked_fill(padding, 1), padding=padding
+    )
+    other = replace(one, input_ids=batch.input_ids.masked_fill(padding, 2))
+    found = [model.predict(b.input_ids, None, b) for b in (one, other)]
+    seen = slice(None) if name.startswith("t5") else slice(0, -3)
+    torch.testing.assert_close(found[0][:, seen], found[1][:, seen], rtol=0, atol=1e-12)
+    assert (
+        model.predict(other.input_ids, None, replace(other, padding=None, segment_ids=None)) - found[1]
+    ).abs().max() > 1e-6
+
+
+def test_slots_would_tell_earlier_tokens_of_later_ones() -> None:
+    """Why it is refused for causal models: the causal mask over slots does not help."""
+    config = small("encoder_only", scores={"kind": "linformer", "slots": 12}, learned_dropout={"enabled": False})
+    mixer = Linformer(config, "dec_sa/00").double()
+    query, key, value = (torch.randn(1, 2, 12, 8, dtype=torch.float64) for _ in range(3))
+    key_slots, value_slots = (
+        torch.einsum("st,bhtd->bhsd", table, x) for table, x in ((mixer.key_slots, key), (mixer.value_slots, value))
+    )
+    changed = value.clone()
+    changed[:, :, -1] += 1
+    others = torch.einsum("st,bhtd->bhsd", mixer.value_slots, changed)
+    causal = [Softmax(config)(query, key_slots, v, None, CAUSAL) for v in (value_slots, others)]
+    assert (causal[0] - causal[1])[:, :, :-1].abs().max() > 1e-2
+
+
+def test_what_linformer_keeps_grows_with_the_text_and_not_with_its_square() -> None:
+    kept = {}
+    for kind in ("linformer", "dot"):
+        counts = []
+        for context in (256, 512, 1024):
+            scores = {"kind": kind, "slots": 32} if kind == "linformer" else {}
+            config = small(
+                "encoder_only", attention="explicit", context=context, scores=scores, learned_dropout={"enabled": False}
+            )
+            counts.append(activations(config, 1, 4).layers)
+        kept[kind] = (counts[2] - counts[1]) / (counts[1] - counts[0])
+    assert kept["linformer"] == pytest.approx(2.0, rel=0.01)
+    assert kept["dot"] > 3.5
+
+
+def routing_of(model: TokenModel, index: int = 0) -> Routing:
+    return routings(model)[index]
+
+
+def test_with_one_cluster_routed_heads_see_everything_but_themselves() -> None:
+    """Shared queries and keys, of length sqrt(d); the first token has nothing else to see."""
+    scores = {"kind": "routing", "clusters": 1, "routed_heads": 2}
+    model = opened(build(small("decoder_only", scores=scores)))
+    mixer, query = routing_of(model), torch.randn(3, 12, 16, dtype=torch.float64)
+    routed, key = mixer.routed(query, query[..., :0])
+    assert torch.equal(routed, key)
+    heads = functional.layer_norm(query.unflatten(-1, (2, 8)), (8,)).transpose(1, 2)
+    raw = heads @ heads.transpose(2, 3) * 8**-0.5
+    seen = torch.ones(12, 12).tril(-1).bool()
+    seen[0, 0] = True
+    expected = raw.masked_fill(~seen, -torch.inf).softmax(-1)
+    attention = next(module for module in model.modules() if isinstance(module, SelfAttention)).attention
+    torch.testing.assert_close(attention.weights(routed, key), expected)
+
+
+def test_tokens_see_their_cluster_and_local_heads_a_window() -> None:
+    model = model_of("routing")
+    mixer = routing_of(model)
+    query, key = (torch.randn(2, 2, 12, 8, dtype=torch.float64) for _ in range(2))
+    key[:, 1] = query[:, 1] = functional.layer_norm(query[:, 1], (8,))
+    local, routed = mixer._formed(query, key, None, CAUSAL).gt(0).unbind(1)
+    distance = torch.arange(12)[:, None] - torch.arange(12)
+    assert torch.equal(local, ((distance >= 0) & (distance < 2)).expand(2, -1, -1))
+    own = (query[:, 1] @ mixer.centroids[0].T).argmax(-1)
+    same = (own[:, :, None] == own[:, None]) & (distance > 0)
+    alone = ~same.any(-1, keepdim=True) & (distance == 0)
+    assert torch.equal(routed, same | alone)
+    assert alone.any() and len(own.unique()) == 3
+
+
+def test_balanced_clusters_would_leak_and_are_for_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As published: which tokens a centroid takes depends on later ones. So the test of leaks must see it."""
+    real = Routing.__init__
+    assert leak(variant("routing"), "eval")[0] < 1e-12
+
+    def balanced(self: Routing, *args: Any, **options: Any) -> None:
+        real(self, *args, **options)
+        self._balanced = True
+
+    monkeypatch.setattr(Routing, "__init__", balanced)
+    monkeypatch.setattr(test_causality, "open_masks", opened)
+    assert leak(variant("routing"), "eval")[0] > 1e-3
+    monkeypatch.undo()
+    encoder, decoder = (model_of("t5_routing").backbone.get_submodule(f"{name}.0") for name in ("encoder", "decoder"))
+    assert routing_of(encoder)._balanced and not routing_of(decoder)._balanced  # type: ignore[arg-type]
+
+
+def test_centroids_follow_the_mean_of_their_tokens_and_stay_without_any() -> None:
+    model = model_of("routing").train()
+    mixer = routing_of(model)
+    before, key = mixer.centroids.clone(), torch.randn(2, 1, 12, 8, dtype=torch.float64)
+    mixer.centroids[0, 2] = -functional.normalize(key.mean((0, 1, 2)), dim=0)  # like none of them, or hardly one
+    key[...] = key.abs() * functional.normalize(mixer.centroids[0, 0] + mixer.centroids[0, 1], dim=0).sign()
+    own = mixer._likeness(key).argmax(-1)
+    mixer._alike(key, key, CAUSAL, True)
+    unit = functional.normalize(key, dim=-1)
+    start = mixer.centroids.clone()
+    mixer._decay = 0.0
+    mixer.move(mixer.sums.clone())
+    for cluster in range(3):
+        chosen = unit[own == cluster]
+        expected = functional.normalize(chosen.mean(0), dim=0) if len(chosen) else start[0, cluster]
+        torch.testing.assert_close(mixer.centroids[0, cluster], expected)
+    assert not mixer.sums.any()
+    assert mixer.told()["enc_sa/00/h1"]["empty"] == (own.unique().numel() < 3) / 3
+    assert not torch.equal(mixer.centroids, before)
+
+
+def test_recomputed_layers_count_every_token_twice_and_centroids_move_alike() -> None:
+    once, twice = model_of("routing"), model_of("routing")
+    checkpoint_activations(twice)
+    for model in (once, twice):
+        gradients(model)
+    for one, two in zip(routings(once), routings(twice), strict=True):
+        torch.testing.assert_close(2 * one.sums, two.sums)
+        for mixer in (one, two):
+            mixer.move(mixer.sums.clone())
+        torch.testing.assert_close(one.centroids, two.centroids)
+
+
+def copy_with_spans(steps: int = 500, lr: float = 5e-3, **weights: Any) -> tuple[float, list[float]]:
+    """Loss of a copy from 8 tokens before, over that of chance, and the spans of the two heads; `lr` is theirs."""
+    spans = {"kind": "adaptive_span", "ramp": 4, **weights}
+    shape: dict[str, Any] = {"layers": 1, "width": 32, "context": 32, "positions": "rotary", "weights": spans}
+    model = plain({}, **shape).float().train()
+    parameters = [[p for n, p in model.named_parameters() if n.endswith("share") == own] for own in (False, True)]
+    groups = [
+        {"params": own, "lr": rate, "weight_decay": 0.0} for own, rate in zip(parameters, (5e-3, lr), strict=True)
+    ]
+    loss = copied(model, torch.optim.AdamW(groups), 8, steps) / math.log(VOCABULARY)
+    return loss, parameters[1][0].clamp(0, 1).mul(32).tolist()
+
+
+@pytest.mark.drill
+def test_spans_close_as_far_as_a_copy_lets_them_if_they_start_wide_and_the_penalty_late() -> None:
+    """The text repeats itself every 8 tokens, so that 16 and 24 before stands the same."""
+    late = {"weight": 1e-2, "start_step": 350, "ramp_steps": 50}
+    loss, spans = copy_with_spans(800, penalty=late)
+    assert loss < 0.6
+    assert min(spans) < 1
+    assert 8 <= max(spans) + 4 < 25
+    loss, spans = copy_with_spans(span_init=0.0, penalty=late)
+    assert loss > 0.95, "as published: what lies beyond the ramp is never seen"
+    assert max(spans) + 4 < 8
+    loss, spans = copy_with_spans(lr=5e-2, penalty={"weight": 0.1, "start_step": 0, "ramp_steps": 0})
+    assert loss > 0.95, "closed before the head has learned what it is for"
+
+
+def copy_with(options: dict[str, Any], steps: int = 400) -> tuple[float, dict[str, float]]:
+    """Loss of a copy from 8 tokens before, over that of chance, and what is told at the end."""
+    shape: dict[str, Any] = {"layers": 1, "width": 32, "context": 32} | options
+    model = plain({}, **shape).float().train()
+    alphas = [p for n, p in model.named_parameters() if n.endswith("alpha_logit")]
+    groups = [{"params": [p for n, p in model.named_parameters() if not n.endswith("alpha_logit")], "lr": 5e-3}]
+    groups += [{"params": alphas, "lr": 5e-2, "weight_decay": 0.0}] if alphas else []
+    loss = copied(model, torch.optim.AdamW(groups), 8, steps) / math.log(VOCABULARY)
+    metrics = model(batch_of(model.config)).metrics
+    return loss, {name: value.item() for name, value in metrics.items()}
+
+
+@pytest.mark.drill
+def test_entmax_learns_its_alphas_and_looks_at_few_tokens() -> None:
+    softmax, _ = copy_with({"positions": "rotary"})
+    loss, told = copy_with({"positions": "rotary", "weights": {"kind": "entmax"}})
+    assert loss < softmax < 0.4
+    assert told["zeros"] > 0.3
+    assert abs(told["alpha/dec_sa/00/h0"] - told["alpha/dec_sa/00/h1"]) > 0.05
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("parts", [["dense"], ["random"], ["factorised_random"], ["dot", "dense"]], ids=str)
+def test_a_synthesizer_copies_from_a_place(parts: list[str]) -> None:
+    assert copy_with({"scores": {"kind": "synthesizer", "parts": parts}})[0] < 0.05
+
+
+@pytest.mark.drill
+def test_a_routed_head_copies_from_beyond_the_window() -> None:
+    """Which a window of less than 8 alone does not (`test_a_window_copies_from_within_and_not_from_beyond`)."""
+    loss, told = copy_with({"scores": {"kind": "routing", "clusters": 2, "window": 4}}, steps=600)
+    assert loss < 0.5
+    assert told["fullest"] < 0.8
