@@ -23,6 +23,7 @@ from pretrain.metric_names import (
     L0,
     L1,
     MASK_MEAN,
+    MASK_SLOPE,
     MEMORY,
     MULTIPLIER,
     RANK_SPREAD,
@@ -32,6 +33,7 @@ from pretrain.metric_names import (
     TOTAL_LOSS,
     VALIDATION,
     VALIDATION_DENSITY,
+    VALIDATION_PERPLEXITY,
     Z_LOSS,
 )
 from pretrain.run.journal import Record
@@ -48,14 +50,13 @@ SECTIONS = {
 ATTEMPT = "training health/attempt"
 """Beside every record's points, at the same time and step: tells which of them a rollback superseded."""
 NONFINITE = "training health/nonfinite_values"
-VALIDATION_PERPLEXITY = "loss/val_perplexity"
 SUMMARIES = {
     DENSITY,
     VALIDATION_DENSITY,
     MASK_MEAN,
     FLIPS,
     MULTIPLIER,
-    "gate/mask_slope",
+    MASK_SLOPE,
     ENTROPY,
     L0,
     BLOCK_PENALTY,
