@@ -234,6 +234,19 @@ MIXED_BOTH_WAYS = {
 }
 
 
+FEEDBACK: dict[str, dict[str, Any]] = {
+    "feedback": {"architecture": "feedback", "layers": 3},
+    "feedback_window": {"architecture": "feedback", "memory": 4, "bias": True, "norm_position": "post"},
+    "feedback_modern": {"architecture": "feedback", **_MODERN, "memory": 5},
+    "feedback_dropout": {
+        "architecture": "feedback",
+        "dropout": 0.2,
+        "attention_dropout": 0.1,
+        "positions": "sinusoidal",
+    },
+}
+
+
 def configured(**fields: Any) -> Any:
     """The configuration that these keys make."""
     return configure(fields)
@@ -251,7 +264,9 @@ def one_of(architecture: str) -> Any:
 
 
 def variant(name: str, **changes: Any) -> Any:
-    return small(**((NAMED | EVERY | PATTERNED | PATTERNED_BOTH_WAYS | MIXED | MIXED_BOTH_WAYS)[name] | changes))
+    return small(
+        **((NAMED | EVERY | PATTERNED | PATTERNED_BOTH_WAYS | FEEDBACK | MIXED | MIXED_BOTH_WAYS)[name] | changes)
+    )
 
 
 def build(config: ModelConfig, seed: int = 0) -> TokenModel:

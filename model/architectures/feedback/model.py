@@ -1,4 +1,4 @@
-"""The Feedback Transformer (Fan et al. 2020, arXiv:2002.09402, section 3): docs/model.md E6.
+"""The Feedback Transformer (Fan et al. 2020, arXiv:2002.09402, section 3): docs/model.md H.
 
 One function, `FeedbackStack.forward`, reads token after token, in training as in decoding.
 """

@@ -18,18 +18,11 @@ from pretrain.engine.layer_transforms import checkpoint_activations
 from tests.model.attention.test_cache import cached, full
 from tests.model.attention.test_causality import leak
 from tests.model.costs.test_activations import ROWS, measure
-from tests.model.helpers import batch_of, build, small
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {"layers": 3},
-    "window": {"memory": 4, "bias": True, "norm_position": "post"},
-    "modern": {"norm": "rmsnorm", "positions": "rotary", "ff": "swiglu", "heads": 4, "kv_heads": 2, "memory": 5},
-    "dropout": {"dropout": 0.2, "attention_dropout": 0.1, "positions": "sinusoidal"},
-}
+from tests.model.helpers import FEEDBACK, batch_of, build, variant
 
 
 def model_of(name: str) -> Any:
-    return build(small("feedback", **VARIANTS[name])).double()
+    return build(variant(name)).double()
 
 
 def reference(model: Any, ids: Tensor) -> Tensor:
@@ -56,23 +49,23 @@ def reference(model: Any, ids: Tensor) -> Tensor:
 
 
 def test_it_is_what_the_equations_say() -> None:
-    model = model_of("plain").eval()
+    model = model_of("feedback").eval()
     nn.init.normal_(model.backbone.stack[0].writer.shares)
     ids = batch_of(model.config).input_ids
     torch.testing.assert_close(model(ids)[1], reference(model, ids[1]), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", FEEDBACK)
 def test_no_prediction_knows_a_later_token(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, after = leak(small("feedback", **VARIANTS[name]), mode)
+    before, after = leak(variant(name), mode)
     assert before < 1e-12 < 1e-3 < after
     own = FeedbackStack.forward
     monkeypatch.setattr(FeedbackStack, "forward", lambda self, x, *rest: own(self, x + x.mean(1, keepdim=True), *rest))
-    assert leak(small("feedback", **VARIANTS[name]), mode)[0] > 1e-6
+    assert leak(variant(name), mode)[0] > 1e-6
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", FEEDBACK)
 def test_a_cache_changes_nothing_nor_do_pads(name: str) -> None:
     model = model_of(name).eval()
     ids = batch_of(model.config).input_ids
@@ -89,7 +82,7 @@ def test_a_cache_changes_nothing_nor_do_pads(name: str) -> None:
 
 
 def test_lower_layers_read_upper_layers_of_earlier_tokens_within_the_window() -> None:
-    model = model_of("window")
+    model = model_of("feedback_window")
     seen: list[Tensor] = []
     stack = model.backbone.stack[0]
     stack.layers[0].register_forward_hook(lambda _, inputs, output: seen.append(output))
@@ -104,9 +97,9 @@ def test_lower_layers_read_upper_layers_of_earlier_tokens_within_the_window() ->
     assert read.key.flatten().tolist() == [0.0, 5.0, 6.0, 7.0, 8.0], "the null memory and the last four"
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", FEEDBACK)
 def test_costs_are_what_torch_counts(name: str) -> None:
-    config = small("feedback", **VARIANTS[name])
+    config = variant(name)
     model, batch = build(config), batch_of(config, 2)
     assert model.num_parameters() == num_parameters(config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -116,14 +109,14 @@ def test_costs_are_what_torch_counts(name: str) -> None:
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
     assert "memory" in sample_flops_by_part(config)
     for size in (4, 2):
-        larger = small("feedback", **VARIANTS[name] | {"width": 48, "context": 40})
+        larger = variant(name, width=48, context=40)
         counted = activations(larger, ROWS, size)
         assert counted.kept(False) + counted.loss == pytest.approx(measure(larger, size), rel=0.15)
         assert counted.kept(True) < counted.kept(False) / 3
 
 
 def test_checkpointing_computes_segments_again_and_finds_the_same() -> None:
-    model, again = model_of("dropout").train(), model_of("dropout").train()
+    model, again = model_of("feedback_dropout").train(), model_of("feedback_dropout").train()
     batch = batch_of(model.config)
     checkpoint_activations(again)
     calls = []
