@@ -65,7 +65,11 @@ class KeptByTransformers(cache.Cache):
     def extend(self, place: cache.Cached, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `Cache.extend`."""
         if self._kept is not None:
-            key, value = self._kept.update(key, value, self._calls)
+            size = key.shape[-1]
+            # They take a cache for empty whose keys have no channels.
+            given = key if size else key.new_zeros(*key.shape[:-1], 1)
+            key, value = self._kept.update(given, value, self._calls)
+            key = key[..., :size]
         self._calls += 1
         return key, value, self._mask(place.patterns)
 

@@ -137,7 +137,9 @@ def test_greedy_generation_is_ours_token_by_token(exported: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*VARIANTS, "sinks", "globals", "fixed_heads"])
+@pytest.mark.parametrize(
+    "name", [*VARIANTS, "sinks", "globals", "fixed_heads", "span_sinks", "random", "routing_window"]
+)
 def test_caches_and_pads_change_nothing(name: str) -> None:
     """Whatever the architecture's options, in float64: texts in parts, padded at either side, all logits."""
     from transformers import DynamicCache
