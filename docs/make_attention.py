@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from model.architectures.registry import configure
 from model.attention.attention import SelfAttention
 from model.attention.linformer import Linformer
+from model.attention.routing import Routing
 from model.attention.rule import Rows
 from model.attention.visibility import CAUSAL
 from model.config.pattern_config import PatternConfig
@@ -91,7 +92,7 @@ def weights_of(title: str, options: dict[str, Any]) -> Tensor:
             nn.init.normal_(parameter, std=0.5)
     mixer: Any = module.attention.mixer
     query, key, _ = module.qkv(x).split(module._sizes, dim=-1)
-    if config.scores.kind == "routing":
+    if isinstance(mixer, Routing):
         query, key = mixer.routed(query, key)
     if isinstance(mixer, Linformer):
         query, key, _ = module.attention._in_heads(query, key, key, CAUSAL)

@@ -237,6 +237,8 @@ def _lines(config: "Config", found: "RunCosts", gpus: int, name: str, board: Gpu
     lines += [_row(number, stage, own=number == engine.zero_stage) for number, stage in found.stages.items()]
     if found.gates:
         lines.insert(4, f"gates       {found.gates}")
+    if found.attention:
+        lines.insert(4, f"attention   {found.attention}")
     if not _fits(found, config):
         lines += ["", "The run does not fit. What would:", *(f"  {change}" for change in found.fitting or _NOTHING)]
     return lines

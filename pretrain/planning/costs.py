@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from data_pipeline.errors import ConfigError
+from model.config.model_config import ModelConfig
 from model.config.transformer import TransformerConfig
 from model.costs.flops import executed_flops_per_token, training_flops_per_token, trains_open_blocks
 from model.costs.totals import num_parameters
@@ -44,6 +45,8 @@ class RunCosts:
     """Without those of closed blocks, where training leaves them out and gains by it."""
     gates: str
     """What is to be said of block gates; empty where there are none."""
+    attention: str
+    """The same of attention with other weights or scores than a softmax of q k^T."""
     step_seconds: float
     tokens_per_second: float
     run_seconds: float
@@ -82,6 +85,7 @@ def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> RunCosts:
         flops_per_step=flops,
         executed_flops_per_step=executed,
         gates=gates,
+        attention=_attention(config.model),
         step_seconds=seconds,
         tokens_per_second=config.batch.tokens / seconds,
         run_seconds=seconds * config.train.steps,
@@ -116,6 +120,23 @@ def _gates(config: Config, micro_batch: int, flops: float) -> tuple[str, float]:
     return f"{shape}; training computes these alone{since}{decoding}", (
         after * flops + (steps - after) * executed
     ) / steps
+
+
+def _attention(model: ModelConfig) -> str:
+    """What other weights or scores do to memory and time, where FLOPs do not tell."""
+    if not isinstance(model, TransformerConfig):
+        return ""
+    weights, scores = model.weights.kind, model.scores.kind
+    formed = f"{model.heads} heads x {model.context:,} x {model.context:,} weights in each layer, which no kernel forms"
+    if weights == "entmax":
+        return f"entmax: {formed}; a dozen passes over them are in no FLOPs"
+    if weights == "adaptive_span":
+        return f"adaptive_span: {formed}; FLOPs are those of whole texts, spans learn to be shorter"
+    if scores == "linformer":
+        return f"linformer: {model.scores.slots:,} slots in the place of {model.context:,} keys"
+    if scores == "routing":
+        return f"routing: {formed}; clusters are a mask over them and save nothing"
+    return f"synthesizer: {formed}" if scores == "synthesizer" else ""
 
 
 def largest_micro_batch(config: Config, gpus: int, size: float) -> int | None:

@@ -64,9 +64,12 @@ class KeptByTransformers(cache.Cache):
         # transformers makes an entry for each layer, and a layer may hold several attentions.
         if isinstance(self._kept, DynamicCache) and len(self._kept.layers) == self._calls:
             self._kept.layers.append(DynamicLayer())
-        found: tuple[Tensor, Tensor] = self._kept.update(key, value, self._calls)
+        size = key.shape[-1]
+        # It takes a cache for empty whose keys have no channels.
+        given = key if size else key.new_zeros(*key.shape[:-1], 1)
+        key, value = self._kept.update(given, value, self._calls)
         self._calls += 1
-        return found
+        return key[..., :size], value
 
     def held(self, place: cache.Cached) -> tuple[Tensor, Tensor] | None:
         """As `Cache.held`."""

@@ -165,7 +165,13 @@ def test_greedy_generation_is_ours_token_by_token(exported: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*VARIANTS, "sinks", "globals", "fixed_heads", "feedback_window", "feedback_modern"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(*VARIANTS, "sinks", "globals", "fixed_heads", "span_sinks", "random", "routing_window"),
+        *("feedback_window", "feedback_modern"),
+    ],
+)
 def test_caches_and_pads_change_nothing(name: str) -> None:
     """Whatever the architecture's options, in float64: texts in parts, padded at either side, all logits."""
     from transformers import DynamicCache

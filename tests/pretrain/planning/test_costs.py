@@ -89,6 +89,25 @@ def test_gates_that_gain_nothing_are_told_and_time_is_that_of_what_is_executed(
     assert found.step_seconds == pytest.approx(found.executed_flops_per_step / (GPU.peak_flops * 0.4))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("model.weights.kind=entmax", "weights in each layer, which no kernel forms; a dozen passes over them"),
+        ("model.weights.kind=adaptive_span", "FLOPs are those of whole texts"),
+        ("model.scores.kind=synthesizer", "synthesizer: "),
+        ("model.scores.kind=routing", "clusters are a mask over them and save nothing"),
+        ("model.heads=2", ""),
+    ],
+)
+def test_what_other_attention_forms_is_told_and_needs_memory(change: str, said: str) -> None:
+    found, plain = (costs(config_of(*more), 1, GPU, 0.4) for more in ([change], []))
+    assert said in found.attention
+    assert bool(found.attention) == bool(said)
+    one, two = found.stages[1].memory, plain.stages[1].memory
+    assert one is not None and two is not None
+    assert (one.activations > two.activations) == bool(said)
+
+
 def test_gates_that_group_tokens_are_not_compiled() -> None:
     gates = ["model.block_gates.kind=cosine", "model.block_gates.train_sparse_after=9"]
     with pytest.raises(ConfigError, match="engine.compile: model.block_gates.train_sparse_after groups tokens"):
