@@ -170,7 +170,10 @@ def verify(dataset: Dataset, part: int, parts: int, path: str) -> None:
 
 def _tie(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     """Complete the configuration by the dataset's vocabulary and tie the run folder to both."""
-    config = origin.resolve(complete(folder.kept(config), dataset))
+    config = origin.resolve(folder.kept(config))
+    if not folder.has_trained():
+        check_tokenizer(config, dataset.manifest.tokenizer.sha256)
+    config = complete(config, dataset)
     config.objective.check(dataset)
     if config.data.packing == "best_fit":
         packing_plan.prepare(dataset, config.model.context, slow_progress())
@@ -178,7 +181,6 @@ def _tie(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     Plan(dataset, wanted_phase(dataset, config.data, config.model.context), config.run.seed)
     held_out(dataset, config)
     origin.check(config, identity(config, dataset))
-    check_tokenizer(config, dataset.manifest.tokenizer.sha256)
     folder.claim(config, identity(config, dataset))
     return config
 

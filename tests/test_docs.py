@@ -61,6 +61,7 @@ RUN_ELSEWHERE = {
     "duet data upload data/mine s3://bucket/mine": "tests/data_pipeline/storage/test_remote.py",
     "duet checkpoint shrink runs/gated --gates --to smaller": "tests/pretrain/export/test_shrink.py",
     "duet checkpoint import SmolLM-135M --to imported": "docs/after.md, with a model of ours",
+    "duet train run/quickstart --from imported data.path=data/own run.name=tuned": "tests/pretrain/test_finetune.py",
     "duet cancel runs/first": "tests/slurm/test_status.py",
     "duet requeue runs/first": "tests/slurm/test_status.py",
     "duet resume runs/first --nodes 4": "tests/slurm/test_status.py",

@@ -35,10 +35,7 @@ def complete(config: Config, dataset: HasManifest) -> Config:
         RunError: the configuration asks for another vocabulary.
     """
     vocabulary = dataset.manifest.tokenizer.vocab_size
-    asked = config.model.vocab_size
-    if config.finetune.kind != "none" and asked is not None and asked > vocabulary:
-        vocabulary = asked  # a table may have rows that no token has
-    if asked not in (None, vocabulary):
+    if config.model.vocab_size not in (None, vocabulary):
         raise RunError(
             f"model.vocab_size={config.model.vocab_size}, but the tokenizer of {config.data.path} has {vocabulary} "
             "pieces: another dataset. A run goes on with data of its own tokenizer only, as a new phase (data.phase); "

@@ -122,9 +122,7 @@ class Engine:
         first = next(iter(trained.values()))
         first.register_post_accumulate_grad_hook(lambda _: self.stopwatch.lap("backward"))
         self._deepspeed = _initialized(model, config, ranks)
-        self._names: dict[Any, str] = {
-            parameter: name for parameter, name in self._deepspeed.param_names.items() if name in self.shapes
-        }
+        self._names: dict[Any, str] = {p: n for p, n in self._deepspeed.param_names.items() if p.requires_grad}
         self.buffers = Buffers(model, ranks)
         self._multipliers = Multipliers(model, ranks)
         self._centroids = Centroids(model, ranks)

@@ -42,12 +42,32 @@ _TOKENIZERS = (MODEL, JSON, "tokenizer.model")
 def import_model(folder: Path, to: Path) -> DecoderOnlyConfig:
     """Make an export of ours of a folder of Llama's or GPT-2's layout: what a run begins with (`duet train --from`).
 
+    Rows of the token table that the tokenizer has no token for are left out: nothing could read or write them.
+
     Raises:
         CheckpointError: it does not fit; names the first field or tensor that does not. `to` is there already.
         DataError: it has no tokenizer, or one that is not fit for training.
     """
     if to.exists():
         raise CheckpointError(f"{to}: is there already; name a new folder")
+    name, config, weights = _read(folder)
+    file = next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
+    if file is None:
+        raise DataError(f"{folder}: no tokenizer ({', '.join(_TOKENIZERS)}), without which no text can be read")
+    tokenizer, rows = Tokenizer.load(file), len(weights["token_embed.weight"])
+    if tokenizer.vocab_size > rows:
+        count = f"{file.name} has {tokenizer.vocab_size} tokens"
+        raise CheckpointError(f"{folder}: vocab_size={rows} does not fit its tokenizer: {count}")
+    weights["token_embed.weight"] = weights["token_embed.weight"][: tokenizer.vocab_size].clone()
+    config = config.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    facts = ExportFacts(model=config, objective="causal", run=folder.resolve().name, step=0, commit=None, dataset=None)
+    told = {"imported from": f"{folder.resolve().name}, in the layout of {name}"}
+    write_folder(to, facts, weights, (file.read_bytes(), tokenizer), _spelled(tokenizer), told, "fp32")
+    return config
+
+
+def _read(folder: Path) -> tuple[str, DecoderOnlyConfig, dict[str, Tensor]]:
+    """Layout, configuration and weights of a folder."""
     try:
         raw = json.loads((folder / CONFIG).read_text())
         if not isinstance(raw, dict):
@@ -63,23 +83,11 @@ def import_model(folder: Path, to: Path) -> DecoderOnlyConfig:
     weights = to_ours(_tensors(folder), config, name, folder)
     with torch.device("meta"):
         wanted = {key: values.shape for key, values in registry.build(config).state_dict().items()}
-    if odd := sorted(key for key in wanted.keys() | weights.keys() if wanted.get(key) != _shape(weights.get(key))):
-        key = odd[0]
-        raise CheckpointError(
-            f"{folder}: {key} is {_shape(weights.get(key))}, and config.json makes it {wanted.get(key)}"
-        )
-    file = next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
-    if file is None:
-        raise DataError(f"{folder}: no tokenizer ({', '.join(_TOKENIZERS)}), without which no text can be read")
-    tokenizer = Tokenizer.load(file)
-    if tokenizer.vocab_size > shape["vocab_size"]:
-        raise CheckpointError(
-            f"{folder}: vocab_size={shape['vocab_size']}: its tokenizer has {tokenizer.vocab_size} tokens, {file.name}"
-        )
-    facts = ExportFacts(model=config, objective="causal", run=folder.resolve().name, step=0, commit=None, dataset=None)
-    rows = {"imported from": f"{folder.resolve().name}, in the layout of {name}"}
-    write_folder(to, facts, weights, (file.read_bytes(), tokenizer), _spelled(tokenizer), rows, "fp32")
-    return config
+    for key in sorted(wanted.keys() | weights.keys()):
+        found = _shape(weights.get(key))
+        if found != wanted.get(key):
+            raise CheckpointError(f"{folder}: {key} is {found}, and config.json makes it {wanted.get(key)}")
+    return name, config, weights
 
 
 def write_standard(checkpoint: Checkpoint, config: Config, folder: Path, name: str, dtype: Dtype) -> None:

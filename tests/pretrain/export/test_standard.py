@@ -62,12 +62,13 @@ def test_a_model_of_transformers_and_back(tmp_path: Path, kind: str, changes: di
     theirs = saved(tmp_path / "theirs", kind, **changes)
     config = import_model(tmp_path / "theirs", tmp_path / "ours")
     ours = open_trained(tmp_path / "ours")
-    torch.testing.assert_close(ours.model(IDS), theirs(IDS).logits, rtol=0, atol=1e-5)
+    # The rows of 20 tokens that the tokenizer has not are left out.
+    torch.testing.assert_close(ours.model(IDS), theirs(IDS).logits[..., :300], rtol=0, atol=1e-5)
     assert ours.tokenizer.decode(ours.tokenizer.encode([LICENSE[:99]])[0]) == LICENSE[:99]
     back = to_theirs(ours.model.state_dict(), config, kind)
     kept = theirs.state_dict()
     assert back.keys() == kept.keys() - {"lm_head.weight"}
-    assert all(torch.equal(values, kept[name]) for name, values in back.items())
+    assert all(torch.equal(values, kept[name][: len(values)]) for name, values in back.items())
 
 
 @torch.no_grad()
