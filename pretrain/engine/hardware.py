@@ -1,6 +1,7 @@
 """What a configuration asks of the hardware, and cannot know by itself."""
 
 import ctypes
+import os
 
 import torch
 
@@ -35,9 +36,10 @@ def keep_freed_memory(device: torch.device) -> None:
     """Have a process that trains on a CPU keep the memory that tensors leave, for the next ones.
 
     glibc gives large blocks back to the system and asks for them anew, which zeroes them page by page: up to a tenth of
-    a step on a CPU (benchmarks/masks.md). Where another C library serves, nothing happens.
+    a step on a CPU (benchmarks/masks.md). Where another C library serves, or MALLOC_TRIM_THRESHOLD_ is set, nothing
+    happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt and device.type == "cpu":
+    if mallopt and device.type == "cpu" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         mallopt(_M_MMAP_THRESHOLD, _INT_MAX)
         mallopt(_M_TRIM_THRESHOLD, _INT_MAX)

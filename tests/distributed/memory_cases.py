@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ def growth(ranks: Ranks, args: list[str]) -> tuple[float, float, str]:
 
     A small engine of the same kind has made a step before, so that libraries are loaded and their buffers made.
     """
+    os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**16)  # so that the engine leaves it
     libc = ctypes.CDLL(None)
     for option, value in ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, 2**16), (_TRIM_THRESHOLD, 2**16)):
         assert libc.mallopt(option, value)
