@@ -88,6 +88,8 @@ class Life:
         if self.agreed_request(saver):
             raise Stopped
         self._mark_edge()
+        if self._heartbeat.validating is None and self._pulse:
+            self._pulse.rested()  # that it validates is told at once
         self._heartbeat = replace(self._heartbeat, validating=time.time(), validated=share)
         self._beat()
 
