@@ -36,4 +36,5 @@ def mistaken(folder: Path, wanted: str) -> str | None:
         CHECKPOINT: f"`duet checkpoint inspect {shlex.quote(str(folder))}` looks into it",
         RUN: f"`duet config show {shlex.quote(str(folder / 'config.yaml'))}` names its dataset: data.path",
     }
-    return f"this is {'an' if kind == EXPORT else 'a'} {kind}, and a {wanted} is wanted; {look[kind]}"
+    this, other = (f"{'an' if name == EXPORT else 'a'} {name}" for name in (kind, wanted))
+    return f"this is {this}, and {other} is wanted; {look[kind]}"

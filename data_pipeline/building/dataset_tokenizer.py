@@ -35,6 +35,8 @@ def prepare_tokenizer(
     model = read_model(config.model) if config.model else train_tokenizer(texts(), config, seed)
     tokenizer = Tokenizer(model, config.model or "tokenizer")
     _check_symbols(tokenizer, config, config.model or "the tokenizer that was trained")
+    if config.model:
+        tokenizer.check_ids(config.model)
     if config.model and len(tokenizer.sentinel_ids) < config.sentinels:
         raise DataError(
             f"{config.model} has {len(tokenizer.sentinel_ids)} pieces {sentinel(0)}, …; "

@@ -194,6 +194,15 @@ class Tokenizer:
         """The piece `token` as the model spells it."""
         return self._encoder.piece(token)
 
+    def check_ids(self, name: str) -> None:
+        """Raises DataError unless the tokens of the file called `name` are 0 ... vocab_size - 1."""
+        for token in range(self.vocab_size):
+            if self.piece(token) is None:  # a tokenizer.json may have gaps
+                raise DataError(
+                    f"{name} has {self.vocab_size} pieces, and none of them has the id {token}, so some id is beyond "
+                    "the vocabulary: fill the gap with a piece that no text gives"
+                )
+
     def check_symbols(self, symbols: Sequence[str], name: str, trained: bool) -> None:
         """Raises DataError unless each of `symbols` is one piece; as which text gives it if it was `trained`."""
         texts = [symbol.replace(SPACE_MARK, " ") for symbol in symbols]

@@ -88,6 +88,8 @@ def inspect(
 def verify(path: PathArg) -> None:
     """Compare manifest and shards with their hashes; of a run: in all its checkpoints.
 
+    Of one that holds adapters, the weights that they change, too.
+
     Exit code 2 when one is damaged, or of another run.
 
     Example: `duet checkpoint verify runs/quickstart`
@@ -95,6 +97,7 @@ def verify(path: PathArg) -> None:
     from data_pipeline.errors import CheckpointError
     from pretrain.checkpoint.checkpoint import Checkpoint
     from pretrain.checkpoint.ownership import check_own
+    from pretrain.finetune.base import verify_base
     from pretrain.run.checkpoint_folder import complete, is_checkpoint
     from pretrain.run.run_folder import RunFolder
 
@@ -107,6 +110,7 @@ def verify(path: PathArg) -> None:
             if folder:
                 check_own(checkpoint, folder)
             checkpoint.verify()
+            verify_base(checkpoint)
             typer.echo(f"{found}: whole")
         except CheckpointError as error:
             wrong.append(str(error))

@@ -259,6 +259,8 @@ def to_ours(tensors: Mapping[str, Tensor], config: DecoderOnlyConfig, name: str,
             for key in keys:
                 if key not in left:
                     raise CheckpointError(f"{folder}: no tensor {key}")
+                if not left[key].is_floating_point():
+                    raise CheckpointError(f"{folder}: {key} is {left[key].dtype}: quantized weights are not taken")
             pieces = [left.pop(key).float() for key in keys]
             if part.transposed and kind == "weight":
                 pieces = [piece.T for piece in pieces]
@@ -295,6 +297,11 @@ def read_shape(raw: dict[str, Any], folder: object) -> tuple[str, dict[str, Any]
         shape = layout.shape(raw)
     except KeyError as error:
         raise CheckpointError(f"{folder}: config.json has no {error.args[0]}") from None
+    except TypeError:
+        raise CheckpointError(f"{folder}: config.json has a size that is no number") from None
+    for key in ("heads", "width", "ff_width"):
+        if not isinstance(shape[key], int):  # None means something else to our models
+            raise CheckpointError(f"{folder}: config.json has {shape[key]!r} where {key} is an integer of ours")
     head_dim = raw.get("head_dim")
     if head_dim is not None and head_dim * shape["heads"] != shape["width"]:
         raise CheckpointError(f"{folder}: head_dim={head_dim} does not fit: ours is width / heads")

@@ -55,6 +55,7 @@ def import_model(folder: Path, to: Path) -> DecoderOnlyConfig:
     if file is None:
         raise DataError(f"{folder}: no tokenizer ({', '.join(_TOKENIZERS)}), without which no text can be read")
     tokenizer, rows = Tokenizer.load(file), len(weights["token_embed.weight"])
+    tokenizer.check_ids(str(file))
     if tokenizer.vocab_size > rows:
         count = f"{file.name} has {tokenizer.vocab_size} tokens"
         raise CheckpointError(f"{folder}: vocab_size={rows} does not fit its tokenizer: {count}")

@@ -80,8 +80,29 @@ def weights_of(checkpoint: Checkpoint, config: Config) -> dict[str, Tensor]:
     return merged(base, found, config.finetune.scale)
 
 
+def verify_base(checkpoint: Checkpoint) -> None:
+    """Of a checkpoint that holds adapters, whether the weights that they change are there, whole and unchanged.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    if checkpoint.manifest.state.get("config", {}).get("finetune", {}).get("kind") != "lora":
+        return
+    path, step = _unchanged(_config_of(checkpoint))
+    if step is not None:
+        base = Checkpoint(step_path(RunFolder(path).checkpoints, step))
+        base.verify()
+        verify_base(base)
+
+
 def _base(config: Config) -> dict[str, Tensor]:
     """Parameters and buffers that a run of this (resolved) configuration begins with, in fp32."""
+    path, step = _unchanged(config)
+    return _of_export(path) if kind_of(path) == EXPORT else _of_run(path, step)
+
+
+def _unchanged(config: Config) -> tuple[Path, int | None]:
+    """Where the weights lie that a run has begun with, by their hash. Raises CheckpointError if they do not."""
     assert config.run.start_from is not None
     path, step = parse(config.run.start_from)
     try:
@@ -93,7 +114,7 @@ def _base(config: Config) -> dict[str, Tensor]:
             f"{config.run.start_from}: changed since the run has begun with it: its hash is {found}, it was "
             f"{config.finetune.base}; restore it"
         )
-    return _of_export(path) if kind_of(path) == EXPORT else _of_run(path, step)
+    return path, step
 
 
 def _of_export(path: Path) -> dict[str, Tensor]:
@@ -110,8 +131,11 @@ def _of_run(path: Path, step: int | None) -> dict[str, Tensor]:
     assert step is not None
     checkpoint = Checkpoint(step_path(RunFolder(path).checkpoints, step))
     checkpoint.verify()
+    return weights_of(checkpoint, _config_of(checkpoint)) | checkpoint.buffers()
+
+
+def _config_of(checkpoint: Checkpoint) -> Config:
     try:
-        config = Config.model_validate(checkpoint.manifest.state["config"])
+        return Config.model_validate(checkpoint.manifest.state["config"])
     except (KeyError, ValidationError) as error:
         raise CheckpointError(f"{checkpoint.path}: the manifest does not hold the configuration: {error!r}") from None
-    return weights_of(checkpoint, config) | checkpoint.buffers()

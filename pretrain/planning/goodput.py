@@ -158,7 +158,7 @@ def expected(mean: float, interval: float, taken: Times) -> Expected:
         share=share,
         saving=saves * taken.save / whole,
         lost=(mean - saves * cycle) / whole,
-        down=down / whole,
+        down=down / whole if whole < math.inf else 1.0,
         by_second={name: gain(name) for name in asdict(taken)},
     )
 

@@ -19,6 +19,7 @@ from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.config.sections import FinetuneConfig
 from pretrain.export.portable import write_export
 from pretrain.export.use import evaluate_run, open_trained
+from pretrain.finetune.base import verify_base
 from pretrain.finetune.lora import AdaptedLinear, adapt, merged
 from pretrain.inference.trained import find_checkpoint
 from pretrain.run.checkpoint_folder import step_path
@@ -187,11 +188,16 @@ def test_what_a_run_cannot_begin_with_is_said(
     write_export(checkpoint, moved, tmp_path / "same")
     models = [open_trained(path).model for path in (lora, tmp_path / "same")]
     assert torch.equal(*(model(torch.arange(9)[None]) for model in models))
+    verify_base(checkpoint)
     tensors["token_embed.weight"][0, 0] += 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="changed since the run has begun with it"):
         write_export(checkpoint, moved, tmp_path / "new")
     shutil.rmtree(folder)
+    state = checkpoint.manifest.state | {"config": moved.model_dump(mode="json")}
+    checkpoint.manifest = checkpoint.manifest.model_copy(update={"state": state})
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        verify_base(checkpoint)
     with pytest.raises(CheckpointError, match=r"cannot be read.*what is trained are changes to these weights"):
         write_export(checkpoint, moved, tmp_path / "new")
 

@@ -8,6 +8,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.storage.dataset import Dataset
 
 LICENSE = "<!-- LICENSE: say under which licence the weights may be used, here and as `license:` at the top. -->"
+LOSSES = ("validation loss", "bits per byte")
+"""Rows about the held-out text."""
 _CAUSAL = """model = AutoModelForCausalLM.from_pretrained(FOLDER{trusted})
 batch = tokenizer(["Once"], return_tensors="pt")
 print(tokenizer.decode(model.generate(**batch, max_new_tokens=20{options})[0]))"""
@@ -76,7 +78,7 @@ def told_of_training(state: Mapping[str, Any], step: int, validation_loss: float
     """Rows about a training, of what a checkpoint says of it."""
     rows = {"step": f"{step:,}", "tokens": f"{state.get('data', {}).get('tokens_seen', 0):,}"}
     if validation_loss is not None:
-        rows["validation loss"] = f"{validation_loss:.4f} nats a label"
+        rows["validation loss"] = f"{validation_loss:.4f} nats a label of the held-out text"
     return rows | {"commit of Duet": str(state.get("commit"))}
 
 

@@ -16,7 +16,7 @@ from model.config.model_config import ModelConfig
 from model.config.transformer import TransformerConfig
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.config.schema import Config
-from pretrain.export.hugging_face.card import CardFacts, card, told_of_data, told_of_training
+from pretrain.export.hugging_face.card import LOSSES, CardFacts, card, told_of_data, told_of_training
 from pretrain.export.hugging_face.sources import ENTRY, TOKENIZATION, sources
 from pretrain.objectives.registry import objective_of
 
@@ -155,11 +155,21 @@ def rows_of(checkpoint: Checkpoint, config: Config, dataset: Dataset | DataError
     state, loss = checkpoint.manifest.state, checkpoint.manifest.validation_loss
     left_out = config.data.mask_boundaries or config.model.document_mask or config.data.packing != "plain"
     whole = loss if config.data.objective == "causal" and not left_out else None
-    return {
+    rows = {
         "run": config.run.name,
         **told_of_training(state, checkpoint.manifest.step, loss),
         **told_of_data(dataset, state.get("data", {}).get("fingerprint"), whole),
     }
+    if _validates_part(config, dataset):
+        rows |= {name: f"{rows[name]}, from a part of it" for name in LOSSES if name in rows}
+    return rows
+
+
+def _validates_part(config: Config, dataset: Dataset | DataError) -> bool:
+    """Whether a checkpoint's loss is of some of the held-out windows only (`train.eval_tokens`)."""
+    if config.eval_windows is None or isinstance(dataset, DataError):
+        return False
+    return config.eval_windows * config.model.context < dataset.manifest.splits["validation"].tokens - 1
 
 
 def _notes(needs: tuple[str, ...], why: str, kind: Kind, model: ModelConfig) -> Iterator[str]:

@@ -31,7 +31,7 @@ def uploads(folder: Path) -> list[Upload]:
 def is_licensed(folder: Path) -> bool:
     """Whether somebody has filled in the licence of its model card."""
     card = folder / "README.md"
-    return card.is_file() and LICENSE not in card.read_text()
+    return card.is_file() and LICENSE not in card.read_text(errors="replace")
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:

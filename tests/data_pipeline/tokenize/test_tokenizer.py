@@ -1,3 +1,4 @@
+import json
 import sys
 from functools import cache
 from pathlib import Path
@@ -268,6 +269,11 @@ def test_a_tokenizer_of_hugging_face_builds_a_dataset(tmp_path: Path) -> None:
     assert sorted(found) == sorted(text.read_bytes().decode() for text in texts)
     with pytest.raises(DataError, match=r"t\.json has no end-of-text piece; it must have one of </s>"):
         Tokenizer.load(json_tokenizer(tmp_path / "t.json", "[end]"))
+    raw = json.loads(file.read_text())
+    raw["model"]["vocab"]["!"] = 999
+    (tmp_path / "gap.json").write_text(json.dumps(raw))
+    with pytest.raises(DataError, match=r"gap\.json has 400 pieces, and none of them has the id 3, "):
+        build(config(tmp_path / "gap", *texts, tokenizer={"model": str(tmp_path / "gap.json")}))
     (tmp_path / "bad.json").write_text('{"version": 1}')
     with pytest.raises(DataError, match=r"bad\.json is not a tokenizer\.json"):
         Tokenizer.load(tmp_path / "bad.json")

@@ -357,3 +357,15 @@ def test_nodes_to_avoid_are_told_to_slurm(small: list[str], tmp_path: Path) -> N
 def test_a_name_that_the_job_would_read_otherwise_is_refused(small: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"\$\{"):
         submit(*small, "run.dir='runs/${run'", "--cluster", "local", "--dry-run")
+
+
+def test_nodes_left_out_by_the_submission_outlive_a_controller_that_does_not_answer() -> None:
+    """The lines of the batch script that ask for them, before the list is renewed."""
+    lines = (ROOT / "slurm" / "pretrain.sbatch").read_text().splitlines()
+    asked = [line for line in lines if line.startswith(("about()", "job=$(", "excluded=$("))]
+    about, first, again, excluded = asked
+    program = f"""SLURM_JOB_ID=7; timeout() {{ shift; "$@"; }}; {about}
+        scontrol() {{ echo "JobId=7 JobState=RUNNING ExcNodeList=n[4-5] Restarts=1"; }}; {first}
+        scontrol() {{ return 1; }}; {again}
+        {excluded}; echo "$excluded" """
+    assert subprocess.run(["bash", "-c", program], capture_output=True, text=True).stdout == "n[4-5]\n"

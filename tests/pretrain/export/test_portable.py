@@ -16,12 +16,14 @@ from typer.testing import CliRunner
 
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import CheckpointError, ConfigError, DataError, RunError
+from data_pipeline.storage.dataset import Dataset
 from data_pipeline.tokenize.tokenizer import TOKENIZER, model_file, train_tokenizer
 from launch.cli import app
 from model.generation.sampling import Sampling
 from pretrain.checkpoint import shard_file
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.config.schema import load
+from pretrain.export.hugging_face.folder import rows_of
 from pretrain.export.use import evaluate_run, open_trained
 from pretrain.inference.continuation import Continuation, Settings
 from pretrain.inference.trained import find_checkpoint, read_model
@@ -93,6 +95,9 @@ def test_it_holds_each_weight_once_and_says_where_it_comes_from(run: Path, expor
     for told in ("| step | 3 |", f"| bits per byte | {bits:.4f} of", state["data"]["fingerprint"], "LICENSE: say"):
         assert told in card
     assert "sentencepiece" not in card, "its tokenizer.json does"
+    train = config.train.model_copy(update={"eval_tokens": 1})
+    some = rows_of(checkpoint, config.model_copy(update={"train": train}), Dataset.of(config.data))
+    assert some["bits per byte"] == f"{bits:.4f} of the held-out text, from a part of it"
     raw = json.loads((exported / "config.json").read_text())
     assert raw["num_hidden_layers"] == config.model.layers
 

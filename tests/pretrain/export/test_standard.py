@@ -140,6 +140,11 @@ def test_what_does_not_come_in_is_named(tmp_path: Path) -> None:
     refused("llama", "rope_parameters=.*500000.0.*does not fit", rope_parameters={"rope_theta": 500000.0})
     refused("llama", "tie_word_embeddings=False does not fit", tie_word_embeddings=False)
     refused("llama", "head_dim=8 does not fit", head_dim=8)
+    refused("llama", "None where heads is an integer", num_attention_heads=None)
+    refused("llama", "None where ff_width is an integer", intermediate_size=None)
+    refused("gpt2", "a size that is no number", n_embd=None)
+    up = "model.layers.0.mlp.up_proj.weight"
+    refused("llama", f"{up} is torch.int8: quantized", tensors={up: torch.ones(40, 16, dtype=torch.int8)})
     refused("llama", "mlp_bias=True and attention_bias differ", mlp_bias=True)
     refused("llama", "quantization_config", quantization_config={})
     refused("llama", r"backbone\.layers\.0\.ff\.down\.weight is .*40.* makes it .*48", intermediate_size=48)

@@ -52,6 +52,7 @@ def test_runs_that_are_drawn_come_to_what_is_expected() -> None:
 def test_a_run_that_is_interrupted_before_it_ever_saves_trains_nothing() -> None:
     found = expected(60.0, 60_000.0, Times(1.0, 0.0, 0.0))
     assert found.share == 0 and found.lost + found.down == pytest.approx(1.0)
+    assert expected(3.6, 10.0, Times(1.0, 1.0, 9999.0)).down == 1.0, "it never comes back"
 
 
 def test_an_outlook_takes_what_is_given_and_the_published_rate_else() -> None:
