@@ -36,4 +36,5 @@ def mistaken(folder: Path, wanted: str) -> str | None:
         CHECKPOINT: f"`duet checkpoint inspect {shlex.quote(str(folder))}` looks into it",
         RUN: f"`duet config show {shlex.quote(str(folder / 'config.yaml'))}` names its dataset: data.path",
     }
-    return f"this is {'an' if kind == EXPORT else 'a'} {kind}, and a {wanted} is wanted; {look[kind]}"
+    found, asked = (f"{'an' if one == EXPORT else 'a'} {one}" for one in (kind, wanted))
+    return f"this is {found}, and {asked} is wanted; {look[kind]}"

@@ -135,7 +135,7 @@ def test_what_a_dry_run_names_goes_and_nothing_else(hub: Hub, exported: Path, tm
 def test_who_may_not_push_and_what_is_no_model_is_said(
     hub: Hub, exported: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"this is a run folder, and a export is wanted|`duet checkpoint export RUN"):
+    with pytest.raises(ConfigError, match=r"this is a run folder, and an export is wanted|`duet checkpoint export RUN"):
         push(run, "me/mine", private=False)
     with pytest.raises(ConfigError, match="a repository is called NAME/MODEL"):
         push(exported, "me/mine/more", private=False)

@@ -150,7 +150,9 @@ def test_tensorboard_shows_what_counts_after_kills_and_rollbacks(tmp_path: Path)
     journal.event("rollback", step=18, resumed_from=15, data=None, text="back")
     steps(16, 24, 3.0, mirror)
     journal.event("sample", step=24, text="Once")
-    (tmp_path / "tensorboard" / NOTES).write_text("{")
+    for damaged in ("[]", '{"metrics.jsonl": null}', '{"metrics.jsonl": -5}', "{"):
+        (tmp_path / "tensorboard" / NOTES).write_text(damaged)
+        assert not EventFiles(tmp_path)._offsets, "all is written anew"
     mirror = EventFiles(tmp_path, all_masks=True)
     mirror.bring(last=True)
     found = shown(tmp_path / "tensorboard")
