@@ -155,6 +155,8 @@ def evaluate(
     changes = changes or []
     if plot and (tasks or not changes):
         raise ConfigError("--plot draws the validation loss against the values of --set KEY=A,B,…; give these")
+    if tasks and rounding:
+        raise ConfigError("--rounding is of the validation; leave it or --tasks out")
     if tasks is None and (plot or (changes and "," in changes[-1])):
         from pretrain.export.sweep import sweep
 

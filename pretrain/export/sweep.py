@@ -25,6 +25,8 @@ def sweep(run: Path, step: int | None, changes: Sequence[str], plot: Path | None
     key, _, values = changes[-1].partition("=")
     if more := [change for change in changes[:-1] if "," in change]:
         raise ConfigError(f"--set {more[0]}: several values are for the last --set, whose loss is compared")
+    if plot and (plot.suffix.lower() != ".png" or not plot.parent.is_dir()):  # said before the work, not behind it
+        raise ConfigError(f"--plot {plot}: name a file that ends in .png, in a folder that is there")
     checkpoint, config = find_checkpoint(run, step)
     trained = read_model(checkpoint, config)
     each = [f"{key}={value}" for value in dict.fromkeys(values.split(","))]

@@ -48,10 +48,11 @@ class EventFiles:
         if anew:
             for file in [*self._folder.glob(EVENTS), *self._folder.glob(f"*/{EVENTS}"), self._folder / NOTES]:
                 file.unlink(missing_ok=True)
-        with suppress(
-            FileNotFoundError, ValueError
-        ):  # lost or damaged: all is written anew, and replaces what is there
-            self._offsets = {str(k): int(v) for k, v in json.loads((self._folder / NOTES).read_bytes()).items()}
+        with suppress(FileNotFoundError, ValueError):
+            noted = json.loads((self._folder / NOTES).read_bytes())
+            # Lost or damaged: all is written anew, and replaces what is there.
+            if isinstance(noted, dict) and all(isinstance(v, int) and v >= 0 for v in noted.values()):
+                self._offsets = noted
 
     @property
     def called(self) -> str:

@@ -7,11 +7,13 @@ for the run folder's files.
 
 import json
 import os
-import urllib.request
+import re
 from datetime import UTC, datetime
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from data_pipeline.errors import RunError
 from data_pipeline.files.sealed import unseal
@@ -85,10 +87,10 @@ def about(run_dir: Path, run: str, step: int, attempt: int, moment: int) -> dict
 
 
 def post(url: str, event: dict[str, Any]) -> None:
-    """One POST; the token of the environment goes with it.
+    """One POST; the token of the environment goes with it, and to no other address.
 
     Raises:
-        OSError: the receiver did not take it within SECONDS.
+        OSError: the receiver did not take it within SECONDS; says neither path nor token.
     """
     told = {"run": event["run"], "event": event["event"], "text": redact(str(event["text"]))[:MOST_TEXT]}
     text = f"{told['run']}: {told['event']}, step {event['step']}" + (f": {told['text']}" if told["text"] else "")
@@ -96,26 +98,51 @@ def post(url: str, event: dict[str, Any]) -> None:
     headers = {"Content-Type": "application/json", "User-Agent": "duet"}
     if token := os.environ.get(TOKEN):
         headers["Authorization"] = f"Bearer {token}"
-    request = urllib.request.Request(url, body, headers, method="POST")  # noqa: S310 - the configuration takes no other
-    with urllib.request.urlopen(request, timeout=SECONDS):  # noqa: S310
-        pass
+    request = Request(url, body, headers, method="POST")  # noqa: S310 - `address` gives no other
+    try:
+        with build_opener(_StaysHere).open(request, timeout=SECONDS):
+            pass
+    except (
+        HTTPException,
+        ValueError,
+    ) as error:  # whose words may hold the address or the token
+        raise OSError(f"not sent, or no answer of a web server ({type(error).__name__})") from None
+
+
+class _StaysHere(HTTPRedirectHandler):
+    """Followed, a POST would become a GET without the event, and the token would go to whatever host is named."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """None: the answer is an error as any other."""
 
 
 def address(webhook: str) -> str:
     """The URL; `env:NAME` is read from the environment.
 
     Raises:
-        RunError: there it is not, or it is none.
+        RunError: there it is not, or it is none. The message does not tell it.
     """
-    if not webhook.startswith(FROM_ENVIRONMENT):
-        return webhook
     name = webhook.removeprefix(FROM_ENVIRONMENT)
+    if name == webhook:
+        if not _is_address(webhook):
+            raise RunError("tracking.webhook is no https://HOST/… in ASCII, without spaces and a user; mend or null it")
+        return webhook
     url = os.environ.get(name, "")
-    if urlsplit(url).scheme not in ("http", "https"):
+    if not _is_address(url):
         raise RunError(
-            f"tracking.webhook={webhook}: the environment has no https://… in {name}; set it, or null the key"
+            f"tracking.webhook={webhook}: the environment has no https://… in {name}, in ASCII, without spaces and a "
+            "user; set it, or null the key"
         )
     return url
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets, or a port that is no number
+        return False
+    return bool(known) and "@" not in parts.netloc and re.fullmatch(r"[!-~]+", url) is not None
 
 
 def of_run(run_dir: Path) -> tuple[str, str] | None:

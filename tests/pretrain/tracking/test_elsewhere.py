@@ -17,7 +17,7 @@ from pretrain.run.journal import Journal, read, series
 from pretrain.tracking import follower
 from pretrain.tracking.follower import Tracker
 from pretrain.tracking.tensorboard import NOTES, EventFiles
-from pretrain.tracking.webhook import Webhook
+from pretrain.tracking.webhook import Webhook, about, address, post
 from tests.faults.tracked import until
 from tests.runs import SMALL, duet
 
@@ -56,8 +56,19 @@ class Receiver:
                 if receiver.mood == "well":
                     receiver.heard.append(body)
                     receiver.tokens.append(self.headers["Authorization"])
+                if receiver.mood == "no web server":
+                    self.wfile.write(b"220 ready\r\n")
+                    return
+                if receiver.mood == "moved":
+                    self.send_response(302)
+                    self.send_header("Location", f"{receiver.url}/elsewhere")
+                    self.end_headers()
+                    return
                 self.send_response(204 if receiver.mood == "well" else 500)
                 self.end_headers()
+
+            def do_GET(self) -> None:
+                receiver.asked += 1
 
             def log_message(self, *given: Any) -> None:
                 """Nothing."""
@@ -139,7 +150,9 @@ def test_tensorboard_shows_what_counts_after_kills_and_rollbacks(tmp_path: Path)
     journal.event("rollback", step=18, resumed_from=15, data=None, text="back")
     steps(16, 24, 3.0, mirror)
     journal.event("sample", step=24, text="Once")
-    (tmp_path / "tensorboard" / NOTES).write_text("{")
+    for damaged in ("[]", '{"metrics.jsonl": null}', '{"metrics.jsonl": -5}', "{"):
+        (tmp_path / "tensorboard" / NOTES).write_text(damaged)
+        assert not EventFiles(tmp_path)._offsets, "all is written anew"
     mirror = EventFiles(tmp_path, all_masks=True)
     mirror.bring(last=True)
     found = shown(tmp_path / "tensorboard")
@@ -237,11 +250,35 @@ def test_a_run_tells_its_webhook_and_tensorboard(
     assert found["loss/val_perplexity"].keys() == {6}
 
 
-def test_addresses_of_no_use_are_refused_without_telling_a_secret(tmp_path: Path) -> None:
+def test_addresses_of_no_use_are_refused_without_telling_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for wrong in ("hooks.example.org", "ftp://host/x", "https://host/?token=secret", "env:", "env:A B"):
         with pytest.raises(ConfigError, match=r"tracking\.webhook") as refused:
             load([f"tracking.webhook={wrong}"])
         assert "secret" not in str(refused.value).replace("holds a secret", "")
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(RunError, match="has no https://… in NOWHERE|no https://… in NOWHERE"):
+    with pytest.raises(RunError, match="has no https://… in NOWHERE"):
         Webhook(tmp_path, "first", "env:NOWHERE")
+    hosts = ("host/a secret", "höst/secret", "[host/secret", "host:secret/", "user:secret@host/", "/secret")
+    for wrong in (f"https://{host}" for host in hosts):
+        monkeypatch.setenv("HOOK", wrong)
+        for given in ("env:HOOK", wrong):
+            with pytest.raises(RunError) as told:
+                address(given)
+            assert "secret" not in str(told.value)
+
+
+def test_what_answers_otherwise_gets_the_token_nowhere_else_and_stops_no_policy(
+    receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event = {"event": "done", "text": ""} | about(tmp_path, "first", 1, 1, 0)
+    monkeypatch.setenv("DUET_WEBHOOK_TOKEN", "hush")
+    for receiver.mood, said in (("moved", "302"), ("no web server", "no answer of a web server")):
+        with pytest.raises(OSError, match=said):
+            post(receiver.url, event)
+    assert receiver.asked == 2, "and no redirect was followed"
+    monkeypatch.setenv("DUET_WEBHOOK_TOKEN", "hush\nhush")
+    with pytest.raises(OSError, match="not sent") as told:
+        post(receiver.url, event)
+    assert "hush" not in str(told.value)
