@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.architectures.draft_and_verify.rollback import RollbackCache
 from model.architectures.draft_and_verify.two_decoders import (
     ConsiderDraft,
     MakeDraft,
@@ -13,7 +14,6 @@ from model.architectures.draft_and_verify.two_decoders import (
     TwoDecoders,
     WriteOn,
 )
-from model.attention.rollback import RollbackCache
 from model.generation.sampling import Sampling
 from model.generation.texts import Drawn
 
