@@ -76,7 +76,8 @@ def test_bash_completes_a_key_and_its_value(tmp_path: Path) -> None:
     duet.write_text(f'#!/bin/sh\nexec {start} "$@"\n')
     duet.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    script = subprocess.run([duet, "--show-completion", "bash"], capture_output=True, text=True, check=True).stdout
+    asked = environment | {"_DUET_COMPLETE": "source_bash"}  # `--show-completion` looks for a shell above it
+    script = subprocess.run([duet], env=asked, capture_output=True, text=True, check=True).stdout
     precision = ["duet", "train", "engine.precision", "="]
     for words in (["duet", "train", "engine.prec"], precision, [*precision, "f"]):
         script += f"COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _duet_completion duet\n"
