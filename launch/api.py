@@ -79,7 +79,7 @@ class LoadedModel:
         prompts: Sequence[str],
         tokens: int = 200,
         *,
-        temperature: float = 1.0,
+        temperature: float = 0.8,
         top_k: int | None = 50,
         top_p: float = 1.0,
         min_p: float = 0.0,
@@ -102,6 +102,8 @@ class LoadedModel:
 
         if isinstance(prompts, str):
             raise ConfigError(f"prompts is a list of texts; for one of them give [{prompts!r}]")
+        if tokens < 0 or not 0 <= seed < 2**63:
+            raise ConfigError(f"tokens={tokens}, seed={seed}: expected tokens of 0 or more, and a seed below 2^63")
         sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
         continuation = Continuation(self._trained, prompts, Settings(sampling, tokens, tuple(stops), seed))
         for _ in continuation.pieces():
@@ -169,6 +171,8 @@ def train(*config: str, ranks: int = 1, verbose: bool = False) -> Path:
     from launch.local.local_ranks import run_ranks
     from pretrain.config.schema import load as load_config
 
+    if ranks < 1:
+        raise ConfigError(f"ranks={ranks}: expected 1 or more")
     loaded = load_config(list(config))
     loaded.micro_batches(ranks)
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -200,11 +204,14 @@ def journal(run: str | Path, kind: Literal["train", "validation"] = "train") -> 
     superseded; of very long runs an even selection of 4,000 steps. `pandas.DataFrame(journal(run))` makes a data frame.
 
     Raises:
+        ConfigError: no such kind.
         RunError: no run folder, or nothing in its journal.
     """
     from pretrain.metric_names import LOSS, VALIDATION
     from pretrain.run.run_summary import load as load_run
 
+    if kind not in ("train", "validation"):
+        raise ConfigError(f"kind={kind!r}: expected 'train' or 'validation'")
     points = load_run(Path(run)).points
     steps = [point.step for point in points.get(LOSS if kind == "train" else VALIDATION, [])]
     rows = {step: row for row, step in enumerate(steps)}

@@ -73,7 +73,7 @@ class CausalAttention(Cached):
         """Put key and value [B, T, C / group] into the cache alone, as what these further steps would compute."""
         assert self.cache is not None
         heads = self.heads // self._group
-        key, value = (x.unflatten(-1, (heads, -1)) for x in (key, value))
+        key, value = (_cut(x, heads) for x in (key, value))
         if self._config.positions == "rotary":
             assert visible.positions is not None
             key = rotate(key, visible.positions)
@@ -127,15 +127,19 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
-        query, key, value = self.qkv(x).split(self._sizes, dim=-1)
-        if isinstance(self.attention.mixer, Routing):
-            query, key = self.attention.mixer.routed(query, key)
-        return self.out(self.attention(query, key, value, keys, visible))
+        return self.out(self.attention(*self._projected(x), keys, visible))
 
     def keep(self, x: Tensor, visible: Visible, steps: range) -> None:
         """Keep of x [B, T, C] what further steps would, and compute nothing else."""
-        _, key, value = self.qkv(x).split(self._sizes, dim=-1)
+        _, key, value = self._projected(x)
         self.attention.keep(key, value, visible, steps)
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x [B, T, C]."""
+        query, key, value = self.qkv(x).split(self._sizes, dim=-1)
+        if isinstance(self.attention.mixer, Routing):
+            query, key = self.attention.mixer.routed(query, key)
+        return query, key, value
 
 
 class Projected(NamedTuple):
@@ -171,7 +175,7 @@ class CrossAttention(nn.Module):
         self.query = Linear(config.width, config.width, bias=config.bias)
         self.key_value = Linear(config.width, 2 * (config.width // group), bias=config.bias)
         self.out = Linear(config.width, config.width, bias=config.bias, std=std)
-        mixer = mixer_of(config, heads, name, aligned=not config.traits.two_sequences)
+        mixer = mixer_of(config, heads, name, aligned=config.crosses_aligned)
         self.attention = CausalAttention(config, heads, layer=layer, group=group, name=name, mixer=mixer)
 
     def read(self, other: Tensor) -> Projected:

@@ -143,7 +143,7 @@ class Cache:
         new = self._rows.positions[:, self.length :]
         if ring := self._ring(place):
             positions = self._ring_positions(ring)
-            return new, positions[:, : ring.size] if new.shape[1] == 1 else positions
+            return new.clamp(min=-1), positions[:, : ring.size] if new.shape[1] == 1 else positions
         return new, self._rows.positions
 
     def reorder(self, rows: Tensor) -> None:

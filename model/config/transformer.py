@@ -288,6 +288,11 @@ class TwoStreamConfig(TransformerConfig, frozen=True):
     """Maps that write to the decoder's stream start at 0.02 / sqrt(this x layers); a decoder layer writes 3 times."""
 
     @property
+    def crosses_aligned(self) -> bool:
+        """Cross attention is from one place of a text to others of it, so that their distance means something."""
+        return not self.traits.two_sequences
+
+    @property
     def num_cross_heads(self) -> int:
         """Heads of cross attention."""
         return self.cross_heads or 2 * self.heads

@@ -38,6 +38,12 @@ class RollbackCache(Cache):
         """As `Cache.extend`."""
         return *self.append(place, key, value), self._mask(place.patterns)
 
+    def places(self, place: Cached) -> tuple[Tensor, Tensor]:
+        """As `Cache.places`."""
+        assert self._rows is not None
+        columns = torch.arange(self._rows.length, device=self._device)[None]
+        return columns[:, self.length :], columns
+
     def truncate(self, length: int) -> None:
         """Forget all columns but the first `length`; those that come next are written over them."""
         assert 0 <= length <= self.length

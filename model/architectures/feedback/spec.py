@@ -124,6 +124,8 @@ class FeedbackConfig(TransformerConfig, frozen=True):
                 f"pattern.kind={self.pattern.kind}: feedback reads memories, of which model.memory says how many; "
                 "leave the pattern out"
             )
+        if self.scores.kind != "dot":
+            raise ValueError(f"scores.kind={self.scores.kind}: feedback reads memories by q k^T; leave it out")
         if self.weights.kind != "softmax":
             raise ValueError(f"weights.kind={self.weights.kind}: feedback reads memories by a softmax; leave it out")
         return self

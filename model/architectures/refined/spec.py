@@ -75,6 +75,11 @@ class RefinedConfig(TwoStreamConfig, frozen=True):
         return not self.chunk
 
     @property
+    def crosses_aligned(self) -> bool:
+        """The null memory has no place."""
+        return False
+
+    @property
     def most_keys(self) -> int:
         """The null memory stands before the others."""
         return self.context + 1

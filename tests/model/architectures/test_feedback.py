@@ -137,6 +137,7 @@ REFUSED: dict[str, str] = {
     "model.learned_dropout.sites=[dec_ff]": "learned_dropout: feedback computes one token at a time",
     "model.pattern.kind=strided": "model.memory says how many",
     "model.weights.kind=entmax": "reads memories by a softmax",
+    "model.scores.kind=routing": "reads memories by q k",
     "model.recurrence.steps=2": "the layers of feedback are applied once",
 }
 

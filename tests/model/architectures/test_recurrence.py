@@ -83,6 +83,10 @@ def test_halting_is_that_of_the_equations_and_ponders_gradient_comes_through_the
     assert torch.allclose(recurrence(apply, lambda *_: None, (constant[0],), None).x, constant[0]), "weights sum to 1"
 
 
+_SCORES = ("synthesizer", "routing")
+"""Whose keys are none, or partly the queries."""
+
+
 def calls_of(model: nn.Module, run: Any) -> int:
     count = 0
 
@@ -97,10 +101,16 @@ def calls_of(model: nn.Module, run: Any) -> int:
     return count
 
 
-@pytest.mark.parametrize("name", ["halting", "halting_decoder"])
-def test_training_runs_all_steps_and_decoding_stops_when_all_tokens_have_halted(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("halting", {}), ("halting_decoder", {})]
+    + [("halting_decoder", {"scores": {"kind": kind}, "positions": "learned", "kv_heads": None}) for kind in _SCORES],
+)
+def test_training_runs_all_steps_and_decoding_stops_when_all_tokens_have_halted(
+    name: str, changes: dict[str, Any]
+) -> None:
     """Ranks that gather partitioned weights have to call each module as often."""
-    config = variant(name)
+    config = variant(name, **changes)
     model, recurrence, layers, batch = build(config).double(), config.recurrence, config.layers, batch_of(config)
     unit = next(m for m in model.modules() if isinstance(m, Halting))
     nn.init.constant_(unit.bias, 10.0)

@@ -78,6 +78,17 @@ def test_a_cache_changes_nothing_and_a_padded_text_is_the_text_alone(name: str, 
                 torch.testing.assert_close(together[row, step], alone[end - pads - 1], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["span_sinks", "routing_window"])
+def test_pads_in_a_ring_see_one_another_however_little_is_seen(name: str) -> None:
+    """Else they are NaN, which every later layer spreads."""
+    model = model_of(name).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("mixer.share"):
+            torch.nn.init.zeros_(parameter)
+    ids = batch_of(model.config, sequences=2).input_ids
+    assert cached(model, ids, [11, 1], [0, 9]).isfinite().all()
+
+
 @pytest.mark.parametrize("name", APART)
 def test_a_document_in_a_row_is_read_as_if_alone(name: str) -> None:
     model = model_of(name, document_mask=True)
@@ -225,7 +236,7 @@ def test_a_random_synthesizer_weighs_all_texts_alike(part: str, same: bool) -> N
 def test_of_a_synthesizer_values_alone_are_kept() -> None:
     model, cache = model_of("dense").eval(), Cache(torch.tensor([0, 2]), 12)
     cache.logits(model, batch_of(model.config, sequences=2).input_ids)
-    kept = {str(vars(place)["name"]): keys.numel() for place, (keys, _) in cache._stored.items()}
+    kept = {str(vars(place)["name"]): keys.numel() for (place, _), (keys, _) in cache._stored.items()}
     assert kept["dec_sa/00"] == kept["enc_sa/01"] == 0 < kept["cross/00"]
 
 

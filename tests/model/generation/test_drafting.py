@@ -31,6 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "shared": {"draft": {"share": True}, "norm_position": "post", "decoder_order": "cross_self_ff"},
     "window": {"pattern": {"kind": "window", "window": 2, "sinks": 1}, "attention": "explicit", "norm": "rmsnorm"},
     "strided": {"pattern": {"kind": "strided", "stride": 3, "merge": "alternate"}, "draft": {"layers": 3}},
+    "spans": {"weights": {"kind": "adaptive_span", "span_init": 0.2, "ramp": 2}, "learned_dropout": {"enabled": False}},
     "gates": {
         "block_gates": {"kind": "top", "blocks": 4, "density": 0.5},
         "learned_dropout": {"sites": ["draft_ff"], "eval_rounding": "none"},
