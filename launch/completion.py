@@ -76,9 +76,12 @@ def keys(known: ConfigKeys, incomplete: str) -> list[tuple[str, str]]:
 
 
 def complete_changes(incomplete: str) -> list[str]:
-    """Keys that may change in use, up to the `=`."""
-    known = ConfigKeys()
-    return [name for name, _ in keys(known, incomplete or "model.")]
+    """Keys that may change in a trained model, up to the `=`."""
+    from model.architectures.registry import ARCHITECTURES
+    from pretrain.config.changes import keys_in_use
+
+    found = sorted({key for kind in ARCHITECTURES.values() for key in keys_in_use(kind)})
+    return [f"{key}=" for key in found if key.startswith(incomplete)]
 
 
 def complete_decode(incomplete: str) -> list[str]:

@@ -74,6 +74,15 @@ def told(changed: dict[str, tuple[Any, Any]]) -> str:
     return "\n".join(f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in changed.items())
 
 
+def keys_in_use(kind: type[BaseModel], key: str = "model") -> Iterator[str]:
+    """Dotted keys of a model's configuration that may change in use."""
+    for name, field in kind.model_fields.items():
+        if (mark := mark_of(field)) and mark.in_use:
+            yield f"{key}.{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys_in_use(field.annotation, f"{key}.{name}")
+
+
 def _marks(value: Any, key: str = "", mark: MayChange | None = None) -> Iterator[tuple[str, MayChange | None]]:
     """Of every dotted key that a configuration has; what is under a name in a dictionary has the dictionary's."""
     if isinstance(value, BaseModel):

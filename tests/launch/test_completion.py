@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from launch.cli import app
-from launch.completion import complete_configs
+from launch.completion import complete_changes, complete_configs
 from pretrain.config.schema import Config
 from tests.runs import ROOT
 from tests.test_docs import key_exists
@@ -57,6 +57,11 @@ def test_values() -> None:
     assert "model.architecture=decoder_only" in completed("model.arch")
     assert completed("fp", "model/tiny", "engine.precision", "=") == ["fp32", "fp16"], "as bash cuts words"
     assert completed("", "=") == completed("") and completed("b", "x", "nowhere.else", "=") == []
+
+
+def test_of_a_trained_model_what_may_change() -> None:
+    assert complete_changes("") == complete_changes("model.ref") == ["model.refine.steps="]
+    assert complete_changes("model.width") == []
 
 
 def test_every_command_that_takes_a_configuration_completes_it() -> None:

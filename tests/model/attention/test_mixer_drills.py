@@ -1,0 +1,73 @@
+"""Whether other weights and scores learn what they are for: copies of a token from 8 before (docs/results.md)."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tests.model.attention.test_patterns import copied, plain
+from tests.model.helpers import VOCABULARY, batch_of
+
+
+def copy_with_spans(steps: int = 500, lr: float = 5e-3, **weights: Any) -> tuple[float, list[float]]:
+    """Loss of a copy from 8 tokens before, over that of chance, and the spans of the two heads; `lr` is theirs."""
+    spans = {"kind": "adaptive_span", "ramp": 4, **weights}
+    shape: dict[str, Any] = {"layers": 1, "width": 32, "context": 32, "positions": "rotary", "weights": spans}
+    model = plain({}, **shape).float().train()
+    parameters = [[p for n, p in model.named_parameters() if n.endswith("share") == own] for own in (False, True)]
+    groups = [
+        {"params": own, "lr": rate, "weight_decay": 0.0} for own, rate in zip(parameters, (5e-3, lr), strict=True)
+    ]
+    loss = copied(model, torch.optim.AdamW(groups), 8, steps) / math.log(VOCABULARY)
+    return loss, parameters[1][0].clamp(0, 1).mul(32).tolist()
+
+
+@pytest.mark.drill
+def test_spans_close_as_far_as_a_copy_lets_them_if_they_start_wide_and_the_penalty_late() -> None:
+    """The text repeats itself every 8 tokens, so that 16 and 24 before stands the same."""
+    late = {"weight": 1e-2, "start_step": 350, "ramp_steps": 50}
+    loss, spans = copy_with_spans(800, penalty=late)
+    assert loss < 0.6
+    assert min(spans) < 1
+    assert 8 <= max(spans) + 4 < 25
+    loss, spans = copy_with_spans(span_init=0.0, penalty=late)
+    assert loss > 0.95, "as published: what lies beyond the ramp is never seen"
+    assert max(spans) + 4 < 8
+    loss, spans = copy_with_spans(lr=5e-2, penalty={"weight": 0.1, "start_step": 0, "ramp_steps": 0})
+    assert loss > 0.95, "closed before the head has learned what it is for"
+
+
+def copy_with(options: dict[str, Any], steps: int = 400) -> tuple[float, dict[str, float]]:
+    """Loss of a copy from 8 tokens before, over that of chance, and what is told at the end."""
+    shape: dict[str, Any] = {"layers": 1, "width": 32, "context": 32} | options
+    model = plain({}, **shape).float().train()
+    alphas = [p for n, p in model.named_parameters() if n.endswith("alpha_logit")]
+    groups = [{"params": [p for n, p in model.named_parameters() if not n.endswith("alpha_logit")], "lr": 5e-3}]
+    groups += [{"params": alphas, "lr": 5e-2, "weight_decay": 0.0}] if alphas else []
+    loss = copied(model, torch.optim.AdamW(groups), 8, steps) / math.log(VOCABULARY)
+    metrics = model(batch_of(model.config)).metrics
+    return loss, {name: value.item() for name, value in metrics.items()}
+
+
+@pytest.mark.drill
+def test_entmax_learns_its_alphas_and_looks_at_few_tokens() -> None:
+    softmax, _ = copy_with({"positions": "rotary"})
+    loss, told = copy_with({"positions": "rotary", "weights": {"kind": "entmax"}})
+    assert loss < softmax < 0.4
+    assert told["zeros"] > 0.3
+    assert abs(told["alpha/dec_sa/00/h0"] - told["alpha/dec_sa/00/h1"]) > 0.05
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("parts", [["dense"], ["random"], ["factorised_random"], ["dot", "dense"]], ids=str)
+def test_a_synthesizer_copies_from_a_place(parts: list[str]) -> None:
+    assert copy_with({"scores": {"kind": "synthesizer", "parts": parts}})[0] < 0.05
+
+
+@pytest.mark.drill
+def test_a_routed_head_copies_from_beyond_the_window() -> None:
+    """Which a window of less than 8 alone does not (`test_a_window_copies_from_within_and_not_from_beyond`)."""
+    loss, told = copy_with({"scores": {"kind": "routing", "clusters": 2, "window": 4}}, steps=600)
+    assert loss < 0.5
+    assert told["fullest"] < 0.8
