@@ -4,7 +4,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: setup system-deps quickstart test lint drills bench help
+.PHONY: setup system-deps quickstart test lint drills bench gpu help
 
 help:  ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/'
@@ -30,3 +30,6 @@ drills: setup  ## Long proofs
 
 bench: setup  ## Measure what is claimed about speed
 	@failed=0; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || failed=1; done; exit $$failed
+
+gpu: setup  ## What only a GPU can prove, in 8 minutes; ARGS="--device cpu" rehearses it
+	@$(BIN)/python -m tests.gpu $(ARGS)

@@ -6,10 +6,10 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -261,8 +261,17 @@ def _facts(claim: Claim, parameters: int) -> dict[str, Any]:
         "command": os.environ.get("DUET_COMMAND") or shlex.join(["duet-rank", *sys.argv[1:]]),
         "user": _user(),
         "start_from": claim.config.run.start_from,
-        "versions": {name: version(name) for name in ("torch", "deepspeed", "mlflow", "pyarrow", "sentencepiece")},
+        "versions": _versions("torch", "deepspeed", "mlflow", "pyarrow", "sentencepiece"),
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed: MLflow need not be where a run does not track."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _user() -> str | None:

@@ -137,5 +137,5 @@ def _in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Te
 
 
 @cache
-def _compiled_flex() -> Callable[..., Any]:
+def _compiled_flex() -> Callable[..., Any]:  # CUDA only
     return torch.compile(flex_attention, dynamic=False)

@@ -31,7 +31,7 @@ def growth(ranks: Ranks, args: list[str]) -> tuple[float, float, str]:
         assert libc.mallopt(option, value)
     config = load(args)
     warm = small_config(config.engine.zero_stage, config.engine.precision)
-    make_engine(ranks, warm).train_step([_batch(warm, 2)] * warm.micro_batches(ranks.world_size)[1], lr=1e-4)
+    make_engine(ranks, warm).train_step([batch_of(warm, 2)] * warm.micro_batches(ranks.world_size)[1], lr=1e-4)
     gc.collect()
     libc.malloc_trim(0)
     before = _resident("VmRSS")
@@ -39,22 +39,9 @@ def growth(ranks: Ranks, args: list[str]) -> tuple[float, float, str]:
     micro_batch, accumulation = config.micro_batches(ranks.world_size)
     for step in (1, 2):
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-        engine.train_step([_batch(config, micro_batch, step) for _ in range(accumulation)], lr=1e-4)
+        engine.train_step([batch_of(config, micro_batch, step) for _ in range(accumulation)], lr=1e-4)
     counted = memory(config, ranks.world_size, device="cpu")
     return counted.total, _resident("VmHWM") - before, counted.moment
-
-
-def allocator_peak(ranks: Ranks, args: list[str]) -> tuple[float, float, str]:
-    """The same on a GPU, by torch's allocator."""
-    assert ranks.device.type == "cuda"
-    config = load(args)
-    engine = make_engine(ranks, config)
-    micro_batch, accumulation = config.micro_batches(ranks.world_size)
-    for step in (1, 2):
-        torch.cuda.reset_peak_memory_stats(ranks.device)
-        engine.train_step([_batch(config, micro_batch, step, ranks.device) for _ in range(accumulation)], lr=1e-4)
-    counted = memory(config, ranks.world_size)
-    return counted.total, torch.cuda.max_memory_allocated(ranks.device), counted.moment
 
 
 def checkpoint_bytes(ranks: Ranks, root: str, args: list[str]) -> tuple[int, float]:
@@ -65,7 +52,8 @@ def checkpoint_bytes(ranks: Ranks, root: str, args: list[str]) -> tuple[int, flo
     return found, costs(config, ranks.world_size, GPUS["h100"], 0.4).checkpoint_bytes
 
 
-def _batch(config: Config, rows: int, step: int = 1, device: torch.device | str = "cpu") -> Batch:
+def batch_of(config: Config, rows: int, step: int = 1, device: torch.device | str = "cpu") -> Batch:
+    """A micro-batch of random tokens."""
     model = config.model
     inputs, targets = model.lengths
     assert model.vocab_size is not None

@@ -1,0 +1,43 @@
+"""What is done on the GPU, in the order of its worth. Standard library only: the runner reads it without torch."""
+
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """A part: it runs in a process of its own."""
+
+    name: str
+    section: str
+    """`a`: is it right? `b`: how fast is it?"""
+    target: str
+    """`module:function`, a `Part`."""
+    seconds: int
+    """At most; a rehearsal has ten times as many."""
+    needs: tuple[str, ...] = ()
+    """Packages beside torch, DeepSpeed and what the engine imports."""
+
+
+ABSENT, NO_GPU = 3, 4
+"""Exit codes of a part."""
+DATA = ("pyarrow", "sentencepiece")
+PARTS = (
+    Entry("models", "a", "tests.gpu.models:steps", 75),
+    Entry("attention", "a", "tests.gpu.attention:forms", 75),
+    Entry("trainer", "a", "tests.gpu.training:together", 75, DATA),
+    Entry("resume", "a", "tests.gpu.training:resumed", 75, DATA),
+    Entry("engine", "a", "tests.gpu.engines:options", 60),
+    Entry("memory", "a", "tests.gpu.engines:peaks", 60),
+    Entry("mfu-760m", "b", "benchmarks.gpu:mfu_760m", 110),
+    Entry("compile", "a", "tests.gpu.models:compiled", 75),
+    Entry("texts", "a", "tests.gpu.models:texts", 45),
+    Entry("preflight", "a", "tests.gpu.engines:preflight", 30),
+    Entry("mfu-1b3", "b", "benchmarks.gpu:mfu_1b3", 110),
+    Entry("masks", "b", "benchmarks.gpu:masks", 75),
+    Entry("bare", "b", "benchmarks.gpu:bare", 60),
+    Entry("gates", "b", "benchmarks.gpu:gates", 45),
+    Entry("window", "b", "benchmarks.gpu:window", 60),
+    Entry("save", "b", "benchmarks.gpu:save", 60),
+    Entry("generation", "b", "benchmarks.gpu:generation", 60),
+    Entry("mfu-350m", "b", "benchmarks.gpu:mfu_350m", 75),
+    Entry("mfu-125m", "b", "benchmarks.gpu:mfu_125m", 75),
+)
