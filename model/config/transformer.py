@@ -13,6 +13,9 @@ from model.config.recurrence_config import RecurrenceConfig
 from model.config.scores_config import ScoresConfig
 from model.config.weights_config import WeightsConfig
 
+Activation = Literal["gelu", "gelu_tanh", "swiglu"]
+"""Of a feed forward."""
+
 
 class TransformerConfig(ModelConfig, frozen=True):
     """Layers of self attention and feed forward, with masks on their updates."""
@@ -22,10 +25,12 @@ class TransformerConfig(ModelConfig, frozen=True):
     kv_heads: int | None = Field(default=None, ge=1)
     """Heads of keys and values in self attention, each shared by heads / kv_heads heads of queries (grouped-query
     attention); as many as `heads` unless given. Cross attention groups its heads alike."""
-    ff: Literal["gelu", "swiglu"] = "gelu"
-    """C -> F -> C with the exact GELU, or with SiLU of one half times the other."""
+    ff: Activation = "gelu"
+    """C -> F -> C with the exact GELU, with its approximation by tanh, as GPT-2 has it, or with SiLU of one half times
+    the other."""
     ff_width: int | None = Field(default=None, ge=1)
-    """F; unless given, 4 C for `gelu` and 8 C / 3, up to a multiple of 8, for `swiglu`: about as many parameters."""
+    """F; unless given, 4 C for either GELU and 8 C / 3, up to a multiple of 8, for `swiglu`: about as many
+    parameters."""
     attention: Literal["auto", "flash", "explicit"] = "auto"
     """Kernels that never form the T x T weights or an error, plain matrix products, or whatever fits."""
     attention_dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
@@ -61,7 +66,7 @@ class TransformerConfig(ModelConfig, frozen=True):
     @property
     def hidden_width(self) -> int:
         """F of the feed forward."""
-        return self.ff_width or (4 * self.width if self.ff == "gelu" else -(-self.width // 3) * 8)
+        return self.ff_width or (-(-self.width // 3) * 8 if self.ff == "swiglu" else 4 * self.width)
 
     @property
     def attention_rate(self) -> float:

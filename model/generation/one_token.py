@@ -53,7 +53,7 @@ class OneToken:
         self._model = model
         self._cache = cache
         self._sizes = [config.heads, *[config.heads // config.queries_per_kv_head] * 2]
-        self._rotary, self._gated = config.positions == "rotary", config.ff == "swiglu"
+        self._rotary, self._activation = config.positions == "rotary", config.ff
         self._layers = [_layer(layer) for layer in model.modules() if isinstance(layer, EncoderLayer)]
         self._final_norm = _norm(model.final_norm)
         self._agrees: bool | None = None
@@ -89,7 +89,7 @@ class OneToken:
         x, _ = self._model.with_positions(functional.embedding(ids, table), positions)
         for layer in self._layers:
             x = x + layer.out(self._mixed(layer, layer.qkv(layer.attention_norm(x)), positions))
-            x = x + layer.down(activate(layer.up(layer.ff_norm(x)), self._gated))
+            x = x + layer.down(activate(layer.up(layer.ff_norm(x)), self._activation))
         self._cache.length += 1
         return functional.linear(self._final_norm(x), table)[:, 0]
 
