@@ -6,6 +6,7 @@ every rank, before building.
 
 from typing import overload
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -102,6 +103,24 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
         return self.down(activate(self.up(x), self.activation))
+
+
+class FewerChannels(FeedForward):
+    """A feed forward that writes some channels of the stream only; what it would have written to others is 0."""
+
+    channels: Tensor
+    """[channels] int64, in order."""
+
+    def __init__(self, config: TransformerConfig, std: float, channels: int) -> None:
+        """The first of them, until a state says which."""
+        super().__init__(config, std)
+        self.down = Linear(config.hidden_width, channels, bias=config.bias, std=std)
+        self.register_buffer("channels", torch.arange(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
+        found = super().forward(x)
+        return found.new_zeros(x.shape).index_copy(-1, self.channels, found)
 
 
 def activate(hidden: Tensor, activation: Activation) -> Tensor:
