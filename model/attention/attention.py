@@ -117,13 +117,13 @@ class SelfAttention(nn.Module):
             both_ways: each position sees those after it, too.
         """
         super().__init__()
-        group = config.queries_per_kv_head
+        group, heads = config.queries_per_kv_head, config.heads_left.get(name, config.heads)
         queries, keys = config.score_channels
-        self._sizes = [queries, keys, config.width // group]
+        self._sizes = [size * heads // config.heads for size in (queries, keys, config.width // group)]
         self.qkv = Linear(config.width, sum(self._sizes), bias=config.bias)
-        self.out = Linear(config.width, config.width, bias=config.bias, std=std)
-        mixer = _mixer(config, name, both_ways)
-        self.attention = CausalAttention(config, config.heads, layer=layer, group=group, name=name, mixer=mixer)
+        self.out = Linear(config.width * heads // config.heads, config.width, bias=config.bias, std=std)
+        mixer = _mixer(config, heads, name, both_ways)
+        self.attention = CausalAttention(config, heads, layer=layer, group=group, name=name, mixer=mixer)
 
     def forward(self, x: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
@@ -149,7 +149,7 @@ class Projected(NamedTuple):
     value: Tensor
 
 
-def _mixer(config: TransformerConfig, name: str, both_ways: bool) -> Softmax:
+def _mixer(config: TransformerConfig, heads: int, name: str, both_ways: bool) -> Softmax:
     """Of self attention: what the configuration says of scores and weights."""
     if config.scores.kind == "synthesizer":
         return Synthesizer(config, name)
@@ -157,7 +157,7 @@ def _mixer(config: TransformerConfig, name: str, both_ways: bool) -> Softmax:
         return Routing(config, name, both_ways=both_ways)
     if config.scores.kind == "linformer" and both_ways:
         return Linformer(config, name)
-    return mixer_of(config, config.heads, name)
+    return mixer_of(config, heads, name)
 
 
 def _cut(x: Tensor, heads: int) -> Tensor:
@@ -171,10 +171,11 @@ class CrossAttention(nn.Module):
     def __init__(self, config: TwoStreamConfig, name: str, std: float, layer: int = 0) -> None:
         """Projections [C, C] for queries, [2C, C] for keys and values, [C, C] out; the rest as above."""
         super().__init__()
-        group, heads = config.queries_per_kv_head, config.num_cross_heads
-        self.query = Linear(config.width, config.width, bias=config.bias)
-        self.key_value = Linear(config.width, 2 * (config.width // group), bias=config.bias)
-        self.out = Linear(config.width, config.width, bias=config.bias, std=std)
+        group, heads = config.queries_per_kv_head, config.heads_left.get(name, config.num_cross_heads)
+        inner = config.width * heads // config.num_cross_heads
+        self.query = Linear(config.width, inner, bias=config.bias)
+        self.key_value = Linear(config.width, 2 * (inner // group), bias=config.bias)
+        self.out = Linear(inner, config.width, bias=config.bias, std=std)
         mixer = mixer_of(config, heads, name, aligned=config.crosses_aligned)
         self.attention = CausalAttention(config, heads, layer=layer, group=group, name=name, mixer=mixer)
 

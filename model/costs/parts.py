@@ -109,10 +109,19 @@ class Shape:
     def by_pattern(self, layers: int) -> list[tuple[int, "Shape"]]:
         """The shapes of a stream's layers, and so many layers of each."""
         config = _transformer(self)
-        alike = not config.block_gates.left
+        alike = not config.shrunk
         numbered = ((layer, config.pattern.of_layer(layer, config.context)) for layer in range(layers))
         found = Counter((0 if alike else layer, patterns) for layer, patterns in numbered)
         return [(count, replace(self, layer=layer, patterns=patterns)) for (layer, patterns), count in found.items()]
+
+    def inner(self, site: Site) -> int:
+        """Channels of the heads that an attention of the layer has."""
+        config = _transformer(self)
+        return config.width * config.heads_at(site, self.layer) // config.heads_of(site)
+
+    def of_width(self, width: int) -> "Shape":
+        """The same with other vectors."""
+        return replace(self, config=self.config.model_copy(update={"width": width}))
 
     def scores(self, tokens: int, causal: bool) -> int:
         """FLOPs of q k^T and of the weights times v, in self attention."""
@@ -220,7 +229,7 @@ def one_stream(shape: Shape, tokens: int, sites: tuple[Site, Site], *, stream: s
     """A layer of self attention and feed forward; `sites` of the two, `stream` as its parts are called."""
     config = _transformer(shape)
     norms = [norm(shape, tokens, both_ways=not config.causal), Part(saved=shape.vectors(tokens))] * 2
-    own = self_attention(shape, tokens, f"{stream}: attention", causal=config.causal)
+    own = self_attention(shape, tokens, f"{stream}: attention", sites[0], causal=config.causal)
     masks = chain.from_iterable(site(shape, name, tokens, config.causal) for name in sites)
     return [*norms, own, feed_forward(shape, tokens, f"{stream}: feed forward", sites[1]), *masks]
 
@@ -244,17 +253,19 @@ def cross_layer(
     parts = [norm(shape, tokens), Part(saved=shape.vectors(tokens))] * 3
     if not shape.post:
         parts += [norm(shape, read, inputs=False), Part(saved=shape.vectors(read))]
-    parts.append(self_attention(shape, tokens, f"{stream}: attention", causal=causal))
-    width, keys = config.width, config.width // config.queries_per_kv_head
-    weights = linear_weights(config, width, width) * 2 + linear_weights(config, width, 2 * keys)
-    weights += config.weights.learned * config.weights.shapes(aligned=aligned) * config.num_cross_heads
-    flops = tokens * 4 * width**2 + read * 4 * width * keys
-    flops += shape.scores(tokens, causal=True) if aligned else 4 * read * tokens * width
+    parts.append(self_attention(shape, tokens, f"{stream}: attention", sites[0], causal=causal))
+    width, heads, inner = config.width, config.heads_at(sites[1], shape.layer), shape.inner(sites[1])
+    narrow, keys = shape.of_width(inner), inner // config.queries_per_kv_head
+    weights = linear_weights(config, width, inner) + linear_weights(config, width, 2 * keys)
+    weights += linear_weights(config, inner, width)
+    weights += config.weights.learned * config.weights.shapes(aligned=aligned) * heads
+    flops = tokens * 4 * width * inner + read * 4 * width * keys
+    flops += narrow.scores(tokens, causal=True) if aligned else 4 * read * tokens * inner
     saved = attention_bytes(
-        shape,
+        narrow,
         tokens,
         read,
-        config.num_cross_heads,
+        heads,
         causal=config.causal,
         cross=True,
         aligned=aligned,
@@ -265,18 +276,19 @@ def cross_layer(
     return [*parts, *chain.from_iterable(site(shape, name, tokens, causal=causal) for name in sites)]
 
 
-def self_attention(shape: Shape, tokens: int, name: str, *, causal: bool) -> Part:
-    """With its maps."""
+def self_attention(shape: Shape, tokens: int, name: str, site: Site, *, causal: bool) -> Part:
+    """With its maps; of the heads that are there in the shape's layer."""
     config = _transformer(shape)
-    width, keys = config.width, config.width // config.queries_per_kv_head
-    mapped = sum(config.score_channels) + keys
-    weights = linear_weights(config, width, mapped) + linear_weights(config, width, width)
-    weights += config.weights.learned * config.heads
-    flops = tokens * 2 * width * (mapped + width)
+    width, heads, inner = config.width, config.heads_at(site, shape.layer), shape.inner(site)
+    mapped = (sum(config.score_channels) + width // config.queries_per_kv_head) * heads // config.heads
+    weights = linear_weights(config, width, mapped) + linear_weights(config, inner, width)
+    weights += config.weights.learned * heads
+    flops = tokens * 2 * width * (mapped + inner)
     if (other := mixed(shape, config, tokens, causal=causal)) is not None:
         return Part(name, weights + other.parameters, flops + other.flops, other.saved)
-    flops += shape.scores(tokens, causal)
-    saved = attention_bytes(shape, tokens, tokens, config.heads, causal=causal, **_in_layers(config))
+    narrow = shape.of_width(inner)
+    flops += narrow.scores(tokens, causal)
+    saved = attention_bytes(narrow, tokens, tokens, heads, causal=causal, **_in_layers(config))
     return Part(name, weights, flops, saved)
 
 
@@ -287,9 +299,11 @@ def feed_forward(shape: Shape, tokens: int, name: str, site: Site | None = None)
     gated = site is not None and site in config.gate_sites
     blocks = config.blocks_at(site, shape.layer) if site and gated else 1
     hidden = blocks * config.block_width if gated else config.hidden_width
-    weights = linear_weights(config, width, outputs * hidden) + linear_weights(config, hidden, width)
-    flops, positions = tokens * 2 * (outputs + 1) * hidden * width, shape.rows * tokens
+    written = config.channels_left.get(f"{site}/{shape.layer:02d}", width)
+    weights = linear_weights(config, width, outputs * hidden) + linear_weights(config, hidden, written)
+    flops, positions = tokens * 2 * hidden * (outputs * width + written), shape.rows * tokens
     saved = positions * 2 * outputs * hidden * shape.size
+    saved += positions * written * shape.size if written < width else 0
     if not gated:
         return Part(name, weights, flops, saved)
     closed = round(flops * max(0.0, 1.0 - gates.density * gates.blocks / blocks))

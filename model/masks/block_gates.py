@@ -64,11 +64,11 @@ class BlockFeedForward(Cached):
         self.name = f"{site}/{layer:02d}"
         self.config = config.block_gates
         self._noise_site = noise_site(f"gates/{self.name}")
-        self._gated = config.ff == "swiglu"
+        self._activation = config.ff
         self._block_width = config.block_width
         self.blocks = config.blocks_at(site, layer)
         hidden = self.blocks * self._block_width
-        outputs = 2 * hidden if self._gated else hidden
+        outputs = 2 * hidden if config.ff == "swiglu" else hidden
         self.up = nn.Parameter(torch.empty(outputs, config.width).normal_(std=INIT_STD))
         self.down = nn.Parameter(torch.empty(hidden, config.width).normal_(std=std))
         self.up_bias = nn.Parameter(torch.zeros(outputs)) if config.bias else None
@@ -132,7 +132,7 @@ class BlockFeedForward(Cached):
         bias = None if self.up_bias is None else self.up_bias.view(self.blocks, -1)
         width = self.up.shape[1]
         up, down = self.up.view(self.blocks, -1, width), self.down.view(self.blocks, -1, width)
-        return Blocks(up, bias, down, self._gated)
+        return Blocks(up, bias, down, self._activation)
 
     def _statistics(self, gates: Gates, visible: Visible) -> dict[str, Tensor]:
         """`block_entropy` and `block_penalty`, as penalised, carry gradients."""

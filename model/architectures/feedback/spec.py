@@ -119,6 +119,8 @@ class FeedbackConfig(TransformerConfig, frozen=True):
                     f"{key}: feedback computes one token at a time, and its masks would draw, look back and be told of "
                     "token by token; leave it out"
                 )
+        if self.heads_left:
+            raise ValueError("heads_left: feedback has one memory of keys and values for all its layers")
         if self.pattern.kind != "full":
             raise ValueError(
                 f"pattern.kind={self.pattern.kind}: feedback reads memories, of which model.memory says how many; "
