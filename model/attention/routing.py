@@ -16,8 +16,8 @@ class Routing(Softmax):
     Queries of routed heads come without mean and at length sqrt(d) (`routed`). A token's cluster is that of the
     centroid most like it; balanced, each centroid takes so many tokens of the text, those most like it. A token looks
     at itself only where nothing else is to be seen: its own score would drown all others. Centroids follow the mean of
-    their tokens, once a step (`move`), over all passes of the step that learn. Tells of each routed head in training: `fullest`, the share of tokens in the
-    fullest cluster, and `empty`, that of clusters without one.
+    their tokens, once a step (`move`), over all its passes that learn. Tells of each routed
+    head in training: `fullest`, the share of tokens in the fullest cluster, and `empty`, that of clusters without one.
     """
 
     centroids: Tensor

@@ -107,7 +107,7 @@ def gradients(model: TokenModel, **changes: Any) -> dict[str, Tensor]:
     return {"loss": output.loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-TRACED = ("entmax", "span", "routing")
+TRACED = ("entmax", "span", "mixture", "bert_linformer", "routing")
 
 
 @pytest.mark.parametrize("name", EVERY)
