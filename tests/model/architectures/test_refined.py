@@ -42,10 +42,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "block_gates": {"kind": "cosine", "blocks": 4},
         "dropout": 0.1,
         "bias": True,
+        "scores": {"kind": "routing", "clusters": 2, "decay": 0.9},
     },
     "prefix": {"refine": {"form": "prefix", "reweight": True, "gradient": True}, "attention": "explicit"},
-    "prefix_plain": {"refine": {"form": "prefix", "steps": 1}, "l0": {"enabled": True}, "learned_dropout": _OFF},
-    "no_steps": {"refine": {"chunk": 4, "steps": 0}, "positions": "sinusoidal"},
+    "prefix_plain": {"refine": {"form": "prefix", "steps": 1}, "l0": {"enabled": True}, "learned_dropout": _OFF}
+    | {"scores": {"kind": "synthesizer", "parts": ["dot", "dense"]}},
+    "no_steps": {"refine": {"chunk": 4, "steps": 0}, "positions": "sinusoidal", "weights": {"kind": "entmax"}},
 }
 """Options meet in pairs."""
 CHUNKED = [name for name in VARIANTS if VARIANTS[name]["refine"].get("form") != "prefix"]

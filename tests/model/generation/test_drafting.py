@@ -32,6 +32,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "window": {"pattern": {"kind": "window", "window": 2, "sinks": 1}, "attention": "explicit", "norm": "rmsnorm"},
     "strided": {"pattern": {"kind": "strided", "stride": 3, "merge": "alternate"}, "draft": {"layers": 3}},
     "spans": {"weights": {"kind": "adaptive_span", "span_init": 0.2, "ramp": 2}, "learned_dropout": {"enabled": False}},
+    "entmax": {"weights": {"kind": "entmax", "alpha": 1.7}, "learned_dropout": {"enabled": False}},
+    "synthesizer": {
+        "scores": {"kind": "synthesizer", "parts": ["dot", "dense"]},
+        "learned_dropout": {"enabled": False},
+    },
+    "linformer": {"scores": {"kind": "linformer", "slots": 4}, "learned_dropout": {"enabled": False}},
+    "routing": {"scores": {"kind": "routing", "clusters": 2}, "learned_dropout": {"enabled": False}},
     "gates": {
         "block_gates": {"kind": "top", "blocks": 4, "density": 0.5},
         "learned_dropout": {"sites": ["draft_ff"], "eval_rounding": "none"},
