@@ -288,10 +288,11 @@ def push(
 
     Example: `duet push exported NAME/MODEL --dry-run`
     """
-    from pretrain.export.hugging_face.push import is_licensed, uploads
+    from pretrain.export.hugging_face.push import check_name, is_licensed, uploads
     from pretrain.export.hugging_face.push import push as upload
 
     files = uploads(folder)
+    check_name(repo)
     if not is_licensed(folder):
         typer.echo(
             f"warning: {folder / 'README.md'} does not say under which licence the weights may be used", err=True
