@@ -88,9 +88,13 @@ def visible_draft(batch: Batch, config: ModelConfig) -> Visible:
     return visible._replace(padding=padding, num_tokens=None if batch.counts is None else batch.counts.labels)
 
 
-def visible_both_ways(shape: torch.Size, device: torch.device, config: ModelConfig) -> Visible:
-    """What self attention over rows of one text each may see that looks both ways."""
-    return _seen(Rows(shape, device, False), config)
+def visible_both_ways(
+    shape: torch.Size, device: torch.device, config: ModelConfig, padding: Tensor | None = None
+) -> Visible:
+    """What self attention over rows of one text each may see that looks both ways: all but padding [B, T] bool."""
+    if padding is None:
+        return _seen(Rows(shape, device, False), config)
+    return _seen(Rows(shape, device, False, padding.int()), config)._replace(padding=padding)
 
 
 def visible_source(batch: Batch, config: ModelConfig) -> tuple[Visible, Visible]:
