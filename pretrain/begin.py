@@ -31,6 +31,7 @@ from pretrain.config.dataset_identity import complete, identity
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
+from pretrain.engine.sequence import Ulysses
 from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.evaluate import held_out
 from pretrain.finetune.base import check_tokenizer, prepare
@@ -107,7 +108,8 @@ def claim(config: Config, ranks: Ranks, stack: ExitStack) -> Claim:
     if staged and config.data.packing == "best_fit":  # `_tie` has packed the first node's copy
         pack = partial(packing_plan.prepare, dataset, config.model.context, slow_progress())
         ranks.together(lambda: pack() if first_of_node else None)
-    batches = ranks.together(lambda: Batches.of(config, dataset, ranks.device))
+    exchange = Ulysses(ranks) if ranks.sequence_parallel > 1 else None
+    batches = ranks.together(lambda: Batches.of(config, dataset, ranks.device, exchange))
     return Claim(config, ranks, folder, dataset, batches, lease, attempt)
 
 

@@ -84,8 +84,8 @@ class Loop:
         reader = Reader(
             self._plan,
             global_batch=config.global_batch,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            rank=ranks.reader,
+            world_size=ranks.readers,
             start=parts.data.samples_seen,
             documents=claim.batches.objective.needs_documents,
         )

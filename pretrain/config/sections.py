@@ -153,6 +153,9 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Keep only the input of each layer, and compute the layer again in the backward pass: less memory, more time."""
     compile: Annotated[bool, may_change.COMPUTED] = False
     """torch.compile of each layer; needs a C++ compiler where it runs."""
+    sequence_parallel: Annotated[int, may_change.COMPUTED] = Field(default=1, ge=1)
+    """Ranks (of one node) that share each sequence: a slice of it each, all of it for some heads in attention; for
+    contexts that one GPU cannot hold. It divides `model.context` and the heads, those of keys and values, too."""
     timeout_minutes: Annotated[float, may_change.COMPUTED] = Field(default=10.0, gt=0.0, le=10080.0)
     """A collective that hangs longer ends the run."""
 

@@ -11,11 +11,11 @@ from data_pipeline.errors import ConfigError
 from model.config.model_config import ModelConfig
 from model.config.transformer import TransformerConfig
 from model.costs.flops import executed_flops_per_token, training_flops_per_token, trains_open_blocks
-from model.costs.totals import num_parameters
+from model.costs.totals import mixed_channels, num_parameters
 from model.gpus import Gpu
 from model.layers.block_sizes import pays
 from pretrain.config.schema import Config
-from pretrain.planning.memory import Memory, memory
+from pretrain.planning.memory import Memory, element_size, memory
 
 _MORE_GPUS = (2, 4, 8, 16, 32)
 
@@ -47,6 +47,8 @@ class RunCosts:
     """What is to be said of block gates; empty where there are none."""
     attention: str
     """The same of attention with other weights or scores than a softmax of q k^T."""
+    exchanged_bytes: float
+    """That each rank sends in a step to those that share its sequences, and gets from them."""
     step_seconds: float
     tokens_per_second: float
     run_seconds: float
@@ -86,6 +88,7 @@ def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> RunCosts:
         executed_flops_per_step=executed,
         gates=gates,
         attention=_attention(config.model),
+        exchanged_bytes=_exchanged(config, gpus),
         step_seconds=seconds,
         tokens_per_second=config.batch.tokens / seconds,
         run_seconds=seconds * config.train.steps,
@@ -100,7 +103,7 @@ def _gates(config: Config, micro_batch: int, flops: float) -> tuple[str, float]:
     model = config.model
     if not isinstance(model, TransformerConfig) or not model.gate_sites:
         return "", flops
-    tokens, gates = micro_batch * model.context, model.block_gates
+    tokens, gates = micro_batch * model.context // config.engine.sequence_parallel, model.block_gates
     shape = f"{gates.blocks} blocks of {model.block_width} hidden units, {gates.density:g} of them open"
     alone = pays(1, model.width, model.block_width)
     decoding = "" if alone else "; on a CPU they are too small to decode by: take fewer blocks or a larger model"
@@ -120,6 +123,16 @@ def _gates(config: Config, micro_batch: int, flops: float) -> tuple[str, float]:
     return f"{shape}; training computes these alone{since}{decoding}", (
         after * flops + (steps - after) * executed
     ) / steps
+
+
+def _exchanged(config: Config, gpus: int) -> float:
+    """All that attention takes and gives, but for a rank's own share; its gradients; and what is computed again."""
+    ranks = config.engine.sequence_parallel
+    if ranks == 1:
+        return 0.0
+    ways = 2 + config.engine.activation_checkpointing
+    size = mixed_channels(config.model) * element_size(config) * config.batch.tokens / gpus
+    return ways * size * (ranks - 1) / ranks
 
 
 def _attention(model: ModelConfig) -> str:
@@ -179,6 +192,7 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
 
 def _fitting(config: Config, gpus: int, size: float) -> list[str]:
     found, more = [*fitting(config, gpus, size)], more_gpus(config, gpus, size)
+    found = found or [*_sharing(config, gpus, size)]
     return found + ([f"--gpus {more[0] * gpus} batch.micro_batch={more[1]}"] if more else [])
 
 
@@ -211,6 +225,20 @@ def fitting(config: Config, gpus: int, size: float) -> Iterator[str]:
             yield named
         elif micro_batch := largest_micro_batch(other, gpus, size):
             yield f"{named} batch.micro_batch={micro_batch}".strip()
+
+
+def _sharing(config: Config, gpus: int, size: float) -> Iterator[str]:
+    """The fewest ranks that have to share each sequence for one to fit, where nothing else helps."""
+    for ranks in (2, 4, 8):
+        changes = {"engine.sequence_parallel": ranks, "engine.zero_stage": 3, "engine.activation_checkpointing": True}
+        try:
+            micro_batch = largest_micro_batch(changed(config, changes), gpus, size)
+        except ConfigError:
+            continue
+        if micro_batch:
+            named = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+            yield f"{named} batch.micro_batch={micro_batch}"
+            return
 
 
 def more_gpus(config: Config, gpus: int, size: float) -> tuple[int, int] | None:

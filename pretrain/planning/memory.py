@@ -142,6 +142,7 @@ def _activations(config: Config, micro_batch: int, device: Device) -> Activation
         model,
         micro_batch,
         element_size(config),
+        sharing=config.engine.sequence_parallel,
         pairs=objective.of_pairs,
         dense_mask=masked and not in_blocks,
         in_blocks=in_blocks,

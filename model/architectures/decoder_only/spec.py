@@ -20,6 +20,7 @@ class DecoderOnlyConfig(TransformerConfig, frozen=True):
         sites=("dec_ff", "dec_sa", "embed"),
         cached=True,
         documents_apart=True,
+        shared=True,
         recurrent=True,
         default_sites=("dec_ff",),
         lacks="has no second stream",
