@@ -86,7 +86,8 @@ def write_export(
     not; the tied head is the token table, which is in the file once.
 
     Args:
-        weights: in the place of the checkpoint's, where `config` is of a model that was made from it.
+        weights: parameters and buffers in the place of the checkpoint's, where `config` is of a model that was made
+            from it.
 
     Raises:
         CheckpointError: the folder is there already or cannot be written; the checkpoint is of another model.
@@ -103,7 +104,7 @@ def write_export(
     dataset = dataset_of(checkpoint, config)
     about = rows_of(checkpoint, config, dataset)
     texts = texts_of(dataset, tokenizer)
-    tensors = {**weights, **checkpoint.buffers()}
+    tensors = {**checkpoint.buffers(), **weights}
     write_folder(folder, _facts(checkpoint, config), tensors, (file.read_bytes(), tokenizer), texts, about, dtype)
 
 
