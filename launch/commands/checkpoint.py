@@ -245,7 +245,9 @@ def import_(
 @app.command("shrink")
 def shrink(
     path: Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="A run folder (its newest checkpoint), or one.")],
-    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder: an export of the smaller model.")],
+    to: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A new folder: an export of the smaller model.")
+    ] = None,
     gates: Annotated[
         bool, typer.Option("--gates", help="Without blocks and channels that no held-out token opens.")
     ] = False,
@@ -256,6 +258,12 @@ def shrink(
         str | None, typer.Option(metavar="N|SHARE", help="Without so many hidden units of each feed forward.")
     ] = None,
     spans: Annotated[bool, typer.Option("--spans", help="Windows as wide as the learned spans reach.")] = False,
+    dtype: Annotated[
+        Literal["bf16", "int8"] | None, typer.Option(help="Weights of fewer bits: all, or those of linear maps.")
+    ] = None,
+    magnitude: Annotated[
+        bool, typer.Option("--magnitude", help="Only say the loss with zeros for the smallest weights; no --to.")
+    ] = False,
 ) -> None:
     """Export a smaller model; says size, validation loss and speed here, before and after.
 
@@ -267,11 +275,22 @@ def shrink(
     from data_pipeline.errors import ConfigError
     from pretrain.run.origin import parse
 
-    if sum([gates, spans, bool(heads or units)]) != 1:
+    if sum([gates, spans, bool(heads or units), bool(dtype), magnitude]) != 1:
         raise ConfigError(
             "say what goes: --gates, blocks and channels that no held-out token opens; --heads and --units, those that "
-            "add the least; or --spans, what lies beyond the learned spans of attention"
+            "add the least; --spans, what lies beyond the learned spans of attention; --dtype, bits of the weights; or "
+            "--magnitude, which only tells"
         )
+    if magnitude:
+        from pretrain.export.smaller.magnitude import losses_with_zeros
+
+        if to:
+            raise ConfigError("--magnitude writes nothing, since products take as long with zeros; leave --to out")
+        for zeros, loss in losses_with_zeros(*parse(path)):
+            typer.echo(f"weights of linear maps that are zero: {zeros:<5} validation loss: {loss:.6f}")
+        return
+    if to is None:
+        raise ConfigError("name a new folder for what is left: --to FOLDER")
     if spans:
         from pretrain.export.smaller.windows import take_windows
 
@@ -280,6 +299,10 @@ def shrink(
         from pretrain.export.smaller.gates import remove_closed
 
         found = remove_closed(*parse(path), to)
+    elif dtype:
+        from pretrain.export.smaller.weights import round_weights
+
+        found = round_weights(*parse(path), to, dtype)
     else:
         from pretrain.export.smaller.units import remove_units
 

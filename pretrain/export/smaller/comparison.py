@@ -66,7 +66,7 @@ class Validation:
             hook.remove()
 
     def compared(self, before: TokenModel, loss: float, after: TokenModel, size: int | None = None) -> list[Measured]:
-        """A model of this loss and a smaller one, whose weights have `size` bytes, 4 each unless given."""
+        """A model of this loss and a smaller one; `size`: bytes of its weights, if it is the same in fewer bits."""
         losses = [loss, self.loss(after)]
         sizes = [size_of(before.state_dict()), size_of(after.state_dict()) if size is None else size]
         speeds = self._speeds([before.eval(), after.eval()])
