@@ -219,7 +219,8 @@ def _lines(config: "Config", found: "RunCosts", gpus: int, name: str, board: Gpu
 
     engine, steps, checkpoints = config.engine, config.train.steps, found.checkpoints
     lines = [
-        f"model       {config.model.architecture}, {found.parameters:,} parameters",
+        f"model       {config.model.architecture}, {found.parameters:,} parameters"
+        + ("" if found.adapters is None else f", which stay; {found.adapters:,} of adapters are trained"),
         f"gpus        {gpus} x {name}: {board.memory_gb} GB, {board.peak_flops / 1e12:g} dense bf16 TFLOP/s",
         f"batch       {config.batch.tokens:,} tokens = {_readers(config, gpus)} x {found.accumulation} x "
         f"{found.micro_batch} sequences of {config.model.context}",

@@ -43,9 +43,9 @@ class TransformerConfig(ModelConfig, frozen=True):
     l0: L0Config = L0Config()
     block_gates: BlockGatesConfig = BlockGatesConfig()
     recurrence: RecurrenceConfig = RecurrenceConfig()
-    heads_left: dict[str, int] = {}
+    heads_left: dict[str, int] = Field(default={})
     """Heads of single attentions, such as `dec_sa/00: 3`, from which `duet checkpoint shrink` took others."""
-    channels_left: dict[str, int] = {}
+    channels_left: dict[str, int] = Field(default={})
     """Channels that single feed forwards write, such as `dec_ff/00: 96`, from which it took others."""
 
     @property

@@ -267,9 +267,9 @@ class FinetuneConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     """An adapter counts alpha / r times; 2 r unless given."""
     dropout: Annotated[float, may_change.IN_FORK] = Field(default=0.0, ge=0.0, lt=1.0)
     """On what adapters read, in training."""
-    targets: Annotated[list[str], may_change.IN_FORK] = Field(default=["qkv"], min_length=1)
+    targets: Annotated[list[str] | None, may_change.IN_FORK] = Field(default=None, min_length=1)
     """Linear maps that are adapted: by the last part of a name, masks aside, or by a pattern of the whole, such as
-    `backbone.layers.0.*`; `*` means all."""
+    `backbone.layers.0.*`; `*` means all. All but those of masks unless given."""
     base: Annotated[str | None, may_change.IN_FORK] = None
     """Hash of the weights that the run has begun with; written by the run itself."""
 

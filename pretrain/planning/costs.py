@@ -10,11 +10,17 @@ from pydantic import ValidationError
 from data_pipeline.errors import ConfigError
 from model.config.model_config import ModelConfig
 from model.config.transformer import TransformerConfig
-from model.costs.flops import executed_flops_per_token, training_flops_per_token, trains_open_blocks
+from model.costs.flops import (
+    executed_flops_per_token,
+    forward_flops_per_token,
+    training_flops_per_token,
+    trains_open_blocks,
+)
 from model.costs.totals import mixed_channels, num_parameters
 from model.gpus import Gpu
 from model.layers.block_sizes import pays
 from pretrain.config.schema import Config
+from pretrain.planning.adapters import adapters_of
 from pretrain.planning.memory import Memory, element_size, memory
 
 _MORE_GPUS = (2, 4, 8, 16, 32)
@@ -36,6 +42,8 @@ class RunCosts:
     """Of a run; bytes, seconds and FLOPs."""
 
     parameters: int
+    adapters: int | None
+    """Parameters that are trained beside them, where these stay."""
     micro_batch: int
     accumulation: int
     stages: dict[int, Stage]
@@ -74,12 +82,13 @@ def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> RunCosts:
     stages = {stage: _stage(config, stage, gpus, size) for stage in range(4)}
     own = stages[config.engine.zero_stage].memory
     assert own is not None
-    flops = training_flops_per_token(config.model, config.objective.of_pairs) * config.batch.tokens
+    flops = _flops(config)
     gates, executed = _gates(config, micro_batch, flops)
     seconds = executed / (gpu.peak_flops * utilisation * gpus)
     parameters = num_parameters(config.model)
     return RunCosts(
         parameters=parameters,
+        adapters=trained.parameters if (trained := adapters_of(config)) else None,
         micro_batch=micro_batch,
         accumulation=accumulation,
         stages=stages,
@@ -96,6 +105,19 @@ def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> RunCosts:
         checkpoints=_checkpoints(config),
         fitting=_fitting(config, gpus, size) if own.total > size else [],
     )
+
+
+def _flops(config: Config) -> float:
+    """Of a step. Weights that stay beside adapters have no gradients: a third less, but for the adapters' own.
+
+    That third has the scores of attention in it, whose gradients are computed all the same, so it is a little too few.
+    """
+    model, pairs = config.model, config.objective.of_pairs
+    per_token = training_flops_per_token(model, pairs)
+    if adapters := adapters_of(config):
+        passes = model.depth / model.layers
+        per_token = 2 * forward_flops_per_token(model, pairs) + passes * 6 * adapters.parameters
+    return per_token * config.batch.tokens
 
 
 def _gates(config: Config, micro_batch: int, flops: float) -> tuple[str, float]:
@@ -118,7 +140,9 @@ def _gates(config: Config, micro_batch: int, flops: float) -> tuple[str, float]:
             else f"too small to gain by it in micro-batches of {tokens:,} tokens"
         )
         return f"{shape}; training computes all, {reason}{decoding}", flops
-    executed = executed_flops_per_token(model, config.objective.of_pairs, training=True) * config.batch.tokens
+    pairs = config.objective.of_pairs
+    share = executed_flops_per_token(model, pairs, training=True) / training_flops_per_token(model, pairs)
+    executed = share * flops
     since = f" after step {after:,}" if after else ""
     return f"{shape}; training computes these alone{since}{decoding}", (
         after * flops + (steps - after) * executed
@@ -164,8 +188,11 @@ def checkpoint_bytes(config: Config) -> float:
     """For each parameter 4 bytes of weight and 8 of moments, which are in fp32 also where AdamW keeps them in 8 bits.
 
     Muon keeps of matrices one moment, in bf16 or fp32; norms and biases, which have two, are counted as matrices.
+    Where adapters are trained, they alone are saved.
     """
-    model, parameters = config.model, num_parameters(config.model)
+    model, parameters, adapters = config.model, num_parameters(config.model), adapters_of(config)
+    if adapters:
+        return (8.0 if config.optimizer.kind == "muon" else 12.0) * adapters.parameters
     if config.optimizer.kind != "muon":
         return 12.0 * parameters
     assert model.vocab_size is not None
