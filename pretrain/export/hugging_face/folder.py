@@ -17,6 +17,7 @@ from model.config.transformer import TransformerConfig
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.config.schema import Config
 from pretrain.export.hugging_face.card import LOSSES, CardFacts, card, told_of_data, told_of_training
+from pretrain.export.hugging_face.chat import chat_settings
 from pretrain.export.hugging_face.sources import ENTRY, TOKENIZATION, sources
 from pretrain.objectives.registry import objective_of
 
@@ -87,6 +88,7 @@ class About(NamedTuple):
     """Of the tokenizer's file."""
     texts: Iterable[str] | DataError
     """On which tokenizers are compared, or why there are none."""
+    chat_template: str | None = None
 
 
 def write_for_transformers(new: Path, about: About) -> None:
@@ -110,7 +112,11 @@ def write_tokenizer(new: Path, about: About) -> tuple[bool, str]:
     fast, why = _fast(about)
     if fast:
         write_atomic(new / JSON, fast)
-    write_json(new / "tokenizer_config.json", _tokenizer_config(about.model, kind, tokenizer, fast is not None))
+    settings = _tokenizer_config(about.model, kind, tokenizer, fast is not None)
+    if about.chat_template is not None:
+        told = chat_settings(about.chat_template, tokenizer, fast, about.texts)
+        settings, why = settings | told.settings, " ".join(filter(None, (why, told.note)))
+    write_json(new / "tokenizer_config.json", settings)
     if kind.generates:
         ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
         write_json(new / "generation_config.json", ids | {"use_cache": about.model.traits.cached})
@@ -205,7 +211,7 @@ def texts_of(dataset: Dataset | DataError, tokenizer: Tokenizer) -> Iterable[str
 def _texts(dataset: Dataset, tokenizer: Tokenizer) -> Iterator[str]:
     stream, left = TokenStream(dataset, "validation"), COMPARED
     for number in range(stream.num_batches):
-        tokens = stream.batch(number)
+        tokens = dataset.manifest.plain(stream.batch(number))
         for document in np.split(tokens, (tokens == tokenizer.eos_id).nonzero()[0] + 1):
             yield tokenizer.decode(document)
         left -= len(tokens)
