@@ -71,6 +71,8 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     target_key: Annotated[str | None, may_change.BUILD] = None
     """Key or column of a second text, which makes each object or row a pair: `text_key` is read, this one is to be
     written (`data.objective=pairs`). All sources have one, or none has."""
+    prefix: Annotated[str, may_change.BUILD] = ""
+    """Of pairs: a text before each source, which names the task where several are mixed ("summarize: ")."""
     messages_key: Annotated[str | None, may_change.BUILD] = None
     """Key of a conversation in a JSONL object, instead of `text_key`: a list of objects with `role` (system, user or
     assistant) and `content`. With one such source a dataset is for `data.objective=conversations`: pairs are questions
@@ -81,6 +83,16 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     unless given. Kept with the dataset, whose tokens do not depend on it, for runs without weights of their own."""
     repeat: Annotated[float | None, may_change.PHASE] = Field(default=None, gt=0.0)
     """At most this many epochs of this source; without it as many as its weight asks for. Kept as `weight` is."""
+
+    @model_validator(mode="after")
+    def _a_prefix_stands_before_a_source(self) -> Self:
+        if self.prefix and self.target_key is None:
+            raise ValueError(
+                f"prefix={self.prefix!r} names the task of pairs, and there is no target_key: leave it out"
+            )
+        if _HALF.search(self.prefix):
+            raise ValueError(f"prefix={self.prefix!a} holds half a surrogate pair, which is no text")
+        return self
 
 
 class TokenizerConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):

@@ -33,7 +33,7 @@ ConfigArgs = Annotated[
 RunArg = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint or an export.", autocompletion=complete_runs)
 ]
-FREE_TEXT = ("--prompt", "--stop")
+FREE_TEXT = ("--prompt", "--stop", "--chat")
 """What these options take is no place, and is written nowhere."""
 StepOption = Annotated[int | None, typer.Option("--step", help="Use the checkpoint of this step, not the newest.")]
 app = typer.Typer(

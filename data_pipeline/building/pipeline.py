@@ -70,7 +70,7 @@ def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
         kept = filter_identity(source.filter, f"data.sources.{name}.filter")
         identity["sources"][name] = {
             "text_key": source.text_key,
-            **source.model_dump(include={"target_key", "messages_key"}, exclude_defaults=True),
+            **source.model_dump(include={"target_key", "messages_key", "prefix"}, exclude_defaults=True),
             **({"filter": kept} if kept else {}),
             "inputs (xxh3)": [f"{kind(path)} {digest}" for path, _, digest in files],
         }

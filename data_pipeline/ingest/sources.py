@@ -48,7 +48,7 @@ class Piece(NamedTuple):
     turn: Turn | None = None
     """Of a conversation."""
     known_by: bytes = b""
-    """Of a conversation's first piece: what tells it from others."""
+    """Of the first piece of a conversation, or of a pair with a prefix: what tells it from others."""
 
 
 def cut(chunks: Iterable[str], after: int = CUT_AFTER, limit: int = CUT_LIMIT) -> Iterator[Piece]:
@@ -66,10 +66,10 @@ def cut(chunks: Iterable[str], after: int = CUT_AFTER, limit: int = CUT_LIMIT) -
         yield Piece(buffer.decode(), buffer, False)
 
 
-def pieces(document: Document, counts: ReadCounts, chat: bool = False) -> Iterator[Piece]:
+def pieces(document: Document, counts: ReadCounts, prefix: str = "", chat: bool = False) -> Iterator[Piece]:
     """A document in pieces; of a pair first the source, then the target. None of an empty one, or of half a pair.
 
-    `chat`: a pair is a question with its answer."""
+    `prefix` stands before the source of a pair; `chat`: a pair is a question with its answer."""
     if document.messages is not None:
         known_by = b"\0".join(part.encode() for message in document.messages for part in message)
         yield from _turns(document.messages, known_by)
@@ -77,12 +77,13 @@ def pieces(document: Document, counts: ReadCounts, chat: bool = False) -> Iterat
         yield from cut(document.chunks(counts))
     elif all(document.pair):
         source, target = document.pair
+        known_by = source.encode() if chat or prefix else b""
         if chat:
-            yield from _turns([Message("user", source), Message("assistant", target)], source.encode())
+            yield from _turns([Message("user", prefix + source), Message("assistant", target)], known_by)
             return
-        yield from (
-            piece if piece.continues else piece._replace(continues=True, ends_source=True) for piece in cut([source])
-        )
+        for piece in cut([prefix + source]):
+            yield piece._replace(continues=True, ends_source=not piece.continues, known_by=known_by)
+            known_by = b""
         yield from cut([target])
 
 

@@ -147,7 +147,7 @@ class UnitReader:
 
     def pieces(self) -> Iterator[SplitPiece]:
         """The text that is kept. Raises DataError as the readers do."""
-        config, pieces = self._config, self._pieces()
+        config, pieces = self._config, self._pieces(source_config(self._config, self._unit.source).prefix)
         if config.split.rule == "hash":
             threshold = ceil(Fraction(str(config.split.fraction)) * 2**64)
             return _split_hash(pieces, config.seed, threshold)
@@ -155,14 +155,14 @@ class UnitReader:
             return _label(pieces, "validation" if self._unit.source == GIVEN else "train")
         return _split_tail(pieces, self._train_bytes)
 
-    def _pieces(self) -> Iterator[tuple[Piece, int]]:
+    def _pieces(self, prefix: str) -> Iterator[tuple[Piece, int]]:
         for number, (part, document) in enumerate(self.documents()):
             verdict = 0 if self._verdicts is None else int(self._verdicts[number])
             if not verdict:
                 place = part.file.to_bytes(8, "little") + document.place.to_bytes(8, "little")
                 key = xxhash.xxh3_64_intdigest(place, self._config.seed)
                 empty = True
-                for piece in pieces(document, self.counts, self._config.chat):
+                for piece in pieces(document, self.counts, prefix, self._config.chat):
                     empty = False
                     self.counts.bytes += len(piece.data)
                     yield piece, key
@@ -184,8 +184,8 @@ def _label(pieces: Iterable[tuple[Piece, int]], split: Split) -> Iterator[SplitP
 
 
 def _split_hash(pieces: Iterable[tuple[Piece, int]], seed: int, threshold: int) -> Iterator[SplitPiece]:
-    """Held out if xxh3_64 of the document's first piece, or of what a conversation is known by, is below `threshold`:
-    exact duplicates stay on one side."""
+    """Held out if xxh3_64 of the document's first piece, or of what it is known by, is below `threshold`: exact
+    duplicates stay on one side."""
     starts, split = True, SPLITS[0]
     for piece, key in pieces:
         if starts:
