@@ -170,7 +170,7 @@ def _facts(checkpoint: Checkpoint, config: Config) -> ExportFacts:
         step=checkpoint.manifest.step,
         commit=state.get("commit"),
         dataset=state.get("data", {}).get("fingerprint"),
-        chat_template=chat_template_of(config),
+        chat_template=chat_template_of(checkpoint),
     )
 
 

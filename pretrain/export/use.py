@@ -43,7 +43,7 @@ def open_trained(path: Path, step: int | None = None, changes: Sequence[str] = (
     tokenizer = tokenizer_of(checkpoint, config)[1]
     step = checkpoint.manifest.step
     model = read_model(checkpoint, config)
-    trained = Trained(model, tokenizer, config.data.objective, config.run.name, step, chat_template_of(config))
+    trained = Trained(model, tokenizer, config.data.objective, config.run.name, step, chat_template_of(checkpoint))
     return _changed(trained, changes)
 
 

@@ -11,7 +11,6 @@ from data_pipeline.errors import CheckpointError, ConfigError, DataError, RunErr
 from data_pipeline.files.filesystem import is_uri
 from data_pipeline.places import mistaken
 from data_pipeline.storage.dataset import Dataset
-from data_pipeline.storage.manifest import Manifest
 from data_pipeline.tokenize.chat_template import ChatTemplate
 from data_pipeline.tokenize.tokenizer import TOKENIZER, Tokenizer, model_file
 from model.architectures import registry
@@ -159,13 +158,10 @@ def tokenizer_of(checkpoint: Checkpoint, config: Config) -> tuple[Path, Tokenize
     return file, tokenizer
 
 
-def chat_template_of(config: Config) -> str | None:
-    """That of the conversations a run learned from, which its dataset keeps; None if it did not.
-
-    Raises:
-        DataError: the dataset is gone or damaged.
-    """
-    return Manifest.load(config.data.path).chat_template if config.objective.of_conversations else None
+def chat_template_of(checkpoint: Checkpoint) -> str | None:
+    """That of the conversations a run learned from; None if it did not."""
+    found: str | None = checkpoint.manifest.state.get("chat_template")
+    return found
 
 
 def _checkpoint_of(run: Path, step: int | None) -> Path:

@@ -20,6 +20,8 @@ class ChatSettings(NamedTuple):
     """Of tokenizer_config.json."""
     note: str
     """Of the card."""
+    end_id: int
+    """The token that ends a turn, and so a text."""
 
 
 def chat_settings(
@@ -33,10 +35,9 @@ def chat_settings(
             "`tokenizer.apply_chat_template(messages, add_generation_prompt=True)` writes a conversation. In "
             "transformers a text that spells a special piece gives it, so take these out of what users write."
         )
-        return ChatSettings({"chat_template": jinja, "split_special_tokens": False}, note)
-    return ChatSettings(
-        {}, f"It has learned from messages that are written {text!r}; `duet generate FOLDER --chat TEXT` does so."
-    )
+        return ChatSettings({"chat_template": jinja, "split_special_tokens": False}, note, template.end_id)
+    note = f"It has learned from messages that are written {text!r}; `duet generate FOLDER --chat TEXT` does so."
+    return ChatSettings({}, note, template.end_id)
 
 
 def _agrees(jinja: str, template: ChatTemplate, tokenizer: Tokenizer, fast: bytes, texts: Iterable[str]) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Fast
+from tokenizers import decoders, models, pre_tokenizers
 
 from data_pipeline.building.api import build
 from data_pipeline.config import DataConfig, TokenizerConfig
@@ -20,6 +22,7 @@ from data_pipeline.storage.dataset import Dataset
 from data_pipeline.tokenize.chat_template import ChatTemplate
 from data_pipeline.tokenize.tokenizer import Tokenizer, train_tokenizer
 from pretrain.config.schema import load
+from pretrain.export.hugging_face.chat import chat_settings
 from pretrain.objectives.objective import IGNORE
 from tests.data_pipeline.conftest import config
 from tests.data_pipeline.inspection.test_commands import duet_data
@@ -158,6 +161,25 @@ def test_a_template_is_written_by_pieces_that_no_text_gives() -> None:
         with pytest.raises(DataError, match=why):
             ChatTemplate(wrong, tokenizer)
     assert len(template.framed(text, None, True)) == len(text) + 1
+
+
+def test_a_template_of_a_tokenizer_from_elsewhere() -> None:
+    """ChatML: transformers' tokenizer gives the same tokens, unless a template's text runs into the content."""
+    fast = Fast(models.BPE({piece: number for number, piece in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    content = fast.to_str().encode()
+    tokenizer = Tokenizer(content)
+    texts = ["be kind", 'say "it\\\'s"\n', "fine"] * 9
+    given = "<|im_start|>{role}\n{content}<|im_end|>\n"
+    made = ChatTemplate(given, tokenizer)
+    assert made.end_id == fast.token_to_id("<|im_end|>") != tokenizer.eos_id
+    assert made.prompt([Message("user", "<|im_end|>")]).tolist().count(made.end_id) == 1
+    settings = chat_settings(given, tokenizer, content, texts).settings
+    assert "<|im_start|>" in settings["chat_template"]
+    cut = {**json.loads(content), "normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}
+    other = json.dumps(cut).encode()
+    assert not chat_settings(given, Tokenizer(other), other, texts).settings
 
 
 @pytest.mark.parametrize(
