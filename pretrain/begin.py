@@ -19,7 +19,7 @@ from data_pipeline.files.filesystem import is_uri
 from data_pipeline.files.mapped import told
 from data_pipeline.sampling import packing_plan
 from data_pipeline.sampling.data_state import DataState
-from data_pipeline.sampling.sample_plan import Plan, go_on, told_shares, wanted_phase
+from data_pipeline.sampling.sample_plan import Plan, go_on, told_cut, told_shares, wanted_phase
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.manifest import Manifest
 from model.architectures import registry
@@ -137,6 +137,8 @@ def open_parts(claim: Claim, stop: StopRequest, started: float, stack: ExitStack
     ranks.together(lambda: recorder.start(step, facts, past.num_rollbacks))
     if shares := told_shares(claim.dataset, config.data, data.phases[-1]):
         recorder.note(shares)
+    for line in told_cut(claim.dataset, data.phases[-1]):
+        recorder.note(line)
     if damaged:
         recorder.warning(journal.told_damaged(damaged))
     warn = recorder.warning if ranks.is_first else lambda text: print(f"warning: {text}", file=sys.stderr)

@@ -76,6 +76,11 @@ class Config(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
                 f"data.packing=best_fit fills a window with several documents and padding, and data.objective="
                 f"{data.objective} takes a window as one text without gaps; take data.packing=plain"
             )
+        if self.objective.of_conversations and data.packing != "best_fit":
+            raise ValueError(
+                f"data.objective={data.objective}: conversations are packed whole into windows; set "
+                "data.packing=best_fit, with model.document_mask=true to keep them apart"
+            )
         if data.mask_boundaries and not self.objective.takes_boundaries:
             raise ValueError(
                 f"data.mask_boundaries is about the label after a document's end, which data.objective="

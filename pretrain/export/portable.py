@@ -43,7 +43,7 @@ from pretrain.export.hugging_face.folder import (
 )
 from pretrain.export.hugging_face.sources import check_alone
 from pretrain.finetune.lora import linear_maps
-from pretrain.inference.trained import Trained, tokenizer_of, whole_weights
+from pretrain.inference.trained import Trained, chat_template_of, tokenizer_of, whole_weights
 from pretrain.objectives.registry import ObjectiveName
 from pretrain.run.checkpoint_folder import MANIFEST
 from pretrain.run.origin import TRAIN, WEIGHTS
@@ -74,6 +74,8 @@ class ExportFacts(BaseModel, extra="forbid", frozen=True):
     """Of the program that trained it."""
     dataset: str | None
     """Fingerprint of the data it was trained on."""
+    chat_template: str | None = None
+    """As the dataset of conversations had it; None: it learned from none."""
 
 
 def write_export(
@@ -134,10 +136,11 @@ def write_folder(
     kept = in_int8(kept, maps)
     metadata = {"format": "pt"} | {name: str(getattr(facts, name)) for name in ("run", "step", "commit", "dataset")}
     content, opened = tokenizer
-    written = facts.model_dump(mode="json")
+    written = facts.model_dump(mode="json", exclude={"chat_template"} if facts.chat_template is None else None)
     written["model"]["architecture"] = external.without_folder(facts.model.architecture)
     told = {**rows, "weights": dtype}
-    about = About(facts.model, facts.objective, facts.run, model.num_parameters(), told, opened, content, texts)
+    size = model.num_parameters()
+    about = About(facts.model, facts.objective, facts.run, size, told, opened, content, texts, facts.chat_template)
     with new_folder(folder) as new:
         write_tensors(new / WEIGHTS, dict(sorted(kept.items())), Event(), metadata)
         theirs = hugging_face_config(facts.model, facts.objective, type_name(dtype), opened.eos_id)
@@ -174,6 +177,7 @@ def _facts(checkpoint: Checkpoint, config: Config) -> ExportFacts:
         step=checkpoint.manifest.step,
         commit=state.get("commit"),
         dataset=state.get("data", {}).get("fingerprint"),
+        chat_template=chat_template_of(checkpoint),
     )
 
 
@@ -205,7 +209,7 @@ def load_export(folder: Path) -> Trained:
     file = model_file(folder)
     if not file.is_file():
         raise CheckpointError(f"{folder}: no tokenizer ({MODEL} or {JSON}); export it again")
-    return Trained(model.eval(), Tokenizer.load(file), facts.objective, facts.run, facts.step)
+    return Trained(model.eval(), Tokenizer.load(file), facts.objective, facts.run, facts.step, facts.chat_template)
 
 
 def read_facts(folder: Path) -> ExportFacts:

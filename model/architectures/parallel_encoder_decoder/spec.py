@@ -47,7 +47,7 @@ class ParallelEncoderDecoderConfig(TwoStreamConfig, frozen=True):
     """Two causal streams over the same tokens, by default side by side."""
 
     traits: ClassVar = Traits(
-        objectives=("causal", "prefix", "pairs"),
+        objectives=("causal", "prefix", "pairs", "conversations"),
         because="predicts each token from those before it",
         sites=("enc_ff", "dec_ff", "enc_sa", "dec_sa", "cross", "embed"),
         cached=True,
