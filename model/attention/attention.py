@@ -13,6 +13,7 @@ from model.attention.softmax import Softmax
 from model.attention.synthesizer import Synthesizer
 from model.attention.visibility import CAUSAL, Visible
 from model.attention.weights import mixer_of
+from model.batch import RowExchange
 from model.config.transformer import TransformerConfig, TwoStreamConfig
 from model.layers.layers import Linear
 from model.layers.positions import rotate
@@ -60,14 +61,18 @@ class CausalAttention(Cached):
         """
         visible = visible.of(self._pattern)
         query, key, value = self._in_heads(query, key, value, visible)
+        if visible.share is not None:
+            query, key, value = _all_positions(visible.share.exchange, query, key, value)
         if self.cache is not None and (visible.aligned or self.cache.crosses):
             key, value, mask = self.cache.extend(self, key, value)
             queries, keys_at = self.cache.places(self) if self.mixer.counts else (None, None)
             visible = Visible(causal=False, mask=mask, positions=queries, key_positions=keys_at)
         if self._group > 1:
             key, value = (x.repeat_interleave(self._group, dim=1) for x in (key, value))
-        found = self.mixer(query, key, value, keys, visible)
-        return found.transpose(1, 2).flatten(2)
+        found = self.mixer(query, key, value, keys, visible).transpose(1, 2)
+        if visible.share is not None:
+            found = visible.share.exchange.positions(found)
+        return found.flatten(2)
 
     def keep(self, key: Tensor, value: Tensor, visible: Visible, steps: range) -> None:
         """Put key and value [B, T, C / group] into the cache alone, as what these further steps would compute."""
@@ -100,6 +105,11 @@ class CausalAttention(Cached):
                 positions = torch.arange(query.shape[1], device=query.device)
             query, key = rotate(query, positions), rotate(key, positions)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def _all_positions(exchange: RowExchange, *vectors: Tensor) -> tuple[Tensor, ...]:
+    """[B, H, T / ranks, d] of each, this rank's positions -> [B, H / ranks, T, d]: each head needs all of a text."""
+    return tuple(x.transpose(1, 2) for x in exchange.heads(*(x.transpose(1, 2) for x in vectors)))
 
 
 class SelfAttention(nn.Module):

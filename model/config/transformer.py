@@ -43,9 +43,9 @@ class TransformerConfig(ModelConfig, frozen=True):
     l0: L0Config = L0Config()
     block_gates: BlockGatesConfig = BlockGatesConfig()
     recurrence: RecurrenceConfig = RecurrenceConfig()
-    heads_left: dict[str, int] = {}
+    heads_left: dict[str, int] = Field(default={})
     """Heads of single attentions, such as `dec_sa/00: 3`, from which `duet checkpoint shrink` took others."""
-    channels_left: dict[str, int] = {}
+    channels_left: dict[str, int] = Field(default={})
     """Channels that single feed forwards write, such as `dec_ff/00: 96`, from which it took others."""
 
     @property
@@ -161,6 +161,23 @@ class TransformerConfig(ModelConfig, frozen=True):
             "model.block_gates.train_sparse_after groups tokens by open block, as many as there happen to be, and "
             "compiled layers need fixed shapes; leave one of them out"
         )
+
+    def why_not_shared(self, ranks: int) -> str:
+        """What keeps so many ranks from sharing a sequence (`engine.sequence_parallel`); empty where nothing does."""
+        if why := super().why_not_shared(ranks):
+            return why
+        for key, count in self.heads_by_key.items():
+            for heads, what in ((count, ""), (count // self.queries_per_kv_head, " in groups that share keys")):
+                if heads % ranks:
+                    return f"each rank has some heads in attention, and it does not divide {key}={count}{what}"
+        for key, kind, usual in (("weights", self.weights.kind, "softmax"), ("scores", self.scores.kind, "dot")):
+            if kind != usual:
+                return f"model.{key}.kind={kind} has numbers of each head, of which a rank would have some only"
+        if self.attention_rate:
+            return "dropout of attention weights draws for all heads; set model.attention_dropout=0"
+        if any(len(patterns) > 1 for patterns in self.patterns):
+            return "model.pattern.merge=heads gives each half of the heads other keys; take union or alternate"
+        return ""
 
     def _sites_of(self, masks: LearnedDropoutConfig | L0Config) -> tuple[Site, ...]:
         return tuple(masks.sites or self.traits.default_sites) if masks.enabled else ()

@@ -86,7 +86,7 @@ class BlockFeedForward(Cached):
             keys: [B] int64, which key the noise of training; None asks for evaluation.
             visible: says where padding is.
         """
-        gates = self.gates(x, keys)
+        gates = self.gates(x, keys, visible.first)
         if self.sides is not None:
             self.sides.append(gates.opened if visible.padding is None else gates.opened[~visible.padding])
         weights, opened = gates.weights.to(x.dtype).flatten(0, 1), gates.opened.flatten(0, 1)
@@ -100,8 +100,8 @@ class BlockFeedForward(Cached):
         update = update.view_as(x) if self.down_bias is None else update.view_as(x) + self.down_bias
         return update, {self.name: self._statistics(gates, visible)} if self.cache is None else {}
 
-    def gates(self, x: Tensor, keys: Tensor | None = None) -> Gates:
-        """Of tokens x [B, T, C]; each token's are its own, so they are causal."""
+    def gates(self, x: Tensor, keys: Tensor | None = None, first: int = 0) -> Gates:
+        """Of tokens x [B, T, C], from column `first` of their rows; each token's are its own, so they are causal."""
         bias = at_least_fp32(self.gate_bias)
         angle = functional.linear(x.to(bias.dtype), self.gate.to(bias.dtype), bias)
         if self.config.kind == "top":
@@ -110,7 +110,8 @@ class BlockFeedForward(Cached):
             opened = torch.zeros_like(angle, dtype=torch.bool).scatter(-1, chosen, True)
             return Gates(mask, opened, 2.0 * mask * opened)
         mask = cosine_mask(angle)
-        opened = mask >= 0.5 if keys is None else uniform(keys, self._noise_site, (x.shape[1], self.blocks)) < mask
+        shape = (x.shape[1], self.blocks)
+        opened = mask >= 0.5 if keys is None else uniform(keys, self._noise_site, shape, first) < mask
         return Gates(mask, opened, straight_through(opened.to(mask.dtype), mask))
 
     @torch.no_grad()

@@ -44,6 +44,11 @@ class FeedbackConfig(TransformerConfig, frozen=True):
     """Memories that a token reads, the last ones; all before it unless given."""
 
     @property
+    def why_heads_stay(self) -> str:
+        """Its layers share keys and values."""
+        return "feedback has one memory of keys and values for all its layers"
+
+    @property
     def why_not_compiled(self) -> str:
         """Its tokens come one after the other."""
         return f"model.architecture=feedback takes {self.context} steps for a text, each of other shapes; leave it out"
@@ -119,8 +124,6 @@ class FeedbackConfig(TransformerConfig, frozen=True):
                     f"{key}: feedback computes one token at a time, and its masks would draw, look back and be told of "
                     "token by token; leave it out"
                 )
-        if self.heads_left:
-            raise ValueError("heads_left: feedback has one memory of keys and values for all its layers")
         if self.pattern.kind != "full":
             raise ValueError(
                 f"pattern.kind={self.pattern.kind}: feedback reads memories, of which model.memory says how many; "
