@@ -69,7 +69,7 @@ def ladder(
 
     loaded = load_ladder(study)
     if loaded is None:
-        raise ConfigError(f"{study}: a ladder has sizes; this is a study: duet study run {study}")
+        raise ConfigError(f"{study}: a ladder has sizes; this is a study: duet study run {shlex.quote(str(study))}")
     kept = study.with_suffix("") / "journals"
     search = loaded.search()
     for stage in ("rates", "sizes"):

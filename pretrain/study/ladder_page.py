@@ -8,7 +8,7 @@ import numpy as np
 from pretrain.report.axes import INK
 from pretrain.report.plots import COLOURS, png
 from pretrain.study.ladder import Ladder, training_flops
-from pretrain.study.power_law import Interval, Point, Told, tell
+from pretrain.study.power_law import Interval, Trial, Told, tell
 from pretrain.study.results import Results, mean
 
 FIT = "fit"
@@ -18,18 +18,18 @@ FEWEST = 3
 PICTURE_POINTS = 100
 
 
-def points_of(ladder: Ladder, results: Results) -> list[Point]:
+def points_of(ladder: Ladder, results: Results) -> list[Trial]:
     """The finished runs of the sizes that every arm has."""
     whole = [size for size in ladder.sizes if all(results.of(size, arm) for arm in ladder.arms)]
     return [
-        Point(arm, training_flops(result.config), result.loss)
+        Trial(arm, training_flops(result.config), result.loss)
         for size in whole
         for arm in ladder.arms
         for result in results.of(size, arm)
     ]
 
 
-def fit_of(ladder: Ladder, points: list[Point]) -> tuple[list[str], dict[str, bytes]]:
+def fit_of(ladder: Ladder, points: list[Trial]) -> tuple[list[str], dict[str, bytes]]:
     """The lines of the table, and the picture by name; words alone where too few sizes are whole."""
     whole = len({point.flops for point in points if point.arm == ladder.baseline})
     if whole < FEWEST:
@@ -81,7 +81,7 @@ def _interval(value: Interval, digits: int, *, sign: bool = False) -> str:
     return f"{value.value:{form}} ({value.low:{form}} to {value.high:{form}})"
 
 
-def _picture(points: list[Point], told: Told, unit: str) -> bytes:
+def _picture(points: list[Trial], told: Told, unit: str) -> bytes:
     """Means of the seeds and the curves through them, compute on a log axis."""
     from matplotlib.figure import Figure
 

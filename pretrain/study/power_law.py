@@ -18,7 +18,7 @@ COVERAGE = (2.5, 97.5)
 """Percentiles of an interval of 95 %."""
 
 
-class Point(NamedTuple):
+class Trial(NamedTuple):
     """A finished run."""
 
     arm: str
@@ -66,7 +66,7 @@ class Told(NamedTuple):
     """By arm: loss above the baseline's at the smallest budget and at the largest, and what its size grew by."""
 
 
-def fit(points: Sequence[Point], *, shared: bool) -> Fit:
+def fit(points: Sequence[Trial], *, shared: bool) -> Fit:
     """Least squares: for a given c both a and b are linear, so only c is searched.
 
     Raises:
@@ -101,7 +101,7 @@ def _by_exponent(flops: Floats, losses: Floats) -> tuple[Floats, Floats, Floats]
     return losses.mean() - b * x.mean(1), b, left
 
 
-def tell(points: Sequence[Point], baseline: str, seed: int = 0) -> Told:
+def tell(points: Sequence[Trial], baseline: str, seed: int = 0) -> Told:
     """Fit all arms, and draw anew what the seeds say is noise to learn what that decides.
 
     Args:
@@ -136,7 +136,7 @@ def tell(points: Sequence[Point], baseline: str, seed: int = 0) -> Told:
     )
 
 
-def _gaps(fitted: Fit, points: Sequence[Point], baseline: str) -> Iterator[tuple[str, tuple[float, float, float]]]:
+def _gaps(fitted: Fit, points: Sequence[Trial], baseline: str) -> Iterator[tuple[str, tuple[float, float, float]]]:
     ends = [end(point.flops for point in points if point.arm == baseline) for end in (min, max)]
     for arm in fitted.c:
         if arm != baseline:
@@ -144,18 +144,18 @@ def _gaps(fitted: Fit, points: Sequence[Point], baseline: str) -> Iterator[tuple
             yield arm, (low, high, abs(high) - abs(low))
 
 
-def _cells(points: Sequence[Point]) -> dict[tuple[str, float], list[float]]:
+def _cells(points: Sequence[Trial]) -> dict[tuple[str, float], list[float]]:
     cells: dict[tuple[str, float], list[float]] = {}
     for point in points:
         cells.setdefault((point.arm, point.flops), []).append(point.loss)
     return cells
 
 
-def _means(points: Sequence[Point]) -> dict[tuple[str, float], float]:
+def _means(points: Sequence[Trial]) -> dict[tuple[str, float], float]:
     return {cell: float(np.mean(losses)) for cell, losses in _cells(points).items()}
 
 
-def _noise(points: Sequence[Point]) -> float:
+def _noise(points: Sequence[Trial]) -> float:
     """Pooled over the cells."""
     cells = _cells(points).values()
     freedom = sum(len(losses) - 1 for losses in cells)
@@ -165,9 +165,9 @@ def _noise(points: Sequence[Point]) -> float:
 
 
 def _drawn(
-    points: Sequence[Point], around: Mapping[tuple[str, float], float], noise: float, random: np.random.Generator
-) -> list[Point]:
+    points: Sequence[Trial], around: Mapping[tuple[str, float], float], noise: float, random: np.random.Generator
+) -> list[Trial]:
     return [
-        Point(point.arm, point.flops, around[point.arm, point.flops] + noise * random.standard_normal())
+        Trial(point.arm, point.flops, around[point.arm, point.flops] + noise * random.standard_normal())
         for point in points
     ]

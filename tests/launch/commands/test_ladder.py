@@ -9,7 +9,7 @@ import yaml
 
 from data_pipeline.errors import ConfigError
 from pretrain.study.ladder import load_ladder, training_flops, vertex
-from pretrain.study.power_law import Point, fit, tell
+from pretrain.study.power_law import Trial, fit, tell
 from tests.runs import CHARACTERS, SMALL, build_dataset, duet
 
 LADDER: dict[str, Any] = {
@@ -31,13 +31,13 @@ LADDER: dict[str, Any] = {
 BUDGETS = np.geomspace(1e12, 1e14, 4)
 
 
-def runs(noise: float, growth: float) -> list[Point]:
+def runs(noise: float, growth: float) -> list[Trial]:
     """Two arms of known curves, three seeds; the second one's gap grows by `growth`."""
     random = np.random.default_rng(5)
     power = (BUDGETS / 1e13) ** -0.15
     gap = 0.05 + growth * (power[0] - power) / (power[0] - power[-1])
     return [
-        Point(arm, flops, 1.2 + 0.8 * (flops / 1e13) ** -0.15 + above + noise * random.standard_normal())
+        Trial(arm, flops, 1.2 + 0.8 * (flops / 1e13) ** -0.15 + above + noise * random.standard_normal())
         for flops, grown in zip(BUDGETS, gap, strict=True)
         for arm, above in (("plain", 0.0), ("other", float(grown)))
         for _ in range(3)
