@@ -8,7 +8,7 @@ import numpy as np
 from pretrain.report.axes import INK
 from pretrain.report.plots import COLOURS, png
 from pretrain.study.ladder import Ladder, training_flops
-from pretrain.study.power_law import Interval, Trial, Told, tell
+from pretrain.study.power_law import Interval, Told, Trial, tell
 from pretrain.study.results import Results, mean
 
 FIT = "fit"
