@@ -70,11 +70,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         words = ["-m", "tests.gpu", "--only", "b", "--minutes", str(MINUTES), "--out", folder]
         code = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=sys.stderr).returncode
-        if as_json:
-            parts = json.loads(Path(folder, "results.json").read_text()).values()
-            print(json.dumps([row for part in parts for row in part["rows"]], indent=1))
-        else:
-            print(Path(folder, "table.md").read_text())
+        parts = json.loads(Path(folder, "results.json").read_text()).values()
+        rows = [row for part in parts for row in part["rows"]]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print("| | value | target |\n|---|---|---|")
+        for row in rows:
+            kind = "at least" if row["at_least"] else "at most"
+            target = "–" if row["limit"] is None else f"{kind} {row['limit']:.3g}"
+            print(f"| {row['name']} ({row['note']}) | {row['value']:.4g} | {target} |")
     return code
 
 

@@ -65,7 +65,7 @@ def evaluate(
 
     Args:
         text_bytes: UTF-8 bytes of that text by source, for bits per byte.
-        batch: windows of a forward pass on each rank.
+        batch: windows of a forward pass on each rank, or on ranks that share rows.
         edge: called before each batch, as often on every rank, with the number of batches that are done and of all;
             may raise to break off.
         part: what is predicted instead, if not the `whole` text; else what is told of beside it.
@@ -85,13 +85,13 @@ def evaluate(
     # Every rank makes the same number of forward passes (ZeRO-3 gathers in each); what is missing counts for nothing.
     chosen = part.windows if part and not whole else np.arange(len(windows))
     beside = np.isin(chosen, part.windows) if part and whole else None
-    rounds = math.ceil(len(chosen) / (batch * ranks.world_size))
+    rounds = math.ceil(len(chosen) / (batch * ranks.readers))
     sources = windows.sources if len(windows.sources) > 1 else []
     names = [VALIDATION, *([VALIDATION_PART] if beside is not None else []), *map(VALIDATION.of, sources)]
     tally: dict[str, np.ndarray] = {name: np.zeros(2) for name in names}
     for index in range(rounds):
         edge(index, rounds)
-        first = (index * ranks.world_size + ranks.rank) * batch
+        first = (index * ranks.readers + ranks.reader) * batch
         rows = None if beside is None else beside[first : first + batch]
         for name, sum_and_number in _of_batch(model, windows, chosen[first : first + batch], batches, rows).items():
             tally[name] = tally.get(name, 0.0) + sum_and_number
