@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.architectures.registry import ARCHITECTURES
 from model.architectures.token_model import TokenModel
 from model.batch import Batch
 from model.generation.generate import Generation
@@ -24,6 +25,7 @@ from tests.model.helpers import (
     PATTERNED_BOTH_WAYS,
     batch_of,
     build,
+    one_of,
     open_masks,
     small,
     variant,
@@ -33,7 +35,7 @@ PRESETS = (
     *("tiny", "decoder-tiny", "encoder-tiny", "encoder-decoder-tiny", "draft-tiny", "universal", "refined-tiny"),
     "feedback",
 )
-"""The smallest of each architecture, and of tied depth."""
+"""The smallest of each architecture that has one, and of tied depth."""
 OPTIONS = (*EVERY, *PATTERNED, *PATTERNED_BOTH_WAYS, *FEEDBACK, *MIXED, *MIXED_BOTH_WAYS)
 IN_FP32 = 1e-4
 """Of norms, at most: sums of fp32 in another order differ by 1e-6 to 1e-5 here, and TF32, which is off, by 1e-3."""
@@ -46,9 +48,15 @@ Found = dict[str, Tensor]
 def steps(setting: Setting) -> Iterator[Row]:
     """Presets first, with documents in blocks for FlexAttention; then each option."""
     presets = {name: partial(_preset, name) for name in PRESETS[: 2 if setting.tiny else None]}
+    presets |= {name: partial(one_of, name) for name in ARCHITECTURES if name not in map(_architecture, PRESETS)}
     presets["tiny, documents"] = partial(_preset, "tiny", "model.document_mask=true")
     options = {name: partial(variant, name) for name in OPTIONS[:: 9 if setting.tiny else 1]}
     yield from each({name: partial(_beside, setting, name, made) for name, made in (presets | options).items()})
+
+
+def _architecture(preset: str) -> str:
+    architecture: str = _preset(preset).architecture
+    return architecture
 
 
 def _preset(name: str, *more: str) -> Any:
