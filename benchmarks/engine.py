@@ -31,6 +31,7 @@ from pretrain.config.schema import Config, load
 from pretrain.engine.distributed import join
 from pretrain.engine.engine import bootstrap
 from pretrain.engine.layer_transforms import compile_layers
+from pretrain.engine.optim import parameter_groups
 from pretrain.run.job_records import FailureFile
 from pretrain.run.signals import StopRequest
 
@@ -179,13 +180,13 @@ def bare_torch(config: Config) -> Step:
 
 
 def bare_deepspeed(config: Config) -> Step:
-    """A step as DeepSpeed's own examples have it, with the same settings as ours."""
+    """A step as DeepSpeed's own examples have it, with the same settings as ours, groups of parameters included."""
     import deepspeed  # quiet after `bootstrap`
 
     model = built(config)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4, betas=config.optimizer.betas, weight_decay=0.1),
+        optimizer=torch.optim.AdamW(parameter_groups(model, config.optimizer), lr=1e-4, betas=config.optimizer.betas),
         config={
             "train_micro_batch_size_per_gpu": config.global_batch,
             "gradient_clipping": config.optimizer.clip,
