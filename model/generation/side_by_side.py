@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.architectures.draft_and_verify.rollback import RollbackCache
 from model.architectures.draft_and_verify.two_decoders import (
     ConsiderDraft,
     MakeDraft,
@@ -18,6 +17,7 @@ from model.architectures.draft_and_verify.two_decoders import (
     joined,
     padding_behind,
 )
+from model.architectures.rollback import RollbackCache
 from model.generation.target import Asked, Consider, Fill, Follow, Read, Steps
 from model.generation.texts import Drawn
 

@@ -10,8 +10,8 @@ from torch.nn import functional
 from model.architectures.backbone import Backbone, Hidden
 from model.architectures.draft_and_verify.masking import glanced, hidden_places
 from model.architectures.draft_and_verify.model import DraftAndVerify, projected
-from model.architectures.draft_and_verify.rollback import RollbackCache
 from model.architectures.draft_and_verify.spec import DraftAndVerifyConfig
+from model.architectures.rollback import RollbackCache
 from model.architectures.token_model import TokenModel
 from model.attention.attention import Projected
 from model.attention.visibility import ACROSS, CAUSAL, Visible, visible_both_ways, visible_draft

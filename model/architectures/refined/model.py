@@ -15,7 +15,7 @@ from model.architectures.refined.reading import Reading
 from model.architectures.refined.spec import RefinedConfig
 from model.architectures.refined.step import Refiner
 from model.architectures.refined.thoughts import Thoughts
-from model.attention.cache import Cached
+from model.attention.cache import Cache, Cached
 from model.attention.visibility import ACROSS, Visible
 from model.batch import Batch
 from model.layers.dropout import noise_site
@@ -90,14 +90,19 @@ class Refined(Backbone, Cached):
         changes = {f"{CHANGE}/{k:02d}": change for k, change in enumerate(found.changes, 1)}
         return Hidden(x, statistics | masks, metrics=changes, earlier=earlier)
 
-    def think(self, read: Embedded, keys: Tensor | None) -> Refinement:
-        """Encode a text and refine what comes of it; `read.visible.mask` says what each vector may know."""
+    def think(self, read: Embedded, keys: Tensor | None, cache: Cache | None = None) -> Refinement:
+        """Encode a text and refine what comes of it; `read.visible.mask` says what each vector may know.
+
+        `cache`: that encoder and steps use, of which `read` is what comes next.
+        """
         x, statistics = one_stream(self.encoder, read, keys)
         steps, turns, changes = self.config.refine.steps, list[Statistics](), list[Tensor]()
         chosen = earlier = None
         if keys is not None and steps > 1 and self.config.refine.step_loss:
             chosen, earlier = (uniform(keys, _WHICH, (1, 1)) * (steps - 1)).long(), x  # [B, 1, 1], from 0
         for k in range(steps):
+            if cache is not None:
+                cache.step = k
             before, turn = x, None if keys is None else of_step(keys, k)
             x, masks = self.refiner[0](x, turn, read.mask_source, read.visible, read.ids, self._table(read))
             turns.append(masks)

@@ -8,6 +8,8 @@ from torch.nn import functional
 
 from model.architectures.blocks import EncoderLayer
 from model.architectures.refined.spec import RefinedConfig
+from model.attention.cache import Cache, Cached
+from model.attention.forms import Mask
 from model.attention.visibility import Visible
 from model.layers.chunks import chunk_tokens
 from model.layers.layers import Linear, stream_norm
@@ -46,7 +48,6 @@ class Refiner(nn.Module):
         """
         x, statistics = self.layer(x, keys, source, visible)
         if self.reweighting is not None:
-            assert isinstance(visible.mask, Tensor)
             x = self.reweighting(x, visible.mask)
         if self.descent is not None:
             assert table is not None
@@ -54,7 +55,7 @@ class Refiner(nn.Module):
         return x, statistics
 
 
-class Reweighting(nn.Module):
+class Reweighting(Cached):
     """Vectors move towards those that are like them: h ← (1 - g) h + g c.
 
     With weights by likeness, over all j ≠ i that are visible,
@@ -72,20 +73,31 @@ class Reweighting(nn.Module):
         nn.init.constant_(self.gate.bias, _OPEN)
         self.relevance = nn.Parameter(torch.tensor([1.0, 0.0]))
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
         """x [B, T, C], mask [B, 1, T, T] or [1, 1, T, T] bool -> [B, T, C]."""
-        itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        known, itself = x, torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        if self.cache is not None:
+            known, itself, mask = self._with_earlier(x, self.cache)
+        assert isinstance(mask, Tensor)
         others = mask[:, 0] & ~itself
         alone = ~others.any(-1, keepdim=True)  # a softmax over nothing is NaN
         units = functional.normalize(x, dim=-1)
-        likeness = (units @ units.transpose(1, 2)).to(torch.promote_types(x.dtype, torch.float32))
+        others_units = units if known is x else functional.normalize(known, dim=-1)
+        likeness = (units @ others_units.transpose(1, 2)).to(torch.promote_types(x.dtype, torch.float32))
         weights = (likeness / self._temperature).masked_fill(~(others | (itself & alone)), -torch.inf).softmax(-1)
-        centre = weights.to(x.dtype) @ x
+        centre = weights.to(x.dtype) @ known
         mean = (likeness * others).sum(-1, keepdim=True) / others.sum(-1, keepdim=True).clamp(min=1)
         a, b = self.relevance.unbind()
         relevance = torch.sigmoid(a * mean + b).to(x.dtype)
         share = relevance * torch.sigmoid(self.gate(torch.cat([self.norm(x), centre], dim=-1)))
         return (1.0 - share) * x + share * centre
+
+    def _with_earlier(self, x: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
+        """All vectors so far [B, S, C], which of them each new one is and which it sees, [B, T, S] and [B, 1, T, S]."""
+        known, _, mask = cache.extend(self, x[:, None], x[:, None, :, :0])
+        own, others = cache.places(self)
+        itself = own[:, :, None] == others[:, None]
+        return known[:, 0], itself, torch.ones_like(itself)[:, None] if mask is None else mask
 
 
 class Descent(nn.Module):

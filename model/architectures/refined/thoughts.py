@@ -33,12 +33,12 @@ class Thoughts(Cache):
         positions = torch.arange(count, device=self._padding.device) - self._padding[:, None]
         return Reading(self._chunk, positions, (positions < 0).long(), self._prefixes)
 
-    def remember(self, rows: Tensor, memory: Tensor) -> None:
-        """Of rows [n] int64 the vectors of their first S columns, [n, S, C], in the place of those that were known."""
-        held = memory.new_zeros(len(self._padding), *memory.shape[1:])
+    def remember(self, rows: Tensor, columns: Tensor, memory: Tensor, count: int) -> None:
+        """Vectors [n, C] of rows and columns [n] int64, beside those that are known; of `count` columns in all."""
+        held = memory.new_zeros(len(self._padding), count, memory.shape[-1])
         if self._memory is not None:
             held[:, : self._memory.shape[1]] = self._memory
-        held[rows] = memory
+        held[rows, columns] = memory
         self._memory, self._is_fresh = held, True
 
     def fresh(self, like: Tensor) -> Tensor | None:

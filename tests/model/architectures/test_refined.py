@@ -286,6 +286,16 @@ def test_what_is_written_token_by_token_is_what_one_pass_over_the_text_gives(nam
     assert [len(text) for text in texts] == [10, 8, 16, 13]
 
 
+def test_of_a_text_that_grows_each_chunk_is_read_once() -> None:
+    model: Any = model_of("chunked").eval()
+    chunk, read = model.config.refine.chunk, list[int]()
+    model.backbone.encoder[0].register_forward_pre_hook(lambda _, given: read.append(given[0].shape[1]))
+    generation = Generation(model, [torch.tensor([1])], Sampling(temperature=0.0))
+    for _ in range(2 * chunk):
+        generation.step()
+    assert read == [chunk, chunk]
+
+
 def test_spans_are_learned_within_a_text_and_memory_is_read_by_a_softmax() -> None:
     model = build(small("refined", refine={"chunk": 4}, weights={"kind": "adaptive_span", "span_init": 0.3}))
     assert num_parameters(model.config) == model.num_parameters()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from model.architectures.draft_and_verify.rollback import RollbackCache
 from model.architectures.draft_and_verify.two_decoders import MakeDraft, ReadSource, WriteOn
+from model.architectures.rollback import RollbackCache
 from model.batch import IGNORE, Batch
 from model.generation import writing as writing_module
 from model.generation.drafting import Drafting

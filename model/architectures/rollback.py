@@ -1,4 +1,4 @@
-"""A cache whose last columns can be taken back: for tokens that are read before it is known that they stay."""
+"""A cache of texts that grow each at its own pace, and whose last columns can be taken back."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,12 +33,13 @@ class RollbackCache(Cache):
     Layers with windows keep all, since a ring has overwritten what would be wanted again.
     """
 
-    def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
-        """Empty; `capacity` is that of `Cache`."""
+    def __init__(self, rows: int, capacity: int, device: torch.device, chunk: int = 1) -> None:
+        """Empty; `capacity` is that of `Cache`. A token sees its chunk of so many tokens and those before; whole chunks
+        are added then."""
         super().__init__(torch.zeros(rows, dtype=torch.int64, device=device), capacity)
         self.lengths = [0] * rows
         """Tokens of each text."""
-        self._device = device
+        self._device, self._chunk = device, chunk
         self._pass: _Pass | None = None
 
     @contextmanager
@@ -95,6 +96,11 @@ class RollbackCache(Cache):
         """As `Cache.places`."""
         return self._going.positions, torch.arange(self._going.end, device=self._device)[None]
 
+    def reorder(self, rows: Tensor) -> None:
+        """As `Cache.reorder`."""
+        super().reorder(rows)
+        self.lengths = [self.lengths[row] for row in rows.tolist()]
+
     def truncate(self, row: int, length: int) -> None:
         """Forget all columns of a row but the first `length`; those that come next are written over them."""
         assert 0 <= length <= self.lengths[row]
@@ -108,11 +114,12 @@ class RollbackCache(Cache):
     def _mask(self, patterns: Patterns, ring: Ring | None = None) -> Tensor | None:
         """[b, G, n, S] bool, or of one row where all are alike; made once in a pass. None: everything."""
         going = self._going
-        if patterns == (FULL,) and going.alike is not None and going.columns.shape[1] == 1:
+        if patterns == (FULL,) and going.alike is not None and going.columns.shape[1] == self._chunk:
             return None
         if (patterns, None) not in self._masks:
             own = going.positions[: 1 if going.alike is not None else None, :, None]
             other = torch.arange(going.end, device=self._device)
-            seen = [other <= own if pattern.full else (other <= own) & pattern.sees(own, other) for pattern in patterns]
-            self._masks[patterns, None] = torch.stack(seen, dim=1)
+            seen = other // self._chunk <= own // self._chunk
+            each = [seen if pattern.full else seen & pattern.sees(own, other) for pattern in patterns]
+            self._masks[patterns, None] = torch.stack(each, dim=1)
         return self._masks[patterns, None]
