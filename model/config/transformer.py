@@ -339,9 +339,11 @@ class TransformerConfig(ModelConfig, frozen=True):
 def _check_left(key: str, left: dict[str, int], places: list[str], counts: range) -> None:
     for place, count in left.items():
         if place not in places or count not in counts:
+            what = "blocks" if key == "block_gates.left" else key.removesuffix("_left")
             steps = f" in steps of {counts.step}" if counts.step > 1 else ""
             raise ValueError(
-                f"{key}: {place}: {count}; expected {counts[0]} to {counts[-1]}{steps} at one of {', '.join(places)}"
+                f"{key}: {place}: {count}; expected {counts[0]} to {counts[-1]} {what}{steps} of one of "
+                f"{', '.join(places)}"
             )
 
 

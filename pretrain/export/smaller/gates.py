@@ -110,7 +110,9 @@ def watched(model: TokenModel) -> Iterator[Used]:
 def _layers(model: TokenModel) -> Iterator[tuple[str, Any]]:
     """The layers of all streams, by name."""
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(getattr(module, "ff", None), nn.Module) and isinstance(module.ff_dropout, SiteDropout):
+        if isinstance(getattr(module, "ff", None), nn.Module) and isinstance(
+            getattr(module, "ff_dropout", None), SiteDropout
+        ):
             yield path, module
 
 
