@@ -47,9 +47,9 @@ Found = dict[str, Tensor]
 
 def steps(setting: Setting) -> Iterator[Row]:
     """Presets first, with documents in blocks for FlexAttention; then each option."""
-    presets = {name: partial(_preset, name) for name in PRESETS[: 2 if setting.tiny else None]}
+    presets = {f"model/{name}": partial(_preset, name) for name in PRESETS[: 2 if setting.tiny else None]}
     presets |= {name: partial(one_of, name) for name in ARCHITECTURES if name not in map(_architecture, PRESETS)}
-    presets["tiny, documents"] = partial(_preset, "tiny", "model.document_mask=true")
+    presets["model/tiny, documents"] = partial(_preset, "tiny", "model.document_mask=true")
     options = {name: partial(variant, name) for name in OPTIONS[:: 9 if setting.tiny else 1]}
     yield from each({name: partial(_beside, setting, name, made) for name, made in (presets | options).items()})
 

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from tests.gpu.lines import Tracer, cuda_only
+from tests.gpu.lines import Tracer, cuda_only, named
 from tests.gpu.parts import ABSENT, NO_GPU, Entry
 from tests.gpu.setting import Setting, as_json
 
@@ -51,7 +51,7 @@ def _traced(entry: Entry, out: IO[str]) -> Iterator[None]:
         try:
             yield
         finally:
-            _write(out, reached={file: sorted(lines) for file, lines in tracer.reached.items() if lines})
+            _write(out, reached={named(file): sorted(lines) for file, lines in tracer.reached.items() if lines})
 
 
 def _write(out: IO[str], **content: Any) -> None:

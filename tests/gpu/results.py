@@ -7,7 +7,7 @@ from typing import Any
 
 from data_pipeline.errors import RunError
 from data_pipeline.files.atomic import write_atomic
-from tests.gpu.lines import cuda_only, missed
+from tests.gpu.lines import cuda_only, missed, named
 from tests.gpu.parts import PARTS, Entry
 from tests.gpu.setting import ROOT
 
@@ -33,6 +33,7 @@ class Result:
     machine: dict[str, str] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     reached: dict[str, list[int]] = field(default_factory=dict)
+    """Lines, by what `lines.named` makes of files."""
 
 
 class Results:
@@ -60,11 +61,12 @@ class Results:
 
     def missed_lines(self, device: str) -> list[str]:
         """Lines that run on CUDA alone and that no part has reached."""
-        reached: dict[str, set[int]] = {}
+        wanted = cuda_only()
+        reached: dict[str, set[int]] = {named(file): set() for file in wanted}
         for found in self.parts.values():
             for file, lines in found.reached.items() if found.device == device else ():
                 reached.setdefault(file, set()).update(lines)
-        return list(missed(cuda_only(), reached))
+        return list(missed(wanted, {file: reached[named(file)] for file in wanted}))
 
     def write_page(self, page: Path) -> None:
         """Put the table into it. Raises RunError when there is something that no GPU has found, or nothing."""

@@ -15,7 +15,7 @@ from tests.gpu import __main__ as gpu
 from tests.gpu import attention, lines, models
 from tests.gpu.lines import PACKAGES, Tracer, cuda_only, of_source
 from tests.gpu.parts import PARTS, Entry
-from tests.gpu.results import BEGIN, END, Results
+from tests.gpu.results import BEGIN, END, Result, Results
 from tests.gpu.setting import Setting, each
 from tests.gpu.training import Waits
 from tests.model.helpers import variant
@@ -121,6 +121,11 @@ def test_lines_of_cuda_alone_are_found_and_those_reached_are_known(
 ) -> None:
     assert of_source(SOURCE) == {4: 4, 7: 7, 8: 8, 11: 12, 19: 19}
     found = cuda_only()
+    results, file = Results(tmp_path), "pretrain/engine/snapshot.py"
+    of_today, of_before = lines.named(file), f"{file} 0123456789ab"
+    for name, expected in ((of_before, True), (of_today, False)):
+        results.add("one", Result("passed", 1.0, "cuda", "now", reached={name: [*found[file]]}))
+        assert any(line.startswith(file) for line in results.missed_lines("cuda")) == expected
     assert "pretrain/engine/snapshot.py" in found and all(file.startswith(PACKAGES) for file in found)
     assert any("_compiled_flex" in line for line in lines.missed(found, {}))
     (tmp_path / "made.py").write_text("def f(cuda):\n    if cuda:\n        return 1\n    return 2\n")
