@@ -16,6 +16,7 @@ from tests.model.helpers import build, configured, without_dropout
 NODES, HOPS = 6, 3
 STEPS = 2500
 LATE = {"weight": 0.01, "start_step": STEPS // 2, "ramp_steps": STEPS // 5}
+LATER = {"weight": 0.01, "start_step": 7 * STEPS // 5, "ramp_steps": 2 * STEPS // 5}
 EARLY = {"weight": 0.01, "start_step": 0, "ramp_steps": 0}
 ARMS: dict[str, dict[str, Any]] = {
     "one layer": {},
@@ -25,6 +26,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "the same, penalty and bias as published": {
         "recurrence": {"steps": 6, "halt": True, "halt_bias": 1, "ponder": EARLY}
     },
+    "one layer, four times, twice the updates": {"recurrence": {"steps": 4}},
+    "one layer, up to six times, twice the updates": {"recurrence": {"steps": 6, "halt": True, "ponder": LATER}},
 }
 
 
@@ -75,7 +78,8 @@ def chase(arm: str, seed: int) -> tuple[list[float], list[float]]:
     shape = {"layers": 1, "width": 64, "heads": 4, "context": NODES + 2, "vocab_size": NODES + HOPS}
     options = {"architecture": "decoder_only", "learned_dropout": without_dropout()} | shape | ARMS[arm]
     with torch.enable_grad():
-        model = learn(configured(**options), pointers, STEPS, 2e-3, 64, 0.125, seed)
+        updates = STEPS * (1 + arm.endswith("twice the updates"))
+        model = learn(configured(**options), pointers, updates, 2e-3, 64, 0.125, seed)
     taken: list[Tensor] = []
     for module in model.modules():
         if isinstance(module, Recurrence) and module.halting is not None:
