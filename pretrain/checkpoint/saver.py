@@ -178,7 +178,7 @@ class Saver:
         self._save = None  # should it have failed
         result = self._ranks.together(save.work.result)
         if not save.publishing:
-            shards = self._ranks.gather(result)
+            shards = self._ranks.collect(result)
             save.work = self._thread.submit(self._publish, save, shards)
             save.publishing = True
             self._save = save

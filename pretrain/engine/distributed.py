@@ -58,6 +58,12 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def collect(self, value: T) -> list[T]:
+        """Every rank's value on rank 0, in rank order; nothing on the others."""
+        values: list[Any] = [None] * self.world_size if self.is_first else []
+        dist.gather_object(value, values if self.is_first else None, dst=0, group=self.group)
+        return values
+
     def largest(self, *flags: int) -> list[int]:
         """The largest of all ranks' values of each flag, on every rank."""
         box = torch.tensor(flags)
@@ -90,9 +96,8 @@ class Ranks:
                 result = work()
             except UserError as error:
                 failure = error
-        failures = [f for f in self.gather(failure) if f is not None]
-        if failures:
-            raise failures[0]
+        if any(self.largest(int(failure is not None))):  # one number of each rank, where all is well
+            raise next(f for f in self.gather(failure) if f is not None)
         return self.broadcast(result) if only_first else result  # type: ignore[return-value]
 
     def part(self) -> None:

@@ -121,8 +121,7 @@ class Mirror:
                 self._state = State.load(self._run_dir) or self._state
             if not self._stands_where_noted():
                 self.compare()
-            for file in files:
-                self._follow(file)
+            self._follow(files)
         except Exception:
             self._failed = True
             raise
@@ -295,23 +294,25 @@ class Mirror:
         kind_of_experiment(self._client, found.experiment_id, found.tags)
         return str(found.experiment_id)
 
-    def _follow(self, file: Path) -> None:
-        """Send what is new in a file, and note it call by call."""
-        name = str(file.relative_to(self._run_dir))
-        offset = self._offset(file)
+    def _follow(self, files: list[Path]) -> None:
+        """Send what is new in the files, and note it call by call; of thousands of nodes many go into one."""
         batch: list[tuple[str, float, Record]] = []
-        for record, behind in read_from(file, offset):
-            values = shipped(record, self._names) if record.kind == "metrics" else {}
-            if batch and (not values or len(batch) + len(values) > self._size):
-                self._send(batch, {name: offset})
-                batch = []
-            batch += [(key, value, record) for key, value in values.items()]
-            if not values and name == JOURNAL:
-                self._send_event(record)
-                self._note({name: behind}, self._state.receipt)
-            offset = behind
-        if batch or offset > self._offset(file):
-            self._send(batch, {name: offset})
+        ends: dict[str, int] = {}
+        for file in files:
+            name = str(file.relative_to(self._run_dir))
+            for record, behind in read_from(file, self._offset(file)):
+                values = shipped(record, self._names) if record.kind == "metrics" else {}
+                if batch and (len(batch) + len(values) > self._size or (not values and name == JOURNAL)):
+                    self._send(batch, ends)
+                    batch, ends = [], {}
+                batch += [(key, value, record) for key, value in values.items()]
+                ends[name] = behind
+                if not values and name == JOURNAL:
+                    self._send_event(record)
+                    self._note(ends, self._state.receipt)
+                    ends = {}
+        if ends:
+            self._send(batch, ends)
 
     def _send_missing(self, have: Points, suspects: set[str]) -> None:
         """Whole records, and of the others the values of these names."""
