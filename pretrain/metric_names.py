@@ -89,6 +89,7 @@ VALIDATION_DENSITY = Metric("gate/val_density", "share of open gates")
 ALPHA = Metric("attention/alpha", "alpha of entmax", of_model="alpha")
 ZEROS = Metric("attention/zeros", "share of visible keys with weight 0", of_model="zeros")
 SPAN = Metric("attention/span", "tokens", of_model="span")
+DROPPED = Metric("attention/dropped", "share of the pairs in clusters that are left out", of_model="dropped")
 FULLEST = Metric("attention/fullest", "share of tokens in the fullest cluster", of_model="fullest")
 EMPTY = Metric("attention/empty", "share of clusters without a token", of_model="empty")
 SPAN_WEIGHT = Metric("penalty/span_weight", "factor", of_model="span_weight")
@@ -120,7 +121,7 @@ SPIKES = Metric("health/spikes", "spikes")
 ROLLBACKS = Metric("health/rollbacks", "rollbacks")
 
 OF_MODEL = {metric.of_model: metric for metric in REGISTRY.values() if metric.of_model}
-OF_PARTS = (ALPHA, ZEROS, SPAN, FULLEST, EMPTY, PONDER_SHARE, REFINE_CHANGE)
+OF_PARTS = (ALPHA, ZEROS, SPAN, DROPPED, FULLEST, EMPTY, PONDER_SHARE, REFINE_CHANGE)
 """Of each head, such as `attention/alpha/dec_sa/00/h0`, or each step."""
 COLUMNS: tuple[tuple[Metric, Column], ...] = tuple(
     (metric, metric.column) for metric in REGISTRY.values() if metric.column

@@ -51,6 +51,8 @@ class CausalAttention(Cached):
         self.heads = heads
         self._group = group
         self.mixer = mixer or Softmax(config)
+        if isinstance(self.mixer, Cached):
+            self.mixer.patterns = self.patterns
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible = CAUSAL
@@ -82,9 +84,11 @@ class CausalAttention(Cached):
         if self._config.positions == "rotary":
             assert visible.positions is not None
             key = rotate(key, visible.positions)
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
         for step in steps:
             self.cache.step = step
-            self.cache.extend(self, key.transpose(1, 2), value.transpose(1, 2))
+            self.cache.extend(self, key, value)
+            self.mixer.keep(key)
 
     def weights(self, query: Tensor, key: Tensor, visible: Visible = CAUSAL) -> Tensor:
         """What each query gives each key of one text in evaluation, of tensors as `forward` takes -> [B, H, T, S]."""

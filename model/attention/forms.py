@@ -41,18 +41,26 @@ class Gathered(NamedTuple):
         queries = starts + torch.arange(size, device=rows.device)
         return cls(size, before, after, sinks.shape[1], rows.grid(pattern, queries, keys))
 
+    def within(self, seen: Tensor) -> "Gathered":
+        """The same where `seen` [B, T, T] bool is, too; without sinks."""
+        starts, last = torch.arange(self.mask.shape[1], device=seen.device)[:, None] * self.size, seen.shape[-1] - 1
+        queries = starts + torch.arange(self.size, device=seen.device)
+        keys = starts + torch.arange(-self.before * self.size, (1 + self.after) * self.size, device=seen.device)
+        return self._replace(mask=self.mask & seen[:, queries.clamp(max=last)[..., None], keys.clamp(0, last)[:, None]])
+
     def attend(self, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[B, H, T, d] of each -> [B, H, T, d]."""
         rows, heads, length, _ = query.shape
         blocks = self.mask.shape[1]
         query = _padded(query, blocks * self.size).unflatten(2, (blocks, self.size))
         mask = self.mask if len(self.mask) == 1 else self.mask.repeat_interleave(heads, dim=0)
-        key, value = (self._keys(x, blocks).flatten(0, 1) for x in (key, value))
+        key, value = (self.keys(x).flatten(0, 1) for x in (key, value))
         found = kernel(query.flatten(0, 1), key, value, mask, False)
         return found.unflatten(0, (rows, heads)).flatten(2, 3)[:, :, :length]
 
-    def _keys(self, x: Tensor, blocks: int) -> Tensor:
+    def keys(self, x: Tensor) -> Tensor:
         """[B, H, T, d] -> what each block may see, [B, H, n, K, d]."""
+        blocks = self.mask.shape[1]
         own = _padded(x, blocks * self.size).unflatten(2, (blocks, self.size))
         parts = [x[:, :, None, : self.sinks].expand(-1, -1, blocks, -1, -1)] if self.sinks else []
         if self.before:

@@ -58,6 +58,9 @@ class Softmax(nn.Module):
         """What each query gives each key in evaluation, [B, H, T, S] in fp32 at least."""
         return self._formed(query, key, None, visible)
 
+    def keep(self, key: Tensor) -> None:
+        """Put into the cache what is kept of keys [B, H, T, d] beside themselves: nothing."""
+
     def told(self) -> dict[str, dict[str, Tensor]]:
         """What is told of the last pass in training, once: 0-d tensors by head, such as `dec_sa/00/h0`, and name."""
         told, self._told = self._told, {}
@@ -101,20 +104,21 @@ class Softmax(nn.Module):
             return torch.cat([self._attend(q, k, v, m, causal) for q, k, v, m in groups], dim=1)
         if isinstance(mask, BlockMask):
             return _in_blocks(query, key, value, mask)
-        kernel = _fused if self._kernel == "flash" else _plain
+        kernel = _fused if self._kernel == "flash" else plain
         if isinstance(mask, Gathered | Chunks | Strided):
             return mask.attend(kernel, query, key, value)
         return kernel(query, key, value, mask, causal and mask is None)
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """torch's attention: a `Kernel` (model/attention/forms.py)."""
     return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     try:
         with sdpa_kernel(_FUSED):
-            return _plain(query, key, value, mask, causal)
+            return plain(query, key, value, mask, causal)
     except RuntimeError as error:
         if not any(text in str(error) for text in ("No available kernel", "No viable backend")):
             raise

@@ -16,7 +16,7 @@ class Visible(NamedTuple):
     """What the attentions of a stream may see."""
 
     causal: bool = True
-    """Keys up to the query's own position; else all. Not read where there is a `mask`."""
+    """Keys up to the query's own position; else all. Where there is a `mask`, it says so, too."""
     mask: Mask = None
     """[B, 1, T, T] bool, True where a query sees a key, or a form of it; None for all. To layers with the first of the
     configuration's patterns."""
@@ -73,7 +73,7 @@ def visible_in(input_ids: Tensor, batch: Batch | None, config: ModelConfig) -> V
 def _seen(rows: Rows, config: ModelConfig) -> Visible:
     in_blocks = rows.device.type == "cuda" and config.sees_in_blocks
     masks = [mask_of(rows, patterns, in_blocks=in_blocks, dense=config.needs_weights) for patterns in config.patterns]
-    return Visible(rows.causal, masks[0], tuple(masks[1:]), rows.positions)
+    return Visible(rows.causal and rows.prefixes is None, masks[0], tuple(masks[1:]), rows.positions)
 
 
 def _counting(visible: Visible, batch: Batch) -> Visible:

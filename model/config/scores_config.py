@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from model.config.pattern_config import FEWEST
+
 Synthesized = Literal["dense", "random", "factorised_dense", "factorised_random", "dot"]
 
 
@@ -28,6 +30,9 @@ class ScoresConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     """`routing`: tokens that a head which is not routed sees; context / clusters unless given."""
     routed_heads: int | None = Field(default=None, ge=1, le=2**31 - 1)
     """`routing`: the last so many heads; half of them unless given."""
+    cluster_window: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    """`routing`: of its cluster a token sees the last so many, so that less is computed of a long text; to either side
+    where a text is read both ways. All of them unless given."""
     decay: float = Field(default=0.999, ge=0.0, lt=1.0)
     """`routing`: what a step leaves of a centroid; the rest is the mean of its tokens."""
     assign: Literal["argmax", "balanced"] = "argmax"
@@ -37,7 +42,7 @@ class ScoresConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     @model_validator(mode="after")
     def _keys_are_of_the_kind(self) -> "ScoresConfig":
         of = dict.fromkeys(("parts", "rank", "trainable"), "synthesizer") | {"slots": "linformer"}
-        of |= dict.fromkeys(("clusters", "window", "routed_heads", "decay", "assign"), "routing")
+        of |= dict.fromkeys(("clusters", "window", "routed_heads", "cluster_window", "decay", "assign"), "routing")
         for key, kind in of.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.kind != kind:
                 raise ValueError(f"scores.{key} is for scores.kind={kind}, not {self.kind}")
@@ -73,6 +78,16 @@ class ScoresConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
         """Heads that look at clusters."""
         return self.routed_heads or max(1, heads // 2)
 
+    def window_at(self, context: int) -> int:
+        """Tokens that a head which is not routed sees."""
+        return self.window or -(-context // self.clusters_at(context))
+
+    def sorts(self, queries: int, keys: int, context: int) -> bool:
+        """Whether a text is sorted by cluster: with a `cluster_window`, where it pays (benchmarks/attention.md)."""
+        if self.kind != "routing" or self.cluster_window is None:
+            return False
+        return keys == queries >= max(FEWEST, 4 * self.cluster_window, 4 * self.window_at(context))
+
     def check(
         self,
         *,
@@ -100,6 +115,12 @@ class ScoresConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
             )
         if self.kind == "routing":
             self._check_routing(causal, rotary, documents, heads, context)
+            if self.cluster_window and (self.assign == "balanced" or pattern != "full"):
+                raise ValueError(
+                    "scores.cluster_window counts the tokens of a cluster "
+                    + ("which assign=balanced has of one size" if self.assign == "balanced" else "that a pattern hides")
+                    + f": leave {'it' if self.assign == 'balanced' else f'pattern.kind={pattern}'} out"
+                )
         if self.kind == "linformer":
             if causal:
                 raise ValueError(

@@ -66,10 +66,15 @@ def _kept(pattern: Pattern, of: Attended) -> Kept:
         mask = 0 if of.causal and not of.documents else each_head * whole * lines
         return Kept(_saved(of, whole, 4 * whole) + mask * of.size, views=False)
     size = pattern.window or pattern.block
-    blocks = -(-of.tokens // size)
     seen = min(pattern.sinks, of.tokens) + size * (1 + bool(pattern.window) * (1 if of.causal else 2))
-    mask = each_head * blocks * size * seen
-    return Kept(_saved(of, blocks * size, 2 * blocks * (size + seen)) + mask * of.size, views=False)
+    return Kept(in_blocks(of, size, seen, each_head), views=False)
+
+
+def in_blocks(of: Attended, size: int, seen: int, masks: int) -> int:
+    """Blocks of `size` queries with copies of the keys they see, and so many masks."""
+    blocks = -(-of.tokens // size)
+    mask = masks * blocks * size * seen
+    return _saved(of, blocks * size, 2 * blocks * (size + seen)) + mask * of.size
 
 
 def _saved(of: Attended, queries: int, vectors: int) -> int:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from model.config.pattern_config import keys_seen
 from model.config.scores_config import factors
 from model.config.transformer import TransformerConfig
+from model.costs.kernels import Attended, in_blocks
 
 if TYPE_CHECKING:
     from model.costs.parts import Shape
@@ -49,12 +50,31 @@ def _synthesized(shape: "Shape", config: TransformerConfig, tokens: int, *, caus
 def _within_clusters(shape: "Shape", config: TransformerConfig, tokens: int, *, causal: bool) -> Mixed:
     """As it is computed: over all keys with a mask."""
     rows, heads, rate = shape.rows, config.heads, config.attention_rate
+    if config.scores.sorts(tokens, tokens, config.context) and not rate:
+        return _by_cluster(shape, config, tokens, causal=causal)
     # What is read, queries, keys and values; what the maps gave, of which the norm of routed queries keeps a view, and
     # its statistics; what each head sees.
     kept = sum(config.score_channels) + config.width + 2 * config.scores.routed_heads_of(heads)
     saved = 4 * shape.vectors(tokens) + rows * tokens * kept * shape.size + rows * heads * tokens**2
     saved += formed_bytes(shape, tokens, tokens, heads, rate)
     return Mixed(0, shape.scores(tokens, causal) + _routing_flops(config, tokens, causal=causal), saved)
+
+
+def _by_cluster(shape: "Shape", config: TransformerConfig, tokens: int, *, causal: bool) -> Mixed:
+    """In blocks of the tokens of a cluster, and of a window; FLOPs are of what a query sees."""
+    scores, heads, size = config.scores, config.heads, config.width // config.heads
+    routed, window = scores.routed_heads_of(heads), scores.window_at(config.context)
+    assert scores.cluster_window is not None
+    sides = 1 if causal else 2
+    seen = (heads - routed) * (sides * (window - 1) + 1) + routed * sides * scores.cluster_window
+    # What is read, all queries and the result; of routed heads also keys, values, what queries were before their norm,
+    # its statistics, and the order, there and back.
+    saved = 3 * shape.vectors(tokens) + shape.rows * tokens * routed * ((3 * size + 2) * shape.size + 2 * 8)
+    for count, block in ((heads - routed, window), (routed, scores.cluster_window)):
+        of = Attended(shape.rows, tokens, count * size, count, shape.size, causal, documents=shape.dense_mask)
+        masks = shape.rows * count if block == scores.cluster_window or shape.dense_mask else 1
+        saved += in_blocks(of, block, (1 + sides) * block, masks)
+    return Mixed(0, tokens * 4 * seen * size + _routing_flops(config, tokens, causal=causal), saved)
 
 
 def _over_slots(shape: "Shape", config: TransformerConfig, tokens: int) -> Mixed:

@@ -171,6 +171,8 @@ def _attention(model: ModelConfig) -> str:
         return f"adaptive_span: {formed}; FLOPs are those of whole texts, spans learn to be shorter"
     if scores == "linformer":
         return f"linformer: {model.scores.slots:,} slots in the place of {model.context:,} keys"
+    if scores == "routing" and model.scores.sorts(model.context, model.context, model.context):
+        return f"routing: {model.context:,} tokens by cluster, each sees {model.scores.cluster_window:,} of its own"
     if scores == "routing":
         return f"routing: {formed}; clusters are a mask over them and save nothing"
     return f"synthesizer: {formed}" if scores == "synthesizer" else ""

@@ -219,6 +219,11 @@ MIXED = {
     "mixture": PATTERNED["window"]
     | {"scores": {"kind": "synthesizer", "parts": ["dot", "dense", "random"], "trainable": False}},
     "routing": NAMED["gates_cosine"] | {"scores": {"kind": "routing", "clusters": 3, "window": 2}},
+    "routing_near": {
+        **_ALONE,
+        **_OFF,
+        "scores": {"kind": "routing", "clusters": 2, "routed_heads": 2, "cluster_window": 2},
+    },
     "routing_window": {
         **PATTERNED["sinks_alone"],
         "attention": "auto",

@@ -12,10 +12,11 @@ from model.architectures.token_model import TokenModel
 from model.attention.attention import SelfAttention
 from model.attention.cache import Cache
 from model.attention.linformer import Linformer
-from model.attention.routing import Routing, routings
+from model.attention.routing import Routing, _dropped, routings
 from model.attention.softmax import Softmax
 from model.attention.visibility import CAUSAL
 from model.attention.weights import AdaptiveSpan, Entmax, _Held, _Spanned
+from model.config.scores_config import ScoresConfig
 from model.costs.totals import activations
 from model.layers.noise import sample_keys
 from pretrain.engine.layer_transforms import checkpoint_activations
@@ -365,6 +366,52 @@ def test_tokens_see_their_cluster_and_local_heads_a_window() -> None:
     assert alone.any() and len(own.unique()) == 3
 
 
+@pytest.mark.parametrize("architecture", ["decoder_only", "encoder_only"])
+def test_sorted_by_cluster_it_is_what_it_is_with_a_mask(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of texts alone, of documents and with padding; with the same gradients, and the same that is told."""
+    scores = {"kind": "routing", "clusters": 2, "cluster_window": 2, "window": 3}
+    model = opened(build(small(architecture, scores=scores, learned_dropout={"enabled": False}, document_mask=True)))
+    texts = packed(model.config)
+    padding = (torch.arange(12) > 8).expand(3, -1)
+    batches = [None, replace(texts, prefix_lengths=torch.tensor([5, 1, 3])), texts]
+    batches.append(replace(batch_of(model.config), segment_ids=-padding.long(), padding=padding))
+    for batch in batches:
+        found = []
+        for sorts in (False, True):
+            monkeypatch.setattr(ScoresConfig, "sorts", lambda *_, sorts=sorts: sorts)
+            model.zero_grad()
+            keys = sample_keys(texts.seed, texts.step, texts.samples)
+            hidden = model.train().hidden(texts.input_ids, keys, batch)
+            kept = hidden.x if batch is None or batch.padding is None else hidden.x[:, :9]
+            (kept * torch.linspace(-1, 1, kept.numel()).view_as(kept)).sum().backward()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            found.append((kept.detach(), gradients, hidden.statistics, [r.sums.clone() for r in routings(model)]))
+            for routing in routings(model):
+                routing.sums.zero_()
+        torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-11)
+    told = found[0][2]["dec_sa/00/h1" if architecture == "decoder_only" else "enc_sa/00/h1"]
+    assert 0.1 < told["dropped"] < 0.9
+
+
+def test_what_a_cluster_window_leaves_out_is_told() -> None:
+    """Of clusters of 5, 1 and 0 tokens, and a window of 2: (1 + 2) of 10 pairs."""
+    own = torch.tensor([[[0, 0, 1, 0, 0, 0, 0, 0]]])
+    assert _dropped(own, 3, 2, torch.arange(8)[None] > 5).tolist() == pytest.approx([0.3])
+
+
+def test_a_cache_keeps_the_cluster_of_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a token that is read costs no more than its own."""
+    model, asked, real = model_of("routing").eval(), list[int](), Routing._likeness
+
+    def likeness(self: Routing, x: Tensor) -> Tensor:
+        asked.append(x.shape[2])
+        return real(self, x)
+
+    monkeypatch.setattr(Routing, "_likeness", likeness)
+    cached(model, batch_of(model.config).input_ids, [5, 4, 1, 2])
+    assert asked == [5] * 4 + [4] * 4 + [1] * 4 + [2] * 4
+
+
 def test_balanced_clusters_would_leak_and_are_for_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     """As published: which tokens a centroid takes depends on later ones. So the test of leaks must see it."""
     real = Routing.__init__
@@ -389,7 +436,7 @@ def test_centroids_follow_the_mean_of_their_tokens_and_stay_without_any() -> Non
     mixer.centroids[0, 2] = -functional.normalize(key.mean((0, 1, 2)), dim=0)  # like none of them, or hardly one
     key[...] = key.abs() * functional.normalize(mixer.centroids[0, 0] + mixer.centroids[0, 1], dim=0).sign()
     own = mixer._likeness(key).argmax(-1)
-    mixer._alike(key, key, CAUSAL, True)
+    mixer._alike(key, CAUSAL, True)
     unit = functional.normalize(key, dim=-1)
     start = mixer.centroids.clone()
     mixer._decay = 0.0

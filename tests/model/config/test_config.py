@@ -82,6 +82,17 @@ def test_a_vocabulary_is_needed_to_build() -> None:
         ),
         ({"scores": {"kind": "routing"}, "positions": "rotary"}, "alike wherever they stand; take learned"),
         ({"scores": {"kind": "routing", "routed_heads": 9}}, "scores.routed_heads=9, and there are heads=4"),
+        (
+            {"scores": {"kind": "routing", "cluster_window": 5}, "pattern": {"kind": "window", "window": 9}},
+            "cluster_window counts the tokens of a cluster that a pattern hides: leave pattern.kind=window out",
+        ),
+        (
+            {
+                "scores": {"kind": "routing", "cluster_window": 5, "assign": "balanced"},
+                "architecture": "encoder_only",
+            },
+            "which assign=balanced has of one size: leave it out",
+        ),
         ({"scores": {"clusters": 5}}, "scores.clusters is for scores.kind=routing, not dot"),
         ({"weights": {"alpha": 1.5}}, "weights.alpha is for weights.kind=entmax, not softmax"),
         ({"l0": {"enabled": True}}, "l0 and learned_dropout are both enabled"),

@@ -14,11 +14,22 @@ from model.batch import Batch
 from model.config import pattern_config
 from model.config.model_config import ModelConfig
 from model.costs import parts
-from model.costs.totals import activations
+from model.costs.totals import activations, forward_flops
 from model.layers import chunked_loss
 from pretrain.engine.layer_transforms import checkpoint_activations, layers
 from pretrain.engine.sequence import Ulysses
-from tests.model.helpers import EVERY, MIXED, MIXED_BOTH_WAYS, NAMED, VOCABULARY, batch_of, build, configured, variant
+from tests.model.helpers import (
+    EVERY,
+    MIXED,
+    MIXED_BOTH_WAYS,
+    NAMED,
+    VOCABULARY,
+    batch_of,
+    build,
+    configured,
+    small,
+    variant,
+)
 
 ROWS = 3
 HEADS = 8
@@ -90,6 +101,20 @@ def test_every_variant(name: str, size: int) -> None:
     expected = counted.kept(checkpointing=False) + counted.loss
     measured = measure(config, size)
     assert expected == (pytest.approx(measured, rel=0.1) if name in ESTIMATES else measured)
+
+
+@pytest.mark.parametrize("architecture", ["decoder_only", "encoder_only"])
+def test_a_text_that_is_sorted_by_cluster(architecture: str) -> None:
+    """FLOPs are of the keys that are seen: 20 of a cluster, and 16 of a window, to either side."""
+    scores = {"kind": "routing", "clusters": 16, "cluster_window": 20, "window": 16}
+    config, other = (
+        small(architecture, width=48, heads=4, context=256, learned_dropout={"enabled": False}, scores=scores | changes)
+        for changes in ({}, {"cluster_window": None})
+    )
+    counted = activations(config, ROWS, 2)
+    assert counted.kept(checkpointing=False) + counted.loss == measure(config, 2)
+    keys = 20 + 16 if architecture == "decoder_only" else 40 + 31
+    assert forward_flops(other) - forward_flops(config) == 2 * 256 * 4 * 24 * (2 * 256 - keys)
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in ESTIMATES and "batchnorm" not in name])

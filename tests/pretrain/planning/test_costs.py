@@ -99,6 +99,7 @@ def test_gates_that_gain_nothing_are_told_and_time_is_that_of_what_is_executed(
         ("model.weights.kind=adaptive_span", "FLOPs are those of whole texts"),
         ("model.scores.kind=synthesizer", "synthesizer: "),
         ("model.scores.kind=routing", "clusters are a mask over them and save nothing"),
+        ("model.scores={kind: routing, cluster_window: 9}", " tokens by cluster, each sees 9 of its own"),
         ("model.heads=2", ""),
     ],
 )
