@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pretrain.inference.continuation import Continuation, Settings
     from pretrain.inference.trained import Trained
 
+_TOKENS = 200
+
 
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint or an export.")],
@@ -28,7 +30,7 @@ def generate(
         Path | None, typer.Option(metavar="FILE", help="Texts to continue, one on each line; empty lines are left out.")
     ] = None,
     step: Annotated[int | None, typer.Option("--step", help="Use the checkpoint of this step, not the newest.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most, for each text.")] = 200,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most, for each text.")] = _TOKENS,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="Divides the logits; 0 is --greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0: among all.")] = 50,
@@ -61,6 +63,10 @@ def generate(
             autocompletion=complete_decode,
         ),
     ] = None,
+    fill: Annotated[
+        bool,
+        typer.Option("--fill", help="Fill gaps: `<gap:5>` in a prompt is 5 missing tokens. Of a model that can."),
+    ] = False,
     iterations: Annotated[int, typer.Option(min=1, help="Passes of --decode mask_predict.")] = 10,
     candidates: Annotated[int, typer.Option(min=1, help="Lengths that nar and mask_predict try.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")] = 0,
@@ -93,7 +99,10 @@ def generate(
     drafting = Drafting(decode, iterations, candidates) if decode else None
     settings = Settings(sampling, tokens, tuple(stop or []), seed, drafting)
     texts = _given(prompt, prompts)
-    if not texts and _is_terminal() and not as_json and not html:
+    if fill:
+        others = bool(html or tokens != _TOKENS)
+        _fill(texts or [_standard_input()], open_trained(run, step, changes or []), settings, as_json, others)
+    elif not texts and _is_terminal() and not as_json and not html:
         ask(open_trained(run, step, changes or []), settings)
     else:
         _continue(texts or [_standard_input()], open_trained(run, step, changes or []), settings, as_json, html)
@@ -103,6 +112,20 @@ def _given(prompt: list[str] | None, prompts: Path | None) -> list[str]:
     from pretrain.inference.text import read_prompts
 
     return [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+
+
+def _fill(texts: list[str], trained: "Trained", settings: "Settings", as_json: bool, others: bool) -> None:
+    """Texts with their gaps filled, or a line of JSON for each; `others`: options were given that fit no gap."""
+    from pretrain.inference.filling import filled
+
+    if others or settings.stops or settings.drafting:
+        raise ConfigError("--fill: gaps say how long they are; leave --tokens, --stop, --decode and --html out")
+    found = filled(trained, texts, settings.sampling, settings.seed)
+    for number, text in enumerate(found, 1):
+        if as_json:
+            typer.echo(json.dumps(text.told(trained.tokenizer), allow_nan=False))
+        else:
+            typer.echo((f"== {number} of {len(found)} ==\n" if len(found) > 1 else "") + text.text)
 
 
 def _continue(texts: list[str], trained: "Trained", settings: "Settings", as_json: bool, html: Path | None) -> None:

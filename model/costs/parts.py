@@ -39,7 +39,7 @@ from model.config.mask_config import Site
 from model.config.model_config import ModelConfig
 from model.config.pattern_config import FULL, Patterns, keys_seen
 from model.config.transformer import TransformerConfig, TwoStreamConfig
-from model.costs.kernels import Attended, Kept, kept_by
+from model.costs.kernels import Attended, Kept, kept_by, kept_by_streams
 from model.costs.mixers import formed_bytes, mixed
 from model.layers.chunks import chunk_tokens
 
@@ -103,6 +103,8 @@ class Shape:
     """What patterns let be seen goes to FlexAttention, not to a form of our own (`Pattern.form`)."""
     patterns: Patterns = (FULL,)
     """Of the layer; before the layers, of the first one."""
+    asking: int = 0
+    """Of the tokens of a layer, those that only ask: attention has no keys of them (`model.attention.visibility`)."""
     layer: int = 0
     """Its number in its stream, where blocks were taken out of single feed forwards; else 0."""
 
@@ -116,7 +118,7 @@ class Shape:
 
     def scores(self, tokens: int, causal: bool) -> int:
         """FLOPs of q k^T and of the weights times v, in self attention."""
-        return round(4 * tokens * keys_seen(self.patterns, tokens, causal) * self.config.width)
+        return round(4 * tokens * keys_seen(self.patterns, tokens - self.asking, causal) * self.config.width)
 
     @property
     def post(self) -> bool:
@@ -188,10 +190,11 @@ def embedded(shape: Shape, tokens: int, *, causal: bool | None = None, again: bo
     """From ids to the first layer of a stream, which keeps its own input. `again`: tables were counted already."""
     config = shape.config
     causal = config.causal if causal is None else causal
-    parts = [Part(saved=shape.rows * tokens * 8)]
+    parts = [Part(saved=shape.rows * (tokens - shape.asking) * 8)]
     if config.positions == "learned":
         rows = 0 if again else config.context + config.uses_next_position
-        saved = 8 * (shape.rows if config.document_mask else 1) * (tokens + config.uses_next_position)
+        apart = config.document_mask or shape.asking  # positions of their own for each row
+        saved = 8 * (shape.rows if apart else 1) * (tokens + (config.uses_next_position and not shape.asking))
         parts.append(Part("position table", rows * config.width, saved=saved))
     if not isinstance(config, TransformerConfig):
         return parts
@@ -346,26 +349,28 @@ def attention_bytes(
     total = shape.vectors(queries) if read else 0
     patterns = shape.patterns if aligned and not shape.in_blocks else (FULL,)
     formed = in_layer and config.weights.shapes(aligned=aligned)
+    seen = keys - shape.asking
     if formed or config.attention == "explicit" or rate:
-        total += shape.vectors(queries) + 2 * shape.vectors(keys)
+        total += shape.vectors(queries) + 2 * shape.vectors(seen)
         if formed and config.weights.kind == "adaptive_span":
             total += (rows if shape.dense_mask else 1) * (queries + keys) * 8  # positions
-        total += formed_bytes(shape, queries, keys, heads, rate)
+        total += formed_bytes(shape, queries, seen, heads, rate)
     else:
         kept = Kept(rows * heads * queries * 4 + (rows * queries * keys * size if shape.dense_mask else 0))
         if aligned:
             dense = config.needs_weights
-            kept = kept_by(patterns, Attended(rows, keys, config.width, heads, size, causal, shape.dense_mask, dense))
+            of = Attended(rows, keys, config.width, heads, size, causal, shape.dense_mask, dense)
+            kept = kept_by_streams(of, shape.asking) if shape.asking else kept_by(patterns, of)
         total += kept.saved + (0 if read or kept.result else shape.vectors(queries))
         # Kernels read views of the projections, or turned and repeated copies beside them.
         if kept.views:
-            total += shape.vectors(queries) + 2 * shape.vectors(keys)
+            total += shape.vectors(queries) + 2 * shape.vectors(keys if group == 1 else seen)
         if kept.views and turned and group == 1:
             total += shape.vectors(keys) + (0 if cross else shape.vectors(queries))
         elif kept.views and not turned and not cross and group > 1:
             total += 2 * shape.vectors(keys) // group
     if turned:
-        tables = rows if config.document_mask else 1
+        tables = rows if config.document_mask or shape.asking else 1
         total += tables * (queries + keys) * (config.width // heads // 2) * 2 * _FP32
     return total
 

@@ -22,6 +22,8 @@ class Batches:
 
     def __init__(self, device: torch.device, objective: Objective) -> None:
         self.objective = objective
+        self.in_order = None if objective.in_order is None else Batches(device, objective.in_order(objective.setting))
+        """Of the same text, for bits per byte (`Objective.in_order`)."""
         self._device = device
 
     @classmethod
@@ -40,6 +42,7 @@ class Batches:
             packed=config.data.packing == "best_fit",
             two_sequences=config.model.traits.two_sequences,
             targets=config.model.lengths[1],
+            target_span=config.model.target_span,
         )
         return cls(device, config.objective(setting))
 
@@ -66,10 +69,13 @@ class Batches:
                 starts = windows.document_starts(batches.tolist(), offsets.tolist(), range(len(indices)))
         return self._batch(tokens, indices if len(indices) else np.zeros(1, np.int64), starts, 0, _VALIDATION_SEED)
 
-    def sources_of_labels(self, windows: AnyWindows, indices: np.ndarray) -> np.ndarray:
+    def sources_of_labels(self, windows: AnyWindows, indices: np.ndarray, batch: Batch) -> np.ndarray:
         """Number in `windows.sources` of the source that each label of `of_validation` is of, int64 [B, labels]; or
         [B, 1] where those of a window are all of one."""
-        return self.objective.label_sources(windows.sources_of(indices))
+        sources = windows.sources_of(indices)
+        if batch.query_positions is not None:
+            return np.take_along_axis(sources, batch.query_positions.cpu().numpy(), axis=1)
+        return self.objective.label_sources(sources)
 
     def _batch(
         self, windows: np.ndarray, positions: np.ndarray, starts: np.ndarray | None, step: int, seed: int

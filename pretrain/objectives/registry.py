@@ -9,10 +9,11 @@ from pretrain.objectives.continuation import NextChunk
 from pretrain.objectives.masked import Masked
 from pretrain.objectives.objective import Objective
 from pretrain.objectives.pairs import Pairs
+from pretrain.objectives.permutation import RandomOrder
 from pretrain.objectives.prefix import Prefix
 from pretrain.objectives.span_corruption import SpanCorruption
 
-_ALL: tuple[type[Objective], ...] = (Causal, Prefix, Masked, SpanCorruption, Pairs, NextChunk)
+_ALL: tuple[type[Objective], ...] = (Causal, Prefix, Masked, SpanCorruption, Pairs, NextChunk, RandomOrder)
 OBJECTIVES = {objective.name: objective for objective in _ALL}
 
 
