@@ -28,5 +28,5 @@ lint: setup  ## Style, format and types
 drills: setup  ## Long proofs
 	@$(BIN)/python -m pytest -m drill
 
-bench: setup  ## Measure what is claimed about speed
-	@failed=0; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || failed=1; done; exit $$failed
+bench: setup  ## Measure what is claimed about speed; ONLY="NAME…" for some of it
+	@$(BIN)/python benchmarks $(if $(ONLY),--only $(ONLY))

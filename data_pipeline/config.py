@@ -16,6 +16,7 @@ def _without_a_secret(place: str) -> str:
 
 
 _LONGEST_SYMBOL = 1000
+CHAT_TEMPLATE = "{role}\n{content}{eos}"
 _HALF = re.compile("[\ud800-\udfff]")
 Place = Annotated[str, AfterValidator(_without_a_secret)]
 """A path or a URI."""
@@ -70,12 +71,28 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     target_key: Annotated[str | None, may_change.BUILD] = None
     """Key or column of a second text, which makes each object or row a pair: `text_key` is read, this one is to be
     written (`data.objective=pairs`). All sources have one, or none has."""
+    prefix: Annotated[str, may_change.BUILD] = ""
+    """Of pairs: a text before each source, which names the task where several are mixed ("summarize: ")."""
+    messages_key: Annotated[str | None, may_change.BUILD] = None
+    """Key of a conversation in a JSONL object, instead of `text_key`: a list of objects with `role` (system, user or
+    assistant) and `content`. With one such source a dataset is for `data.objective=conversations`: pairs are questions
+    with their answers then, and plain text is to be written whole."""
     filter: FilterConfig = FilterConfig()
     weight: Annotated[float | None, may_change.PHASE] = Field(default=None, gt=0.0)
     """Share of the training samples that come from this source, beside the weights of the others; what it has of tokens
     unless given. Kept with the dataset, whose tokens do not depend on it, for runs without weights of their own."""
     repeat: Annotated[float | None, may_change.PHASE] = Field(default=None, gt=0.0)
     """At most this many epochs of this source; without it as many as its weight asks for. Kept as `weight` is."""
+
+    @model_validator(mode="after")
+    def _a_prefix_stands_before_a_source(self) -> Self:
+        if self.prefix and self.target_key is None:
+            raise ValueError(
+                f"prefix={self.prefix!r} names the task of pairs, and there is no target_key: leave it out"
+            )
+        if _HALF.search(self.prefix):
+            raise ValueError(f"prefix={self.prefix!a} holds half a surrogate pair, which is no text")
+        return self
 
 
 class TokenizerConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -134,6 +151,8 @@ class SplitConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Key of the text in the JSONL objects of `files`."""
     target_key: Annotated[str | None, may_change.BUILD] = None
     """As `target_key` of a source, for `files`."""
+    messages_key: Annotated[str | None, may_change.BUILD] = None
+    """As `messages_key` of a source, for `files`."""
 
     @model_validator(mode="after")
     def _files_belong_to_given(self) -> Self:
@@ -157,6 +176,10 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     tokenizer: TokenizerConfig = TokenizerConfig()
     split: SplitConfig = SplitConfig()
     duplicates: DuplicateConfig = DuplicateConfig()
+    chat_template: Annotated[str, may_change.BUILD] = CHAT_TEMPLATE
+    """How a message of a conversation is written: a text with `{role}` and, behind it, `{content}`. Directly behind the
+    content stands a piece that no text gives, which ends a turn: `{eos}`, the tokenizer's end-of-text, or one of its
+    own, such as `<|im_end|>`."""
     shuffle: Annotated[bool, may_change.BUILD] = False
     """Put the training documents of each source into a random order, which depends on `seed` alone. Without it they
     stand as in the input."""
@@ -169,8 +192,8 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     objective: Annotated[str, may_change.IN_FORK] = "causal"
     """What a model learns from the text: the next token; the same behind a prefix that is read both ways; tokens hidden
     by `<mask>` (BERT), which it needs among `tokenizer.user_defined_symbols`; spans cut out, each for a sentinel (T5),
-    of `tokenizer.sentinels`; the target of a source, of a dataset built with `target_key`. Each needs a
-    `model.architecture` that fits."""
+    of `tokenizer.sentinels`; the target of a source, of a dataset built with `target_key`; what the assistant says, of
+    one built with `messages_key`. Each needs a `model.architecture` that fits."""
     weights: Annotated[dict[str, float], may_change.PHASE] = {}
     """Shares of the training samples by source, instead of the sources' own `weight`, or of those that the dataset was
     built with; a source left out is not read."""
@@ -188,9 +211,32 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Raise it by one to go on with other data, weights or order in the same run: the change begins a new phase."""
 
     @property
+    def chat(self) -> bool:
+        """Whether sources hold conversations."""
+        return any(source.messages_key is not None for source in self.sources.values())
+
+    @property
     def pairs(self) -> bool:
-        """Whether the sources hold pairs of texts."""
-        return any(source.target_key is not None for source in self.sources.values())
+        """Whether the sources hold pairs of texts, and nothing else."""
+        return not self.chat and any(source.target_key is not None for source in self.sources.values())
+
+    @model_validator(mode="after")
+    def _conversations_are_whole(self) -> Self:
+        head, _, tail = self.chat_template.partition("{content}")
+        if "{role}" not in head or not tail or "{content}" in tail:
+            raise ValueError(
+                f"chat_template: {self.chat_template!r} must hold {{role}}, then {{content}} once, and behind it what "
+                f"ends a turn, as {CHAT_TEMPLATE!r} does"
+            )
+        places: dict[str, SourceConfig | SplitConfig] = {f"sources.{name}": of for name, of in self.sources.items()}
+        for name, of in (places | {"split": self.split}).items():
+            if of.messages_key is not None and of.target_key is not None:
+                raise ValueError(f"{name}: messages_key and target_key: it holds conversations or pairs; name one")
+        if self.split.messages_key is not None and not self.chat:
+            raise ValueError("split.messages_key is set, and no source holds conversations")
+        if self.chat and self.split.rule == "tail":
+            raise ValueError("split.rule=tail cuts within a text, and a conversation would be torn; take hash or given")
+        return self
 
     @model_validator(mode="after")
     def _pairs_are_whole(self) -> Self:

@@ -44,7 +44,7 @@ class OpenDataset:
         from data_pipeline.inspection.statistics import documents
 
         for parts in documents(self.dataset, split, source):
-            yield np.concatenate(parts)[:-1]
+            yield self.dataset.manifest.plain(np.concatenate(parts))[:-1]
 
     def texts(self, split: Split = "train", source: str | None = None) -> Iterator[str]:
         """Each document's text; that of a tokenizer that normalises is the normalised one."""
@@ -59,7 +59,8 @@ class OpenDataset:
         from data_pipeline.sampling.windows import Windows
 
         windows = Windows.of(self.dataset, split, context, source=source)
-        return (windows.read(np.array([number]))[0] for number in range(len(windows)))
+        plain = self.dataset.manifest.plain
+        return (plain(windows.read(np.array([number]))[0]) for number in range(len(windows)))
 
 
 class LoadedModel:

@@ -33,7 +33,7 @@ ConfigArgs = Annotated[
 RunArg = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint or an export.", autocompletion=complete_runs)
 ]
-FREE_TEXT = ("--prompt", "--stop")
+FREE_TEXT = ("--prompt", "--stop", "--chat")
 """What these options take is no place, and is written nowhere."""
 StepOption = Annotated[int | None, typer.Option("--step", help="Use the checkpoint of this step, not the newest.")]
 app = typer.Typer(
@@ -181,6 +181,35 @@ def evaluate(
     for task, metrics in evaluate_tasks(run, step, tasks.split(","), changes).items():
         for name, value in metrics.items():
             typer.echo(f"{f'{task}/{name}':<42} {value:.6f}")
+
+
+@app.command()
+def embed(
+    run: RunArg,
+    texts: Annotated[Path, typer.Argument(metavar="TEXTS", help="A text on each line; or JSON Lines, by its name.")],
+    to: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where the vectors go: a name that ends in .npy, .arrow or .jsonl.")
+    ],
+    text_key: Annotated[str, typer.Option(help="Key of the text in JSON Lines.")] = "text",
+    batch: Annotated[int, typer.Option(min=1, help="Texts that are computed together, if they are equally long.")] = 32,
+    normalised: Annotated[bool, typer.Option("--normalised", help="Vectors of length 1.")] = False,
+    step: StepOption = None,
+) -> None:
+    """Make a vector of each text: the mean over its tokens of the model's last states.
+
+    Example: `duet embed runs/encoder texts.txt --to vectors.npy --normalised`
+    """
+    from data_pipeline.files.vectors import check_name, write_vectors
+    from launch.progress import counted
+    from pretrain.export.use import open_trained
+    from pretrain.inference.embedding import read_texts, vectors
+
+    check_name(to)
+    given = read_texts(texts, text_key)
+    with counted("embedding") as progress:
+        found = vectors(open_trained(run, step), given, batch, normalised=normalised, progress=progress)
+    write_vectors(to, found)
+    typer.echo(f"{to}: {len(found):,} vectors of {found.shape[1]:,}")
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """What goes into every architecture and what comes out."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,41 @@ class Counts(NamedTuple):
     """Of all that is said of labels, and of the positions of a decoder that reads padded targets."""
     tokens: Tensor
     """Of all that is said of the inputs' positions, where some are padding."""
+
+
+class RowExchange(Protocol):
+    """How ranks that share rows of tokens give each other what attention needs (docs/engine.md, sequence parallelism).
+
+    Both ways carry gradients, and all ranks that share rows go them as often and in the same order.
+    """
+
+    size: int
+    """Ranks that share each row."""
+    rank: int
+    """Which of them this one is, from 0."""
+
+    def heads(self, *vectors: Tensor) -> tuple[Tensor, ...]:
+        """[B, T / size, H, d] of each, the rank's positions -> [B, T, H / size, d], its heads; H and d may differ."""
+        ...
+
+    def positions(self, x: Tensor) -> Tensor:
+        """The way back: [B, T, H / size, d] -> [B, T / size, H, d]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which positions of its rows a batch holds, where ranks share them, and what attention must know of the others."""
+
+    exchange: RowExchange
+    first: int
+    """Column, in the whole rows, of the first position."""
+    shape: torch.Size
+    """(B, T) of the whole rows."""
+    segment_ids: Tensor | None
+    """[B, T], as below, of the whole rows."""
+    position_ids: Tensor | None
+    """[B, T], as below, of the whole rows."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +87,27 @@ class Batch:
     counts: Counts | None = None
     """The batch's own numbers unless given. Where the micro-batches of a step hold unequal numbers, the means of these:
     then the mean over the micro-batches is the mean over all labels, or tokens, of the step."""
+
+    share: Share | None = None
+    """Where ranks share these rows: all that is [B, T] here is of one rank's positions, which are a micro-batch of the
+    step by themselves; `position_ids` are given."""
+
+    def shared(self, exchange: RowExchange) -> "Batch":
+        """What one of the ranks that share these rows holds: of each as many positions as the others, side by side."""
+        rows, length = self.input_ids.shape
+        held = length // exchange.size
+        first = exchange.rank * held
+        columns = torch.arange(length, device=self.input_ids.device).expand(rows, -1)
+        tensors = {
+            "input_ids": self.input_ids,
+            "labels": self.labels,
+            "segment_ids": self.segment_ids,
+            "position_ids": columns if self.position_ids is None else self.position_ids,
+            "padding": self.padding,
+        }
+        share = Share(exchange, first, self.input_ids.shape, self.segment_ids, self.position_ids)
+        cut = {name: None if x is None else x[:, first : first + held].contiguous() for name, x in tensors.items()}
+        return replace(self, share=share, **cut)  # type: ignore[arg-type]
 
     def num_labels(self) -> Tensor:
         """Labels that are not IGNORE, 0-d int64."""

@@ -58,7 +58,7 @@ def main(args: list[str]) -> int:
             from pretrain.trainer import train
 
             try:
-                with join(config.engine.timeout_minutes) as ranks:
+                with join(config.engine.timeout_minutes, config.engine.sequence_parallel) as ranks:
                     return exit_code(train(config, ranks, stop, started, failure_file))
             except BaseException as error:
                 if stop.code is None:

@@ -19,7 +19,7 @@ from data_pipeline.files.filesystem import is_uri
 from data_pipeline.files.mapped import told
 from data_pipeline.sampling import packing_plan
 from data_pipeline.sampling.data_state import DataState
-from data_pipeline.sampling.sample_plan import Plan, go_on, told_shares, wanted_phase
+from data_pipeline.sampling.sample_plan import Plan, go_on, told_cut, told_shares, wanted_phase
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.manifest import Manifest
 from model.architectures import registry
@@ -31,6 +31,7 @@ from pretrain.config.dataset_identity import complete, identity
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
+from pretrain.engine.sequence import Ulysses
 from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.evaluate import held_out
 from pretrain.finetune.base import check_tokenizer, prepare
@@ -107,7 +108,8 @@ def claim(config: Config, ranks: Ranks, stack: ExitStack) -> Claim:
     if staged and config.data.packing == "best_fit":  # `_tie` has packed the first node's copy
         pack = partial(packing_plan.prepare, dataset, config.model.context, slow_progress())
         ranks.together(lambda: pack() if first_of_node else None)
-    batches = ranks.together(lambda: Batches.of(config, dataset, ranks.device))
+    exchange = Ulysses(ranks) if ranks.sequence_parallel > 1 else None
+    batches = ranks.together(lambda: Batches.of(config, dataset, ranks.device, exchange))
     return Claim(config, ranks, folder, dataset, batches, lease, attempt)
 
 
@@ -135,6 +137,8 @@ def open_parts(claim: Claim, stop: StopRequest, started: float, stack: ExitStack
     ranks.together(lambda: recorder.start(step, facts, past.num_rollbacks))
     if shares := told_shares(claim.dataset, config.data, data.phases[-1]):
         recorder.note(shares)
+    for line in told_cut(claim.dataset, data.phases[-1]):
+        recorder.note(line)
     if damaged:
         recorder.warning(journal.told_damaged(damaged))
     warn = recorder.warning if ranks.is_first else lambda text: print(f"warning: {text}", file=sys.stderr)

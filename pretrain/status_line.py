@@ -18,6 +18,7 @@ TICK_SECONDS = 1.0
 USUAL_WIDTH = 80
 _WORDS = re.compile(r" *(?:\S*`[^`]*`\S*|\S+)")
 _LABEL = re.compile(r" *\S+(?: \S+)* {2,}")
+JSON = ('{"', "[{", '["')
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -100,12 +101,12 @@ class StatusLine:
 
 def fit(text: str, width: int, end: str = "") -> str:
     """Lines that are too long, broken at spaces, but not within a command in backticks; the rest of a line stands below
-    its second column. `end` is put where one is broken: a backslash keeps a command one."""
+    its second column. `end` is put where one is broken: a backslash keeps a command one. JSON stays as it is."""
     return "\n".join(_fit_line(line, width, end) for line in text.split("\n"))
 
 
 def _fit_line(line: str, width: int, end: str) -> str:
-    if len(line) <= width:
+    if len(line) <= width or line.startswith(JSON):
         return line
     label = _LABEL.match(line)
     indent = " " * (label.end() if label and label.end() <= width // 2 else 0)

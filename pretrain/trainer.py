@@ -84,8 +84,8 @@ class Loop:
         reader = Reader(
             self._plan,
             global_batch=config.global_batch,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            rank=ranks.reader,
+            world_size=ranks.readers,
             start=parts.data.samples_seen,
             documents=claim.batches.objective.needs_documents,
         )
@@ -220,12 +220,13 @@ class Loop:
         """Begin to save. The checkpoint is there when `life` is told so."""
         claim, parts, state = self._claim, self._parts, dict[str, Any]()
         if claim.ranks.is_first:
-            path = claim.folder.path
+            path, template = claim.folder.path, claim.dataset.manifest.chat_template
             tracked = State.load(path) if state_path(path).exists() else None
             state = {
                 "data": self._data.model_dump(),
                 "run": claim.folder.id,
                 "tokenizer": claim.dataset.manifest.tokenizer.sha256,
+                **({"chat_template": template} if template is not None else {}),
                 "attempt": claim.attempt,
                 "types": parts.engine.types,
                 "config": claim.config.model_dump(mode="json"),

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "launch": {"launch", "pretrain", "model", "data_pipeline"},
 }
 ONLY_IN = {
-    "deepspeed": ("pretrain/engine/engine.py",),
+    "deepspeed": ("pretrain/engine/engine.py", "pretrain/engine/sequence.py"),
     "mlflow": ("pretrain/tracking/mlflow_sync.py", "pretrain/tracking/mlflow_store.py"),
     "transformers": ("pretrain/export/hugging_face/",),
     "lm_eval": ("pretrain/export/harness.py",),

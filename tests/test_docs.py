@@ -59,7 +59,7 @@ RUN_ELSEWHERE = {
     "srun --kill-on-bad-exit=1 duet-rank model/tiny run/quickstart data.path=data/mine run.name=wide": "Slurm",
     "bash slurm/tokenize.sbatch 32 mine.yaml data.path=data/shared": "tests/slurm/test_tokenize.py",
     "duet data upload data/mine s3://bucket/mine": "tests/data_pipeline/storage/test_remote.py",
-    "duet checkpoint shrink runs/gated --gates --to smaller": "tests/pretrain/export/test_shrink.py",
+    "duet checkpoint shrink runs/gated --gates --to smaller": "tests/pretrain/export/smaller/test_gates.py",
     "duet checkpoint import SmolLM-135M --to imported": "docs/after.md, with a model of ours",
     "duet train run/quickstart --from imported data.path=data/own run.name=tuned": "tests/pretrain/test_finetune.py",
     "duet cancel runs/first": "tests/slurm/test_status.py",

@@ -54,14 +54,15 @@ def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
     identity: dict[str, Any] = {
         "tokenizer": tokenizer_identity(config.tokenizer),
         "split": {
-            **config.split.model_dump(exclude={"files", "target_key"}),
-            **config.split.model_dump(include={"target_key"}, exclude_defaults=True),
+            **config.split.model_dump(exclude={"files", "target_key", "messages_key"}),
+            **config.split.model_dump(include={"target_key", "messages_key"}, exclude_defaults=True),
         },
         "errors": config.errors,
         "seed": config.seed,
         "cut": CUT_RULE,
         "shard_tokens": config.shard_tokens,
         **config.model_dump(include={"duplicates", "shuffle"}, exclude_defaults=True),
+        **({"chat_template": config.chat_template} if config.chat else {}),
         "sources": {},
     }
     for name, files in zip(source_names(config), inputs, strict=True):
@@ -69,7 +70,7 @@ def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
         kept = filter_identity(source.filter, f"data.sources.{name}.filter")
         identity["sources"][name] = {
             "text_key": source.text_key,
-            **source.model_dump(include={"target_key"}, exclude_defaults=True),
+            **source.model_dump(include={"target_key", "messages_key", "prefix"}, exclude_defaults=True),
             **({"filter": kept} if kept else {}),
             "inputs (xxh3)": [f"{kind(path)} {digest}" for path, _, digest in files],
         }

@@ -57,6 +57,8 @@ def describe(
     rule = {**config.split.model_dump(include={"rule", "fraction"}), "seed": config.seed, "cut": CUT_RULE}
     if config.pairs:
         rule["pairs"] = True
+    if config.chat:
+        rule["chat_template"] = config.chat_template
     return Manifest(
         fingerprint=fingerprint(made_by, assembly.dtype, rule, shards),
         identity=plan.identity,
@@ -73,6 +75,7 @@ def describe(
         shards=shards,
         splits=splits,
         pairs=config.pairs,
+        chat_template=config.chat_template if config.chat else None,
         **mixture(config),
     )
 

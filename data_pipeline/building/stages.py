@@ -24,6 +24,7 @@ from data_pipeline.ingest.filters import Filter
 from data_pipeline.ingest.sources import Unit, hash_file
 from data_pipeline.ingest.splits import SPLITS, Split, SplitPiece, UnitReader, source_config
 from data_pipeline.storage.shards import token_dtype
+from data_pipeline.tokenize.chat_template import ChatTemplate
 from data_pipeline.tokenize.tokenizer import Reservoir, Segment, Tokenizer
 
 _GROUP_CHARACTERS = 2**20  # Text that is tokenized at once, for each thread: enough to keep it busy.
@@ -196,12 +197,17 @@ class _Stream:
         self.documents = self.bytes = self.unknown = 0
         self.byte_counts = np.zeros(256, np.int64)
 
-    def add(self, piece: SplitPiece, ids: np.ndarray, unk_id: int, eos: np.ndarray) -> None:
+    def add(
+        self, piece: SplitPiece, ids: np.ndarray, unk_id: int, eos: np.ndarray, template: ChatTemplate | None
+    ) -> None:
         self.documents += piece.starts
         self.bytes += len(piece.data)
         self.unknown += int(np.count_nonzero(ids == unk_id))
         if piece.split == "validation":
             self.byte_counts += np.bincount(np.frombuffer(piece.data, np.uint8), minlength=256)
+        if template is not None:
+            self.writer.append(template.framed(ids, piece.turn, piece.ends), piece.starts, piece.key)
+            return
         self.writer.append(ids, piece.starts, piece.key)
         if piece.ends:
             self.writer.append(eos, False, piece.key)
@@ -220,7 +226,9 @@ def tokenize(context: Context, unit: Unit, advance: Advance) -> UnitFacts:
     """Writes the unit's tokens and its journal. Raises DataError as the readers do, and when the disk refuses."""
     assert context.tokenizer is not None
     tokenizer = Tokenizer.of(context.tokenizer)
-    dtype, eos = token_dtype(tokenizer.vocab_size), np.array([tokenizer.eos_id])
+    chat = context.config.chat
+    template = ChatTemplate(context.config.chat_template, tokenizer) if chat else None
+    dtype, eos = token_dtype(tokenizer.vocab_size * (1 + chat)), np.array([tokenizer.eos_id])
     reader = context.reader(unit, advance)
     streams = {
         split: _Stream(
@@ -232,7 +240,7 @@ def tokenize(context: Context, unit: Unit, advance: Advance) -> UnitFacts:
         for group in _groups(reader.pieces(), _GROUP_CHARACTERS * context.threads):
             encoded = tokenizer.encode([piece.text for piece in group], context.threads)
             for piece, ids in zip(group, encoded, strict=True):
-                streams[piece.split].add(piece, ids, tokenizer.unk_id, eos)
+                streams[piece.split].add(piece, ids, tokenizer.unk_id, eos, template)
         for stream in streams.values():
             stream.writer.finish()
     finally:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from data_pipeline.errors import DataError
 from data_pipeline.files.filesystem import CHUNK_BYTES, open_binary, open_raw
@@ -18,6 +18,7 @@ MAX_LINE_BYTES = 64 * 2**20
 """Longest line of a JSONL file, and longest text in a table: these are held in memory whole."""
 
 Errors = Literal["strict", "replace"]
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass
@@ -36,6 +37,14 @@ class ReadCounts:
     """Bytes taken from the files as they lie on disk (compressed, if they are)."""
 
 
+class Message(NamedTuple):
+    """What is said in a turn of a conversation."""
+
+    role: str
+    """One of ROLES."""
+    content: str
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """A document that is about to be read."""
@@ -50,6 +59,8 @@ class Document:
     """The object or row it came in; empty for plain text."""
     pair: tuple[str, str] | None = None
     """Source and target, whose texts `chunks` gives one after the other."""
+    messages: Sequence[Message] | None = None
+    """Of a conversation, whose texts `chunks` gives one after the other."""
 
 
 def document_of(place: int, number: int, texts: Sequence[str], record: Mapping[str, Any]) -> Document:
@@ -57,6 +68,11 @@ def document_of(place: int, number: int, texts: Sequence[str], record: Mapping[s
     pair = (texts[0], texts[1]) if len(texts) == 2 else None
     chunks = texts if pair is None or all(pair) else ()
     return Document(place, number, lambda _: iter(chunks), record, pair)
+
+
+def conversation_of(place: int, number: int, messages: Sequence[Message], record: Mapping[str, Any]) -> Document:
+    """Of these messages; without any it counts as empty."""
+    return Document(place, number, lambda _: iter([told.content for told in messages]), record, None, messages)
 
 
 def decode(data: bytes, final: bool, errors: Errors, where: object, offset: int, counts: ReadCounts) -> tuple[str, int]:
@@ -111,11 +127,13 @@ def read_jsonl(
     begin: int = 0,
     end: int | None = None,
     target_key: str | None = None,
+    messages_key: str | None = None,
 ) -> Iterator[Document]:
     """The objects of the lines that start at byte `begin` or behind and before byte `end`; blank lines are no objects.
 
-    Raises DataError that names file and line: no JSON object, no string under `text_key` (or `target_key`), not UTF-8,
-    or a line above MAX_LINE_BYTES. These are held in memory whole.
+    Raises DataError that names file and line: no JSON object, no string under `text_key` (or `target_key`), no
+    conversation under `messages_key`, which is read instead, not UTF-8, or a line above MAX_LINE_BYTES. These are held
+    in memory whole.
     """
     with open_binary(name) as (file, raw):
         base, offset, number = counts.input_bytes, begin, 0
@@ -132,6 +150,16 @@ def read_jsonl(
             text = decode(line, True, errors, where, offset, counts)[0].removeprefix(_BOM)
             if text and not text.isspace():
                 record = _object(text, where)
+                if messages_key is not None:
+                    said = messages_of(record, messages_key, errors, where, counts)
+                    if said and all(told.role != "assistant" for told in said):
+                        raise DataError(
+                            f"{where}: no message of {messages_key!r} is the assistant's, so there is nothing to learn "
+                            f"from it; make {messages_key!r} null, which leaves the object out"
+                        )
+                    yield conversation_of(offset, number, said, record)
+                    offset += len(line)
+                    continue
                 keys = (text_key,) if target_key is None else (text_key, target_key)
                 texts = [_text_of(record, key, errors, where, counts) for key in keys]
                 yield document_of(offset, number, texts, record)
@@ -202,12 +230,41 @@ def _text_of(record: Mapping[str, Any], text_key: str, errors: Errors, where: ob
             "text_key (or target_key) of the source to one of them; or make the value a string, or null, which leaves "
             "the object out"
         )
+    return _whole(text, text_key, errors, where, counts)
+
+
+def messages_of(
+    record: Mapping[str, Any], key: str, errors: Errors, where: object, counts: ReadCounts
+) -> list[Message]:
+    """The conversation in a JSON object; null, or a list of nothing, is none, so that it is dropped and counted.
+
+    Raises DataError if there is no such key, or no list of objects with a role and a string as content under it, and
+    for half a surrogate pair if `strict`."""
+    if key not in record:
+        keys = ", ".join(map(repr, record)) or "none"
+        raise DataError(f"{where} has no key {key!r}; its keys: {keys}. Set messages_key of the source to one of them")
+    if record[key] is not None and not isinstance(record[key], list):
+        raise DataError(f"{where}: {key!r} is a {type(record[key]).__name__}, not a list of messages")
+    found = []
+    for number, item in enumerate(record[key] or [], 1):
+        role, content = (item.get("role"), item.get("content")) if isinstance(item, dict) else (None, None)
+        if role not in ROLES or not isinstance(content, str):
+            raise DataError(
+                f"{where}: message {number} of {key!r} is {item!r:.80}, and not an object with role ("
+                f"{', '.join(ROLES)}) and content, a string; mend it, or make {key!r} null, which leaves the object out"
+            )
+        found.append(Message(role, _whole(content, key, errors, where, counts)))
+    return found
+
+
+def _whole(text: str, key: str, errors: Errors, where: object, counts: ReadCounts) -> str:
+    """Text that is UTF-8. Raises DataError for half a surrogate pair if `strict`."""
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError as error:
         if errors == "strict":
             raise DataError(
-                f"{where}: {text_key!r} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), which is no "
+                f"{where}: {key!r} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), which is no "
                 "text; mend the file, or set data.errors=replace to put U+FFFD in its place"
             ) from None
         text, replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)

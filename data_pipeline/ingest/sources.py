@@ -1,6 +1,7 @@
 """The files of a source, in an order that depends on names alone, and the shares of them that are worked on at once."""
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.files.filesystem import is_uri, open_raw, stamp
 from data_pipeline.files.formats import check_packing, kind, packing
 from data_pipeline.ingest.listing import Listing
-from data_pipeline.ingest.readers import Document, Errors, ReadCounts, plain_document, read_jsonl
+from data_pipeline.ingest.readers import Document, Errors, Message, ReadCounts, plain_document, read_jsonl
 
 CUT_RULE = "1 MiB, after the next newline or at 2 MiB"
 """How long documents are cut. Part of the fingerprint, since pieces are tokenized one by one."""
@@ -24,8 +25,18 @@ UNIT_FILES = 10_000
 """A unit of work gathers files up to this size and number; larger ones are divided where their format allows."""
 
 
+class Turn(NamedTuple):
+    """What a piece is of a message."""
+
+    role: str
+    opens: bool
+    """It is the message's first."""
+    closes: bool
+    """It is the message's last."""
+
+
 class Piece(NamedTuple):
-    """A stretch of a document, never empty."""
+    """A stretch of a document, never empty unless it is a message."""
 
     text: str
     data: bytes
@@ -34,6 +45,10 @@ class Piece(NamedTuple):
     """Whether the next piece belongs to the same document."""
     ends_source: bool = False
     """Whether the next piece is the first of the target of a pair."""
+    turn: Turn | None = None
+    """Of a conversation."""
+    known_by: bytes = b""
+    """Of the first piece of a conversation, or of a pair with a prefix: what tells it from others."""
 
 
 def cut(chunks: Iterable[str], after: int = CUT_AFTER, limit: int = CUT_LIMIT) -> Iterator[Piece]:
@@ -51,16 +66,34 @@ def cut(chunks: Iterable[str], after: int = CUT_AFTER, limit: int = CUT_LIMIT) -
         yield Piece(buffer.decode(), buffer, False)
 
 
-def pieces(document: Document, counts: ReadCounts) -> Iterator[Piece]:
-    """A document in pieces; of a pair first the source, then the target. None of an empty one, or of half a pair."""
-    if document.pair is None:
+def pieces(document: Document, counts: ReadCounts, prefix: str = "", chat: bool = False) -> Iterator[Piece]:
+    """A document in pieces; of a pair first the source, then the target. None of an empty one, or of half a pair.
+
+    `prefix` stands before the source of a pair; `chat`: a pair is a question with its answer."""
+    if document.messages is not None:
+        known_by = b"\0".join(part.encode() for message in document.messages for part in message)
+        yield from _turns(document.messages, known_by)
+    elif document.pair is None:
         yield from cut(document.chunks(counts))
     elif all(document.pair):
         source, target = document.pair
-        yield from (
-            piece if piece.continues else piece._replace(continues=True, ends_source=True) for piece in cut([source])
-        )
+        known_by = source.encode() if chat or prefix else b""
+        if chat:
+            yield from _turns([Message("user", prefix + source), Message("assistant", target)], known_by)
+            return
+        for piece in cut([prefix + source]):
+            yield piece._replace(continues=True, ends_source=not piece.continues, known_by=known_by)
+            known_by = b""
         yield from cut([target])
+
+
+def _turns(messages: Sequence[Message], known_by: bytes) -> Iterator[Piece]:
+    for left, message in zip(range(len(messages) - 1, -1, -1), messages, strict=True):
+        opens = True
+        for piece in itertools.chain(cut([message.content]), [] if message.content else [Piece("", b"", False)]):
+            turn = Turn(message.role, opens, not piece.continues)
+            yield piece._replace(continues=piece.continues or left > 0, turn=turn, known_by=known_by)
+            opens, known_by = False, b""
 
 
 def _cut_point(buffer: bytes, start: int, after: int, limit: int) -> int | None:
@@ -215,10 +248,13 @@ def documents(part: Slice, config: SourceConfig, errors: Errors, counts: ReadCou
     match kind(part.name):
         case "plain" if config.target_key is not None:
             raise DataError(f"{part.name} is plain text, which holds no pairs: give JSONL, Parquet or Arrow")
+        case other if config.messages_key is not None and other != "jsonl":
+            raise DataError(f"{part.name}: conversations are read from JSON Lines: write one object a line")
         case "plain":
             yield plain_document(part.name, errors, config.text_key)
         case "jsonl":
-            yield from read_jsonl(part.name, config.text_key, errors, counts, part.begin, part.end, config.target_key)
+            more = (config.target_key, config.messages_key)
+            yield from read_jsonl(part.name, config.text_key, errors, counts, part.begin, part.end, *more)
         case table:
             from data_pipeline.ingest.table_readers import Columns, read_arrow, read_parquet
 

@@ -12,7 +12,7 @@ from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.files.formats import is_utf8
 from data_pipeline.ingest.readers import Document, ReadCounts
-from data_pipeline.ingest.sources import Piece, Slice, Source, Unit, check_unchanged, documents, pieces
+from data_pipeline.ingest.sources import Piece, Slice, Source, Turn, Unit, check_unchanged, documents, pieces
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -40,6 +40,8 @@ class SplitPiece(NamedTuple):
     """Whether a text ends here: the document, or the source of a pair. A `tail` cut inside a document is not an end."""
     key: int
     """Where the document comes in a shuffle: uniform in 0 to 2^64 - 1, from its place in the source and the seed."""
+    turn: Turn | None = None
+    """Of a conversation."""
 
 
 class Dropped(NamedTuple):
@@ -84,7 +86,9 @@ def source_names(config: DataConfig) -> list[str]:
 def given_source(config: DataConfig) -> SourceConfig:
     """The held-out files as a source."""
     split = config.split
-    return SourceConfig(paths=split.files, text_key=split.text_key, target_key=split.target_key)
+    return SourceConfig(
+        paths=split.files, text_key=split.text_key, target_key=split.target_key, messages_key=split.messages_key
+    )
 
 
 def source_config(config: DataConfig, name: str) -> SourceConfig:
@@ -143,7 +147,7 @@ class UnitReader:
 
     def pieces(self) -> Iterator[SplitPiece]:
         """The text that is kept. Raises DataError as the readers do."""
-        config, pieces = self._config, self._pieces()
+        config, pieces = self._config, self._pieces(source_config(self._config, self._unit.source).prefix)
         if config.split.rule == "hash":
             threshold = ceil(Fraction(str(config.split.fraction)) * 2**64)
             return _split_hash(pieces, config.seed, threshold)
@@ -151,14 +155,14 @@ class UnitReader:
             return _label(pieces, "validation" if self._unit.source == GIVEN else "train")
         return _split_tail(pieces, self._train_bytes)
 
-    def _pieces(self) -> Iterator[tuple[Piece, int]]:
+    def _pieces(self, prefix: str) -> Iterator[tuple[Piece, int]]:
         for number, (part, document) in enumerate(self.documents()):
             verdict = 0 if self._verdicts is None else int(self._verdicts[number])
             if not verdict:
                 place = part.file.to_bytes(8, "little") + document.place.to_bytes(8, "little")
                 key = xxhash.xxh3_64_intdigest(place, self._config.seed)
                 empty = True
-                for piece in pieces(document, self.counts):
+                for piece in pieces(document, self.counts, prefix, self._config.chat):
                     empty = False
                     self.counts.bytes += len(piece.data)
                     yield piece, key
@@ -174,17 +178,20 @@ class UnitReader:
 def _label(pieces: Iterable[tuple[Piece, int]], split: Split) -> Iterator[SplitPiece]:
     starts = True
     for piece, key in pieces:
-        yield SplitPiece(split, piece.text, piece.data, starts, not piece.continues or piece.ends_source, key)
+        ends = not piece.continues or piece.ends_source
+        yield SplitPiece(split, piece.text, piece.data, starts, ends, key, piece.turn)
         starts = not piece.continues
 
 
 def _split_hash(pieces: Iterable[tuple[Piece, int]], seed: int, threshold: int) -> Iterator[SplitPiece]:
-    """Held out if xxh3_64 of the document's first piece is below `threshold`: exact duplicates stay on one side."""
+    """Held out if xxh3_64 of the document's first piece, or of what it is known by, is below `threshold`: exact
+    duplicates stay on one side."""
     starts, split = True, SPLITS[0]
     for piece, key in pieces:
         if starts:
-            split = SPLITS[xxhash.xxh3_64_intdigest(piece.data, seed=seed) < threshold]
-        yield SplitPiece(split, piece.text, piece.data, starts, not piece.continues or piece.ends_source, key)
+            split = SPLITS[xxhash.xxh3_64_intdigest(piece.known_by or piece.data, seed=seed) < threshold]
+        ends = not piece.continues or piece.ends_source
+        yield SplitPiece(split, piece.text, piece.data, starts, ends, key, piece.turn)
         starts = not piece.continues
 
 

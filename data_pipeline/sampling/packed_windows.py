@@ -6,7 +6,7 @@ from typing import Self
 import numpy as np
 
 from data_pipeline.ingest.splits import Split
-from data_pipeline.sampling.packing_plan import PackingPlan
+from data_pipeline.sampling.packing_plan import PackingPlan, rule_of
 from data_pipeline.sampling.windows import Origin
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.token_stream import TokenStream
@@ -20,7 +20,7 @@ class PackedWindows:
         self.context = plan.context
         self.width = plan.context + 1
         self.num_tokens = stream.num_tokens
-        self.padding = plan.padding
+        self.padding, self.facts = plan.padding, plan.facts
         self.sources = stream.sources
         self._stream = stream
         self._plan = plan
@@ -31,7 +31,8 @@ class PackedWindows:
 
         Raises DataError when it did not, or its plan is damaged.
         """
-        plan = PackingPlan.of_stream(dataset.path, dataset.stream_fingerprint(source, split), context)
+        fingerprint = dataset.stream_fingerprint(source, split)
+        plan = PackingPlan.of_stream(dataset.path, fingerprint, context, rule_of(dataset))
         return cls(TokenStream(dataset, split, source), plan)
 
     def __len__(self) -> int:

@@ -32,8 +32,9 @@ from data_pipeline.storage.token_stream import TokenStream
 FOLDER = "packing"
 FORMAT = "2"
 """Plans of the first format have no heads."""
-RULE = "best_fit_1"
-"""Names what `_stretches` and `pack` do: raised when windows would come out otherwise."""
+RULE, TURNS_RULE = "best_fit_1", "best_fit_turns_1"
+"""Names what `_stretches` and `pack` do, and `whole_turns` with conversations: raised when windows would come out
+otherwise."""
 _STRETCH_SLICES, _STRETCH_TOKENS = 2**22, 2**31
 _BATCH_WINDOWS = 2**16
 _SCHEMA = pa.schema(
@@ -56,7 +57,9 @@ class PackingFacts:
     """Places of the windows' inputs that hold a token."""
     documents: int = 0
     cut: int = 0
-    """Documents that are longer than a window, and so in several."""
+    """Documents that are longer than a window, and so in several; conversations go on to their last whole turn."""
+    left_out: int = 0
+    """Conversations without a whole turn of the assistant in a window."""
 
 
 class PackingPlan:
@@ -72,7 +75,8 @@ class PackingPlan:
             if "format" in self.metadata and [share["last"] for share in shares] != ["0"] * (len(shares) - 1) + ["1"]:
                 raise ValueError("its last batches are missing")
             self._first_window = np.cumsum([0, *(int(share["windows"]) for share in shares)])
-            totals = {key: sum(int(share[key]) for share in shares) for key in PackingFacts.__dataclass_fields__}
+            names = PackingFacts.__dataclass_fields__
+            totals = {key: sum(int(share.get(key, 0)) for share in shares) for key in names}
         except FileNotFoundError:
             raise DataError(f"packing plan {path} is missing") from None
         except (pa.ArrowException, OSError, ValueError, LookupError, AttributeError) as error:
@@ -81,16 +85,16 @@ class PackingPlan:
         self._views: dict[int, Packed] = {}
 
     @classmethod
-    def of_stream(cls, root: Path, fingerprint: str, context: int) -> "PackingPlan":
+    def of_stream(cls, root: Path, fingerprint: str, context: int, rule: str = RULE) -> "PackingPlan":
         """The plan of a stream of the dataset at `root`. Raises DataError if there is none, or it is another's."""
-        path = plan_path(root, fingerprint, context)
+        path = plan_path(root, fingerprint, context, rule)
         if not path.exists():
             raise DataError(
                 f"{root} is not packed for model.context={context}: `duet data plan` with data.packing=best_fit and "
                 "this context does it"
             )
         plan = cls(path)
-        wanted = _metadata(fingerprint, context)
+        wanted = _metadata(fingerprint, context, rule)
         if plan.metadata not in (wanted, {key: value for key, value in wanted.items() if key != "format"}):
             raise plan._damaged(f"it is the plan of something else ({plan.metadata})")
         return plan
@@ -178,9 +182,14 @@ class _Missing(NamedTuple):
     fingerprint: str
 
 
-def plan_path(root: Path, fingerprint: str, context: int | Literal["*"]) -> Path:
+def rule_of(dataset: Dataset) -> str:
+    """The name of the rule by which a dataset is packed."""
+    return RULE if dataset.manifest.chat_template is None else TURNS_RULE
+
+
+def plan_path(root: Path, fingerprint: str, context: int | Literal["*"], rule: str = RULE) -> Path:
     """Where the plan of a stream is, named by all that it depends on."""
-    return root / FOLDER / f"{fingerprint[:16]}-{context}-{RULE}.arrow"
+    return root / FOLDER / f"{fingerprint[:16]}-{context}-{rule}.arrow"
 
 
 def prepare(dataset: Dataset, context: int, progress: Callable[[str, int, int], None] | None = None) -> None:
@@ -194,11 +203,11 @@ def prepare(dataset: Dataset, context: int, progress: Callable[[str, int, int], 
     missing = [
         _Missing(TokenStream(dataset, split, source), fingerprint)
         for split, source, fingerprint in _streams(dataset)
-        if not _is_whole(dataset.path, fingerprint, context)
+        if not _is_whole(dataset, fingerprint, context)
     ]
     if not missing:
         return
-    size = 2 if dataset.manifest.dtype == "uint16" else 4
+    size, rule = 2 if dataset.manifest.dtype == "uint16" else 4, rule_of(dataset)
     total, before = size * sum(stream.num_tokens for stream, _ in missing), 0
     folder = dataset.path / FOLDER
     with disk_errors(folder):
@@ -207,20 +216,21 @@ def prepare(dataset: Dataset, context: int, progress: Callable[[str, int, int], 
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for stream, fingerprint in missing:
-            if not _is_whole(dataset.path, fingerprint, context):  # it may have come while we waited
-                path = plan_path(dataset.path, fingerprint, context)
-                for done in _write(path, stream, _metadata(fingerprint, context), context):
+            if not _is_whole(dataset, fingerprint, context):  # it may have come while we waited
+                path = plan_path(dataset.path, fingerprint, context, rule)
+                marks = dataset.manifest.tokenizer.vocab_size if rule == TURNS_RULE else None
+                for done in _write(path, stream, _metadata(fingerprint, context, rule), context, marks):
                     if progress is not None:
                         progress("pack", before + size * done, total)
             before += size * stream.num_tokens
 
 
-def _is_whole(root: Path, fingerprint: str, context: int) -> bool:
+def _is_whole(dataset: Dataset, fingerprint: str, context: int) -> bool:
     """Whether a plan is there, and matches its hashes; says so if it does not."""
-    if not plan_path(root, fingerprint, context).exists():
+    if not plan_path(dataset.path, fingerprint, context, rule_of(dataset)).exists():
         return False
     try:
-        PackingPlan.of_stream(root, fingerprint, context).check()
+        PackingPlan.of_stream(dataset.path, fingerprint, context, rule_of(dataset)).check()
     except DataError as error:
         print(f"warning: {error}", file=sys.stderr)
         return False
@@ -230,7 +240,8 @@ def _is_whole(root: Path, fingerprint: str, context: int) -> bool:
 def prepared(dataset: Dataset, context: int) -> bool:
     """Whether `prepare` has nothing to do. Raises DataError for a dataset at a URI."""
     _check_local(dataset)
-    return all(plan_path(dataset.path, fingerprint, context).exists() for _, _, fingerprint in _streams(dataset))
+    rule = rule_of(dataset)
+    return all(plan_path(dataset.path, stream, context, rule).exists() for _, _, stream in _streams(dataset))
 
 
 def plans(dataset: Dataset) -> Iterator[tuple[str, PackingPlan]]:
@@ -259,7 +270,9 @@ def _check_local(dataset: Dataset) -> None:
 
 def _files(dataset: Dataset) -> Iterator[tuple[str, Path]]:
     for split, source, fingerprint in _streams(dataset):
-        for path in sorted((dataset.path / FOLDER).glob(plan_path(dataset.path, fingerprint, "*").name)):
+        for path in sorted(
+            (dataset.path / FOLDER).glob(plan_path(dataset.path, fingerprint, "*", rule_of(dataset)).name)
+        ):
             yield source or split, path
 
 
@@ -271,8 +284,8 @@ def _streams(dataset: Dataset) -> Iterator[tuple[Split, str | None, str]]:
         yield "validation", None, dataset.stream_fingerprint(None, "validation")
 
 
-def _metadata(fingerprint: str, context: int) -> dict[str, str]:
-    return {"fingerprint": fingerprint, "context": str(context), "rule": RULE, "format": FORMAT}
+def _metadata(fingerprint: str, context: int, rule: str) -> dict[str, str]:
+    return {"fingerprint": fingerprint, "context": str(context), "rule": rule, "format": FORMAT}
 
 
 def _stretches(stream: TokenStream, context: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -296,8 +309,10 @@ def _stretches(stream: TokenStream, context: int) -> Iterator[tuple[np.ndarray, 
     yield starts, np.diff(starts, append=end)
 
 
-def _write(path: Path, stream: TokenStream, metadata: dict[str, str], context: int) -> Iterator[int]:
-    """Writes a plan, whole or not at all; yields tokens that are done. Under the lock: the temporary name is fixed."""
+def _write(path: Path, stream: TokenStream, metadata: dict[str, str], context: int, marks: int | None) -> Iterator[int]:
+    """Writes a plan, whole or not at all; yields tokens that are done. Under the lock: the temporary name is fixed.
+
+    `marks`: of conversations, from which id on a stored token is marked."""
     temporary, schema, done = path.with_name(f".{path.name}.tmp"), _SCHEMA.with_metadata(metadata), 0
     temporary.unlink(missing_ok=True)
     held: _Part | None = None
@@ -306,14 +321,19 @@ def _write(path: Path, stream: TokenStream, metadata: dict[str, str], context: i
         with disk_errors(path), open(temporary, "xb") as file:
             with pa.ipc.new_file(file, schema) as writer:
                 for starts, lengths in _stretches(stream, context):
-                    for part in _parts(starts, lengths, context):
+                    kept = lengths if marks is None else whole_turns(stream, starts, lengths, context + 1, marks)
+                    for part in _parts(starts, lengths, kept, context):
                         if held is not None:
                             _add(writer, schema, held, next(number), last=False)
                         held = part
                     done += int(lengths.sum())
                     yield done
-                if held is not None:
-                    _add(writer, schema, held, next(number), last=True)
+                if held is None:
+                    raise DataError(
+                        f"{stream.name}: no conversation has a turn of the assistant within {context + 1} tokens: "
+                        "raise model.context"
+                    )
+                _add(writer, schema, held, next(number), last=True)
             file.flush()
             os.fsync(file.fileno())
         with disk_errors(path):
@@ -323,10 +343,13 @@ def _write(path: Path, stream: TokenStream, metadata: dict[str, str], context: i
         temporary.unlink(missing_ok=True)
 
 
-def _parts(starts: np.ndarray, lengths: np.ndarray, context: int) -> Iterator[_Part]:
-    """A stretch, packed, as record batches of windows."""
-    packed, share = pack(starts, lengths, context), {"documents": len(starts)}
+def _parts(starts: np.ndarray, lengths: np.ndarray, kept: np.ndarray, context: int) -> Iterator[_Part]:
+    """A stretch, packed, as record batches of windows; of `lengths`, int64 [n], so much is `kept`."""
+    some = kept > 0
+    packed, share = pack(starts[some], kept[some], context), {"documents": len(starts)}
     share["cut"] = int((lengths > context + 1).sum())
+    if not some.all():
+        share["left_out"] = int((~some).sum())
     for first in range(0, len(packed.bounds) - 1, _BATCH_WINDOWS):
         bounds = packed.bounds[first : first + _BATCH_WINDOWS + 1]
         inside = slice(bounds[0], bounds[-1])
@@ -334,6 +357,24 @@ def _parts(starts: np.ndarray, lengths: np.ndarray, context: int) -> Iterator[_P
         tokens = np.add.reduceat(view.lengths, view.bounds[:-1])
         yield _Part(view, share | {"windows": len(tokens), "inputs": int(np.minimum(tokens, context).sum())})
         share = {"documents": 0, "cut": 0}
+
+
+def whole_turns(stream: TokenStream, starts: np.ndarray, lengths: np.ndarray, width: int, marks: int) -> np.ndarray:
+    """How many tokens of each document are packed, int64 [n]: of a conversation longer than `width` as many as end with
+    its last turn of the assistant's that fits, or none; all of others, which begin with a marked token.
+
+    `marks`: from which id on a stored token is marked.
+    """
+    kept = lengths.copy()
+    for which in np.flatnonzero(lengths > width).tolist():
+        batch, offset = (int(place[0]) for place in stream.places(starts[which : which + 1]))
+        head = np.empty(width + 1, np.int64)
+        stream.join(batch, offset, head)
+        written = head >= marks
+        if not written[0]:
+            ends = np.flatnonzero(written[:-1] & ~written[1:])
+            kept[which] = ends[-1] + 1 if len(ends) else 0
+    return kept
 
 
 def _add(writer: Any, schema: pa.Schema, part: _Part, number: int, last: bool) -> None:

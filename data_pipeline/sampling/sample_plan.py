@@ -1,6 +1,6 @@
 """What is read at each position of a run: source and window as pure functions of the position."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from data_pipeline.sampling.data_state import DataState
 from data_pipeline.sampling.kinds import kind_of, open_windows
 from data_pipeline.sampling.mixture import integer_weights
 from data_pipeline.sampling.packed_windows import PackedWindows
-from data_pipeline.sampling.packing_plan import RULE
+from data_pipeline.sampling.packing_plan import rule_of
 from data_pipeline.sampling.phases import Phase, Schedule
 from data_pipeline.sampling.shuffle import SampleOrder
 from data_pipeline.storage.dataset import BLOCK_SHARDS, Dataset
@@ -53,7 +53,7 @@ def wanted_phase(dataset: Dataset, config: DataConfig, context: int, recorded: b
         order=config.order,
         packing=kind,
         streams={
-            name: dataset.stream_fingerprint(name) + (f" {RULE} {context}" if kind == "best_fit" else "")
+            name: dataset.stream_fingerprint(name) + (f" {rule_of(dataset)} {context}" if kind == "best_fit" else "")
             for name in sources
         },
     )
@@ -91,6 +91,18 @@ def told_shares(dataset: Dataset, config: DataConfig, phase: Phase) -> str | Non
     else:
         why = "by their size, since the dataset was built without weights; data.weights gives others"
     return f"samples by source: {shares} ({why})"
+
+
+def told_cut(dataset: Dataset, phase: Phase) -> Iterator[str]:
+    """A line for each source of which conversations are longer than a window: what becomes of them."""
+    for name in phase.weights if dataset.manifest.chat_template is not None else ():
+        facts = PackedWindows.of(dataset, "train", phase.context, name).facts
+        if facts.cut:
+            yield (
+                f"{name}: {facts.cut:,} of {facts.documents:,} are longer than {phase.context + 1} tokens: "
+                f"conversations end with their last whole turn of the assistant's, {facts.left_out:,} without one are "
+                "left out"
+            )
 
 
 class Plan:

@@ -239,7 +239,7 @@ class Dataset:
             ids = opened.tokens(batch)
             tokens += len(ids)
             documents += len(opened.rows(batch)) - 1 - opened.continues(batch)
-            if (highest := int(ids.max())) >= self.manifest.tokenizer.vocab_size or ids.min() < 0:
+            if (highest := int(ids.max())) >= self.manifest.stored_ids or ids.min() < 0:
                 raise DataError(
                     f"shard {self.name}/{shard.path}: batch {batch} holds token {highest}, the vocabulary has "
                     f"{self.manifest.tokenizer.vocab_size}; the build was wrong, or the manifest is another dataset's"

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from pydantic import BaseModel
 
@@ -18,6 +18,9 @@ from data_pipeline.files.filesystem import is_uri, join, open_raw
 from data_pipeline.files.sealed import seal, unseal
 from data_pipeline.ingest.splits import GIVEN, Split
 from data_pipeline.places import DATASET, mistaken
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MANIFEST = "manifest.json"
 FORMAT: Final = 4
@@ -133,6 +136,9 @@ class Manifest(BaseModel, frozen=True):
     splits: dict[Split, SplitFacts]
     pairs: bool = False
     """Whether each document is a pair of source and target: two texts, each with an end-of-text token."""
+    chat_template: str | None = None
+    """How messages were written; None: no source holds conversations. With it tokens that are to be written, and not
+    only read, are stored as their id plus the size of the vocabulary: they are marked."""
     weights: dict[str, float] | None = None
     """Shares of the training samples by source, of the configuration it was built with; None: it gave none."""
     repeats: dict[str, float] = {}
@@ -178,7 +184,20 @@ class Manifest(BaseModel, frozen=True):
     def save(self, folder: Path) -> None:
         """Publishes the dataset."""
         with disk_errors(folder / MANIFEST):
-            write_atomic(folder / MANIFEST, seal(self.model_dump_json(indent=1)))
+            unused = {"chat_template"} if self.chat_template is None else None  # as if it had never come
+            write_atomic(folder / MANIFEST, seal(self.model_dump_json(indent=1, exclude=unused)))
+
+    @property
+    def stored_ids(self) -> int:
+        """What is stored of a token is below this."""
+        return self.tokenizer.vocab_size * (2 if self.chat_template is not None else 1)
+
+    def plain(self, tokens: "np.ndarray") -> "np.ndarray":
+        """Ids of stored tokens, whether they are marked or not; -1 stays."""
+        if self.chat_template is None:
+            return tokens
+        vocab_size = self.tokenizer.vocab_size
+        return tokens - vocab_size * (tokens >= vocab_size)
 
     def shards_of(self, split: Split, source: str | None = None) -> list[ShardFacts]:
         """The shards of a split in stream order: of one source, or of all in the order of `sources`."""
@@ -213,7 +232,7 @@ def _with_one_source(data: dict[str, Any]) -> dict[str, Any]:
 
 def contradictions(manifest: Manifest) -> Iterator[str]:
     """What cannot be true of any dataset, or of two keys not at once."""
-    vocabulary = manifest.tokenizer.vocab_size
+    vocabulary = manifest.stored_ids
     if not 1 <= vocabulary < 2**31 or manifest.dtype != ("uint16" if vocabulary <= 2**16 else "int32"):
         yield f"tokens of a vocabulary of {vocabulary} are not stored as {manifest.dtype!r}"
     if not 1 <= manifest.batch_tokens <= manifest.shard_tokens:

@@ -70,6 +70,10 @@ class SentencePieceEncoder:
         token = self._processor.piece_to_id(piece)
         return token if self._processor.id_to_piece(token) == piece else None
 
+    def special_ids(self) -> list[int]:
+        """Tokens that no text gives."""
+        return [token for token in range(self.vocab_size) if self._processor.is_control(token)]
+
     def is_byte(self, token: int) -> bool:
         """Whether `token` spells a byte."""
         return self._processor.is_byte(token)
@@ -121,6 +125,10 @@ class HuggingFaceEncoder:
     def token(self, piece: str) -> int | None:
         """The token of `piece`, if there is one."""
         return self._tokenizer.token_to_id(piece)
+
+    def special_ids(self) -> list[int]:
+        """Tokens that no text gives."""
+        return [token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special]
 
     def is_byte(self, token: int) -> bool:
         """Whether `token` spells a byte."""

@@ -167,6 +167,11 @@ class Tokenizer:
         self.sentinel_ids = [token for token in itertools.takewhile(lambda token: token is not None, found) if token]
         """Tokens that no text gives: for span corruption."""
 
+    @functools.cached_property
+    def specials(self) -> dict[str, int]:
+        """Pieces that no text gives, even where it spells them, and their tokens."""
+        return {piece: token for token in self._encoder.special_ids() if (piece := self.piece(token))}
+
     @staticmethod
     def load(path: str | Path) -> "Tokenizer":
         """Reads a model file; one that was read lately is shared. Raises DataError if it is missing or no tokenizer."""

@@ -250,6 +250,8 @@ def inspect(
     typer.echo(f"fingerprint  {facts.fingerprint}")
     if facts.pairs:
         typer.echo("documents    pairs of source and target")
+    if facts.chat_template is not None:
+        typer.echo(f"documents    conversations, each message as {facts.chat_template!r}")
     typer.echo(f"tokenizer    {facts.tokenizer.type}, {facts.tokenizer.vocab_size} pieces, tokens as {facts.dtype}")
     for source in facts.sources:
         dropped = ", ".join(f"{count} {reason}" for reason, count in source.dropped.items()) or "none"
@@ -322,6 +324,7 @@ def _packed(dataset: "Dataset") -> None:
         typer.echo(
             f"packed       {name}: context {packed.context}: {facts.windows} windows, {packed.padding:.2%} padding, "
             f"{facts.documents} documents, {facts.cut} of them longer than a window"
+            + (f", {facts.left_out} left out" if facts.left_out else "")
         )
 
 
@@ -351,6 +354,7 @@ def _samples(dataset: "Dataset", samples: int) -> None:
     for source in dataset.sources():
         for number, rows in enumerate(islice(documents(dataset, "train", source), samples)):
             length = sum(map(len, rows))
+            rows = [dataset.manifest.plain(row) for row in rows]
             texts = [rows[0]]
             if dataset.manifest.pairs:
                 ends = rows[0] == tokenizer.eos_id

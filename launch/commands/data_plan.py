@@ -68,7 +68,7 @@ def plan_lines(config: "Config", tokens: int | None) -> Iterator[str]:
     """How often a run reads each source. Raises DataError when the dataset cannot be read as `config` says."""
     from data_pipeline.sampling.packed_windows import PackedWindows
     from data_pipeline.sampling.pair_windows import PairWindows
-    from data_pipeline.sampling.sample_plan import Plan, told_shares, wanted_phase
+    from data_pipeline.sampling.sample_plan import Plan, told_cut, told_shares, wanted_phase
     from data_pipeline.storage.dataset import Dataset
 
     context = config.model.context
@@ -93,6 +93,7 @@ def plan_lines(config: "Config", tokens: int | None) -> Iterator[str]:
     for name, windows in plan.windows.items():
         if isinstance(windows, PairWindows):
             yield f"{name:<16} {_cut_pairs(windows, config.model.traits.two_sequences)}"
+    yield from told_cut(dataset, phase)
     for name in phase.base_counts:
         if name not in phase.weights:
             yield f"{name:<16} not read"
@@ -142,7 +143,7 @@ def locate_lines(args: list[str], run: Path | None, step: int, text: bool) -> It
         )
         if tokenizer is not None:
             for number, tokens in origin.documents:
-                yield f"    {number}: {tokenizer.decode(tokens)[:_SHOWN_CHARACTERS]!r}"
+                yield f"    {number}: {tokenizer.decode(dataset.manifest.plain(tokens))[:_SHOWN_CHARACTERS]!r}"
 
 
 def _cut_pairs(pairs: "PairWindows", two_sequences: bool) -> str:

@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from launch.completion import complete_changes, complete_decode
 from pretrain import status_line
 
 if TYPE_CHECKING:
+    from data_pipeline.ingest.readers import Message
     from pretrain.inference.continuation import Continuation, Settings
     from pretrain.inference.trained import Trained
 
@@ -28,6 +29,13 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given several times.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Texts to continue, one on each line; empty lines are left out.")
+    ] = None,
+    chat: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="What a user says; may be given several times."),
+    ] = None,
+    messages: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Conversations to go on with, as JSON Lines with `messages`.")
     ] = None,
     step: Annotated[int | None, typer.Option("--step", help="Use the checkpoint of this step, not the newest.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most, for each text.")] = _TOKENS,
@@ -83,7 +91,8 @@ def generate(
 
     Examples: `duet generate runs/quickstart --prompt "Return the "`,
     `duet generate runs/quickstart --prompts prompts.txt --top-k 0 --top-p 0.9 --stop "."`,
-    `duet generate runs/quickstart --prompt "Return the " --html text.html`
+    `duet generate runs/quickstart --prompt "Return the " --html text.html`,
+    `duet generate runs/talk --chat "Who are you?"`
     """
     from model.generation.drafting import Drafting
     from model.generation.sampling import Sampling
@@ -99,9 +108,14 @@ def generate(
     drafting = Drafting(decode, iterations, candidates) if decode else None
     settings = Settings(sampling, tokens, tuple(stop or []), seed, drafting)
     texts = _given(prompt, prompts)
+    asked = _asked(chat, messages)
+    if asked and (texts or fill):
+        raise ConfigError("--prompt and --prompts are texts to continue, --chat and --messages conversations: give one")
     if fill:
         others = bool(html or tokens != _TOKENS)
         _fill(texts or [_standard_input()], open_trained(run, step, changes or []), settings, as_json, others)
+    elif asked:
+        _continue(asked, open_trained(run, step, changes or []), settings, as_json, html)
     elif not texts and _is_terminal() and not as_json and not html:
         ask(open_trained(run, step, changes or []), settings)
     else:
@@ -112,6 +126,12 @@ def _given(prompt: list[str] | None, prompts: Path | None) -> list[str]:
     from pretrain.inference.text import read_prompts
 
     return [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+
+
+def _asked(chat: list[str] | None, messages: Path | None) -> "list[list[Message]]":
+    from pretrain.inference.chat import question, read_conversations
+
+    return [*map(question, chat or []), *(read_conversations(messages) if messages else [])]
 
 
 def _fill(texts: list[str], trained: "Trained", settings: "Settings", as_json: bool, others: bool) -> None:
@@ -128,7 +148,13 @@ def _fill(texts: list[str], trained: "Trained", settings: "Settings", as_json: b
             typer.echo((f"== {number} of {len(found)} ==\n" if len(found) > 1 else "") + text.text)
 
 
-def _continue(texts: list[str], trained: "Trained", settings: "Settings", as_json: bool, html: Path | None) -> None:
+def _continue(
+    texts: "Sequence[str | Sequence[Message]]",
+    trained: "Trained",
+    settings: "Settings",
+    as_json: bool,
+    html: Path | None,
+) -> None:
     """All of them, shown as was asked for."""
     from pretrain.inference.continuation import Continuation
     from pretrain.inference.text_page import prepare, records, write_page
@@ -140,7 +166,7 @@ def _continue(texts: list[str], trained: "Trained", settings: "Settings", as_jso
         for _ in continuation.pieces():
             pass
     else:
-        _show([text + _between(continuation) for text in texts], continuation.pieces())
+        _show([text.prompt + _between(continuation) for text in continuation.texts], continuation.pieces())
         _tell_passes(continuation)
     if not as_json and not html:
         return

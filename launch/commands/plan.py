@@ -219,10 +219,11 @@ def _lines(config: "Config", found: "RunCosts", gpus: int, name: str, board: Gpu
 
     engine, steps, checkpoints = config.engine, config.train.steps, found.checkpoints
     lines = [
-        f"model       {config.model.architecture}, {found.parameters:,} parameters",
+        f"model       {config.model.architecture}, {found.parameters:,} parameters"
+        + ("" if found.adapters is None else f", which stay; {found.adapters:,} of adapters are trained"),
         f"gpus        {gpus} x {name}: {board.memory_gb} GB, {board.peak_flops / 1e12:g} dense bf16 TFLOP/s",
-        f"batch       {config.batch.tokens:,} tokens = {gpus} rank(s) x {found.accumulation} x {found.micro_batch} "
-        f"sequences of {config.model.context}",
+        f"batch       {config.batch.tokens:,} tokens = {_readers(config, gpus)} x {found.accumulation} x "
+        f"{found.micro_batch} sequences of {config.model.context}",
         f"step        {_flops(found)}, {found.step_seconds:.3g} s at MFU {mfu:g}",
         f"speed       {found.tokens_per_second:,.0f} tokens/s",
         f"run         {steps:,} steps, {steps * config.batch.tokens:,} tokens: {duration(found.run_seconds)}, "
@@ -239,9 +240,17 @@ def _lines(config: "Config", found: "RunCosts", gpus: int, name: str, board: Gpu
         lines.insert(4, f"gates       {found.gates}")
     if found.attention:
         lines.insert(4, f"attention   {found.attention}")
+    if found.exchanged_bytes:
+        text = f"{_gib(found.exchanged_bytes)} GiB from each rank to those that share its sequences, in a step"
+        lines.insert(4, f"exchanged   {text}")
     if not _fits(found, config):
         lines += ["", "The run does not fit. What would:", *(f"  {change}" for change in found.fitting or _NOTHING)]
     return lines
+
+
+def _readers(config: "Config", gpus: int) -> str:
+    ranks = config.engine.sequence_parallel
+    return f"{gpus} rank(s)" if ranks == 1 else f"{gpus // ranks} group(s) of {ranks} ranks"
 
 
 def _goodput(config: "Config", ahead: "Outlook", found: "RunCosts") -> list[str]:

@@ -3,9 +3,14 @@
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from data_pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pretrain.study.spec import StudyRun
 
 app = typer.Typer(no_args_is_help=True, help="Compare many runs: a study, as one YAML file tells it.")
 StudyArg = Annotated[Path, typer.Argument(metavar="STUDY", help="The study's YAML file.")]
@@ -27,7 +32,7 @@ def run(
 
     Example: `duet study run docs/experiments/learned-dropout.yaml --jobs 2`
     """
-    from launch.local.study_runs import Running, check_equal, is_done
+    from launch.local.study_runs import check_equal, is_done
     from pretrain.study.spec import load_study
 
     loaded = load_study(study)
@@ -41,14 +46,49 @@ def run(
         for run in left:
             typer.echo(f"left: {run.place}")
         return
-    os.environ.pop("RANK", None)
-    running = Running(left, jobs, ranks, typer.echo)
-    running.work()
-    if running.failed:
-        typer.echo(f"error: {len(running.failed)} runs failed: {', '.join(r.place for r in running.failed)}", err=True)
-        raise typer.Exit(1)
-    if running.runs:
-        raise typer.Exit(130)
+    _train(left, jobs, ranks)
+    typer.echo(f"all done; next: {shlex.join(['duet', 'study', 'report', str(study)])}")
+
+
+@app.command()
+def ladder(
+    study: Annotated[Path, typer.Argument(metavar="LADDER", help="The ladder's YAML file.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes of each run: one for each GPU.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what is left to do.")] = False,
+) -> None:
+    """Train arms at several sizes with equal training FLOPs, learning rates first, and fit losses to compute.
+
+    Given again after a stop, it goes on where it was. `duet study report LADDER` writes the page.
+
+    Example: `duet study ladder ladder.yaml --jobs 2`
+    """
+    from launch.local.study_runs import is_done
+    from pretrain.study.ladder import load_ladder
+    from pretrain.study.results import Results, keep
+
+    loaded = load_ladder(study)
+    if loaded is None:
+        raise ConfigError(f"{study}: a ladder has sizes; this is a study: duet study run {shlex.quote(str(study))}")
+    kept = study.with_suffix("") / "journals"
+    search = loaded.search()
+    for stage in ("rates", "sizes"):
+        runs = search.runs()
+        if stage == "sizes":
+            rates = loaded.rates_of(Results(search, kept))
+            for size, of_arms in rates.items():
+                typer.echo(f"{size}: " + ", ".join(f"{arm} {rate:g}" for arm, rate in of_arms.items()))
+            runs = [run for run in loaded.climb(rates).runs() if run.section in loaded.sizes]
+        left = [run for run in runs if not is_done(run)]
+        typer.echo(f"{stage}: {len(runs)} runs, of which {len(runs) - len(left)} are done; {search.folder}")
+        if dry_run:
+            for run in left:
+                typer.echo(f"left: {run.place}, {run.config().train.steps} steps")
+            if left:
+                return
+        _train(left, jobs, ranks)
+        for run in runs:
+            keep(run, kept)
     typer.echo(f"all done; next: {shlex.join(['duet', 'study', 'report', str(study)])}")
 
 
@@ -61,15 +101,36 @@ def report(study: StudyArg) -> None:
 
     Example: `duet study report docs/experiments/learned-dropout.yaml`
     """
+    from pretrain.study.ladder import load_ladder
+    from pretrain.study.ladder_page import FIT, fit_of, points_of
     from pretrain.study.page import Page
     from pretrain.study.plots import pictures
     from pretrain.study.results import Results, keep
     from pretrain.study.spec import load_study
 
-    loaded = load_study(study)
     kept = study.with_suffix("") / "journals"
+    rungs, more, curves = load_ladder(study), dict[str, list[str]](), dict[str, bytes]()
+    loaded = rungs.search() if rungs else load_study(study)
     new = sum(keep(run, kept) for run in loaded.runs(list(loaded.sections)))
+    if rungs and all(Results(loaded, kept).of(run.section, run.arm) for run in loaded.runs()):
+        loaded = rungs.climb(rungs.rates_of(Results(loaded, kept)))
+        new = sum(keep(run, kept) for run in loaded.runs(list(loaded.sections)))
+        more[FIT], curves = fit_of(rungs, points_of(rungs, Results(loaded, kept)))
     results = Results(loaded, kept)
     page = study.with_suffix(".md")
-    Page(loaded, results, page).write(pictures(loaded, results))
+    Page(loaded, results, page, more).write(pictures(loaded, results) | curves)
     typer.echo(f"{page}: {new} runs read from {loaded.folder}")
+
+
+def _train(left: "list[StudyRun]", jobs: int, ranks: int) -> None:
+    """To the end of all of them, or of the command."""
+    from launch.local.study_runs import Running
+
+    os.environ.pop("RANK", None)
+    running = Running(left, jobs, ranks, typer.echo)
+    running.work()
+    if running.failed:
+        typer.echo(f"error: {len(running.failed)} runs failed: {', '.join(r.place for r in running.failed)}", err=True)
+        raise typer.Exit(1)
+    if running.runs:
+        raise typer.Exit(130)

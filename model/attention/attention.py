@@ -14,6 +14,7 @@ from model.attention.softmax import Softmax
 from model.attention.synthesizer import Synthesizer
 from model.attention.visibility import CAUSAL, Visible
 from model.attention.weights import mixer_of
+from model.batch import RowExchange
 from model.config.transformer import TransformerConfig, TwoStreamConfig
 from model.layers.layers import Linear
 from model.layers.positions import rotate
@@ -63,6 +64,8 @@ class CausalAttention(Cached):
         query, key, value = self._in_heads(query, key, value, visible)
         if visible.asking:
             key, value = (x[:, :, : -visible.asking] for x in (key, value))
+        if visible.share is not None:
+            query, key, value = _all_positions(visible.share.exchange, query, key, value)
         if self.cache is not None and (visible.aligned or self.cache.crosses):
             key, value, mask = self.cache.extend(self, key, value)
             if visible.asking and mask is not None:
@@ -71,8 +74,10 @@ class CausalAttention(Cached):
             visible = Visible(causal=False, mask=mask, positions=queries, key_positions=keys_at)
         if self._group > 1:
             key, value = (x.repeat_interleave(self._group, dim=1) for x in (key, value))
-        found = self.mixer(query, key, value, keys, visible)
-        return found.transpose(1, 2).flatten(2)
+        found = self.mixer(query, key, value, keys, visible).transpose(1, 2)
+        if visible.share is not None:
+            found = visible.share.exchange.positions(found)
+        return found.flatten(2)
 
     def keep(self, key: Tensor, value: Tensor, visible: Visible, steps: range) -> None:
         """Put key and value [B, T, C / group] into the cache alone, as what these further steps would compute."""
@@ -109,6 +114,11 @@ class CausalAttention(Cached):
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
+def _all_positions(exchange: RowExchange, *vectors: Tensor) -> tuple[Tensor, ...]:
+    """[B, H, T / ranks, d] of each, this rank's positions -> [B, H / ranks, T, d]: each head needs all of a text."""
+    return tuple(x.transpose(1, 2) for x in exchange.heads(*(x.transpose(1, 2) for x in vectors)))
+
+
 class SelfAttention(nn.Module):
     """Attention of a stream to itself."""
 
@@ -124,13 +134,13 @@ class SelfAttention(nn.Module):
             both_ways: each position sees those after it, too.
         """
         super().__init__()
-        group = config.queries_per_kv_head
+        group, heads = config.queries_per_kv_head, config.heads_left.get(name, config.heads)
         queries, keys = config.score_channels
-        self._sizes = [queries, keys, config.width // group]
+        self._sizes = [size * heads // config.heads for size in (queries, keys, config.width // group)]
         self.qkv = Linear(config.width, sum(self._sizes), bias=config.bias)
-        self.out = Linear(config.width, config.width, bias=config.bias, std=std)
-        mixer = _mixer(config, name, both_ways)
-        self.attention = CausalAttention(config, config.heads, layer=layer, group=group, name=name, mixer=mixer)
+        self.out = Linear(config.width * heads // config.heads, config.width, bias=config.bias, std=std)
+        mixer = _mixer(config, heads, name, both_ways)
+        self.attention = CausalAttention(config, heads, layer=layer, group=group, name=name, mixer=mixer)
 
     def forward(self, x: Tensor, keys: Tensor | None, visible: Visible = CAUSAL) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
@@ -156,7 +166,7 @@ class Projected(NamedTuple):
     value: Tensor
 
 
-def _mixer(config: TransformerConfig, name: str, both_ways: bool) -> Softmax:
+def _mixer(config: TransformerConfig, heads: int, name: str, both_ways: bool) -> Softmax:
     """Of self attention: what the configuration says of scores and weights."""
     if config.scores.kind == "synthesizer":
         return Synthesizer(config, name)
@@ -164,7 +174,7 @@ def _mixer(config: TransformerConfig, name: str, both_ways: bool) -> Softmax:
         return Routing(config, name, both_ways=both_ways)
     if config.scores.kind == "linformer" and both_ways:
         return Linformer(config, name)
-    return mixer_of(config, config.heads, name)
+    return mixer_of(config, heads, name)
 
 
 def _cut(x: Tensor, heads: int) -> Tensor:
@@ -178,10 +188,11 @@ class CrossAttention(nn.Module):
     def __init__(self, config: TwoStreamConfig, name: str, std: float, layer: int = 0) -> None:
         """Projections [C, C] for queries, [2C, C] for keys and values, [C, C] out; the rest as above."""
         super().__init__()
-        group, heads = config.queries_per_kv_head, config.num_cross_heads
-        self.query = Linear(config.width, config.width, bias=config.bias)
-        self.key_value = Linear(config.width, 2 * (config.width // group), bias=config.bias)
-        self.out = Linear(config.width, config.width, bias=config.bias, std=std)
+        group, heads = config.queries_per_kv_head, config.heads_left.get(name, config.num_cross_heads)
+        inner = config.width * heads // config.num_cross_heads
+        self.query = Linear(config.width, inner, bias=config.bias)
+        self.key_value = Linear(config.width, 2 * (inner // group), bias=config.bias)
+        self.out = Linear(inner, config.width, bias=config.bias, std=std)
         mixer = mixer_of(config, heads, name, aligned=config.crosses_aligned)
         self.attention = CausalAttention(config, heads, layer=layer, group=group, name=name, mixer=mixer)
 

@@ -16,8 +16,8 @@ class Routing(Softmax):
     Queries of routed heads come without mean and at length sqrt(d) (`routed`). A token's cluster is that of the
     centroid most like it; balanced, each centroid takes so many tokens of the text, those most like it. A token looks
     at itself only where nothing else is to be seen: its own score would drown all others. Centroids follow the mean of
-    their tokens, once a step (`move`). Tells of each routed head in training: `fullest`, the share of tokens in the
-    fullest cluster, and `empty`, that of clusters without one.
+    their tokens, once a step (`move`), over all its passes that learn. Tells of each routed
+    head in training: `fullest`, the share of tokens in the fullest cluster, and `empty`, that of clusters without one.
     """
 
     centroids: Tensor
@@ -60,7 +60,9 @@ class Routing(Softmax):
         seen = scores.detach() > -torch.inf
         distance = _distance(visible, scores.shape[2], scores.device)
         near = seen[:, : self._local] & (distance < self._window)
-        alike = self._alike(query[:, self._local :].detach(), key[:, self._local :].detach(), visible, keys is not None)
+        # A pass that teaches nothing, such as the first look at a draft, moves no centroid.
+        learns = keys is not None and torch.is_grad_enabled()
+        alike = self._alike(query[:, self._local :].detach(), key[:, self._local :].detach(), visible, learns)
         others = seen[:, self._local :] & alike & (distance > 0)
         alone = ~others.any(-1, keepdim=True)
         among = others | (seen[:, self._local :] & (distance == 0) & alone)
@@ -77,10 +79,7 @@ class Routing(Softmax):
         if not self._balanced:
             of_queries = own if query is key or query.shape == key.shape else self._likeness(query).argmax(-1)
             return of_queries[..., None] == own[..., None, :]
-        if visible.padding is not None:
-            likeness = likeness.masked_fill(visible.padding[:, None, :, None], -torch.inf)
-        taken = likeness.topk(max(1, key.shape[2] // likeness.shape[-1]), dim=2).indices
-        member = torch.zeros_like(likeness).scatter_(2, taken, 1.0)
+        member = _members(likeness, visible.padding)
         return member @ member.transpose(2, 3) > 0
 
     def _likeness(self, x: Tensor) -> Tensor:
@@ -105,6 +104,18 @@ class Routing(Softmax):
 def routings(model: nn.Module) -> list[Routing]:
     """All of a model."""
     return [module for module in model.modules() if isinstance(module, Routing)]
+
+
+def _members(likeness: Tensor, padding: Tensor | None) -> Tensor:
+    """Of likeness [B, R, T, K], 1 where a token is among the T / K that are most like a centroid, T without padding."""
+    length, clusters = likeness.shape[2:]
+    if padding is None:
+        taken = likeness.topk(max(1, length // clusters), dim=2).indices
+        return torch.zeros_like(likeness).scatter_(2, taken, 1.0)
+    likeness = likeness.masked_fill(padding[:, None, :, None], -torch.inf)
+    places = likeness.argsort(dim=2, descending=True).argsort(dim=2)
+    sizes = ((~padding).sum(1) // clusters).clamp(min=1)
+    return (places < sizes[:, None, None, None]).to(likeness.dtype)
 
 
 def _distance(visible: Visible, length: int, device: torch.device) -> Tensor:

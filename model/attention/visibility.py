@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.attention.forms import Mask, mask_of
 from model.attention.rule import Rows
-from model.batch import IGNORE, Batch
+from model.batch import IGNORE, Batch, Share
 from model.config.model_config import ModelConfig
 
 
@@ -37,6 +37,14 @@ class Visible(NamedTuple):
     num_tokens: Tensor | None = None
     """0-d: what sums over positions are divided by where there is padding; the number of the others unless given."""
 
+    share: Share | None = None
+    """Where ranks share the rows: the masks are of whole rows, all else here is of this rank's positions."""
+
+    @property
+    def first(self) -> int:
+        """Column of the first position in its row."""
+        return 0 if self.share is None else self.share.first
+
     def of(self, pattern: int) -> "Visible":
         """To a layer with this one of the configuration's patterns."""
         return self._replace(mask=self.others[pattern - 1], others=()) if self.others and pattern else self
@@ -57,8 +65,12 @@ def visible_in(input_ids: Tensor, batch: Batch | None, config: ModelConfig) -> V
     if batch is None:
         return _seen(rows, config)
     prefixes = None if config.reads_prompt else batch.prefix_lengths
-    rows = replace(rows, segments=batch.segment_ids, positions=batch.position_ids, prefixes=prefixes)
-    return _counting(_seen(rows, config), batch)
+    if batch.share is None:
+        rows = replace(rows, segments=batch.segment_ids, positions=batch.position_ids, prefixes=prefixes)
+        return _counting(_seen(rows, config), batch)
+    whole = batch.share
+    rows = Rows(whole.shape, rows.device, rows.causal, whole.segment_ids, whole.position_ids, prefixes)
+    return _counting(_seen(rows, config)._replace(positions=batch.position_ids, share=whole), batch)
 
 
 def _seen(rows: Rows, config: ModelConfig) -> Visible:
@@ -91,9 +103,13 @@ def visible_draft(batch: Batch, config: ModelConfig) -> Visible:
     return visible._replace(padding=padding, num_tokens=None if batch.counts is None else batch.counts.labels)
 
 
-def visible_both_ways(shape: torch.Size, device: torch.device, config: ModelConfig) -> Visible:
-    """What self attention over rows of one text each may see that looks both ways."""
-    return _seen(Rows(shape, device, False), config)
+def visible_both_ways(
+    shape: torch.Size, device: torch.device, config: ModelConfig, padding: Tensor | None = None
+) -> Visible:
+    """What self attention over rows of one text each may see that looks both ways: all but padding [B, T] bool."""
+    if padding is None:
+        return _seen(Rows(shape, device, False), config)
+    return _seen(Rows(shape, device, False, padding.int()), config)._replace(padding=padding)
 
 
 def visible_source(batch: Batch, config: ModelConfig) -> tuple[Visible, Visible]:

@@ -44,7 +44,7 @@ class Entmax(Softmax):
         if self._fixed is not None:
             alpha: Tensor | float = self._fixed
         else:
-            alpha = (1.0 + self.alpha_logit.to(scores.dtype).sigmoid()).clamp(min=SMALLEST).view(-1, 1, 1)
+            alpha = _Held.apply(1.0 + self.alpha_logit.to(scores.dtype).sigmoid(), SMALLEST, 2.0).view(-1, 1, 1)
         weights = entmax(scores, alpha)
         if keys is not None:
             seen = scores.detach() > -torch.inf
@@ -72,7 +72,7 @@ class AdaptiveSpan(Softmax):
 
     def spans(self) -> Tensor:
         """z [H] in tokens, fp32 at least; a key at a distance of z + ramp or more gets nothing."""
-        share: Tensor = _Held.apply(self.share.to(torch.promote_types(self.share.dtype, torch.float32)))
+        share: Tensor = _Held.apply(self.share.to(torch.promote_types(self.share.dtype, torch.float32)), 0.0, 1.0)
         return share * self._most
 
     def reach(self) -> int:
@@ -95,18 +95,19 @@ class AdaptiveSpan(Softmax):
 
 
 class _Held(torch.autograd.Function):
-    """clamp(u, 0, 1), whose gradient leads back from outside, where the optimizer's momentum carries u."""
+    """clamp(x, low, high), whose gradient leads back from outside, where the optimizer's momentum carries x."""
 
     @staticmethod
-    def forward(ctx: Any, share: Tensor) -> Tensor:
-        ctx.save_for_backward(share)
-        return share.clamp(0.0, 1.0)
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (share,) = ctx.saved_tensors
-        outwards = ((share >= 1.0) & (gradient < 0)) | ((share <= 0.0) & (gradient > 0))
-        return gradient.masked_fill(outwards, 0.0)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        [x], (low, high) = ctx.saved_tensors, ctx.bounds
+        outwards = ((x >= high) & (gradient < 0)) | ((x <= low) & (gradient > 0))
+        return gradient.masked_fill(outwards, 0.0), None, None
 
 
 class _Spanned(torch.autograd.Function):

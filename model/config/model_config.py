@@ -40,6 +40,9 @@ class Traits:
     token of a text is read once; else the whole text is, for each new token."""
     documents_apart: bool = False
     """It can keep the documents in a row apart (`document_mask`)."""
+    shared: bool = False
+    """Positions know of each other by attention of ours alone, so that ranks can share a row: each holds some of its
+    positions (`engine.sequence_parallel`)."""
     recurrent: bool = False
     """Its layers can be applied several times (`recurrence`)."""
     two_sequences: bool = False
@@ -115,6 +118,19 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     @property
     def why_not_partitioned(self) -> str:
         """What keeps parameters from being divided over ranks (ZeRO 3); empty where nothing does."""
+        return ""
+
+    def why_not_shared(self, ranks: int) -> str:
+        """What keeps so many ranks from sharing a sequence (`engine.sequence_parallel`); empty where nothing does."""
+        others = "decoder_only, encoder_only and parallel_encoder_decoder can share theirs"
+        if self.traits.two_sequences:
+            return f"{self.architecture} reads one sequence and writes another, each of its own length; {others}"
+        if not self.traits.shared or "traits" not in vars(type(self)):  # another's are about another model
+            return f"in {self.architecture} not only attention joins the positions of a text; {others}"
+        if self.norm == "batchnorm":
+            return "norm=batchnorm takes its statistics over whole rows, of which a rank holds a part"
+        if self.context % ranks:
+            return f"it does not divide model.context={self.context}"
         return ""
 
     @property

@@ -13,6 +13,10 @@ from model.config.recurrence_config import RecurrenceConfig
 from model.config.scores_config import ScoresConfig
 from model.config.weights_config import WeightsConfig
 
+Activation = Literal["gelu", "gelu_tanh", "swiglu"]
+"""Of a feed forward."""
+_ATTENTIONS: tuple[Site, ...] = ("enc_sa", "dec_sa", "cross", "draft_sa", "draft_cross")
+
 
 class TransformerConfig(ModelConfig, frozen=True):
     """Layers of self attention and feed forward, with masks on their updates."""
@@ -22,10 +26,12 @@ class TransformerConfig(ModelConfig, frozen=True):
     kv_heads: int | None = Field(default=None, ge=1)
     """Heads of keys and values in self attention, each shared by heads / kv_heads heads of queries (grouped-query
     attention); as many as `heads` unless given. Cross attention groups its heads alike."""
-    ff: Literal["gelu", "swiglu"] = "gelu"
-    """C -> F -> C with the exact GELU, or with SiLU of one half times the other."""
+    ff: Activation = "gelu"
+    """C -> F -> C with the exact GELU, with its approximation by tanh, as GPT-2 has it, or with SiLU of one half times
+    the other."""
     ff_width: int | None = Field(default=None, ge=1)
-    """F; unless given, 4 C for `gelu` and 8 C / 3, up to a multiple of 8, for `swiglu`: about as many parameters."""
+    """F; unless given, 4 C for either GELU and 8 C / 3, up to a multiple of 8, for `swiglu`: about as many
+    parameters."""
     attention: Literal["auto", "flash", "explicit"] = "auto"
     """Kernels that never form the T x T weights or an error, plain matrix products, or whatever fits."""
     attention_dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
@@ -37,6 +43,10 @@ class TransformerConfig(ModelConfig, frozen=True):
     l0: L0Config = L0Config()
     block_gates: BlockGatesConfig = BlockGatesConfig()
     recurrence: RecurrenceConfig = RecurrenceConfig()
+    heads_left: dict[str, int] = Field(default={})
+    """Heads of single attentions, such as `dec_sa/00: 3`, from which `duet checkpoint shrink` took others."""
+    channels_left: dict[str, int] = Field(default={})
+    """Channels that single feed forwards write, such as `dec_ff/00: 96`, from which it took others."""
 
     @property
     def depth(self) -> int:
@@ -61,7 +71,7 @@ class TransformerConfig(ModelConfig, frozen=True):
     @property
     def hidden_width(self) -> int:
         """F of the feed forward."""
-        return self.ff_width or (4 * self.width if self.ff == "gelu" else -(-self.width // 3) * 8)
+        return self.ff_width or (-(-self.width // 3) * 8 if self.ff == "swiglu" else 4 * self.width)
 
     @property
     def attention_rate(self) -> float:
@@ -124,6 +134,19 @@ class TransformerConfig(ModelConfig, frozen=True):
         """Blocks of a gated feed forward; `layer` counts from 0 in its stream."""
         return self.block_gates.left.get(f"{site}/{layer:02d}", self.block_gates.blocks)
 
+    def heads_at(self, site: Site, layer: int) -> int:
+        """Heads of queries of an attention; `layer` counts from 0 in its stream."""
+        return self.heads_left.get(f"{site}/{layer:02d}", self.heads_of(site))
+
+    def heads_of(self, site: Site) -> int:
+        """The same where none was taken out."""
+        return self.heads_by_key["cross_heads" if "cross" in site else "heads"]
+
+    @property
+    def shrunk(self) -> bool:
+        """Layers of a stream are no longer alike."""
+        return bool(self.block_gates.left or self.heads_left or self.channels_left)
+
     @property
     def block_width(self) -> int:
         """Hidden units of a block."""
@@ -138,6 +161,23 @@ class TransformerConfig(ModelConfig, frozen=True):
             "model.block_gates.train_sparse_after groups tokens by open block, as many as there happen to be, and "
             "compiled layers need fixed shapes; leave one of them out"
         )
+
+    def why_not_shared(self, ranks: int) -> str:
+        """What keeps so many ranks from sharing a sequence (`engine.sequence_parallel`); empty where nothing does."""
+        if why := super().why_not_shared(ranks):
+            return why
+        for key, count in self.heads_by_key.items():
+            for heads, what in ((count, ""), (count // self.queries_per_kv_head, " in groups that share keys")):
+                if heads % ranks:
+                    return f"each rank has some heads in attention, and it does not divide {key}={count}{what}"
+        for key, kind, usual in (("weights", self.weights.kind, "softmax"), ("scores", self.scores.kind, "dot")):
+            if kind != usual:
+                return f"model.{key}.kind={kind} has numbers of each head, of which a rank would have some only"
+        if self.attention_rate:
+            return "dropout of attention weights draws for all heads; set model.attention_dropout=0"
+        if any(len(patterns) > 1 for patterns in self.patterns):
+            return "model.pattern.merge=heads gives each half of the heads other keys; take union or alternate"
+        return ""
 
     def _sites_of(self, masks: LearnedDropoutConfig | L0Config) -> tuple[Site, ...]:
         return tuple(masks.sites or self.traits.default_sites) if masks.enabled else ()
@@ -238,14 +278,33 @@ class TransformerConfig(ModelConfig, frozen=True):
                     f"other sites in {key}.sites, or set {key}.enabled=false"
                 )
         least = gates.num_open if gates.kind == "top" else 1
-        places = [f"{site}/{layer:02d}" for site in self.gate_sites for layer in range(self.masks_at(site))]
-        for place, blocks in gates.left.items():
-            if place not in places or not least <= blocks <= gates.blocks:
-                raise ValueError(
-                    f"block_gates.left: {place}: {blocks}; expected {least} to {gates.blocks} blocks of one of "
-                    f"{', '.join(places)}"
-                )
+        _check_left("block_gates.left", gates.left, self._places(self.gate_sites), range(least, gates.blocks + 1))
         return self
+
+    @model_validator(mode="after")
+    def _what_is_left_was_there(self) -> "TransformerConfig":
+        group = self.queries_per_kv_head
+        attentions = self._places(tuple(site for site in _ATTENTIONS if site in self.traits.sites))
+        for place, heads in self.heads_left.items():
+            most = self.heads_of("cross" if "cross" in place else "dec_sa")
+            _check_left("heads_left", {place: heads}, attentions, range(group, most + 1, group))
+        if self.heads_left and (why := self.why_heads_stay):
+            raise ValueError(f"heads_left: {why}")
+        masked = tuple(site for site in (*self.dropout_sites, *self.l0_sites) if site.endswith("_ff"))
+        _check_left("channels_left", self.channels_left, self._places(masked), range(1, self.width + 1))
+        return self
+
+    @property
+    def why_heads_stay(self) -> str:
+        """What keeps single heads from being taken out; empty where nothing does."""
+        if self.scores.kind != "dot":
+            return f"scores.kind={self.scores.kind} makes the scores of all heads together"
+        if any(len(patterns) > 1 for patterns in self.patterns):
+            return f"pattern.kind={self.pattern.kind} gives halves of the heads patterns of their own"
+        return ""
+
+    def _places(self, sites: tuple[Site, ...]) -> list[str]:
+        return [f"{site}/{layer:02d}" for site in sites for layer in range(self.masks_at(site))]
 
     @model_validator(mode="after")
     def _steps_fit(self) -> "TransformerConfig":
@@ -275,6 +334,15 @@ class TransformerConfig(ModelConfig, frozen=True):
                     "penalised and told of; leave one of them out"
                 )
         return self
+
+
+def _check_left(key: str, left: dict[str, int], places: list[str], counts: range) -> None:
+    for place, count in left.items():
+        if place not in places or count not in counts:
+            steps = f" in steps of {counts.step}" if counts.step > 1 else ""
+            raise ValueError(
+                f"{key}: {place}: {count}; expected {counts[0]} to {counts[-1]}{steps} at one of {', '.join(places)}"
+            )
 
 
 class TwoStreamConfig(TransformerConfig, frozen=True):

@@ -60,6 +60,8 @@ class Part(NamedTuple):
     """Of the FLOPs, those of blocks that have a gate: what is left out were all of them closed."""
     closed: int = 0
     """Of these, what is left out at the density that is configured."""
+    mixed: int = 0
+    """Channels of a token that attention takes and gives: queries, keys, values and result."""
 
 
 class Costs(NamedTuple):
@@ -107,14 +109,25 @@ class Shape:
     """Of the tokens of a layer, those that only ask: attention has no keys of them (`model.attention.visibility`)."""
     layer: int = 0
     """Its number in its stream, where blocks were taken out of single feed forwards; else 0."""
+    sharing: int = 1
+    """Ranks that hold an equal part of the positions of each row; bytes are those of one of them."""
 
     def by_pattern(self, layers: int) -> list[tuple[int, "Shape"]]:
         """The shapes of a stream's layers, and so many layers of each."""
         config = _transformer(self)
-        alike = not config.block_gates.left
+        alike = not config.shrunk
         numbered = ((layer, config.pattern.of_layer(layer, config.context)) for layer in range(layers))
         found = Counter((0 if alike else layer, patterns) for layer, patterns in numbered)
         return [(count, replace(self, layer=layer, patterns=patterns)) for (layer, patterns), count in found.items()]
+
+    def inner(self, site: Site) -> int:
+        """Channels of the heads that an attention of the layer has."""
+        config = _transformer(self)
+        return config.width * config.heads_at(site, self.layer) // config.heads_of(site)
+
+    def of_width(self, width: int) -> "Shape":
+        """The same with other vectors."""
+        return replace(self, config=self.config.model_copy(update={"width": width}))
 
     def scores(self, tokens: int, causal: bool) -> int:
         """FLOPs of q k^T and of the weights times v, in self attention."""
@@ -132,7 +145,11 @@ class Shape:
 
     def vectors(self, tokens: int, size: int | None = None) -> int:
         """Bytes of [B, T, C], `size` an element."""
-        return self.rows * tokens * self.config.width * (size or self.size)
+        return self.held(tokens) * self.config.width * (size or self.size)
+
+    def held(self, tokens: int) -> int:
+        """Positions of a rank, of so many in each row."""
+        return self.rows * tokens // self.sharing
 
 
 def linear_weights(config: ModelConfig, inputs: int, outputs: int) -> int:
@@ -158,9 +175,9 @@ def norm(shape: Shape, tokens: int, *, both_ways: bool = False, inputs: bool = T
     if shape.config.norm == "batchnorm" and both_ways:
         return Part("norms", weights, saved=shape.vectors(tokens, _FP32) * (3 if inputs or not exact else 2))
     if shape.config.norm == "rmsnorm":
-        own = shape.rows * tokens * _FP32 + shape.vectors(tokens, _FP32) * (1 if exact else 2)
+        own = shape.held(tokens) * _FP32 + shape.vectors(tokens, _FP32) * (1 if exact else 2)
     else:
-        own = 2 * shape.rows * tokens * shape.size
+        own = 2 * shape.held(tokens) * shape.size
     kept = shape.vectors(tokens) if inputs and shape.norm_keeps_input else 0
     return Part("norms", weights, saved=own + kept)
 
@@ -177,7 +194,7 @@ def loss_bytes(shape: Shape) -> tuple[int, int]:
     """What the loss keeps, and what is there beside it for a moment (model/layers/chunked_loss.py)."""
     config = shape.config
     assert config.vocab_size is not None
-    count, vocabulary, width = shape.rows * shape.targets, config.vocab_size, config.width
+    count, vocabulary, width = shape.held(shape.targets), config.vocab_size, config.width
     chunk = chunk_tokens(count, vocabulary, width)
     table = vocabulary * width
     kept = shape.vectors(shape.targets) + table * (shape.size if chunk == count else _FP32)
@@ -190,11 +207,12 @@ def embedded(shape: Shape, tokens: int, *, causal: bool | None = None, again: bo
     """From ids to the first layer of a stream, which keeps its own input. `again`: tables were counted already."""
     config = shape.config
     causal = config.causal if causal is None else causal
-    parts = [Part(saved=shape.rows * (tokens - shape.asking) * 8)]
+    parts = [Part(saved=shape.held(tokens - shape.asking) * 8)]
     if config.positions == "learned":
         rows = 0 if again else config.context + config.uses_next_position
-        apart = config.document_mask or shape.asking  # positions of their own for each row
-        saved = 8 * (shape.rows if apart else 1) * (tokens + (config.uses_next_position and not shape.asking))
+        apart = config.document_mask or shape.sharing > 1 or shape.asking
+        places = shape.held(tokens) * (1 + config.uses_next_position) if apart else tokens + config.uses_next_position
+        saved = 8 * (shape.held(tokens) if shape.asking else places)
         parts.append(Part("position table", rows * config.width, saved=saved))
     if not isinstance(config, TransformerConfig):
         return parts
@@ -204,7 +222,7 @@ def embedded(shape: Shape, tokens: int, *, causal: bool | None = None, again: bo
         saved = attention_bytes(shape, tokens, tokens, config.heads, causal=causal) + shape.vectors(tokens)
         if "embed" not in config.dropout_sites and (config.dropout or not (shape.norm_keeps_input or shape.post)):
             saved += shape.vectors(tokens)
-        parts.append(Part("mask source", 0 if again else 4 * config.width**2, flops, saved))
+        parts.append(Part("mask source", 0 if again else 4 * config.width**2, flops, saved, mixed=4 * config.width))
     return [*parts, *site(shape, "embed", tokens, causal)]
 
 
@@ -223,7 +241,7 @@ def one_stream(shape: Shape, tokens: int, sites: tuple[Site, Site], *, stream: s
     """A layer of self attention and feed forward; `sites` of the two, `stream` as its parts are called."""
     config = _transformer(shape)
     norms = [norm(shape, tokens, both_ways=not config.causal), Part(saved=shape.vectors(tokens))] * 2
-    own = self_attention(shape, tokens, f"{stream}: attention", causal=config.causal)
+    own = self_attention(shape, tokens, f"{stream}: attention", sites[0], causal=config.causal)
     masks = chain.from_iterable(site(shape, name, tokens, config.causal) for name in sites)
     return [*norms, own, feed_forward(shape, tokens, f"{stream}: feed forward", sites[1]), *masks]
 
@@ -247,40 +265,44 @@ def cross_layer(
     parts = [norm(shape, tokens), Part(saved=shape.vectors(tokens))] * 3
     if not shape.post:
         parts += [norm(shape, read, inputs=False), Part(saved=shape.vectors(read))]
-    parts.append(self_attention(shape, tokens, f"{stream}: attention", causal=causal))
-    width, keys = config.width, config.width // config.queries_per_kv_head
-    weights = linear_weights(config, width, width) * 2 + linear_weights(config, width, 2 * keys)
-    weights += config.weights.learned * config.weights.shapes(aligned=aligned) * config.num_cross_heads
-    flops = tokens * 4 * width**2 + read * 4 * width * keys
-    flops += shape.scores(tokens, causal=True) if aligned else 4 * read * tokens * width
+    parts.append(self_attention(shape, tokens, f"{stream}: attention", sites[0], causal=causal))
+    width, heads, inner = config.width, config.heads_at(sites[1], shape.layer), shape.inner(sites[1])
+    narrow, keys = shape.of_width(inner), inner // config.queries_per_kv_head
+    weights = linear_weights(config, width, inner) + linear_weights(config, width, 2 * keys)
+    weights += linear_weights(config, inner, width)
+    weights += config.weights.learned * config.weights.shapes(aligned=aligned) * heads
+    flops = tokens * 4 * width * inner + read * 4 * width * keys
+    flops += narrow.scores(tokens, causal=True) if aligned else 4 * read * tokens * inner
     saved = attention_bytes(
-        shape,
+        narrow,
         tokens,
         read,
-        config.num_cross_heads,
+        heads,
         causal=config.causal,
         cross=True,
         aligned=aligned,
         **_in_layers(config),
     )
-    parts.append(Part(f"{stream}: cross attention", weights, flops, saved))
+    parts.append(Part(f"{stream}: cross attention", weights, flops, saved, mixed=2 * (width + keys)))
     parts.append(feed_forward(shape, tokens, f"{stream}: feed forward", sites[-1]))
     return [*parts, *chain.from_iterable(site(shape, name, tokens, causal=causal) for name in sites)]
 
 
-def self_attention(shape: Shape, tokens: int, name: str, *, causal: bool) -> Part:
-    """With its maps."""
+def self_attention(shape: Shape, tokens: int, name: str, site: Site, *, causal: bool) -> Part:
+    """With its maps; of the heads that are there in the shape's layer."""
     config = _transformer(shape)
-    width, keys = config.width, config.width // config.queries_per_kv_head
-    mapped = sum(config.score_channels) + keys
-    weights = linear_weights(config, width, mapped) + linear_weights(config, width, width)
-    weights += config.weights.learned * config.heads
-    flops = tokens * 2 * width * (mapped + width)
+    width, heads, inner = config.width, config.heads_at(site, shape.layer), shape.inner(site)
+    mapped = (sum(config.score_channels) + width // config.queries_per_kv_head) * heads // config.heads
+    weights = linear_weights(config, width, mapped) + linear_weights(config, inner, width)
+    weights += config.weights.learned * heads
+    flops = tokens * 2 * width * (mapped + inner)
     if (other := mixed(shape, config, tokens, causal=causal)) is not None:
         return Part(name, weights + other.parameters, flops + other.flops, other.saved)
-    flops += shape.scores(tokens, causal)
-    saved = attention_bytes(shape, tokens, tokens, config.heads, causal=causal, **_in_layers(config))
-    return Part(name, weights, flops, saved)
+    narrow = shape.of_width(inner)
+    flops += narrow.scores(tokens, causal)
+    saved = attention_bytes(narrow, tokens, tokens, heads, causal=causal, **_in_layers(config))
+    keys = width // config.queries_per_kv_head * heads // config.heads
+    return Part(name, weights, flops, saved, mixed=2 * (inner + keys))
 
 
 def feed_forward(shape: Shape, tokens: int, name: str, site: Site | None = None) -> Part:
@@ -290,9 +312,11 @@ def feed_forward(shape: Shape, tokens: int, name: str, site: Site | None = None)
     gated = site is not None and site in config.gate_sites
     blocks = config.blocks_at(site, shape.layer) if site and gated else 1
     hidden = blocks * config.block_width if gated else config.hidden_width
-    weights = linear_weights(config, width, outputs * hidden) + linear_weights(config, hidden, width)
-    flops, positions = tokens * 2 * (outputs + 1) * hidden * width, shape.rows * tokens
+    written = config.channels_left.get(f"{site}/{shape.layer:02d}", width)
+    weights = linear_weights(config, width, outputs * hidden) + linear_weights(config, hidden, written)
+    flops, positions = tokens * 2 * hidden * (outputs * width + written), shape.held(tokens)
     saved = positions * 2 * outputs * hidden * shape.size
+    saved += positions * written * shape.size if written < width else 0
     if not gated:
         return Part(name, weights, flops, saved)
     closed = round(flops * max(0.0, 1.0 - gates.density * gates.blocks / blocks))
@@ -315,8 +339,9 @@ def site(shape: Shape, name: Site, tokens: int, causal: bool) -> list[Part]:
         return parts
     masks = config.learned_dropout
     saved = shape.vectors(tokens)  # what is masked
+    mixed = 4 * width
     if masks.source == "elementwise":
-        weights, flops = 2 * width, 0
+        weights, flops, mixed = 2 * width, 0, 0
         saved += 0 if exact else shape.vectors(tokens, _FP32)
     else:
         weights, flops = (3 * width + 1) * width, tokens * 6 * width**2 + shape.scores(tokens, causal)
@@ -326,7 +351,7 @@ def site(shape: Shape, name: Site, tokens: int, causal: bool) -> list[Part]:
     # What is used is one of them already.
     used = 0 if exact and (rounding == "sigmoid" or (rounding == "none" and squared)) else 1
     saved += in_fp32 * shape.vectors(tokens, _FP32) + used * shape.vectors(tokens)
-    return [*parts, Part("masks", weights, flops, saved)]
+    return [*parts, Part("masks", weights, flops, saved, mixed=mixed)]
 
 
 def attention_bytes(
@@ -344,7 +369,8 @@ def attention_bytes(
     in_layer: bool = False,
 ) -> int:
     """Saved from the projections to the result; `read`: by a linear map, which keeps it; `in_layer`: not of a mask."""
-    config, rows, size = _transformer(shape), shape.rows, shape.size
+    config, rows, size, shared = _transformer(shape), shape.rows, shape.size, shape.sharing > 1
+    heads //= shape.sharing
     turned = config.positions == "rotary" and aligned
     total = shape.vectors(queries) if read else 0
     patterns = shape.patterns if aligned and not shape.in_blocks else (FULL,)
@@ -359,19 +385,24 @@ def attention_bytes(
         kept = Kept(rows * heads * queries * 4 + (rows * queries * keys * size if shape.dense_mask else 0))
         if aligned:
             dense = config.needs_weights
-            of = Attended(rows, keys, config.width, heads, size, causal, shape.dense_mask, dense)
+            of = Attended(rows, keys, config.width // shape.sharing, heads, size, causal, shape.dense_mask, dense)
             kept = kept_by_streams(of, shape.asking) if shape.asking else kept_by(patterns, of)
-        total += kept.saved + (0 if read or kept.result else shape.vectors(queries))
-        # Kernels read views of the projections, or turned and repeated copies beside them.
+        # Where ranks share rows, what is read is a copy of the result.
+        total += kept.saved + (0 if (read and not shared) or kept.result else shape.vectors(queries))
+        # Kernels read views of the projections, or turned and repeated copies beside them; of what came from other
+        # ranks, turned before it went, they read views, too.
         if kept.views:
             total += shape.vectors(queries) + 2 * shape.vectors(keys if group == 1 else seen)
-        if kept.views and turned and group == 1:
+        if kept.views and shared:
+            total += 2 * shape.vectors(keys) // group if group > 1 else 0
+        elif kept.views and turned and group == 1:
             total += shape.vectors(keys) + (0 if cross else shape.vectors(queries))
         elif kept.views and not turned and not cross and group > 1:
             total += 2 * shape.vectors(keys) // group
     if turned:
-        tables = rows if config.document_mask or shape.asking else 1
-        total += tables * (queries + keys) * (config.width // heads // 2) * 2 * _FP32
+        half = config.width // (heads * shape.sharing) // 2
+        apart = config.document_mask or shared or shape.asking
+        total += (shape.held(queries + keys) if apart else queries + keys) * half * 2 * _FP32
     return total
 
 

@@ -22,7 +22,7 @@ def recurrence(shape: Shape, tokens: int, streams: int = 1) -> list[Part]:
         return []
     parts = [Part("step table", options.steps * streams * width)] if options.step_embedding == "learned" else []
     if options.halt:
-        again, numbers = options.steps - 1, shape.rows * tokens
+        again, numbers = options.steps - 1, shape.held(tokens)
         saved = options.steps * (shape.vectors(tokens) + numbers * (shape.size + 1)) + again * numbers * 5
         if shape.size < 4:  # the unit reads and multiplies in fp32
             saved += again * shape.vectors(tokens, 4)

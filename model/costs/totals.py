@@ -1,6 +1,7 @@
 """Sums over what the parts of a model cost. Free of torch: login nodes count, too."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 from data_pipeline.errors import ConfigError
@@ -83,11 +84,17 @@ def executed_flops(config: ModelConfig, pairs: bool = False) -> int:
     return forward_flops(config, pairs) - sum(count * part.closed for count, part in costs(config, pairs=pairs).parts())
 
 
+def mixed_channels(config: ModelConfig) -> int:
+    """Channels of a token that attentions take and give, all of them: what ranks that share rows exchange."""
+    return sum(count * part.mixed for count, part in costs(config).parts())
+
+
 def activations(
     config: ModelConfig,
     rows: int,
     size: int,
     *,
+    sharing: int = 1,
     pairs: bool = False,
     dense_mask: bool = False,
     in_blocks: bool = False,
@@ -96,6 +103,7 @@ def activations(
 
     Args:
         size: bytes of an element of weights and activations, 2 or 4.
+        sharing: ranks that share each sample; bytes are those of one of them.
         pairs: the objective is `pairs`: an encoder-decoder of two sequences reads and writes a full context each.
         dense_mask: attention gets a mask [B, 1, T, T] (`model.attention.visibility`), not blocks and not only the
             order.
@@ -105,6 +113,7 @@ def activations(
         ConfigError: `vocab_size` is not known yet.
     """
     shape = shape_of(config, rows, size, pairs=pairs, dense_mask=dense_mask, in_blocks=in_blocks)
+    shape = replace(shape, sharing=sharing)
     found = _priced(config).costs(shape)
     of_layer = [(count, _saved(parts)) for count, parts in found.layers]
     loss, logits = loss_bytes(shape)

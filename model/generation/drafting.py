@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from model.architectures.draft_and_verify.spec import DraftAndVerifyConfig
-from model.generation.target import Steps, Target
+from model.generation.target import Asking, Steps, Target
 from model.generation.texts import Drawn
 
 
@@ -53,7 +53,7 @@ class Drafting:
 def token_by_token(target: Target, drafting: Drafting) -> Steps:
     """A pass for each token."""
     while not target.ended:
-        logits, present = target.following(), target.present([])
+        logits, present = (yield from target.following()), target.present()
         if target.sampling.temperature:
             token = target.draw(target.probabilities(logits, present)[0])
         else:
@@ -71,25 +71,25 @@ def verify(target: Target, drafting: Drafting) -> Steps:
     take = _sampled if target.sampling.temperature else _likeliest
     while not target.ended:
         length = target.length(more_than=len(target.done))
-        logits, _ = target.draft(target.done, length)
-        yield take(target, logits)
+        logits, _ = yield from target.draft(target.done, length)
+        drawn = yield from take(target, logits)
+        yield drawn
 
 
-def _likeliest(target: Target, drafted: Tensor) -> Drawn:
-    present = target.present([])
-    draft = _up_to_the_end(target, target.likeliest(drafted, present.expand(len(drafted), -1)))
-    logits = target.following(draft)
-    wanted = target.likeliest(logits, target.present(draft)[: len(logits)])
+def _likeliest(target: Target, drafted: Tensor) -> Asking[Drawn]:
+    draft = _up_to_the_end(target, target.likeliest(drafted, target.present()))
+    logits = yield from target.following(draft)
+    wanted = target.likeliest(logits, target.present(draft[: len(logits) - 1]))
     pairs = zip(draft, wanted, strict=False)
     agree = next((place for place, (own, its) in enumerate(pairs) if own != its), len(draft))
     return target.add([*draft[:agree], *wanted[agree : agree + 1]], logits, draft)
 
 
-def _sampled(target: Target, drafted: Tensor) -> Drawn:
-    q = target.probabilities(drafted, target.present([]).expand(len(drafted), -1))
+def _sampled(target: Target, drafted: Tensor) -> Asking[Drawn]:
+    q = target.probabilities(drafted, target.present())
     draft = _up_to_the_end(target, [target.draw(row) for row in q])
-    logits = target.following(draft)
-    p = target.probabilities(logits, target.present(draft)[: len(logits)])
+    logits = yield from target.following(draft)
+    p = target.probabilities(logits, target.present(draft[: len(logits) - 1]))
     tokens: list[int] = []
     for place, token in enumerate(draft):
         stays = min(1.0, float(p[place, token] / q[place, token]))
@@ -116,22 +116,26 @@ def mask_predict(target: Target, drafting: Drafting) -> Steps:
     With several lengths the target that the other decoder finds likeliest is taken (noisy parallel decoding, Gu et al.
     2018, section 4.2).
     """
-    tried = [_filled(target, length, drafting.iterations) for length in target.lengths(drafting.candidates)]
-    best = 0 if len(tried) == 1 else max(range(len(tried)), key=lambda number: _judged(target, tried[number][0]))
-    tokens, logits = tried[best]
-    yield target.add(tokens, logits, tokens)
+    best: tuple[float, list[int], Tensor] | None = None
+    for length in target.lengths(drafting.candidates):
+        tokens, logits = yield from _filled(target, length, drafting.iterations)
+        judged = 0.0 if drafting.candidates == 1 else (yield from _judged(target, tokens))
+        if best is None or judged > best[0]:
+            best = judged, tokens, logits
+    assert best is not None
+    yield target.add(best[1], best[2], best[1])
 
 
-def _filled(target: Target, length: int, iterations: int) -> tuple[list[int], Tensor]:
+def _filled(target: Target, length: int, iterations: int) -> Asking[tuple[list[int], Tensor]]:
     """Tokens of a target of that length, and the logits [length, V] of the passes that each is of."""
-    ids = torch.zeros(1, length, dtype=torch.int64, device=target.device)
-    hidden = torch.ones(1, length, dtype=torch.bool, device=target.device)
+    ids = torch.zeros(length, dtype=torch.int64, device=target.device)
+    hidden = torch.ones(length, dtype=torch.bool, device=target.device)
     certain = torch.zeros(length, device=target.device)
-    present, samples = target.present([]).expand(length, -1), target.sampling.temperature > 0
+    present, samples = target.present(), target.sampling.temperature > 0
     logits = torch.zeros(length, target.model.config.vocab_size or 0, device=target.device)
     for t in range(1, min(iterations, length) + 1):
-        found = target.fill(ids, hidden)[0]
-        logits = torch.where(hidden[0, :, None], found, logits)
+        found, _ = yield from target.fill(ids, hidden)
+        logits = torch.where(hidden[:, None], found, logits)
         if samples:
             probabilities = target.probabilities(found, present)
             tokens = torch.tensor([target.draw(row) for row in probabilities], device=target.device)
@@ -139,29 +143,29 @@ def _filled(target: Target, length: int, iterations: int) -> tuple[list[int], Te
             probabilities = found.float().softmax(-1)
             tokens = target.sampling.likeliest(found, present)
         of_tokens = probabilities.gather(-1, tokens[:, None])[:, 0].float()
-        ids[0] = torch.where(hidden[0], tokens, ids[0])
-        certain = torch.where(hidden[0], of_tokens, certain)
+        ids = torch.where(hidden, tokens, ids)
+        certain = torch.where(hidden, of_tokens, certain)
         left = length * (min(iterations, length) - t) // min(iterations, length)
-        ranked = certain if not samples else certain.masked_fill(~hidden[0], torch.inf)
-        hidden = torch.zeros_like(hidden).scatter(1, ranked.topk(left, largest=False).indices[None], True)
-    return ids[0].tolist(), logits
+        ranked = certain if not samples else certain.masked_fill(~hidden, torch.inf)
+        hidden = torch.zeros_like(hidden).scatter(0, ranked.topk(left, largest=False).indices, True)
+    return ids.tolist(), logits
 
 
-def _judged(target: Target, tokens: list[int]) -> float:
+def _judged(target: Target, tokens: list[int]) -> Asking[float]:
     """Log-probability of a whole target, its end included, under the other decoder; a prefix would be likelier."""
     ids = _up_to_the_end(target, tokens)
     if ids[-1] != target.eos_id and len(ids) < target.capacity:
         ids = [*ids, target.eos_id]
-    logits = target.following(ids[:-1])
+    logits = yield from target.following(ids[:-1])
     found = logits.float().log_softmax(-1).gather(-1, torch.tensor(ids, device=target.device)[:, None])
     return float(found.sum())
 
 
 def refine(target: Target, drafting: Drafting) -> Steps:
     """A draft in one pass, then token by token with its vectors in view (Xia et al. 2017, deliberation networks)."""
-    _, vectors = target.draft([], target.length())
-    target.consider(vectors)
-    return token_by_token(target, drafting)
+    _, vectors = yield from target.draft([], target.length())
+    yield from target.consider(vectors)
+    yield from token_by_token(target, drafting)
 
 
 def _up_to_the_end(target: Target, tokens: list[int]) -> list[int]:

@@ -52,8 +52,8 @@ class OneToken:
         assert isinstance(config, TransformerConfig)
         self._model = model
         self._cache = cache
-        self._sizes = [config.heads, *[config.heads // config.queries_per_kv_head] * 2]
-        self._rotary, self._gated = config.positions == "rotary", config.ff == "swiglu"
+        self._group = config.queries_per_kv_head
+        self._rotary, self._activation = config.positions == "rotary", config.ff
         self._layers = [_layer(layer) for layer in model.modules() if isinstance(layer, EncoderLayer)]
         self._final_norm = _norm(model.final_norm)
         self._agrees: bool | None = None
@@ -89,21 +89,22 @@ class OneToken:
         x, _ = self._model.with_positions(functional.embedding(ids, table), positions)
         for layer in self._layers:
             x = x + layer.out(self._mixed(layer, layer.qkv(layer.attention_norm(x)), positions))
-            x = x + layer.down(activate(layer.up(layer.ff_norm(x)), self._gated))
+            x = x + layer.down(activate(layer.up(layer.ff_norm(x)), self._activation))
         self._cache.length += 1
         return functional.linear(self._final_norm(x), table)[:, 0]
 
     def _mixed(self, layer: _Layer, qkv: Tensor, positions: Tensor) -> Tensor:
         """Queries, keys and values [B, 1, C + 2 C / group] of a token -> [B, 1, C]."""
-        heads = qkv.view(len(qkv), sum(self._sizes), 1, -1)
+        of_keys = layer.place.heads // self._group
+        sizes = [layer.place.heads, of_keys, of_keys]
+        heads = qkv.view(len(qkv), sum(sizes), 1, -1)
         if self._rotary:
-            turned, straight = heads.split([sum(self._sizes[:2]), self._sizes[2]], dim=1)
+            turned, straight = heads.split([sum(sizes[:2]), of_keys], dim=1)
             heads = torch.cat([rotate(turned.transpose(1, 2), positions).transpose(1, 2), straight], dim=1)
-        query, key, value = torch.split_with_sizes(heads, self._sizes, 1)
+        query, key, value = torch.split_with_sizes(heads, sizes, 1)
         key, value = self._cache.append(layer.place, key, value)
-        if self._sizes[0] > self._sizes[1]:
-            group = self._sizes[0] // self._sizes[1]
-            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+        if self._group > 1:
+            key, value = (x.repeat_interleave(self._group, dim=1) for x in (key, value))
         return layer.place.mixer.forward(query, key, value, None, _ALL).reshape(len(qkv), 1, -1)
 
 

@@ -1,19 +1,13 @@
 """One target under way: what is written of it, the passes that were made for it, and the draws."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from model.architectures.draft_and_verify.rollback import RollbackCache
-from model.architectures.draft_and_verify.two_decoders import (
-    ConsiderDraft,
-    MakeDraft,
-    ReadSource,
-    TwoDecoders,
-    WriteOn,
-)
+from model.architectures.draft_and_verify.two_decoders import SourceMemory, TwoDecoders
 from model.generation.sampling import Sampling
 from model.generation.texts import Drawn
 
@@ -35,8 +29,51 @@ class Passes:
         return Passes(self.encoder + other.encoder, self.drafts + other.drafts, self.writes + other.writes)
 
 
+class Read(NamedTuple):
+    """A pass that a target asks for: read the source [S] int64. Gives its `SourceMemory`."""
+
+    source: Tensor
+
+
+class Consider(NamedTuple):
+    """Read a draft's vectors [1, L, C], too. Gives a `SourceMemory`."""
+
+    memory: SourceMemory
+    vectors: Tensor
+
+
+class Fill(NamedTuple):
+    """Draft hidden places. Gives logits [L - start, V] of those from `start` on, and vectors [1, L, C] of all."""
+
+    memory: SourceMemory
+    ids: Tensor
+    """[L] int64."""
+    hidden: Tensor
+    """[L] bool."""
+    start: int
+
+
+class Follow(NamedTuple):
+    """Write on. Gives logits [n, V] of the token behind each of the last n of `ids`."""
+
+    memory: SourceMemory
+    ids: list[int]
+    held: int
+    """Tokens before them, that were read and stay."""
+    last: int
+    """n."""
+
+
+Asked = Read | Consider | Fill | Follow
+Steps = Generator[Asked | Drawn, Any, None]
+"""Tokens of a target as they become certain, and the passes that it asks for, whose results are sent."""
+Found = TypeVar("Found")
+Asking = Generator[Asked, Any, Found]
+"""What is found by passes."""
+
+
 class Target:
-    """What a model of two decoders writes for one source."""
+    """What a model of two decoders writes for one source; passes are asked for, so that they can be made for many."""
 
     def __init__(
         self,
@@ -45,13 +82,15 @@ class Target:
         sampling: Sampling,
         eos_id: int,
         *,
+        passes: Passes,
         generator: torch.Generator | None = None,
         before: Sequence[int] = (),
         most: int,
     ) -> None:
-        """Read the source [S] int64, of which the last `context` tokens are seen.
+        """Of a source [S] int64 the last `context` tokens are seen.
 
         Args:
+            passes: where they are counted.
             before: tokens that count as written for the repetition penalty.
             most: tokens of a target, at most the context.
         """
@@ -59,12 +98,24 @@ class Target:
         self.generator, self.device = generator, source.device
         self.capacity = most
         self.done: list[int] = []
-        self.passes = Passes(encoder=1)
-        self.memory = model(ReadSource(source[-model.config.context :][None]))
-        self._cache = RollbackCache(self.capacity, source.device)
+        self.passes = passes
+        self._source = source[-model.config.context :]
+        self._memory: SourceMemory | None = None
+        self._held = 0
         assert model.config.vocab_size is not None
         self._present = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=source.device)
         self._present[list(before)] = True
+
+    def read(self) -> Asking[None]:
+        """The source; comes first."""
+        self.passes.encoder += 1
+        self._memory = yield Read(self._source)
+
+    @property
+    def memory(self) -> SourceMemory:
+        """Of the source."""
+        assert self._memory is not None
+        return self._memory
 
     @property
     def ended(self) -> bool:
@@ -80,8 +131,13 @@ class Target:
         found: list[int] = (self.memory.lengths[: self.capacity].topk(min(count, self.capacity)).indices + 1).tolist()
         return found
 
-    def present(self, tokens: Sequence[int]) -> Tensor:
-        """What was there before each of `tokens`, which come behind what is written, and after the last: [n + 1, V]."""
+    def present(self, tokens: Sequence[int] = ()) -> Tensor | None:
+        """What was there before each of `tokens`, which come behind what is written, and after the last: [n + 1, V].
+
+        None where that changes nothing.
+        """
+        if not self.sampling.penalises:
+            return None
         held = self._present.clone()
         held[self.done] = True
         rows = [held]
@@ -91,42 +147,39 @@ class Target:
             rows.append(held)
         return torch.stack(rows)
 
-    def draft(self, shown: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
+    def draft(self, shown: Sequence[int], length: int) -> Asking[tuple[Tensor, Tensor]]:
         """Logits [length - start, V] of a target whose first tokens, `start` of them, are shown, and its vectors."""
-        ids = torch.zeros(1, length, dtype=torch.int64, device=self.device)
         start = len(shown)
-        ids[0, :start] = torch.tensor(shown, dtype=torch.int64, device=self.device)
-        hidden = torch.arange(length, device=self.device)[None] >= start
-        return self.fill(ids, hidden, start)
+        ids = torch.tensor([*shown, *[0] * (length - start)], device=self.device)
+        return self.fill(ids, torch.arange(length, device=self.device) >= start, start)
 
-    def fill(self, ids: Tensor, hidden: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        """The same of any hidden places [1, L] bool of ids [1, L]."""
+    def fill(self, ids: Tensor, hidden: Tensor, start: int = 0) -> Asking[tuple[Tensor, Tensor]]:
+        """The same of any hidden places [L] bool of ids [L]."""
         self.passes.drafts += 1
-        found: tuple[Tensor, Tensor] = self.model(MakeDraft(self.memory, ids, hidden, start))
+        found: tuple[Tensor, Tensor] = yield Fill(self.memory, ids, hidden, start)
         return found
 
-    def consider(self, vectors: Tensor) -> None:
+    def consider(self, vectors: Tensor) -> Asking[None]:
         """What is written from now on is written with a draft's vectors [1, L, C] in view."""
-        self.memory = self.model(ConsiderDraft(self.memory, vectors))
+        self._memory = yield Consider(self.memory, vectors)
 
-    def following(self, tokens: Sequence[int] = ()) -> Tensor:
-        """Logits of the token behind what is written, and behind each of more `tokens`: [n + 1, V].
+    def following(self, tokens: Sequence[int] = ()) -> Asking[Tensor]:
+        """Logits of the token behind what is written, and behind each of more `tokens`: [n + 1, V], if there is room.
 
         What is not known to stay is forgotten by the next call.
         """
-        length = min(self._cache.length, len(self.done))
-        self._cache.truncate(length)
-        on_end = [self.eos_id, *self.done, *tokens]
-        ids = torch.tensor([on_end[length : self.capacity]], device=self.device)
+        length = min(self._held, len(self.done))
+        ids = [self.eos_id, *self.done, *tokens][length : self.capacity]
         self.passes.writes += 1
-        logits: Tensor = self.model(WriteOn(self.memory, ids, self._cache))
-        return logits[len(self.done) - length :]
+        self._held = length + len(ids)
+        logits: Tensor = yield Follow(self.memory, ids, length, self._held - len(self.done))
+        return logits
 
-    def probabilities(self, logits: Tensor, present: Tensor) -> Tensor:
+    def probabilities(self, logits: Tensor, present: Tensor | None) -> Tensor:
         """What each token is drawn from, [n, V]: at temperature 0 the likeliest alone."""
         return self.sampling.probabilities(logits, present)
 
-    def likeliest(self, logits: Tensor, present: Tensor) -> list[int]:
+    def likeliest(self, logits: Tensor, present: Tensor | None) -> list[int]:
         """Of each place."""
         found: list[int] = self.sampling.likeliest(logits, present).tolist()
         return found
@@ -146,8 +199,4 @@ class Target:
         proposed = [NO_DRAFT] * count if drafts is None else list(drafts[:count])
         proposed += [NO_DRAFT] * (count - len(proposed))
         ids, proposals = (torch.tensor([some], device=self.device) for some in (tokens, proposed))
-        return Drawn([0], ids, logits[None, :count], present[None], proposals)
-
-
-Steps = Iterator[Drawn]
-"""Tokens of a target as they become certain."""
+        return Drawn([0], ids, logits[None, :count], None if present is None else present[None], proposals)

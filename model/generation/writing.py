@@ -1,6 +1,6 @@
 """Texts from a model that reads one sequence and writes another: a source's target, or a text chunk by chunk."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,12 +8,13 @@ from torch import Tensor
 from model.architectures.draft_and_verify.two_decoders import TwoDecoders
 from model.generation.drafting import WAYS, Drafting
 from model.generation.sampling import Sampling
-from model.generation.target import Passes, Target
+from model.generation.side_by_side import MOST, SideBySide
+from model.generation.target import Passes, Steps, Target
 from model.generation.texts import Drawn
 
 
 class Writing:
-    """Targets that are written in turn, a step of each; used as `Generation` is."""
+    """Targets that are written side by side, each as it would be alone; used as `Generation` is."""
 
     def __init__(
         self,
@@ -50,6 +51,10 @@ class Writing:
         chances: Sequence[torch.Generator | None] = generators or [None] * len(prompts)
         sources = enumerate(zip(prompts, chances, strict=True))
         self._steps = [self._written(number, ids, generator) for number, (ids, generator) in sources]
+        self._sides = [
+            SideBySide(model, min(MOST, len(prompts) - first), self._most, prompts[0].device)
+            for first in range(0, len(prompts), MOST)
+        ]
         self._ended: set[int] = set()
         self.cut: set[int] = set()
         """Texts that have ended without an end token: there was no room, or a draft had none."""
@@ -61,10 +66,7 @@ class Writing:
         """As `Generation.step`; texts get as many tokens as each has become certain of."""
         self.drawn = []
         found = {}
-        for number, steps in enumerate(self._steps):
-            if number in self._ended:
-                continue
-            drawn = next(steps, None)
+        for number, drawn in self._next().items():
             if drawn is None:
                 self.end(number)
                 self.cut.add(number)
@@ -78,6 +80,23 @@ class Writing:
                 found[number] = tokens
         return found
 
+    def _next(self) -> dict[int, Drawn | None]:
+        """What comes next of each text that has not ended."""
+        found: dict[int, Drawn | None] = {}
+        for first, side in zip(range(0, len(self._steps), MOST), self._sides, strict=True):
+            own = {
+                place: steps
+                for place, steps in enumerate(self._steps[first : first + MOST])
+                if first + place not in self._ended
+            }
+            found |= {first + place: drawn for place, drawn in side.step(own).items()}
+        return found
+
+    @property
+    def _most(self) -> int:
+        """Tokens of a target."""
+        return self._model.config.chunk if self._continues else self._model.config.context
+
     def end(self, text: int) -> None:
         """Compute no more of a text."""
         self._ended.add(text)
@@ -86,7 +105,7 @@ class Writing:
         """By its own end token, since there is no room for more, or by `end`."""
         return text in self._ended
 
-    def _written(self, number: int, ids: Tensor, generator: torch.Generator | None) -> Iterator[Drawn]:
+    def _written(self, number: int, ids: Tensor, generator: torch.Generator | None) -> Steps:
         if not self._continues:
             ids = ids if ids[-1] == self._eos_id else torch.cat([ids, ids.new_tensor([self._eos_id])])
             ids = ids[: self._model.config.context]  # as sources are cut in training
@@ -96,14 +115,13 @@ class Writing:
                 ids,
                 self._sampling,
                 self._eos_id,
+                passes=self.passes[number],
                 generator=generator,
                 before=ids.tolist() if self._continues else (),
-                most=self._model.config.chunk if self._continues else self._model.config.context,
+                most=self._most,
             )
-            before = self.passes[number]
-            for drawn in WAYS[self.drafting.decode](target, self.drafting):
-                self.passes[number] = before + target.passes
-                yield drawn
+            yield from target.read()
+            yield from WAYS[self.drafting.decode](target, self.drafting)
             if not self._continues:
                 return
             ids = torch.cat([ids, ids.new_tensor(target.done)])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from model.config.transformer import Activation
 from model.layers.layers import activate
 
 
@@ -25,8 +26,7 @@ class Blocks(NamedTuple):
     """[G, S] or [G, 2S]."""
     down: Tensor
     """[G, S, C]."""
-    gated: bool
-    """SwiGLU."""
+    activation: Activation
 
 
 def all_blocks(x: Tensor, weights: Tensor, blocks: Blocks) -> Tensor:
@@ -36,7 +36,7 @@ def all_blocks(x: Tensor, weights: Tensor, blocks: Blocks) -> Tensor:
     """
     bias = None if blocks.up_bias is None else blocks.up_bias.flatten()
     hidden = functional.linear(x, blocks.up.flatten(0, 1), bias).unflatten(-1, blocks.up.shape[:2])
-    return (activate(hidden, blocks.gated) * weights[..., None]).flatten(1) @ blocks.down.flatten(0, 1)
+    return (activate(hidden, blocks.activation) * weights[..., None]).flatten(1) @ blocks.down.flatten(0, 1)
 
 
 def open_blocks(x: Tensor, weights: Tensor, opened: Tensor, blocks: Blocks) -> Tensor:
@@ -52,7 +52,7 @@ def open_blocks(x: Tensor, weights: Tensor, opened: Tensor, blocks: Blocks) -> T
     biases = [None] * len(sizes) if blocks.up_bias is None else blocks.up_bias.unbind()
     maps = zip(grouped, factors, blocks.up.unbind(), biases, blocks.down.unbind(), sizes, strict=True)
     updates = [
-        (activate(functional.linear(tokens, up, bias), blocks.gated) * factor) @ down
+        (activate(functional.linear(tokens, up, bias), blocks.activation) * factor) @ down
         for tokens, factor, up, bias, down, size in maps
         if size or torch.is_grad_enabled()
     ]
@@ -66,6 +66,6 @@ def blocks_of_one(x: Tensor, weights: Tensor, opened: Tensor, blocks: Blocks) ->
     factors = weights[0].tolist()
     for block in opened[0].nonzero()[:, 0].tolist():
         bias = None if blocks.up_bias is None else blocks.up_bias[block]
-        hidden = activate(functional.linear(x, blocks.up[block], bias), blocks.gated)
+        hidden = activate(functional.linear(x, blocks.up[block], bias), blocks.activation)
         found.addmm_(hidden, blocks.down[block], alpha=factors[block])
     return found

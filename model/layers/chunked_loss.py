@@ -98,6 +98,8 @@ class _ChunkedLoss(torch.autograd.Function):
             scores.scatter_add_(1, chosen, (smoothing - 1.0) * counts[:, None])
             down = scores.to(x.dtype)
             torch.mm(down, table, out=grad_x[start : start + chunk])
+            if not ctx.needs_input_grad[1]:  # a table that stays
+                continue
             if grad_table is None:
                 grad_table = (down.T @ part).to(x.dtype if chunk >= len(x) else exact)
             elif exact == x.dtype:
@@ -115,5 +117,6 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """Scale what the forward pass has kept."""
         grad_x, grad_table = ctx.saved_tensors
-        ours = (grad_x * grad_loss).to(grad_x.dtype), (grad_table * grad_loss).to(grad_x.dtype)
+        of_table = None if grad_table is None else (grad_table * grad_loss).to(grad_x.dtype)
+        ours = (grad_x * grad_loss).to(grad_x.dtype), of_table
         return *ours, None, None, None, None, None

@@ -13,17 +13,18 @@ def noise_site(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def dropout(x: Tensor, keys: Tensor | None, site: int, rate: float) -> Tensor:
+def dropout(x: Tensor, keys: Tensor | None, site: int, rate: float, first: int = 0) -> Tensor:
     """Set each element of x [B, T, C] to 0 with probability `rate`, the others grow by 1 / (1 - rate).
 
     "Dropout: a simple way to prevent neural networks from overfitting" (Srivastava et al. 2014), in training only:
 
     Args:
         keys: [B] int64, which key the noise; None asks for evaluation, which changes nothing.
+        first: column of the first position, where another rank holds those before it.
     """
     if keys is None or not rate:
         return x
-    kept = at_least(keys, site, (x.shape[1], x.shape[2]), rate)
+    kept = at_least(keys, site, (x.shape[1], x.shape[2]), rate, first)
     return x * kept.to(x.dtype).div_(1.0 - rate)
 
 

@@ -6,11 +6,12 @@ every rank, before building.
 
 from typing import overload
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config.model_config import ModelConfig
-from model.config.transformer import TransformerConfig
+from model.config.transformer import Activation, TransformerConfig
 from model.layers.batch_norm import BatchNorm
 from model.layers.chunked_loss import TokenLoss, token_loss
 
@@ -89,24 +90,42 @@ def residual_std(config: ModelConfig, writes: int = 2) -> float:
 
 
 class FeedForward(nn.Module):
-    """C -> F -> C, position by position: the exact GELU, or SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+    """C -> F -> C, position by position: a GELU, or SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: TransformerConfig, std: float) -> None:
         """Maps [F, C] up ([2F, C] for SwiGLU) and [C, F] down; the latter writes to the stream and starts at std."""
         super().__init__()
         hidden = config.hidden_width
-        self.gated = config.ff == "swiglu"
-        self.up = Linear(config.width, 2 * hidden if self.gated else hidden, bias=config.bias)
+        self.activation = config.ff
+        self.up = Linear(config.width, 2 * hidden if config.ff == "swiglu" else hidden, bias=config.bias)
         self.down = Linear(hidden, config.width, bias=config.bias, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
-        return self.down(activate(self.up(x), self.gated))
+        return self.down(activate(self.up(x), self.activation))
 
 
-def activate(hidden: Tensor, gated: bool) -> Tensor:
-    """What lies between the maps of a feed forward: [..., F] -> [..., F] or, gated, [..., 2F] -> [..., F]."""
-    if gated:
+class FewerChannels(FeedForward):
+    """A feed forward that writes some channels of the stream only; what it would have written to others is 0."""
+
+    channels: Tensor
+    """[channels] int64, in order."""
+
+    def __init__(self, config: TransformerConfig, std: float, channels: int) -> None:
+        """The first of them, until a state says which."""
+        super().__init__(config, std)
+        self.down = Linear(config.hidden_width, channels, bias=config.bias, std=std)
+        self.register_buffer("channels", torch.arange(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
+        found = super().forward(x)
+        return found.new_zeros(x.shape).index_copy(-1, self.channels, found)
+
+
+def activate(hidden: Tensor, activation: Activation) -> Tensor:
+    """What lies between the maps of a feed forward: [..., F] -> [..., F] or, of SwiGLU, [..., 2F] -> [..., F]."""
+    if activation == "swiglu":
         gate, value = hidden.chunk(2, dim=-1)
         return functional.silu(gate) * value
-    return functional.gelu(hidden)
+    return functional.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -54,36 +54,37 @@ def of_step(keys: Tensor, number: int) -> Tensor:
     return _mix(keys + _signed(number * _GAMMA)) if number else keys
 
 
-def uniform(keys: Tensor, site: int, shape: tuple[int, int]) -> Tensor:
+def uniform(keys: Tensor, site: int, shape: tuple[int, int], first: int = 0) -> Tensor:
     """Noise in [0, 1) for one site, in steps of 2^-24.
 
     Args:
         keys: [B] int64, from `sample_keys`.
         site: number of the place in the model.
-        shape: (T, C); element (t, c) draws number t C + c, so a shorter sequence meets the same noise.
+        shape: (T, C); element (t, c) draws number (first + t) C + c, so a shorter sequence meets the same noise.
+        first: column of the first position, where another rank holds those before it.
 
     Returns:
         [B, T, C] float32.
     """
-    return _draws(keys, site, shape).to(torch.float32).mul_(2.0**-24)
+    return _draws(keys, site, shape, first).to(torch.float32).mul_(2.0**-24)
 
 
-def at_least(keys: Tensor, site: int, shape: tuple[int, int], rate: float) -> Tensor:
+def at_least(keys: Tensor, site: int, shape: tuple[int, int], rate: float, first: int = 0) -> Tensor:
     """Where `uniform` of the same arguments is at least `rate`, in [0, 1): [B, T, C] int32, 1 there and 0 elsewhere.
 
     Integers are compared, in place: fewer passes over the numbers. `rate` counts as the float32 next to it.
     """
     mantissa, exponent = math.frexp(rate)
     least = math.ceil(math.ldexp(round(math.ldexp(mantissa, 24)), exponent))
-    return _draws(keys, site, shape).ge_(least)
+    return _draws(keys, site, shape, first).ge_(least)
 
 
-def _draws(keys: Tensor, site: int, shape: tuple[int, int]) -> Tensor:
+def _draws(keys: Tensor, site: int, shape: tuple[int, int], first: int) -> Tensor:
     """[B, T, C] int32, in [0, 2^24)."""
-    count = shape[0] * shape[1]
+    begin, count = first * shape[1], shape[0] * shape[1]
     # Two numbers come from each 64-bit state: half the work.
-    states = torch.arange(1, count // 2 + count % 2 + 1, device=keys.device).mul_(_GAMMA_INT64)
-    bits = _mix(_stream(keys, site)[:, None] + states).view(torch.int32)[:, :count]
+    states = torch.arange(begin // 2 + 1, (begin + count + 1) // 2 + 1, device=keys.device).mul_(_GAMMA_INT64)
+    bits = _mix(_stream(keys, site)[:, None] + states).view(torch.int32)[:, begin % 2 : begin % 2 + count]
     return (bits >> 8).bitwise_and_(0xFFFFFF).unflatten(1, shape)
 
 

@@ -64,11 +64,11 @@ class BlockFeedForward(Cached):
         self.name = f"{site}/{layer:02d}"
         self.config = config.block_gates
         self._noise_site = noise_site(f"gates/{self.name}")
-        self._gated = config.ff == "swiglu"
+        self._activation = config.ff
         self._block_width = config.block_width
         self.blocks = config.blocks_at(site, layer)
         hidden = self.blocks * self._block_width
-        outputs = 2 * hidden if self._gated else hidden
+        outputs = 2 * hidden if config.ff == "swiglu" else hidden
         self.up = nn.Parameter(torch.empty(outputs, config.width).normal_(std=INIT_STD))
         self.down = nn.Parameter(torch.empty(hidden, config.width).normal_(std=std))
         self.up_bias = nn.Parameter(torch.zeros(outputs)) if config.bias else None
@@ -86,7 +86,7 @@ class BlockFeedForward(Cached):
             keys: [B] int64, which key the noise of training; None asks for evaluation.
             visible: says where padding is.
         """
-        gates = self.gates(x, keys)
+        gates = self.gates(x, keys, visible.first)
         if self.sides is not None:
             self.sides.append(gates.opened if visible.padding is None else gates.opened[~visible.padding])
         weights, opened = gates.weights.to(x.dtype).flatten(0, 1), gates.opened.flatten(0, 1)
@@ -100,8 +100,8 @@ class BlockFeedForward(Cached):
         update = update.view_as(x) if self.down_bias is None else update.view_as(x) + self.down_bias
         return update, {self.name: self._statistics(gates, visible)} if self.cache is None else {}
 
-    def gates(self, x: Tensor, keys: Tensor | None = None) -> Gates:
-        """Of tokens x [B, T, C]; each token's are its own, so they are causal."""
+    def gates(self, x: Tensor, keys: Tensor | None = None, first: int = 0) -> Gates:
+        """Of tokens x [B, T, C], from column `first` of their rows; each token's are its own, so they are causal."""
         bias = at_least_fp32(self.gate_bias)
         angle = functional.linear(x.to(bias.dtype), self.gate.to(bias.dtype), bias)
         if self.config.kind == "top":
@@ -110,7 +110,8 @@ class BlockFeedForward(Cached):
             opened = torch.zeros_like(angle, dtype=torch.bool).scatter(-1, chosen, True)
             return Gates(mask, opened, 2.0 * mask * opened)
         mask = cosine_mask(angle)
-        opened = mask >= 0.5 if keys is None else uniform(keys, self._noise_site, (x.shape[1], self.blocks)) < mask
+        shape = (x.shape[1], self.blocks)
+        opened = mask >= 0.5 if keys is None else uniform(keys, self._noise_site, shape, first) < mask
         return Gates(mask, opened, straight_through(opened.to(mask.dtype), mask))
 
     @torch.no_grad()
@@ -132,7 +133,7 @@ class BlockFeedForward(Cached):
         bias = None if self.up_bias is None else self.up_bias.view(self.blocks, -1)
         width = self.up.shape[1]
         up, down = self.up.view(self.blocks, -1, width), self.down.view(self.blocks, -1, width)
-        return Blocks(up, bias, down, self._gated)
+        return Blocks(up, bias, down, self._activation)
 
     def _statistics(self, gates: Gates, visible: Visible) -> dict[str, Tensor]:
         """`block_entropy` and `block_penalty`, as penalised, carry gradients."""

@@ -72,13 +72,13 @@ class LearnedDropout(SiteDropout, Cached):
         mask = self._mask(x, source, visible)
         if self.sides is not None:
             self.sides.append(mask >= 0.5 if visible.padding is None else (mask >= 0.5)[~visible.padding])
-        used = self._round(mask, keys, visible.positions)
+        used = self._round(mask, keys, visible)
         statistics = {self.name: self._statistics(mask, used, visible)} if self.cache is None else {}
         return x * used.to(x.dtype), statistics
 
     def kept(self, x: Tensor, source: Tensor | None, visible: Visible) -> Tensor:
         """As the density counts them: at least half of the element is let through."""
-        return self._round(self._mask(x, source, visible), None, visible.positions) >= 0.5
+        return self._round(self._mask(x, source, visible), None, visible) >= 0.5
 
     def _mask(self, x: Tensor, source: Tensor | None, visible: Visible) -> Tensor:
         return cosine_mask(at_least_fp32(self._angle(x, source, visible)) + at_least_fp32(self.shift))
@@ -92,15 +92,15 @@ class LearnedDropout(SiteDropout, Cached):
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         return self._attention(query, key, value, None, visible)
 
-    def _round(self, mask: Tensor, keys: Tensor | None, positions: Tensor | None) -> Tensor:
+    def _round(self, mask: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
         if keys is None:
             if self.config.eval_rounding == "sample":
                 # The same draws for every sequence, so that they depend on nothing but the position.
                 nowhere = torch.zeros(1, dtype=torch.int64, device=mask.device)
                 keys = sample_keys(self.config.eval_seed, nowhere[0], nowhere)
-                if positions is None:
+                if visible.positions is None:
                     return self._drawn(keys, mask)
-                return (uniform_at(keys, self._noise_site, positions, mask.shape[2]) < mask).to(mask.dtype)
+                return (uniform_at(keys, self._noise_site, visible.positions, mask.shape[2]) < mask).to(mask.dtype)
             return _threshold(mask) if self.config.eval_rounding == "threshold" else mask
         rounding = self.config.rounding
         if rounding == "none":
@@ -109,13 +109,13 @@ class LearnedDropout(SiteDropout, Cached):
             soft = torch.sigmoid(_STEEPNESS * (mask - 0.5))
             return soft if rounding == "sigmoid" else straight_through(soft, mask)
         # For uniform noise the mean of what is kept is m.
-        hard = self._drawn(keys, mask) if rounding == "noise_ste" else _threshold(mask)
+        hard = self._drawn(keys, mask, visible.first) if rounding == "noise_ste" else _threshold(mask)
         return straight_through(hard, mask)
 
-    def _drawn(self, keys: Tensor, mask: Tensor) -> Tensor:
+    def _drawn(self, keys: Tensor, mask: Tensor, first: int = 0) -> Tensor:
         """1 with probability m, else 0."""
         # Written over the noise: where numbers become truth values torch takes four times as long.
-        below = uniform(keys, self._noise_site, (mask.shape[1], mask.shape[2])).expand(mask.shape).contiguous()
+        below = uniform(keys, self._noise_site, (mask.shape[1], mask.shape[2]), first).expand(mask.shape).contiguous()
         return below.lt_(mask.detach()).to(mask.dtype)
 
     def _statistics(self, mask: Tensor, used: Tensor, visible: Visible) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class SiteDropout(nn.Module):
             x, and the statistics of the mask if there is one.
         """
         x, statistics = self.mask(x, keys, source, visible)
-        return dropout(x, keys, self._dropout_site, self._rate), statistics
+        return dropout(x, keys, self._dropout_site, self._rate, visible.first), statistics
 
     def mask(
         self, x: Tensor, keys: Tensor | None, source: Tensor | None, visible: Visible

@@ -3,7 +3,7 @@
 from model.config.mask_config import Site
 from model.config.model_config import ModelConfig
 from model.config.transformer import TransformerConfig
-from model.layers.layers import FeedForward
+from model.layers.layers import FeedForward, FewerChannels
 from model.masks.block_gates import BlockFeedForward
 from model.masks.hard_concrete import HardConcreteGates
 from model.masks.learned_dropout import LearnedDropout
@@ -25,4 +25,6 @@ def feed_forward_at(config: TransformerConfig, site: Site, layer: int, std: floa
     """The feed forward of a site; its map to the stream starts at std. `layer` counts from 0 in its stream."""
     if site in config.gate_sites:
         return BlockFeedForward(config, site, layer, std)
+    if channels := config.channels_left.get(f"{site}/{layer:02d}"):
+        return FewerChannels(config, std, channels)
     return FeedForward(config, std)

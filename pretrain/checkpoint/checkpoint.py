@@ -18,10 +18,10 @@ from torch import Tensor
 from data_pipeline.errors import CheckpointError
 from data_pipeline.sampling.data_state import DataState
 from pretrain.checkpoint.manifest import CheckpointManifest, CheckpointShard
+from pretrain.checkpoint.rng import restore_rng_states
 from pretrain.checkpoint.shard_file import hash_file
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine, Fragment
-from pretrain.engine.rng import restore_rng_states
 from pretrain.run.checkpoint_folder import complete
 
 RNG = "rng/"

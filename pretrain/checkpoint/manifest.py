@@ -136,7 +136,8 @@ def _odd_values(manifest: CheckpointManifest) -> Iterator[str]:
         yield f"optimizer_steps {manifest.optimizer_steps} at step {manifest.step}"
     if manifest.zero_stage not in range(4):
         yield f"zero_stage {manifest.zero_stage}"
-    for key, kind in (("data", dict), ("config", dict), ("types", dict), ("tokenizer", str), ("attempt", int)):
+    texts = (("tokenizer", str), ("chat_template", str))
+    for key, kind in (("data", dict), ("config", dict), ("types", dict), *texts, ("attempt", int)):
         if not isinstance(manifest.state.get(key, kind()), kind):
             yield f"state.{key} is {manifest.state[key]!r:.80}"
             return

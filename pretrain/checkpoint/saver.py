@@ -20,10 +20,10 @@ from data_pipeline.errors import CheckpointError
 from data_pipeline.files.atomic import sync_folder, write_atomic
 from pretrain.checkpoint.checkpoint import RNG
 from pretrain.checkpoint.manifest import BUFFER, CheckpointManifest, CheckpointShard
+from pretrain.checkpoint.rng import rng_states
 from pretrain.checkpoint.shard_file import write_error, write_tensors
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
-from pretrain.engine.rng import rng_states
 from pretrain.run.checkpoint_folder import MANIFEST, make_room, step_path
 
 

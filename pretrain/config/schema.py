@@ -76,6 +76,11 @@ class Config(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
                 f"data.packing=best_fit fills a window with several documents and padding, and data.objective="
                 f"{data.objective} takes a window as one text without gaps; take data.packing=plain"
             )
+        if self.objective.of_conversations and data.packing != "best_fit":
+            raise ValueError(
+                f"data.objective={data.objective}: conversations are packed whole into windows; set "
+                "data.packing=best_fit, with model.document_mask=true to keep them apart"
+            )
         if data.mask_boundaries and not self.objective.takes_boundaries:
             raise ValueError(
                 f"data.mask_boundaries is about the label after a document's end, which data.objective="
@@ -207,6 +212,16 @@ class Config(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         return self
 
     @model_validator(mode="after")
+    def _sequences_can_be_shared(self) -> "Config":
+        if (ranks := self.engine.sequence_parallel) > 1:
+            why_not = self.model.why_not_shared(ranks)
+            if self.engine.compile:
+                why_not = "exchanges between ranks in the middle of a layer were not tried with engine.compile"
+            if why_not:
+                raise ValueError(f"engine.sequence_parallel={ranks}: {why_not}")
+        return self
+
+    @model_validator(mode="after")
     def _profiled_steps_are_trained(self) -> "Config":
         if self.profile.steps and self.profile.steps[1] > self.train.steps:
             raise ValueError(f"profile.steps={list(self.profile.steps)} goes beyond train.steps={self.train.steps}")
@@ -263,19 +278,27 @@ class Config(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         return self.health.hang_minutes or self.engine.timeout_minutes / 2
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
-        """(sequences of a micro-batch, micro-batches of a step) on each rank.
+        """(sequences of a micro-batch, micro-batches of a step) on each rank; with `engine.sequence_parallel` on each
+        group of ranks that share sequences.
 
         Raises:
             ConfigError: the ranks or the micro-batch do not divide the global batch; names the nearest that do.
         """
-        sequences = self.global_batch
-        if sequences % world_size:
+        sequences, sharing = self.global_batch, self.engine.sequence_parallel
+        if world_size % sharing:
+            raise ConfigError(
+                f"engine.sequence_parallel={sharing}: so many ranks share each sequence, and {world_size} rank(s) are "
+                f"no whole number of such groups; nearest: {_nearest_multiples(world_size, sharing)} ranks"
+            )
+        groups = world_size // sharing
+        if sequences % groups:
+            near = _nearest_divisors(sequences, groups, times=sharing)
             raise ConfigError(
                 f"batch.tokens={self.batch.tokens} is {sequences} sequences, which {world_size} ranks cannot share "
-                f"evenly; numbers of ranks that can: {_nearest_divisors(sequences, world_size)}; batch.tokens that "
-                f"{world_size} can: {_nearest_multiples(self.batch.tokens, world_size * self.model.context)}"
+                f"evenly; numbers of ranks that can: {near}; batch.tokens that "
+                f"{world_size} can: {_nearest_multiples(self.batch.tokens, groups * self.model.context)}"
             )
-        share = sequences // world_size
+        share = sequences // groups
         micro = self.batch.micro_batch or share
         if share % micro:
             raise ConfigError(
@@ -290,11 +313,11 @@ def _nearest_multiples(number: int, of: int) -> str:
     return " or ".join(str(multiple) for multiple in (below, below + of) if multiple)
 
 
-def _nearest_divisors(number: int, near: int) -> str:
+def _nearest_divisors(number: int, near: int, times: int = 1) -> str:
     small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
     divisors = sorted({*small, *(number // d for d in small)})
     below, above = [d for d in divisors if d < near], [d for d in divisors if d > near]
-    return " or ".join(map(str, below[-1:] + above[:1]))
+    return " or ".join(str(times * divisor) for divisor in below[-1:] + above[:1])
 
 
 def load(args: list[str]) -> Config:

@@ -153,6 +153,9 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Keep only the input of each layer, and compute the layer again in the backward pass: less memory, more time."""
     compile: Annotated[bool, may_change.COMPUTED] = False
     """torch.compile of each layer; needs a C++ compiler where it runs."""
+    sequence_parallel: Annotated[int, may_change.COMPUTED] = Field(default=1, ge=1)
+    """Ranks (of one node) that share each sequence: a slice of it each, all of it for some heads in attention; for
+    contexts that one GPU cannot hold. It divides `model.context` and the heads, those of keys and values, too."""
     timeout_minutes: Annotated[float, may_change.COMPUTED] = Field(default=10.0, gt=0.0, le=10080.0)
     """A collective that hangs longer ends the run."""
 
@@ -264,9 +267,9 @@ class FinetuneConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     """An adapter counts alpha / r times; 2 r unless given."""
     dropout: Annotated[float, may_change.IN_FORK] = Field(default=0.0, ge=0.0, lt=1.0)
     """On what adapters read, in training."""
-    targets: Annotated[list[str], may_change.IN_FORK] = Field(default=["qkv"], min_length=1)
+    targets: Annotated[list[str] | None, may_change.IN_FORK] = Field(default=None, min_length=1)
     """Linear maps that are adapted: by the last part of a name, masks aside, or by a pattern of the whole, such as
-    `backbone.layers.0.*`; `*` means all."""
+    `backbone.layers.0.*`; `*` means all. All but those of masks unless given."""
     base: Annotated[str | None, may_change.IN_FORK] = None
     """Hash of the weights that the run has begun with; written by the run itself."""
 

@@ -26,11 +26,25 @@ class Ranks:
     device: torch.device
     group: Any
     """A gloo group for book-keeping: never waits for the accelerator."""
+    sequence_parallel: int = 1
+    """Ranks, side by side, that share the rows of their batches."""
+    timeout: timedelta = timedelta(minutes=10)
+    """Of a collective."""
 
     @property
     def is_first(self) -> bool:
         """Rank 0 writes the journal, the manifest and the terminal."""
         return self.rank == 0
+
+    @property
+    def reader(self) -> int:
+        """Which of the `readers` this rank belongs to: ranks that share rows read the same ones."""
+        return self.rank // self.sequence_parallel
+
+    @property
+    def readers(self) -> int:
+        """That read different rows."""
+        return self.world_size // self.sequence_parallel
 
     def broadcast(self, value: T | None) -> T:
         """Rank 0's value, on every rank."""
@@ -92,8 +106,8 @@ class Ranks:
 
 
 @contextmanager
-def join(timeout_minutes: float) -> Iterator[Ranks]:
-    """Meet the other ranks, and part from them in the end.
+def join(timeout_minutes: float, sequence_parallel: int = 1) -> Iterator[Ranks]:
+    """Meet the other ranks, and part from them in the end; so many of them share rows.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK (or srun's SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID; one rank when there is
     neither) and where to meet: DUET_RENDEZVOUS, a URL, else MASTER_ADDR and MASTER_PORT.
@@ -124,7 +138,7 @@ def join(timeout_minutes: float) -> Iterator[Ranks]:
     )
     try:
         group = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
-        yield Ranks(rank, world_size, device, group)
+        yield Ranks(rank, world_size, device, group, sequence_parallel, timeout)
     finally:
         # Without this, ranks abort at exit about every second time.
         dist.destroy_process_group()

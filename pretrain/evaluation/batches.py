@@ -9,7 +9,7 @@ from torch import Tensor
 from data_pipeline.loading.loader import StepSamples
 from data_pipeline.sampling.kinds import AnyWindows
 from data_pipeline.storage.dataset import Dataset
-from model.batch import Batch
+from model.batch import Batch, RowExchange
 from pretrain.config.schema import Config
 from pretrain.objectives.objective import Objective, Setting
 
@@ -18,16 +18,21 @@ _VALIDATION_SEED = 0
 
 
 class Batches:
-    """Makes batches of windows. Nothing it does depends on ranks or on the size of a micro-batch."""
+    """Makes batches of windows. What is in them does not depend on ranks or on the size of a micro-batch; where ranks
+    share rows, each gets its positions of them."""
 
-    def __init__(self, device: torch.device, objective: Objective) -> None:
+    def __init__(self, device: torch.device, objective: Objective, exchange: RowExchange | None = None) -> None:
+        """`exchange`: among the ranks that share rows."""
         self.objective = objective
+        self._exchange = exchange
         self.in_order = None if objective.in_order is None else Batches(device, objective.in_order(objective.setting))
         """Of the same text, for bits per byte (`Objective.in_order`)."""
         self._device = device
 
     @classmethod
-    def of(cls, config: Config, dataset: Dataset, device: torch.device) -> "Batches":
+    def of(
+        cls, config: Config, dataset: Dataset, device: torch.device, exchange: RowExchange | None = None
+    ) -> "Batches":
         """As the configuration asks.
 
         Raises:
@@ -44,7 +49,7 @@ class Batches:
             targets=config.model.lengths[1],
             target_span=config.model.target_span,
         )
-        return cls(device, config.objective(setting))
+        return cls(device, config.objective(setting), exchange)
 
     def of_step(self, samples: StepSamples, micro_batch: int, step: int, seed: int) -> list[Batch]:
         """A rank's share of a step in micro-batches."""
@@ -75,7 +80,10 @@ class Batches:
         sources = windows.sources_of(indices)
         if batch.query_positions is not None:
             return np.take_along_axis(sources, batch.query_positions.cpu().numpy(), axis=1)
-        return self.objective.label_sources(sources)
+        sources = self.objective.label_sources(sources)
+        if self._exchange is None or sources.shape[1] == 1:
+            return sources
+        return np.split(sources, self._exchange.size, axis=1)[self._exchange.rank]
 
     def _batch(
         self, windows: np.ndarray, positions: np.ndarray, starts: np.ndarray | None, step: int, seed: int
@@ -84,7 +92,8 @@ class Batches:
         arrays = self.objective.arrays(windows, positions, starts if self.objective.needs_documents else None, seed)
         tensors: dict[str, Any] = {name: self._put(array) for name, array in arrays.items()}
         at = torch.full((), step, device=self._device)
-        return Batch(samples=self._put(positions), step=at, seed=seed, **tensors)
+        batch = Batch(samples=self._put(positions), step=at, seed=seed, **tensors)
+        return batch if self._exchange is None else batch.shared(self._exchange)
 
     def _put(self, array: np.ndarray) -> Tensor:
         """On the device; a copy to a GPU is not waited for."""

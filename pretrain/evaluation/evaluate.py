@@ -67,7 +67,7 @@ def evaluate(
 
     Args:
         text_bytes: UTF-8 bytes of that text by source, for bits per byte.
-        batch: windows of a forward pass on each rank.
+        batch: windows of a forward pass on each rank, or on ranks that share rows.
         edge: called before each batch, as often on every rank, with the number of batches that are done and of all;
             may raise to break off.
         part: what is predicted instead, if not the `whole` text; else what is told of beside it.
@@ -88,19 +88,23 @@ def evaluate(
     # Every rank makes the same number of forward passes (ZeRO-3 gathers in each); what is missing counts for nothing.
     chosen = part.windows if part and not whole else np.arange(len(windows))
     beside = np.isin(chosen, part.windows) if part and whole else None
-    rounds = math.ceil(len(chosen) / (batch * ranks.world_size))
+    rounds = math.ceil(len(chosen) / (batch * ranks.readers))
     sources = windows.sources if len(windows.sources) > 1 else []
-    losses = [VALIDATION] if batches.in_order is None else [VALIDATION, VALIDATION_IN_ORDER]
-    names = [*losses, *([VALIDATION_PART] if beside is not None else []), *(of.of(s) for of in losses for s in sources)]
-    tally: dict[str, np.ndarray] = {name: np.zeros(2) for name in names}
+    tally = {name: np.zeros(2) for name in _told(batches, sources, part=beside is not None)}
     for index in range(rounds):
         edge(index, rounds)
-        first = (index * ranks.world_size + ranks.rank) * batch
+        first = (index * ranks.readers + ranks.reader) * batch
         rows = None if beside is None else beside[first : first + batch]
         for name, sum_and_number in _of_batch(model, windows, chosen[first : first + batch], batches, rows).items():
             tally[name] = tally.get(name, 0.0) + sum_and_number
     table = ranks.sum(torch.from_numpy(np.stack([*tally.values()]))).numpy()
     return _means(dict(zip(tally, table, strict=True)), text_bytes if part is None or whole else part, batches)
+
+
+def _told(batches: Batches, sources: list[str], *, part: bool) -> list[str]:
+    """The losses, of all and of each source: every rank adds up the same."""
+    losses = [VALIDATION] if batches.in_order is None else [VALIDATION, VALIDATION_IN_ORDER]
+    return [*losses, *([VALIDATION_PART] if part else []), *(loss.of(name) for loss in losses for name in sources)]
 
 
 def _of_batch(

@@ -20,7 +20,10 @@ class Probe:
     """The first windows of the held-out text, and how the masks stood there when it was last asked."""
 
     def __init__(self, windows: AnyWindows, batches: Batches, *, compiled: bool) -> None:
-        """`compiled`: the model's layers are, and what is watched here must not have them compiled anew."""
+        """`compiled`: the model's layers are, and what is watched here must not have them compiled anew.
+
+        Where ranks share rows, each looks at its own positions.
+        """
         rows = min(len(windows), max(1, TOKENS // windows.context))
         self._batch = batches.of_validation(windows, np.arange(rows))
         self._compiled = compiled

@@ -21,7 +21,7 @@ def sample_text(model: TokenModel, dataset: Dataset, config: Config, device: tor
     first = Windows.of(dataset, "validation", config.model.context, partial=True).read(
         torch.zeros(1, dtype=torch.int64).numpy()
     )[0]
-    first = first[first >= 0]  # a very short text ends within the window
+    first = dataset.manifest.plain(first[first >= 0])  # a very short text ends within the window
     prompt = torch.from_numpy(first[: min(PROMPT_TOKENS, config.model.context // 2)]).to(device)
     generator = torch.Generator(device).manual_seed(config.run.seed)
     tokens = generate(

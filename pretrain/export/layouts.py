@@ -1,6 +1,6 @@
 """Layouts that others know, and where in them a decoder-only model of ours has its tensors and its sizes.
 
-Llama: rotary positions, RMSNorm, SwiGLU, grouped queries. GPT-2: learned positions, LayerNorm and biases, the exact
+Llama: rotary positions, RMSNorm, SwiGLU, grouped queries. GPT-2: learned positions, LayerNorm and biases, either
 GELU. In both our head is tied. transformers gives both models their names (`models/llama`, `models/gpt2`).
 """
 
@@ -17,6 +17,8 @@ from model.config.model_config import ModelConfig
 EPS, BASE = 1e-5, 10_000.0
 """Of our norms, and of our rotations."""
 Name = Literal["llama", "gpt2"]
+_GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+"""What transformers calls our activations, the first name of each being the one that is written."""
 _FREE = {
     *("layers", "width", "context", "vocab_size", "heads", "ff_width", "bias", "dropout", "attention_dropout"),
     *("attention", "document_mask", "label_smoothing", "z_loss"),
@@ -50,7 +52,7 @@ class Layout(NamedTuple):
     shape: Callable[[dict[str, Any]], dict[str, Any]]
     """Our keys of what it says."""
     expects: tuple[tuple[str, Any, Any], ...]
-    """Of config.json: a field, what it is where it is left out, and what it must be."""
+    """Of config.json: a field, what it is where it is left out, and what it must be, or one of a tuple."""
     passed_over: tuple[str, ...] = ()
     """Ends of the names of tensors that are no weights."""
 
@@ -117,7 +119,7 @@ def _gpt2_config(config: DecoderOnlyConfig) -> dict[str, Any]:
         "n_layer": config.layers,
         "n_head": config.heads,
         "n_inner": config.hidden_width,
-        "activation_function": "gelu",
+        "activation_function": next(name for name, ours in _GELUS.items() if ours == config.ff),
         "layer_norm_epsilon": EPS,
         "tie_word_embeddings": True,
     }
@@ -131,6 +133,7 @@ def _gpt2_shape(raw: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": raw["vocab_size"],
         "heads": raw["n_head"],
         "ff_width": raw.get("n_inner") or 4 * raw["n_embd"],
+        "ff": _GELUS[raw.get("activation_function", "gelu_new")],
         "bias": True,
     }
 
@@ -169,7 +172,12 @@ LAYOUTS: dict[str, Layout] = {
         passed_over=("rotary_emb.inv_freq",),
     ),
     "gpt2": Layout(
-        wants={"positions": ("learned",), "norm": ("layernorm",), "norm_position": ("pre",), "ff": ("gelu",)},
+        wants={
+            "positions": ("learned",),
+            "norm": ("layernorm",),
+            "norm_position": ("pre",),
+            "ff": ("gelu", "gelu_tanh"),
+        },
         outside=(
             Counterpart("token_embed", ("transformer.wte",)),
             Counterpart("position_embed", ("transformer.wpe",)),
@@ -187,7 +195,7 @@ LAYOUTS: dict[str, Layout] = {
         config=_gpt2_config,
         shape=_gpt2_shape,
         expects=(
-            ("activation_function", "gelu_new", "gelu"),
+            ("activation_function", "gelu_new", tuple(_GELUS)),
             ("layer_norm_epsilon", 1e-5, EPS),
             ("scale_attn_weights", True, True),
             ("scale_attn_by_inverse_layer_idx", False, False),
@@ -289,8 +297,10 @@ def read_shape(raw: dict[str, Any], folder: object) -> tuple[str, dict[str, Any]
         value = raw.get(field, default)
         if field == "rope_parameters" and value is None:
             continue
-        if value != wanted:
-            raise CheckpointError(f"{folder}: {field}={value!r} does not fit: our models have {wanted!r}")
+        fitting = wanted if isinstance(wanted, tuple) else (wanted,)
+        if value not in fitting:
+            known = " or ".join(map(repr, fitting))
+            raise CheckpointError(f"{folder}: {field}={value!r} does not fit: our models have {known}")
     if raw.get("mlp_bias", False) != raw.get("attention_bias", False):
         raise CheckpointError(f"{folder}: mlp_bias={raw.get('mlp_bias')!r} and attention_bias differ: ours are alike")
     try:

@@ -28,6 +28,7 @@ from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer, model_file,
 from model.architectures import external, registry
 from model.architectures.names import current_name
 from model.architectures.registry import AnyModelConfig
+from model.layers.int8 import in_int8, restored
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.checkpoint.shard_file import write_tensors
 from pretrain.config.architecture import keep
@@ -41,7 +42,8 @@ from pretrain.export.hugging_face.folder import (
     write_for_transformers,
 )
 from pretrain.export.hugging_face.sources import check_alone
-from pretrain.inference.trained import Trained, tokenizer_of, whole_weights
+from pretrain.finetune.lora import linear_maps
+from pretrain.inference.trained import Trained, chat_template_of, tokenizer_of, whole_weights
 from pretrain.objectives.registry import ObjectiveName
 from pretrain.run.checkpoint_folder import MANIFEST
 from pretrain.run.origin import TRAIN, WEIGHTS
@@ -49,8 +51,9 @@ from pretrain.run.origin import TRAIN, WEIGHTS
 FORMAT = 2
 """In the first, an architecture's parameters had no `backbone.` before their names."""
 CONFIG = "config.json"
-Dtype = Literal["fp32", "bf16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Dtype = Literal["fp32", "bf16", "int8"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
+"""Of what is not in int8: linear maps are, but those of masks."""
 NOTE = """\
 A model trained with Duet: run {run}, step {step}.
 Weights in {dtype} (model.safetensors), configuration (config.json), tokenizer ({tokenizer}).
@@ -71,6 +74,8 @@ class ExportFacts(BaseModel, extra="forbid", frozen=True):
     """Of the program that trained it."""
     dataset: str | None
     """Fingerprint of the data it was trained on."""
+    chat_template: str | None = None
+    """As the dataset of conversations had it; None: it learned from none."""
 
 
 def write_export(
@@ -83,10 +88,12 @@ def write_export(
     """Write a checkpoint's model into a new folder, which is there whole or not at all.
 
     The same weights give the same bytes, whatever wrote the checkpoint. Parameters are rounded to `dtype`, buffers are
-    not; the tied head is the token table, which is in the file once.
+    not; the tied head is the token table, which is in the file once. In int8 are linear maps, but those of masks,
+    since a small change of an angle flips what is kept.
 
     Args:
-        weights: in the place of the checkpoint's, where `config` is of a model that was made from it.
+        weights: parameters and buffers in the place of the checkpoint's, where `config` is of a model that was made
+            from it.
 
     Raises:
         CheckpointError: the folder is there already or cannot be written; the checkpoint is of another model.
@@ -103,7 +110,7 @@ def write_export(
     dataset = dataset_of(checkpoint, config)
     about = rows_of(checkpoint, config, dataset)
     texts = texts_of(dataset, tokenizer)
-    tensors = {**weights, **checkpoint.buffers()}
+    tensors = {**checkpoint.buffers(), **weights}
     write_folder(folder, _facts(checkpoint, config), tensors, (file.read_bytes(), tokenizer), texts, about, dtype)
 
 
@@ -125,16 +132,19 @@ def write_folder(
         model = registry.build(facts.model)
     shapes = {name: values.shape for name, values in model.named_parameters()}
     kept = {name: values.to(DTYPES[dtype]) if name in shapes else values for name, values in tensors.items()}
+    maps = [name for name, (_, of_mask) in linear_maps(model) if not of_mask] if dtype == "int8" else []
+    kept = in_int8(kept, maps)
     metadata = {"format": "pt"} | {name: str(getattr(facts, name)) for name in ("run", "step", "commit", "dataset")}
     content, opened = tokenizer
-    written = facts.model_dump(mode="json")
+    written = facts.model_dump(mode="json", exclude={"chat_template"} if facts.chat_template is None else None)
     written["model"]["architecture"] = external.without_folder(facts.model.architecture)
     told = {**rows, "weights": dtype}
-    about = About(facts.model, facts.objective, facts.run, model.num_parameters(), told, opened, content, texts)
+    size = model.num_parameters()
+    about = About(facts.model, facts.objective, facts.run, size, told, opened, content, texts, facts.chat_template)
     with new_folder(folder) as new:
         write_tensors(new / WEIGHTS, dict(sorted(kept.items())), Event(), metadata)
         theirs = hugging_face_config(facts.model, facts.objective, type_name(dtype), opened.eos_id)
-        write_json(new / CONFIG, theirs | {"duet": written})
+        write_json(new / CONFIG, theirs | ({"int8": maps} if maps else {}) | {"duet": written})
         write_for_transformers(new, about)
         write_atomic(new / TRAIN, _train(facts))
         if external.is_external(facts.model.architecture):
@@ -167,6 +177,7 @@ def _facts(checkpoint: Checkpoint, config: Config) -> ExportFacts:
         step=checkpoint.manifest.step,
         commit=state.get("commit"),
         dataset=state.get("data", {}).get("fingerprint"),
+        chat_template=chat_template_of(checkpoint),
     )
 
 
@@ -191,14 +202,14 @@ def load_export(folder: Path) -> Trained:
         shape = external.open_recorded(shape, [folder])
     model = registry.build(shape)
     try:
-        weights = load_file(folder / WEIGHTS)
-        model.load_state_dict({current_name(name): values for name, values in weights.items()})
+        weights = {current_name(name): values for name, values in load_file(folder / WEIGHTS).items()}
+        model.load_state_dict(restored(weights))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{folder / WEIGHTS}: missing, damaged, or of another model: {error}") from error
     file = model_file(folder)
     if not file.is_file():
         raise CheckpointError(f"{folder}: no tokenizer ({MODEL} or {JSON}); export it again")
-    return Trained(model.eval(), Tokenizer.load(file), facts.objective, facts.run, facts.step)
+    return Trained(model.eval(), Tokenizer.load(file), facts.objective, facts.run, facts.step, facts.chat_template)
 
 
 def read_facts(folder: Path) -> ExportFacts:

@@ -31,7 +31,7 @@ from pretrain.export.hugging_face.folder import (
 from pretrain.export.layouts import LAYOUTS, check_fits, read_shape, to_ours, to_theirs
 from pretrain.export.portable import CONFIG, DTYPES, Dtype, ExportFacts, new_folder, type_name, write_folder
 from pretrain.finetune.base import weights_of
-from pretrain.inference.trained import tokenizer_of
+from pretrain.inference.trained import chat_template_of, tokenizer_of
 from pretrain.run.origin import WEIGHTS
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -107,17 +107,19 @@ def write_standard(checkpoint: Checkpoint, config: Config, folder: Path, name: s
     weights = weights_of(checkpoint, config)
     parameters = sum(values.numel() for values in weights.values())
     texts = texts_of(dataset, tokenizer)
-    about = About(fits, config.data.objective, config.run.name, parameters, rows, tokenizer, file.read_bytes(), texts)
+    told = (config.data.objective, config.run.name, parameters, rows, tokenizer, file.read_bytes(), texts)
+    about = About(fits, *told, chat_template_of(checkpoint))
     tensors = {key: values.to(DTYPES[dtype]) for key, values in to_theirs(weights, fits, name).items()}
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
     with new_folder(folder) as new:
         write_tensors(new / WEIGHTS, dict(sorted(tensors.items())), Event(), {"format": "pt"})
         write_json(new / CONFIG, LAYOUTS[name].config(fits) | ids | {"dtype": type_name(dtype)})
-        fast, _ = write_tokenizer(new, about)
+        fast, note = write_tokenizer(new, about)
         if not fast:  # the library of those who take this layout reads the file as it is
             (new / "tokenizer_config.json").unlink()
         kind = kind_of(fits, config.data.objective)
-        write_card(new, about, kind, [f"A text has {fits.context} tokens at most."], standard=True)
+        notes = [f"A text has {fits.context} tokens at most.", *([note] if about.chat_template else [])]
+        write_card(new, about, kind, notes, standard=True)
 
 
 def _shape(values: Tensor | None) -> Any:

@@ -18,7 +18,7 @@ from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.evaluate import evaluate, held_out, held_out_bytes
 from pretrain.export.portable import is_export, load_export
 from pretrain.inference.in_use import used_with
-from pretrain.inference.trained import Trained, find_checkpoint, read_model, tokenizer_of
+from pretrain.inference.trained import Trained, chat_template_of, find_checkpoint, read_model, tokenizer_of
 
 Progress = Callable[[int, int], object]
 
@@ -43,7 +43,8 @@ def open_trained(path: Path, step: int | None = None, changes: Sequence[str] = (
     tokenizer = tokenizer_of(checkpoint, config)[1]
     step = checkpoint.manifest.step
     model = read_model(checkpoint, config)
-    return _changed(Trained(model, tokenizer, config.data.objective, config.run.name, step), changes)
+    trained = Trained(model, tokenizer, config.data.objective, config.run.name, step, chat_template_of(checkpoint))
+    return _changed(trained, changes)
 
 
 def evaluate_run(

@@ -13,6 +13,7 @@ from data_pipeline.places import EXPORT, kind_of
 from data_pipeline.tokenize.tokenizer import JSON, MODEL
 from model.architectures.names import current_name
 from model.architectures.token_model import TokenModel
+from model.layers.int8 import restored
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.config.schema import Config
@@ -119,7 +120,7 @@ def _unchanged(config: Config) -> tuple[Path, int | None]:
 
 def _of_export(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = load_file(path / WEIGHTS)
+        tensors = restored(load_file(path / WEIGHTS))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path / WEIGHTS}: missing or damaged: {error}") from None
     return {

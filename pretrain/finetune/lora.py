@@ -63,15 +63,15 @@ class AdaptedLinear(nn.Linear):
 
 
 def adapt(model: TokenModel, config: FinetuneConfig, seed: int) -> None:
-    """Freeze a model, and put adapters beside those of its linear maps that `config.targets` names.
+    """Freeze a model, and put adapters beside those of its linear maps that `config.targets` means.
 
     The adapters start alike on every rank.
 
     Raises:
         ConfigError: there is none of a name.
     """
-    maps = dict(_linear_maps(model))
-    for target in config.targets:
+    maps = dict(linear_maps(model))
+    for target in config.targets or ():
         if not any(_named(name, target, of_mask) for name, (_, of_mask) in maps.items()):
             known = sorted({name.rpartition(".")[2] for name in maps})
             raise ConfigError(
@@ -82,7 +82,7 @@ def adapt(model: TokenModel, config: FinetuneConfig, seed: int) -> None:
     torch.manual_seed(seed)
     noise = Noise()
     for name, (base, of_mask) in maps.items():
-        if any(_named(name, target, of_mask) for target in config.targets):
+        if is_adapted(name, of_mask, config):
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, AdaptedLinear(base, config, name, noise))
     model.register_forward_pre_hook(noise.read)
@@ -101,7 +101,14 @@ def merged(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: fl
     return found
 
 
-def _linear_maps(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Linear, bool]]]:
+def is_adapted(name: str, of_mask: bool, config: FinetuneConfig) -> bool:
+    """Whether a linear map gets an adapter: one that is named, or any but a mask's where none is."""
+    if config.targets is None:
+        return not of_mask
+    return any(_named(name, target, of_mask) for target in config.targets)
+
+
+def linear_maps(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Linear, bool]]]:
     """Of a model, by name; and whether it is a mask's."""
     masks = [name for name, module in model.named_modules() if isinstance(module, LearnedDropout | MaskSource)]
     for name, module in model.named_modules():

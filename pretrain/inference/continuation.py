@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.ingest.readers import Message
 from model.architectures.draft_and_verify.two_decoders import TwoDecoders
 from model.generation.drafting import Drafting
 from model.generation.generate import Generation
@@ -78,7 +79,7 @@ class Continuation:
     def __init__(
         self,
         trained: Trained,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[Message]],
         settings: Settings,
         *,
         recorded: bool = False,
@@ -87,29 +88,36 @@ class Continuation:
 
         Args:
             trained: its model goes to the GPU if there is one.
+            prompts: texts, or conversations in which the assistant speaks next; either all or none.
             recorded: keep of each token how likely it was.
 
         Raises:
-            ConfigError: the model was not trained to continue a text, or does not write in this way; a stop string is
-                empty, or one is no UTF-8.
+            ConfigError: the model was not trained to continue a text, or conversations, or does not write in this way;
+                a stop string is empty, or one is no UTF-8.
         """
         trained.check_continues()
-        self.apart = trained.writes_targets
+        chat = trained.chat() if any(not isinstance(prompt, str) for prompt in prompts) else None
+        self.apart = trained.writes_targets or chat is not None
         self.settings = settings
         self._recorded = recorded
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = trained.tokenizer
-        texts = [check_text(prompt, "a prompt") for prompt in prompts]
-        encoded = [ids.tolist() if len(ids) else [tokenizer.eos_id] for ids in tokenizer.encode(texts)]
+        texts = [prompt if isinstance(prompt, str) else prompt[-1].content for prompt in prompts]
+        texts = [check_text(text, "a prompt") for text in texts]
+        if chat is None:
+            encoded = [ids.tolist() if len(ids) else [tokenizer.eos_id] for ids in tokenizer.encode(texts)]
+        else:
+            encoded = [chat.prompt(prompt).tolist() for prompt in prompts if not isinstance(prompt, str)]
         self.texts = [
             Text(prompt, ids, GrowingText(tokenizer.decode, settings.stops, [] if self.apart else ids))
-            for prompt, ids in zip(prompts, encoded, strict=True)
+            for prompt, ids in zip(texts, encoded, strict=True)
         ]
         self._generation = _begun(
             trained,
             settings,
             [torch.tensor(ids, device=device) for ids in encoded],
             [torch.Generator(device).manual_seed(settings.seed + number) for number in range(len(prompts))],
+            trained.tokenizer.eos_id if chat is None else chat.end_id,
         )
 
     def pieces(self) -> Iterator[tuple[int, str]]:
@@ -163,10 +171,10 @@ class Continuation:
 
 
 def _begun(
-    trained: Trained, settings: Settings, prompts: list[Tensor], generators: list[torch.Generator]
+    trained: Trained, settings: Settings, prompts: list[Tensor], generators: list[torch.Generator], eos_id: int
 ) -> Generation | Writing:
-    """Prompts on the device that the model goes to."""
-    model, eos_id = trained.model.to(prompts[0].device if prompts else "cpu"), trained.tokenizer.eos_id
+    """Prompts on the device that the model goes to; `eos_id` ends a text."""
+    model = trained.model.to(prompts[0].device if prompts else "cpu")
     if isinstance(model, TwoDecoders):
         return Writing(
             model,

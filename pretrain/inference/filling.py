@@ -9,9 +9,9 @@ import torch
 from data_pipeline.errors import ConfigError
 from data_pipeline.tokenize.tokenizer import Tokenizer
 from model.architectures.two_stream.model import TwoStreams
-from model.generation.infilling import fill
 from model.generation.sampling import Sampling
 from pretrain.inference.continuation import Token, scored
+from pretrain.inference.infilling import fill
 from pretrain.inference.text import check_text
 from pretrain.inference.trained import Trained
 

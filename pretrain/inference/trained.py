@@ -11,6 +11,7 @@ from data_pipeline.errors import CheckpointError, ConfigError, DataError, RunErr
 from data_pipeline.files.filesystem import is_uri
 from data_pipeline.places import mistaken
 from data_pipeline.storage.dataset import Dataset
+from data_pipeline.tokenize.chat_template import ChatTemplate
 from data_pipeline.tokenize.tokenizer import TOKENIZER, Tokenizer, model_file
 from model.architectures import registry
 from model.architectures.token_model import TokenModel
@@ -38,11 +39,22 @@ class Trained(NamedTuple):
     run: str
     """Name of the run that trained it."""
     step: int
+    chat_template: str | None = None
+    """Of what it learned from conversations with."""
 
     @property
     def writes_targets(self) -> bool:
         """What it writes is the target of a source, not the text behind a prompt."""
         return self.model.config.traits.writes_targets and not objective_of(self.objective).continues_text
+
+    def chat(self) -> ChatTemplate:
+        """How messages are written. Raises ConfigError for a model that learned from no conversations."""
+        if self.chat_template is None:
+            raise ConfigError(
+                f"the model was trained with data.objective={self.objective}, not with conversations, so there is no "
+                "template for messages; give a text to continue with --prompt"
+            )
+        return ChatTemplate(self.chat_template, self.tokenizer)
 
     def check_continues(self) -> None:
         """Raises ConfigError for a model that was not trained to continue a text."""
@@ -144,6 +156,12 @@ def tokenizer_of(checkpoint: Checkpoint, config: Config) -> tuple[Path, Tokenize
             f"{wanted[:12]}; restore that dataset"
         )
     return file, tokenizer
+
+
+def chat_template_of(checkpoint: Checkpoint) -> str | None:
+    """That of the conversations a run learned from; None if it did not."""
+    found: str | None = checkpoint.manifest.state.get("chat_template")
+    return found
 
 
 def _checkpoint_of(run: Path, step: int | None) -> Path:

@@ -50,6 +50,8 @@ class Objective(ABC):
     """As `data.objective` has it."""
     of_pairs: ClassVar[bool] = False
     """It reads pairs of source and target, else windows of text."""
+    of_conversations: ClassVar[bool] = False
+    """It reads conversations, in packed windows of stored tokens, which may be marked."""
     whole_windows: ClassVar[bool] = False
     """It can make nothing of a window that the text does not fill."""
     takes_packed: ClassVar[bool] = False
@@ -111,7 +113,17 @@ class Objective(ABC):
     @classmethod
     def check(cls, dataset: "Dataset") -> None:
         """Raises DataError unless it is for what the dataset holds: pairs, or text."""
-        pairs = dataset.manifest.pairs
+        pairs, chat = dataset.manifest.pairs, dataset.manifest.chat_template is not None
+        if chat and not cls.of_conversations:
+            raise DataError(
+                f"{dataset.path} holds conversations, which data.objective={cls.name} is not for; take "
+                "data.objective=conversations data.packing=best_fit, or build the text without messages_key"
+            )
+        if cls.of_conversations and not chat:
+            raise DataError(
+                f"data.objective={cls.name} needs conversations, and {dataset.path} holds none; build a dataset with "
+                "data.sources.NAME.messages_key"
+            )
         if pairs and not cls.of_pairs:
             raise DataError(
                 f"{dataset.path} holds pairs of source and target, which data.objective={cls.name} is not for; "

@@ -10,12 +10,18 @@ from pydantic import ValidationError
 from data_pipeline.errors import ConfigError
 from model.config.model_config import ModelConfig
 from model.config.transformer import TransformerConfig
-from model.costs.flops import executed_flops_per_token, training_flops_per_token, trains_open_blocks
-from model.costs.totals import num_parameters
+from model.costs.flops import (
+    executed_flops_per_token,
+    forward_flops_per_token,
+    training_flops_per_token,
+    trains_open_blocks,
+)
+from model.costs.totals import mixed_channels, num_parameters
 from model.gpus import Gpu
 from model.layers.block_sizes import pays
 from pretrain.config.schema import Config
-from pretrain.planning.memory import Memory, memory
+from pretrain.planning.adapters import adapters_of
+from pretrain.planning.memory import Memory, element_size, memory
 
 _MORE_GPUS = (2, 4, 8, 16, 32)
 
@@ -36,6 +42,8 @@ class RunCosts:
     """Of a run; bytes, seconds and FLOPs."""
 
     parameters: int
+    adapters: int | None
+    """Parameters that are trained beside them, where these stay."""
     micro_batch: int
     accumulation: int
     stages: dict[int, Stage]
@@ -47,6 +55,8 @@ class RunCosts:
     """What is to be said of block gates; empty where there are none."""
     attention: str
     """The same of attention with other weights or scores than a softmax of q k^T."""
+    exchanged_bytes: float
+    """That each rank sends in a step to those that share its sequences, and gets from them."""
     step_seconds: float
     tokens_per_second: float
     run_seconds: float
@@ -72,12 +82,13 @@ def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> RunCosts:
     stages = {stage: _stage(config, stage, gpus, size) for stage in range(4)}
     own = stages[config.engine.zero_stage].memory
     assert own is not None
-    flops = training_flops_per_token(config.model, config.objective.of_pairs) * config.batch.tokens
+    flops = _flops(config)
     gates, executed = _gates(config, micro_batch, flops)
     seconds = executed / (gpu.peak_flops * utilisation * gpus)
     parameters = num_parameters(config.model)
     return RunCosts(
         parameters=parameters,
+        adapters=trained.parameters if (trained := adapters_of(config)) else None,
         micro_batch=micro_batch,
         accumulation=accumulation,
         stages=stages,
@@ -86,6 +97,7 @@ def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> RunCosts:
         executed_flops_per_step=executed,
         gates=gates,
         attention=_attention(config.model),
+        exchanged_bytes=_exchanged(config, gpus),
         step_seconds=seconds,
         tokens_per_second=config.batch.tokens / seconds,
         run_seconds=seconds * config.train.steps,
@@ -95,12 +107,25 @@ def costs(config: Config, gpus: int, gpu: Gpu, utilisation: float) -> RunCosts:
     )
 
 
+def _flops(config: Config) -> float:
+    """Of a step. Weights that stay beside adapters have no gradients: a third less, but for the adapters' own.
+
+    That third has the scores of attention in it, whose gradients are computed all the same, so it is a little too few.
+    """
+    model, pairs = config.model, config.objective.of_pairs
+    per_token = training_flops_per_token(model, pairs)
+    if adapters := adapters_of(config):
+        passes = model.depth / model.layers
+        per_token = 2 * forward_flops_per_token(model, pairs) + passes * 6 * adapters.parameters
+    return per_token * config.batch.tokens
+
+
 def _gates(config: Config, micro_batch: int, flops: float) -> tuple[str, float]:
     """What block gates do to a step on GPUs, in words, and the FLOPs that it executes."""
     model = config.model
     if not isinstance(model, TransformerConfig) or not model.gate_sites:
         return "", flops
-    tokens, gates = micro_batch * model.context, model.block_gates
+    tokens, gates = micro_batch * model.context // config.engine.sequence_parallel, model.block_gates
     shape = f"{gates.blocks} blocks of {model.block_width} hidden units, {gates.density:g} of them open"
     alone = pays(1, model.width, model.block_width)
     decoding = "" if alone else "; on a CPU they are too small to decode by: take fewer blocks or a larger model"
@@ -115,11 +140,23 @@ def _gates(config: Config, micro_batch: int, flops: float) -> tuple[str, float]:
             else f"too small to gain by it in micro-batches of {tokens:,} tokens"
         )
         return f"{shape}; training computes all, {reason}{decoding}", flops
-    executed = executed_flops_per_token(model, config.objective.of_pairs, training=True) * config.batch.tokens
+    pairs = config.objective.of_pairs
+    share = executed_flops_per_token(model, pairs, training=True) / training_flops_per_token(model, pairs)
+    executed = share * flops
     since = f" after step {after:,}" if after else ""
     return f"{shape}; training computes these alone{since}{decoding}", (
         after * flops + (steps - after) * executed
     ) / steps
+
+
+def _exchanged(config: Config, gpus: int) -> float:
+    """All that attention takes and gives, but for a rank's own share; its gradients; and what is computed again."""
+    ranks = config.engine.sequence_parallel
+    if ranks == 1:
+        return 0.0
+    ways = 2 + config.engine.activation_checkpointing
+    size = mixed_channels(config.model) * element_size(config) * config.batch.tokens / gpus
+    return ways * size * (ranks - 1) / ranks
 
 
 def _attention(model: ModelConfig) -> str:
@@ -151,8 +188,11 @@ def checkpoint_bytes(config: Config) -> float:
     """For each parameter 4 bytes of weight and 8 of moments, which are in fp32 also where AdamW keeps them in 8 bits.
 
     Muon keeps of matrices one moment, in bf16 or fp32; norms and biases, which have two, are counted as matrices.
+    Where adapters are trained, they alone are saved.
     """
-    model, parameters = config.model, num_parameters(config.model)
+    model, parameters, adapters = config.model, num_parameters(config.model), adapters_of(config)
+    if adapters:
+        return (8.0 if config.optimizer.kind == "muon" else 12.0) * adapters.parameters
     if config.optimizer.kind != "muon":
         return 12.0 * parameters
     assert model.vocab_size is not None
@@ -179,6 +219,7 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
 
 def _fitting(config: Config, gpus: int, size: float) -> list[str]:
     found, more = [*fitting(config, gpus, size)], more_gpus(config, gpus, size)
+    found = found or [*_sharing(config, gpus, size)]
     return found + ([f"--gpus {more[0] * gpus} batch.micro_batch={more[1]}"] if more else [])
 
 
@@ -211,6 +252,20 @@ def fitting(config: Config, gpus: int, size: float) -> Iterator[str]:
             yield named
         elif micro_batch := largest_micro_batch(other, gpus, size):
             yield f"{named} batch.micro_batch={micro_batch}".strip()
+
+
+def _sharing(config: Config, gpus: int, size: float) -> Iterator[str]:
+    """The fewest ranks that have to share each sequence for one to fit, where nothing else helps."""
+    for ranks in (2, 4, 8):
+        changes = {"engine.sequence_parallel": ranks, "engine.zero_stage": 3, "engine.activation_checkpointing": True}
+        try:
+            micro_batch = largest_micro_batch(changed(config, changes), gpus, size)
+        except ConfigError:
+            continue
+        if micro_batch:
+            named = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+            yield f"{named} batch.micro_batch={micro_batch}"
+            return
 
 
 def more_gpus(config: Config, gpus: int, size: float) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from model.costs.totals import Activations, activations, num_parameters
 from pretrain.config.schema import Config
+from pretrain.planning.adapters import adapters_of
 
 _MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "muon": 4.0}
 """Bytes a parameter; Muon's of the matrices, which are nearly all, in fp32."""
@@ -62,22 +63,25 @@ def state(config: Config, parameters: int, world_size: int) -> StateBytes:
         optimizer    4 master weights (none apart at stage 0) + moments      by N at stages 1 to 3
                          (AdamW 8, in 8 bits 2, Muon 4)
 
-    With `engine.offload=cpu` gradients and optimizer state are the host's.
+    With `engine.offload=cpu` gradients and optimizer state are the host's. Of adapters (LoRA) there are gradients and
+    optimizer state, and of the `parameters` of the model, which stay, weights alone.
     """
-    engine = config.engine
+    engine, adapters = config.engine, adapters_of(config)
     size = element_size(config)
+    trained = adapters.parameters if adapters else parameters
+    parameters += adapters.parameters if adapters else 0
     weights = parameters * size / (world_size if engine.zero_stage == 3 else 1)
     if engine.hpz_partition_size > 1:
         weights += parameters * size / engine.hpz_partition_size
     if engine.offload == "cpu":
         return StateBytes(weights, 0.0, 0.0)
     gradient = 2 if engine.precision == "fp16" else 4
-    gradients = parameters * gradient / (world_size if engine.zero_stage >= 2 else 1)
+    gradients = trained * gradient / (world_size if engine.zero_stage >= 2 else 1)
     if engine.zero_stage == 1 and engine.precision == "bf16":
-        gradients += 2 * parameters
-    optimizer = parameters * _MOMENTS[config.optimizer.kind]
+        gradients += 2 * trained
+    optimizer = trained * _MOMENTS[config.optimizer.kind]
     if engine.zero_stage:
-        optimizer = (optimizer + 4 * parameters) / world_size
+        optimizer = (optimizer + 4 * trained) / world_size
     return StateBytes(weights, gradients, optimizer)
 
 
@@ -88,21 +92,28 @@ def memory(config: Config, world_size: int, device: Device = "cuda") -> Memory:
         reduction        all gradients, and what DeepSpeed sends them in
         optimizer step   all state, and temporary tensors: none with AdamW on CUDA, which is one kernel
 
+    With adapters activations are counted as if all were trained, which is the most that is kept: of maps without an
+    adapter nothing is.
+
     Args:
         device: a CPU's buffers are as large as what was written to them, and its AdamW needs 8 bytes a parameter.
 
     Raises:
         ConfigError: `vocab_size` is not known, or the ranks cannot share the batch.
     """
-    parameters = num_parameters(config.model)
+    parameters, adapters = num_parameters(config.model), adapters_of(config)
+    trained = adapters.parameters if adapters else parameters
     micro_batch, accumulation = config.micro_batches(world_size)
     kept = _activations(config, micro_batch, device)
+    if adapters:  # what B reads; what A reads is kept where all is trained, too
+        low = adapters.maps * micro_batch * config.model.context * config.finetune.rank * element_size(config)
+        kept = kept._replace(layers=kept.layers + low, largest_layer=kept.largest_layer + low)
     engine, size = config.engine, element_size(config)
     weights, gradients, optimizer = state(config, parameters, world_size)
-    always, bucket, reduction = _buffers(config, parameters, device)
+    always, bucket, reduction = _buffers(config, trained, device)
     before = gradients
     if accumulation == 1 and engine.zero_stage < 3:  # at stage 1 in bf16 the sum has its place from the start
-        before = 4.0 * parameters if (engine.zero_stage, engine.precision) == (1, "bf16") else 0.0
+        before = 4.0 * trained if (engine.zero_stage, engine.precision) == (1, "bf16") else 0.0
         before = min(before, gradients)
     gathered = 0.0
     if engine.zero_stage == 3 and world_size > 1:
@@ -119,7 +130,7 @@ def memory(config: Config, world_size: int, device: Device = "cuda") -> Memory:
     backward = Memory("backward pass", weights, before, optimizer, held, loss, always + bucket + gathered)
     sending = max(always, reduction) + gathered
     reducing = Memory("reduction", weights, gradients, optimizer, kept.largest_layer, 0.0, sending)
-    steps = _step_bytes(config, parameters, world_size, device)
+    steps = _step_bytes(config, trained, world_size, device)
     stepping = Memory("optimizer step", weights, gradients, optimizer, 0.0, 0.0, always + steps)
     return max(backward, reducing, stepping, key=lambda moment: moment.total)
 
@@ -142,6 +153,7 @@ def _activations(config: Config, micro_batch: int, device: Device) -> Activation
         model,
         micro_batch,
         element_size(config),
+        sharing=config.engine.sequence_parallel,
         pairs=objective.of_pairs,
         dense_mask=masked and not in_blocks,
         in_blocks=in_blocks,

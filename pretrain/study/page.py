@@ -4,7 +4,7 @@ import os
 import re
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError
@@ -24,6 +24,8 @@ class Page:
     study: Study
     results: Results
     file: Path
+    more: dict[str, list[str]] = field(default_factory=dict)
+    """The lines of tables that are no section's, by name."""
 
     def write(self, pictures: dict[str, bytes]) -> None:
         """Fill the marks of the page; a page that is not there is begun with all of them.
@@ -44,9 +46,11 @@ class Page:
             kind, name = mark.groups()
             if kind == "results" and name in self.study.sections:
                 content = "\n".join(self.table(name))
+            elif kind == "results" and name in self.more:
+                content = "\n".join(self.more[name])
             elif kind == "picture" and (name in pictures or (folder / f"{name}.png").is_file()):
                 content = f"![{name.replace('-', ' ')}]({self._link(folder / f'{name}.png')})"
-            elif kind == "picture" and name.rpartition("-")[0] in self.study.sections:
+            elif kind == "picture" and name.rpartition("-")[0] in {*self.study.sections, *self.more}:
                 content = f"*{NOT_RUN}*"
             else:
                 raise ConfigError(f"{self.file}: no {kind} {name} in this study; change or remove the mark")
@@ -156,8 +160,10 @@ class Page:
 
     def _begun(self, pictures: dict[str, bytes]) -> Iterator[str]:
         yield f"# {self.study.name}\n"
-        for name, section in self.study.sections.items():
-            yield f"\n## {section.title}\n\n<!-- results: {name} -->\n<!-- end -->\n"
+        titles = {name: name.capitalize() for name in self.more}
+        titles |= {name: section.title for name, section in self.study.sections.items()}
+        for name, title in titles.items():
+            yield f"\n## {title}\n\n<!-- results: {name} -->\n<!-- end -->\n"
             for picture in pictures:
                 if picture.rpartition("-")[0] == name:
                     yield f"\n<!-- picture: {picture} -->\n<!-- end -->\n"

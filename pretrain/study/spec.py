@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
@@ -15,6 +15,7 @@ from pretrain.config.schema import Config, load
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 """It is that of a folder, too."""
+Form = TypeVar("Form", bound=BaseModel)
 Counted = Literal["parameters", "training FLOPs"]
 
 
@@ -177,6 +178,21 @@ def load_study(path: Path) -> Study:
     Raises:
         ConfigError: it is not there, or something in it is wrong; names the place.
     """
+    study = parsed(Study, read_yaml(path), path)
+    for run in study.runs(list(study.sections)):
+        try:
+            run.config()
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {run.place}: {error}") from error
+    return study
+
+
+def read_yaml(path: Path) -> object:
+    """What a study's file holds.
+
+    Raises:
+        ConfigError: it is not there, no YAML, or holds a secret.
+    """
     try:
         if not path.is_file():  # a FIFO would be waited for
             raise ConfigError(f"{path}: no such file; a study is a YAML file")
@@ -185,14 +201,17 @@ def load_study(path: Path) -> Study:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if key := key_of_secret(content):
         raise ConfigError(f"{path}: {key}: {WAY_ON}")
+    return content
+
+
+def parsed(form: type[Form], content: object, path: Path) -> Form:
+    """The content of `path` as a model.
+
+    Raises:
+        ConfigError: something in it is wrong; names the place.
+    """
     try:
-        study = Study.model_validate(content)
+        return form.model_validate(content)
     except ValidationError as error:
         lines = (f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ConfigError("\n".join(lines)) from error
-    for run in study.runs(list(study.sections)):
-        try:
-            run.config()
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {run.place}: {error}") from error
-    return study

@@ -77,7 +77,8 @@ class Meter:
             config.model, device_name, ranks.world_size, config.objective.of_pairs
         )
         self._gates = config.model.block_gates if isinstance(config.model, TransformerConfig) else None
-        tokens, cuda = config.micro_batches(ranks.world_size)[0] * config.model.context, ranks.device.type == "cuda"
+        tokens = config.micro_batches(ranks.world_size)[0] * config.model.context // ranks.sequence_parallel
+        cuda = ranks.device.type == "cuda"
         sparse = self._utilisation_per_token is not None and trains_open_blocks(
             config.model, tokens, compiled=config.engine.compile, cuda=cuda
         )

@@ -1,11 +1,6 @@
 """What a reader sees of a real run: its page in MLflow, and its report."""
 
-import os
 import re
-import signal
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +19,12 @@ from pretrain.run.run_summary import load, verdict
 from pretrain.tracking.mlflow_state import SERVED, State
 from pretrain.tracking.mlflow_store import connect
 from tests.browser.conftest import Browser
+from tests.browser.mlflow_page import drawn, mlflow_server
 from tests.model.helpers import build, open_masks, small
-from tests.ports import free_port
 from tests.runs import ROOT, SMALL, duet
 
 DESK, PHONE = 1280, 390
 SECTION = '[data-testid="experiment-view-compare-runs-section-header"]'
-CHART = '[data-testid="experiment-view-compare-runs-card"]'
 
 
 @pytest.fixture(scope="module")
@@ -53,29 +47,8 @@ def run_dir(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`mlflow server` over the store that the run was tracked in."""
-    port = free_port()
-    store = f"sqlite:///{run_dir.parent / 'mlflow.db'}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
-    log = tmp_path_factory.mktemp("server") / "log"
-    with open(log, "wb") as file:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--workers", "1"], stdout=file, stderr=file, start_new_session=True
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=1).read()
-                break
-            except OSError:
-                with pytest.raises(subprocess.TimeoutExpired):
-                    process.wait(0.5)
-        else:
-            pytest.fail(f"mlflow does not answer: {log.read_text()}")
+    with mlflow_server(run_dir.parent / "mlflow.db", tmp_path_factory.mktemp("server") / "log") as url:
         yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)  # the server and its workers
-        process.wait(30)
 
 
 def test_the_runs_page_is_in_order_and_the_experiment_leads_to_it(browser: Browser, server: str, run_dir: Path) -> None:
@@ -85,14 +58,7 @@ def test_the_runs_page_is_in_order_and_the_experiment_leads_to_it(browser: Brows
     assert state and state.page(run_dir)
     browser.look(DESK, dark=False)
     browser.open(str(state.page(run_dir)).replace(SERVED, server))
-    charts = f"[...document.querySelectorAll('{CHART}')].filter(c => c.querySelector('.trace path.js-line'))"
-
-    def names(_: object) -> list[str]:
-        """The charts in their order, once the training loss is drawn."""
-        found: list[str] = browser.run(f"{charts}.map(c => /\\(([^)]+)\\)$/.exec(c.innerText.trim())?.[1] ?? '')")
-        return found if "loss/train" in found else []
-
-    shown = WebDriverWait(browser.driver, 60).until(names)
+    shown = drawn(browser)
     assert [name for name in shown[: shown.index("loss/train")] if not name.startswith("loss/")] == []
     headers = browser.run(f"[...document.querySelectorAll('{SECTION}')].map(s => s.innerText.split('\\n')[0].trim())")
     order = ["loss", "optim", "speed", "training data", "training health", "training masks", "usage"]

@@ -28,6 +28,7 @@ from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine, Guard
 from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.evaluate import evaluate
+from pretrain.finetune.lora import adapt
 from pretrain.report import report
 from pretrain.run.job_records import FailureFile
 from pretrain.run.run_folder import RunFolder
@@ -58,7 +59,10 @@ def small_config(stage: int, precision: str, micro_batch: int | None = None) -> 
 def make_engine(ranks: Ranks, config: Config, seed: int = 0) -> Engine:
     """A fresh engine; `seed` chooses its first weights."""
     torch.manual_seed(seed)
-    return Engine(registry.build(config.model), config, ranks)
+    model = registry.build(config.model)
+    if config.finetune.kind == "lora":
+        adapt(model, config.finetune, seed)
+    return Engine(model, config, ranks)
 
 
 def train_steps(

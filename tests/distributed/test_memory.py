@@ -27,9 +27,11 @@ MODELS = {
 }
 CONTEXT = 256
 AGAIN = "engine.activation_checkpointing=true"
+LORA = ["finetune.kind=lora", "run.start_from=elsewhere"]
 CASES = [
     ("decoder", 1, 1, "bf16", 4, 2, []),
     ("parallel", 2, 3, "fp32", 2, 1, [AGAIN]),
+    ("decoder", 1, 1, "bf16", 4, 2, LORA),
 ]
 MORE = [
     ("decoder", 1, 1, "bf16", 8, 2, []),

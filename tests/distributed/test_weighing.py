@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,14 @@ def some_ways(first: int) -> list[tuple[int, int, int]]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Arguments of the runs: short documents and long ones, or pairs whose targets have a word or many."""
-    rng, folder = np.random.default_rng(3), tmp_path_factory.mktemp("uneven")
+    folder = uneven_texts(tmp_path_factory.mktemp("uneven"))
+    paths = {name: folder / ("pairs" if "pairs" in name else "texts") for name in RUNS}
+    return {name: [*SMALL, "batch.tokens=768", f"data.path={paths[name]}", *RUNS[name]] for name in RUNS}
+
+
+def uneven_texts(folder: Path) -> Path:
+    """Datasets `texts` and `pairs` in a folder."""
+    rng = np.random.default_rng(3)
     tokenizer = {"type": "char", "user_defined_symbols": ["<mask>"], "sentinels": 4}
     for kind, key in (("texts", {}), ("pairs", {"target_key": "target"})):
         lengths = rng.choice([2, 3, 5, 14], 1200)
@@ -69,21 +77,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         split = {"rule": "tail" if kind == "texts" else "hash", "fraction": 0.05}
         settings = {"path": str(folder / kind), "sources": sources, "tokenizer": tokenizer, "split": split}
         build(DataConfig.model_validate(settings))
-    paths = {name: folder / ("pairs" if "pairs" in name else "texts") for name in RUNS}
-    return {name: [*SMALL, "batch.tokens=768", f"data.path={paths[name]}", *RUNS[name]] for name in RUNS}
+    return folder
 
 
 def compare(
-    ranks: Ranks, runs: dict[str, list[str]], ways: dict[str, list[tuple[int, int, int]]], **more: Any
+    ranks: Ranks, runs: dict[str, list[str]], ways: Mapping[str, Sequence[tuple[int, ...]]], **more: Any
 ) -> dict[str, tuple[float, str]]:
-    """Of each run the largest difference between two of its ways, relative to the value or to 1, and of what."""
+    """Of each run the largest difference between two of its ways, relative to the value or to 1, and of what.
+
+    A way: stage, ranks, micro-batch, and how many ranks share each sequence, one unless given.
+    """
     found: dict[str, list[Found]] = {name: [] for name in ways}
-    for world in WORLDS:
+    keys = ("engine.zero_stage", "world", "batch.micro_batch", "engine.sequence_parallel")
+    for world in sorted({way[1] for wanted in ways.values() for way in wanted}):
         args = [
-            (name, [*runs[name], f"engine.zero_stage={stage}", f"batch.micro_batch={micro_batch}"])
+            (name, [*runs[name], *(f"{key}={value}" for key, value in zip(keys, way, strict=False) if key != "world")])
             for name, wanted in ways.items()
-            for stage, its_world, micro_batch in wanted
-            if its_world == world
+            for way in wanted
+            if way[1] == world
         ]
         results = ranks(CASE, world, runs=[its for _, its in args], timeout=1800, **more)
         assert results == [results[0]] * world, "ranks tell the same"

@@ -10,10 +10,12 @@ import torch
 
 from data_pipeline.loading.loader import Reader
 from data_pipeline.sampling.sample_plan import Plan, wanted_phase
+from model.attention.visibility import Visible
 from model.batch import IGNORE, Batch
 from model.masks.telemetry import told
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
+from pretrain.engine.sequence import Ulysses
 from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.evaluate import evaluate, held_out_bytes
 from pretrain.run.goodput import Goodput
@@ -32,7 +34,8 @@ def learn(ranks: Ranks, runs: list[list[str]], sabotage: str | None = None) -> l
     """Of each run's arguments, what the journal tells of its steps and of a validation, by `STEP NAME`.
 
     `sabotage`: "weights": labels weigh alike within a micro-batch only; "tokens": what is told of positions does;
-    "moments": a deviation is the mean of those of the micro-batches.
+    "moments": a deviation is the mean of those of the micro-batches; "columns": ranks that share rows draw noise as if
+    each held their start.
     """
     weighed, add = Engine._weighed, Meter.add
     if sabotage == "weights":
@@ -50,19 +53,23 @@ def learn(ranks: Ranks, runs: list[list[str]], sabotage: str | None = None) -> l
             add(meter, step, [told(one) for one in metrics], known)
 
         Meter.add = told_of_each  # type: ignore[method-assign,assignment]
+    elif sabotage == "columns":
+        Visible.first = 0  # type: ignore[method-assign,assignment]
     return [learned(ranks, args) for args in runs]
 
 
 def learned(ranks: Ranks, args: list[str]) -> dict[str, float]:
     """Of one run."""
     config, dataset, windows, model = opened(args)
-    batches, engine = Batches.of(config, dataset, ranks.device), Engine(model, config, ranks)
+    ranks = replace(ranks, sequence_parallel=config.engine.sequence_parallel)
+    exchange = Ulysses(ranks) if ranks.sequence_parallel > 1 else None
+    batches, engine = Batches.of(config, dataset, ranks.device, exchange), Engine(model, config, ranks)
     phase, seed = wanted_phase(dataset, config.data, config.model.context), config.run.seed
     reader = Reader(
         Plan(dataset, phase, seed),
         global_batch=config.global_batch,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=ranks.reader,
+        world_size=ranks.readers,
         documents=batches.objective.needs_documents,
     )
     meter = Meter(config, engine, ranks, Goodput(time.time()), restarts=0)

@@ -59,6 +59,11 @@ _CAUSAL: dict[str, dict[str, Any]] = {
     "l0": {**_OFF, "l0": {"enabled": True, "sites": _EVERYWHERE}},
     "l0_decoder": {**_ALONE, **_OFF, "l0": {"enabled": True}},
     "modern": _MODERN,
+    "shrunk": {
+        **_MODERN,
+        "heads_left": {"dec_sa/01": 2, "cross/00": 6, "enc_sa/00": 2},
+        "channels_left": {"dec_ff/00": 5},
+    },
     "modern_serial": {**_MODERN, "topology": "serial", "norm_position": "post"},
     "modern_decoder": {**_ALONE, **_MODERN, "kv_heads": 1, "attention": "explicit"},
     "post_norm": {"norm_position": "post", "positions": "sinusoidal", "cross_source": "layer_input"},

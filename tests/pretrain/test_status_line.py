@@ -75,6 +75,9 @@ def test_lines_are_broken_at_spaces_only(words: list[str], width: int) -> None:
 
 
 def test_the_rest_of_a_row_stands_below_it_and_a_command_stays_one() -> None:
+    assert fit('{"one": "long line"}', 10) == '{"one": "long line"}', (
+        "a program reads it where the terminal is recorded"
+    )
     assert fit("open it     mlflow ui --uri x", 24, " \\") == "open it     mlflow ui \\\n            --uri x"
 
 

@@ -15,11 +15,12 @@ class DecoderOnlyConfig(TransformerConfig, frozen=True):
     """The plain baseline, by default in the shape of GPT-2."""
 
     traits: ClassVar = Traits(
-        objectives=("causal", "prefix", "pairs"),
+        objectives=("causal", "prefix", "pairs", "conversations"),
         because="predicts each token from those before it",
         sites=("dec_ff", "dec_sa", "embed"),
         cached=True,
         documents_apart=True,
+        shared=True,
         recurrent=True,
         default_sites=("dec_ff",),
         lacks="has no second stream",

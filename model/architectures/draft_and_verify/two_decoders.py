@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from data_pipeline.errors import ConfigError
 from model.architectures.backbone import Backbone, Hidden
 from model.architectures.draft_and_verify.masking import glanced, hidden_places
 from model.architectures.draft_and_verify.model import DraftAndVerify, projected
@@ -22,35 +21,59 @@ from model.layers.noise import sample_keys
 from model.masks.sites import dropout_at
 
 
+class Reads(NamedTuple):
+    """What a decoder reads of B sources: of each layer keys and values, and what of them is padding, [B, S] bool."""
+
+    layers: list[Projected]
+    padding: Tensor | None = None
+
+    def across(self, queries: int) -> Visible:
+        """To so many queries of each row."""
+        if self.padding is None:
+            return ACROSS
+        return ACROSS._replace(mask=~self.padding[:, None, None].expand(-1, -1, queries, -1))
+
+    def of(self, rows: list[int]) -> "Reads":
+        """Of some of the sources."""
+        at = torch.tensor(rows, device=self.layers[0].key.device)
+        padding = None if self.padding is None else self.padding[at]
+        return Reads([Projected(layer.key[at], layer.value[at]) for layer in self.layers], padding)
+
+
 class SourceMemory(NamedTuple):
     """Of one source, what both decoders read: computed once."""
 
     read: Tensor
     """[1, S, C]."""
-    writing: list[Projected] | None
-    """Of each layer that writes; None while they wait for the draft's vectors (`draft.refine`)."""
-    drafting: list[Projected]
-    """Of each layer that drafts."""
+    writing: Reads | None
+    """Of the layers that write; None while they wait for the draft's vectors (`draft.refine`)."""
+    drafting: Reads
+    """Of the layers that draft."""
     lengths: Tensor
     """[N]: log-probability of each length of the target, from 1."""
 
 
 class ReadSource(NamedTuple):
-    """Ask for the `SourceMemory` of a source."""
+    """Ask for the `SourceMemory` of each of B sources."""
 
     ids: Tensor
-    """[1, S] int64."""
+    """[B, S] int64."""
+    counts: list[int]
+    """Tokens of each; anything behind them."""
 
 
 class MakeDraft(NamedTuple):
-    """Ask for logits [L - start, V] of the places from `start` on, and the vectors [1, L, C] of all."""
+    """Ask for logits [n, V] of n of the places of B drafts, and the vectors [B, L, C] of all."""
 
-    memory: SourceMemory
+    reads: Reads
     ids: Tensor
-    """[1, L] int64; anything where hidden."""
+    """[B, L] int64; anything where hidden."""
     hidden: Tensor
-    """[1, L] bool."""
-    start: int = 0
+    """[B, L] bool."""
+    wanted: Tensor
+    """[n] int64: numbers of places, counted through all rows."""
+    padding: Tensor | None = None
+    """[B, L] bool, behind the shorter ones."""
 
 
 class ConsiderDraft(NamedTuple):
@@ -61,12 +84,18 @@ class ConsiderDraft(NamedTuple):
 
 
 class WriteOn(NamedTuple):
-    """Ask for logits [n, V] of the token after each of n more, which go into the cache."""
+    """Ask for logits [n, V] of the token after each of n of those that are more, which go into the cache."""
 
-    memory: SourceMemory
+    reads: Reads
     ids: Tensor
-    """[1, n] int64; the first ever is end-of-text."""
+    """[B, U] int64; the first ever is end-of-text."""
     cache: RollbackCache
+    rows: list[int]
+    """Of the cache, B of them."""
+    counts: list[int]
+    """Tokens of each; anything behind them."""
+    wanted: Tensor
+    """[n] int64: numbers of tokens, counted through all rows."""
 
 
 class TwoDecoders(TokenModel):
@@ -87,11 +116,11 @@ class TwoDecoders(TokenModel):
         """
         match inputs:
             case ReadSource():
-                return self._read_source(inputs.ids)
+                return self._read_sources(inputs)
             case MakeDraft():
                 return self._make_draft(inputs)
             case ConsiderDraft():
-                return self._with_draft(inputs.memory, inputs.vectors)
+                return self._memory(inputs.memory.read, inputs.memory.lengths, inputs.vectors)
             case WriteOn():
                 return self._write_on(inputs)
         return super().forward(inputs)
@@ -167,33 +196,58 @@ class TwoDecoders(TokenModel):
         size = chunk_tokens(len(rows), self.config.vocab_size, self.config.width)
         return torch.cat([self.token_embed(part).argmax(-1) for part in rows.split(size)]).view(x.shape[:2])
 
-    def _read_source(self, ids: Tensor) -> SourceMemory:
-        visible = visible_both_ways(ids.shape, ids.device, self.config)
+    def _read_sources(self, asked: ReadSource) -> list[SourceMemory]:
+        ids, padding = asked.ids, padding_behind(asked.counts, asked.ids.device)
+        visible = visible_both_ways(ids.shape, ids.device, self.config, padding)
         read, _ = self.backbone.encode(self.embed(ids, None, visible, self.embed_dropout), None)
-        lengths = self.backbone.lengths(read, None)[0].float().log_softmax(-1)
-        writing = None if self.config.draft.refine else projected(self.backbone.decoder, read)
-        return SourceMemory(read, writing, projected(self.backbone.drafting_layers, read), lengths)
+        lengths = self.backbone.lengths(read, padding).float().log_softmax(-1)
+        of_each = [read[row : row + 1, :count] for row, count in enumerate(asked.counts)]
+        return [self._memory(own, row, None) for own, row in zip(of_each, lengths, strict=True)]
+
+    def _memory(self, read: Tensor, lengths: Tensor, beside: Tensor | None) -> SourceMemory:
+        """Of vectors [1, S, C], and, to the decoder that writes, those of a draft behind them."""
+        writing = None
+        if beside is not None or not self.config.draft.refine:
+            both = read if beside is None else torch.cat([read, beside], dim=1)
+            writing = Reads(projected(self.backbone.decoder, both))
+        return SourceMemory(read, writing, Reads(projected(self.backbone.drafting_layers, read)), lengths)
 
     def _make_draft(self, asked: MakeDraft) -> tuple[Tensor, Tensor]:
         ids = asked.ids.masked_fill(asked.hidden, 0)
-        visible = visible_both_ways(ids.shape, ids.device, self.config)
+        visible = visible_both_ways(ids.shape, ids.device, self.config, asked.padding)
         embedded = self.embed(ids, None, visible, self.draft_dropout)
-        x = self.backbone.draft(embedded, asked.hidden, None, asked.memory.drafting, ACROSS).x
-        return self.token_embed(x[:, asked.start :])[0], x
-
-    def _with_draft(self, memory: SourceMemory, vectors: Tensor) -> SourceMemory:
-        read = torch.cat([memory.read, vectors], dim=1)
-        return memory._replace(writing=projected(self.backbone.decoder, read))
+        across = asked.reads.across(ids.shape[1])
+        x = self.backbone.draft(embedded, asked.hidden, None, asked.reads.layers, across).x
+        return self.token_embed(x.flatten(0, 1)[asked.wanted]), x
 
     def _write_on(self, asked: WriteOn) -> Tensor:
-        if asked.memory.writing is None:
-            raise ConfigError("draft.refine=true: nothing is written before the draft's vectors are there")
         count = asked.ids.shape[1]
-        with asked.cache.going_on(self, count):
+        with asked.cache.going_on(self, asked.rows, asked.counts):
             visible = CAUSAL._replace(positions=asked.cache.positions(count))
             embedded = self.embed(asked.ids, None, visible, self.target_dropout)
-            found = self.backbone.write(embedded, None, asked.memory.writing, ACROSS)
-            return self.token_embed(self.final_norm(found.x))[0]
+            found = self.backbone.write(embedded, None, asked.reads.layers, asked.reads.across(count))
+            return self.token_embed(self.final_norm(found.x.flatten(0, 1)[asked.wanted]))
+
+
+def padding_behind(counts: list[int], device: torch.device) -> Tensor | None:
+    """[B, T] bool, of rows of so many tokens, T of the longest; None where there is none."""
+    if len(set(counts)) == 1:
+        return None
+    return torch.arange(max(counts), device=device) >= torch.tensor(counts, device=device)[:, None]
+
+
+def joined(reads: list[Reads]) -> Reads:
+    """Of sources of any length, one row each, side by side."""
+    if len(reads) == 1:
+        return reads[0]
+    counts = [one.layers[0].value.shape[1] for one in reads]
+
+    def beside(tensors: list[Tensor]) -> Tensor:
+        return nn.utils.rnn.pad_sequence([tensor[0] for tensor in tensors], batch_first=True)
+
+    layers = zip(*(one.layers for one in reads), strict=True)
+    both = [Projected(beside([own.key for own in layer]), beside([own.value for own in layer])) for layer in layers]
+    return Reads(both, padding_behind(counts, both[0].value.device))
 
 
 def _beside(read: Tensor, across: Visible, states: Tensor, batch: Batch) -> tuple[Tensor, Visible]:

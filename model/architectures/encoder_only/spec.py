@@ -19,6 +19,7 @@ class EncoderOnlyConfig(TransformerConfig, frozen=True):
         because="sees every token, the next one included, so some have to be hidden from it",
         sites=("enc_ff", "enc_sa", "embed"),
         documents_apart=True,
+        shared=True,
         recurrent=True,
         default_sites=("enc_ff",),
         causal=False,

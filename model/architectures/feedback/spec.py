@@ -44,6 +44,11 @@ class FeedbackConfig(TransformerConfig, frozen=True):
     """Memories that a token reads, the last ones; all before it unless given."""
 
     @property
+    def why_heads_stay(self) -> str:
+        """Its layers share keys and values."""
+        return "feedback has one memory of keys and values for all its layers"
+
+    @property
     def why_not_compiled(self) -> str:
         """Its tokens come one after the other."""
         return f"model.architecture=feedback takes {self.context} steps for a text, each of other shapes; leave it out"

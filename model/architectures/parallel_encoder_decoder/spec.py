@@ -47,11 +47,12 @@ class ParallelEncoderDecoderConfig(TwoStreamConfig, frozen=True):
     """Two causal streams over the same tokens, by default side by side."""
 
     traits: ClassVar = Traits(
-        objectives=("causal", "prefix", "pairs"),
+        objectives=("causal", "prefix", "pairs", "conversations"),
         because="predicts each token from those before it",
         sites=("enc_ff", "dec_ff", "enc_sa", "dec_sa", "cross", "embed"),
         cached=True,
         documents_apart=True,
+        shared=True,
         recurrent=True,
         default_sites=("enc_ff", "dec_ff"),
     )
@@ -80,6 +81,12 @@ class ParallelEncoderDecoderConfig(TwoStreamConfig, frozen=True):
     def uses_next_position(self) -> bool:
         """The position vector of the token to predict is used, so the table has a row more."""
         return self.add_next_position or self.subtract_next_position != "none"
+
+    def why_not_shared(self, ranks: int) -> str:
+        """What keeps so many ranks from sharing a sequence (`engine.sequence_parallel`); empty where nothing does."""
+        if self.encoder_loss.kind != "none":
+            return "model.encoder_loss compares with a running mean over whole rows, of which a rank holds a part"
+        return super().why_not_shared(ranks)
 
     def masks_at(self, site: Site) -> int:
         """How many layers have a site."""

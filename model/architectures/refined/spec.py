@@ -123,16 +123,19 @@ class RefinedConfig(TwoStreamConfig, frozen=True):
         """
         tokens, steps, read = shape.inputs, self.refine.steps, replace(shape, dense_mask=True)
         sites: tuple[Site, Site] = ("enc_sa", "enc_ff")
-        layer = one_stream(read, tokens, sites, stream="encoder")
-        decoder = cross_layer(replace(shape, dense_mask=self.document_mask), tokens, 1 + tokens, aligned=False)
-        step = [*one_stream(read, tokens, sites, stream="refinement"), *self._mixing(shape)]
-        layers = [(self.layers, layer), (self.layers, decoder), (1, last_output(shape, tokens))]
+        each = read.by_pattern(self.layers)
+        layers = [(n, one_stream(of, tokens, sites, stream="encoder")) for n, of in each]
+        crossing = [(n, replace(of, dense_mask=self.document_mask)) for n, of in each]
+        decoder = [(n, cross_layer(of, tokens, 1 + tokens, aligned=False)) for n, of in crossing]
+        behind = replace(read, layer=self.layers)
+        step = [*one_stream(behind, tokens, sites, stream="refinement"), *self._mixing(shape)]
+        layers += [*decoder, (1, last_output(shape, tokens))]
         if steps:
             layers += [(1, step), (steps - 1, [part._replace(parameters=0) for part in step])]
         outside = [*embedded(shape, tokens), Part("null memory", self.width), *end(shape), *head(shape)]
         again = steps > 1 and self.refine.step_loss > 0
         if again:
-            layers.append((self.layers, [_again(part) for part in decoder]))
+            layers += [(n, [_again(part) for part in parts]) for n, parts in decoder]
             outside += [_again(part) for part in (*end(shape), *head(shape))]
             outside.append(Part(saved=loss_bytes(shape)[0]))
         handed_on = 1 + self.layers * (3 if again else 2) + steps

@@ -65,11 +65,11 @@ class XLNetConfig(TransformerConfig, frozen=True):
         Keys and values of queries are computed, since they come with the queries' own map, and left.
         """
         tokens, asking = shape.inputs + shape.targets, replace(shape, asking=shape.targets)
-        layer = one_stream(asking, tokens, ("dec_sa", "dec_ff"))
+        layers = [(n, one_stream(of, tokens, ("dec_sa", "dec_ff"))) for n, of in asking.by_pattern(self.layers)]
         outside = [*embedded(asking, tokens), Part("query start", self.width), *end(shape), *head(shape)]
         if not shape.post and shape.norm_keeps_input:  # the last norm reads the queries out of both streams
             outside.append(Part(saved=shape.vectors(shape.inputs)))
-        return Costs(outside, [(self.layers, layer)], shape.vectors(tokens) * self.layers)
+        return Costs(outside, layers, shape.vectors(tokens) * self.layers)
 
     def build(self) -> "Backbone":
         """The layers."""

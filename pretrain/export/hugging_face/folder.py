@@ -17,6 +17,7 @@ from model.config.transformer import TransformerConfig
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.config.schema import Config
 from pretrain.export.hugging_face.card import LOSSES, CardFacts, card, told_of_data, told_of_training
+from pretrain.export.hugging_face.chat import chat_settings
 from pretrain.export.hugging_face.sources import ENTRY, TOKENIZATION, sources
 from pretrain.objectives.registry import objective_of
 
@@ -87,6 +88,7 @@ class About(NamedTuple):
     """Of the tokenizer's file."""
     texts: Iterable[str] | DataError
     """On which tokenizers are compared, or why there are none."""
+    chat_template: str | None = None
 
 
 def write_for_transformers(new: Path, about: About) -> None:
@@ -100,7 +102,7 @@ def write_for_transformers(new: Path, about: About) -> None:
     code = sources(about.model, (ENTRY,) if fast else (ENTRY, TOKENIZATION))
     for name, text in code.files.items():
         write_atomic(new / name, text.encode())
-    write_card(new, about, kind, [*_notes(code.needs, why, kind, about.model)])
+    write_card(new, about, kind, [*_notes(code.needs, why, kind, about.model, about.chat_template is not None)])
 
 
 def write_tokenizer(new: Path, about: About) -> tuple[bool, str]:
@@ -110,9 +112,14 @@ def write_tokenizer(new: Path, about: About) -> tuple[bool, str]:
     fast, why = _fast(about)
     if fast:
         write_atomic(new / JSON, fast)
-    write_json(new / "tokenizer_config.json", _tokenizer_config(about.model, kind, tokenizer, fast is not None))
+    settings, ends = _tokenizer_config(about.model, kind, tokenizer, fast is not None), [tokenizer.eos_id]
+    if about.chat_template is not None:
+        told = chat_settings(about.chat_template, tokenizer, fast, about.texts)
+        settings, why = settings | told.settings, " ".join(filter(None, (why, told.note)))
+        ends = sorted({*ends, told.end_id})
+    write_json(new / "tokenizer_config.json", settings)
     if kind.generates:
-        ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+        ids = {"eos_token_id": ends if ends[1:] else ends[0], "pad_token_id": tokenizer.eos_id}
         write_json(new / "generation_config.json", ids | {"use_cache": about.model.traits.cached})
     return fast is not None, why
 
@@ -172,10 +179,10 @@ def _validates_part(config: Config, dataset: Dataset | DataError) -> bool:
     return config.eval_windows * config.model.context < dataset.manifest.splits["validation"].tokens - 1
 
 
-def _notes(needs: tuple[str, ...], why: str, kind: Kind, model: ModelConfig) -> Iterator[str]:
-    """What a user of the model has to know."""
+def _notes(needs: tuple[str, ...], why: str, kind: Kind, model: ModelConfig, chat: bool) -> Iterator[str]:
+    """What a user of the model has to know; of a `chat` it says in `why` what special tokens are."""
     yield f"A text has {model.context} tokens at most, what is generated included."
-    yield "Nothing is put before or behind a text, and no text gives a special token."
+    yield "Nothing is put before or behind a text" + ("." if chat else ", and no text gives a special token.")
     if not kind.generates:
         yield "The model does not continue texts: it has no `generate`."
     if why:
@@ -205,7 +212,7 @@ def texts_of(dataset: Dataset | DataError, tokenizer: Tokenizer) -> Iterable[str
 def _texts(dataset: Dataset, tokenizer: Tokenizer) -> Iterator[str]:
     stream, left = TokenStream(dataset, "validation"), COMPARED
     for number in range(stream.num_batches):
-        tokens = stream.batch(number)
+        tokens = dataset.manifest.plain(stream.batch(number))
         for document in np.split(tokens, (tokens == tokenizer.eos_id).nonzero()[0] + 1):
             yield tokenizer.decode(document)
         left -= len(tokens)

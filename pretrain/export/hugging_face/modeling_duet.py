@@ -19,13 +19,15 @@ from model.architectures.registry import build, configure
 from model.attention import cache
 from model.attention.rule import Rows
 from model.batch import IGNORE, Batch
+from model.layers.int8 import Int8Map
 
 
 class DuetConfig(PreTrainedConfig):
-    """`duet` holds what the model is built from; what else is in config.json is for transformers."""
+    """`duet` holds what the model is built from, `int8` names the maps whose weights are in 8 bits in the file."""
 
     model_type = "duet"
     duet: dict[str, Any] | None = None
+    int8: list[str] | None = None
 
 
 class KeptByTransformers(cache.Cache):
@@ -102,6 +104,10 @@ class DuetPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         assert config.duet is not None
         self.model = build(configure(config.duet["model"]))
+        for name in config.int8 or ():
+            base = self.model.get_submodule(name)
+            assert isinstance(base, nn.Linear)
+            _replace(self.model, name, Int8Map(base))
         self.post_init()
 
     @classmethod
@@ -109,6 +115,10 @@ class DuetPreTrainedModel(PreTrainedModel):
         """As transformers does, which leaves nothing in tensors that no file holds: these are made anew."""
         found = super().from_pretrained(*args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
+        for name in model.config.int8 or ():
+            read = model.model.get_submodule(name)
+            _replace(model.model, name, read.restore(model.model.token_embed.weight.dtype))
+        model.config.int8 = None
         if any(_made_with(module) for module in model.model.modules()):
             fresh = build(model.model.config)
             for module, other in zip(model.model.modules(), fresh.modules(), strict=True):
@@ -392,6 +402,11 @@ def _loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
     if labels is None:
         return None
     return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
 
 
 def _made_with(module: nn.Module) -> list[str]:

@@ -34,6 +34,23 @@ def is_licensed(folder: Path) -> bool:
     return card.is_file() and LICENSE not in card.read_text(errors="replace")
 
 
+def check_name(repo: str) -> None:
+    """That a repository may be called so.
+
+    Raises:
+        ConfigError: it may not; huggingface_hub is missing.
+    """
+    try:
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+    except ImportError:
+        raise ConfigError("duet push needs huggingface_hub: pip install 'duet-pretrain[hf]'") from None
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(f"{repo}: {error}; a repository is called NAME/MODEL") from None
+
+
 def push(folder: Path, repo: str, *, private: bool) -> str:
     """Upload what `uploads` names, as one commit, into a repository that is made if it is not there.
 
@@ -41,15 +58,14 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
         The address of the commit.
 
     Raises:
-        ConfigError: as `uploads`; huggingface_hub is missing; no name of a repository.
+        ConfigError: as `uploads` and `check_name`.
         RunError: the server refuses it, or cannot be reached.
     """
     files = uploads(folder)
-    try:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HFValidationError, HTTPError
-    except ImportError:
-        raise ConfigError("duet push needs huggingface_hub: pip install 'duet-pretrain[hf]'") from None
+    check_name(repo)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
     api = HfApi()
     try:
         named = api.create_repo(repo, private=private, exist_ok=True).repo_id
@@ -60,8 +76,6 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
             commit_message=f"Upload by duet push: {text}",
             ignore_patterns=["**/__pycache__/**", "__pycache__/**"],
         )
-    except HFValidationError as error:
-        raise ConfigError(f"{repo}: {error}; a repository is called NAME/MODEL") from None
     except (HTTPError, OSError) as error:  # what huggingface_hub raises for servers, and what sockets raise
         raise RunError(
             f"{repo}: not uploaded: {error}\n`hf auth login`, or HF_TOKEN, says who you are; what went already is kept"

@@ -43,6 +43,7 @@ from tests.runs import SMALL
 CPU = torch.device("cpu")
 CONTEXT = 24
 SEED = 5
+CHARACTERS = {"type": "char", "vocab_size": 64}
 TARGETED = {"text_key": "de", "target_key": "en"}
 
 
@@ -307,3 +308,27 @@ def test_a_run_learns_from_pairs(ranks: Any, paired: Dataset, tmp_path: Path) ->
     assert len(losses) == 3 and all(map(math.isfinite, losses))
     [validated] = [metrics for metrics in records if "loss/val" in metrics]
     assert math.isfinite(validated["loss/val"])
+
+
+def test_tasks_are_told_apart_by_a_prefix(tmp_path: Path) -> None:
+    """It stands before each source; a text falls on one side in all tasks, and another prefix is another dataset."""
+    asked = [(f"a{number}", f"b{number}") for number in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"de": s, "en": t}) + "\n" for s, t in asked))
+    file = {"paths": [str(tmp_path / "a.jsonl")], **TARGETED}
+    sources = {name: {**file, "prefix": f"{name}: "} for name in ("up", "down")}
+    made = config(tmp_path / "dataset", sources=sources, split={"rule": "hash", "fraction": 0.2}, tokenizer=CHARACTERS)
+    build(made)
+    dataset = Dataset.open(tmp_path / "dataset")
+    tokenizer, held_out = dataset.tokenizer(), {}
+    for name in sources:
+        windows = PairWindows.of(dataset, "validation", CONTEXT, name)
+        rows = windows.read(np.arange(len(windows))).reshape(len(windows), 2, CONTEXT)
+        pairs = [tuple(tokenizer.decode(text[text >= 0]) for text in row) for row in rows]
+        held_out[name] = {(source.removeprefix(f"{name}: "), target) for source, target in pairs}
+        assert all(source.startswith(f"{name}: a") for source, _ in pairs)
+    assert held_out["up"] == held_out["down"] < set(asked)
+    sources["up"]["prefix"] = "higher: "
+    with pytest.raises(DataError, match=r"sources\.up\.prefix: up: +there, higher: +here"):
+        build(config(tmp_path / "dataset", sources=sources, split=made.split, tokenizer=CHARACTERS))
+    with pytest.raises(ConfigError, match="no target_key"):
+        load(["data.sources.a.paths=[a]", "data.sources.a.prefix=x"])

@@ -85,6 +85,7 @@ def typed(*words: str) -> tuple[int, str]:
             ("data", "inspect", "runs/first"),
             "this is a run folder, and a dataset is wanted; `duet config show",
         ),
+        (("push", "exported", "me/mine/it", "--dry-run"), "a repository is called NAME/MODEL"),
         (("push", "runs/first", "me/mine"), "this is a run folder, and an export is wanted"),
         (("eval", "runs/first", "--tasks", "mine.yaml", "--rounding", "none"), "leave it or --tasks out"),
         (("eval", "runs/first", "--set", "model.refine.steps=1", "--plot", "a.svg"), "a file that ends in .png"),

@@ -42,10 +42,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "block_gates": {"kind": "cosine", "blocks": 4},
         "dropout": 0.1,
         "bias": True,
+        "scores": {"kind": "routing", "clusters": 2, "decay": 0.9},
     },
     "prefix": {"refine": {"form": "prefix", "reweight": True, "gradient": True}, "attention": "explicit"},
-    "prefix_plain": {"refine": {"form": "prefix", "steps": 1}, "l0": {"enabled": True}, "learned_dropout": _OFF},
-    "no_steps": {"refine": {"chunk": 4, "steps": 0}, "positions": "sinusoidal"},
+    "prefix_plain": {"refine": {"form": "prefix", "steps": 1}, "l0": {"enabled": True}, "learned_dropout": _OFF}
+    | {"scores": {"kind": "synthesizer", "parts": ["dot", "dense"]}},
+    "no_steps": {"refine": {"chunk": 4, "steps": 0}, "positions": "sinusoidal", "weights": {"kind": "entmax"}},
 }
 """Options meet in pairs."""
 CHUNKED = [name for name in VARIANTS if VARIANTS[name]["refine"].get("form") != "prefix"]
@@ -284,13 +286,13 @@ def test_what_is_written_token_by_token_is_what_one_pass_over_the_text_gives(nam
     assert [len(text) for text in texts] == [10, 8, 16, 13]
 
 
-@pytest.mark.drill
 def test_spans_are_learned_within_a_text_and_memory_is_read_by_a_softmax() -> None:
     model = build(small("refined", refine={"chunk": 4}, weights={"kind": "adaptive_span", "span_init": 0.3}))
     assert num_parameters(model.config) == model.num_parameters()
     assert model(batch_of(model.config)).loss.isfinite()
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_step_that_is_supervised_each_time_becomes_an_operator(seed: int) -> None:
     """It is taken once more than in training; with one step, or with the last one supervised, nothing like it."""

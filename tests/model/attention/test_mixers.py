@@ -107,7 +107,7 @@ def gradients(model: TokenModel, **changes: Any) -> dict[str, Tensor]:
     return {"loss": output.loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-TRACED = ("entmax", "span", "routing")
+TRACED = ("entmax", "span", "mixture", "bert_linformer", "routing")
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -179,10 +179,21 @@ def test_a_span_weighs_by_the_ramp_and_its_gradient_is_that_of_the_formula() -> 
 def test_a_span_stays_between_0_and_all_and_comes_back() -> None:
     share = torch.tensor([-0.2, 0.5, 1.2], requires_grad=True)
     for direction, moved in ((1.0, [0.0, 1.0, 1.0]), (-1.0, [-1.0, -1.0, 0.0])):
-        held: Tensor = _Held.apply(share)
+        held: Tensor = _Held.apply(share, 0.0, 1.0)
         assert held.tolist() == pytest.approx([0.0, 0.5, 1.0])
         [gradient] = torch.autograd.grad((direction * held).sum(), share)
         assert gradient.tolist() == moved
+
+
+def test_an_alpha_that_has_come_to_its_least_comes_back() -> None:
+    """a = -9 is an alpha of 1.0001, which counts as 1.01."""
+    mixer = Entmax(small("decoder_only", weights={"kind": "entmax"}), 2, "dec_sa/00")
+    torch.nn.init.constant_(mixer.alpha_logit, -9.0)
+    scores = torch.randn(1, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    first = mixer._normalised(scores, None, CAUSAL).amax(-1).sum()
+    for direction in (1, -1):
+        [slope] = torch.autograd.grad(direction * first, mixer.alpha_logit, retain_graph=True)
+        assert bool((slope < 0).all() if direction < 0 else (slope == 0).all())
 
 
 def test_a_prediction_depends_on_what_lies_within_the_span_and_the_ramp() -> None:
@@ -249,6 +260,25 @@ def test_linformer_with_a_slot_for_each_key_is_full_attention() -> None:
     model.load_state_dict(weights | slots)
     ids = batch_of(model.config).input_ids
     torch.testing.assert_close(model.predict(ids, None), full_one.predict(ids, None), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in MIXED_BOTH_WAYS if name[:2] != "t5"])
+def test_a_padded_text_that_is_read_both_ways_is_the_text_alone(name: str) -> None:
+    """In training it counts no more than that either."""
+    model = model_of(name, dropout=0.0, learned_dropout={"enabled": False})
+    batch = batch_of(model.config)
+    padding = (torch.arange(12) > 8).expand(3, -1)
+    padded = replace(batch, segment_ids=-padding.long(), padding=padding)
+    alone = replace(batch, input_ids=batch.input_ids[:, :9], labels=batch.labels[:, :9])
+    found, sums = [], []
+    for given in (padded, alone):
+        keys = sample_keys(batch.seed, batch.step, batch.samples)
+        found.append(model.train().predict(given.input_ids, keys, given)[:, :9])
+        sums.append([routing.sums.clone() for routing in routings(model)])
+        for routing in routings(model):
+            routing.sums.zero_()
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(sums[0], sums[1])
 
 
 @pytest.mark.parametrize("name", ["t5_linformer", "bert_linformer"])

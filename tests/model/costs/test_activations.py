@@ -17,6 +17,7 @@ from model.costs import parts
 from model.costs.totals import activations
 from model.layers import chunked_loss
 from pretrain.engine.layer_transforms import checkpoint_activations, layers
+from pretrain.engine.sequence import Ulysses
 from tests.model.helpers import EVERY, MIXED, MIXED_BOTH_WAYS, NAMED, VOCABULARY, batch_of, build, configured, variant
 
 ROWS = 3
@@ -104,6 +105,19 @@ def test_with_documents_apart(name: str, changes: dict[str, Any]) -> None:
     config = larger(name, document_mask=True, **changes)
     counted = activations(config, ROWS, 2, dense_mask=True)
     assert counted.kept(checkpointing=False) + counted.loss == measure(config, 2, documents=True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention": "explicit"}], ids=str)
+@pytest.mark.parametrize("name", ["decoder", "modern", "everywhere_embed", "next_position"])
+def test_of_ranks_that_share_rows_each_keeps_its_part(name: str, changes: dict[str, Any]) -> None:
+    """The real exchange, but that what is sent comes back."""
+    exchange: Any = object.__new__(Ulysses)
+    exchange.size, exchange.rank, exchange._group = 2, 1, None
+    exchange._exchange = lambda group, sent: sent.clone()
+    config = larger(name, **changes)
+    batch = batch_of(config, ROWS).shared(exchange)
+    counted = activations(config, ROWS, 2, sharing=2)
+    assert counted.kept(checkpointing=False) + counted.loss == saved_bytes(model_of(config, 2), batch)
 
 
 @pytest.mark.parametrize("name", ["t5_dropout", "t5_modern"])

@@ -13,7 +13,8 @@ from data_pipeline.errors import ConfigError
 from model.architectures.draft_and_verify.rollback import RollbackCache
 from model.architectures.draft_and_verify.two_decoders import MakeDraft, ReadSource, WriteOn
 from model.batch import IGNORE, Batch
-from model.generation.drafting import WAYS, Drafting
+from model.generation import writing as writing_module
+from model.generation.drafting import Drafting
 from model.generation.generate import generate
 from model.generation.sampling import Sampling
 from model.generation.target import Passes, Target
@@ -32,6 +33,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "window": {"pattern": {"kind": "window", "window": 2, "sinks": 1}, "attention": "explicit", "norm": "rmsnorm"},
     "strided": {"pattern": {"kind": "strided", "stride": 3, "merge": "alternate"}, "draft": {"layers": 3}},
     "spans": {"weights": {"kind": "adaptive_span", "span_init": 0.2, "ramp": 2}, "learned_dropout": {"enabled": False}},
+    "entmax": {"weights": {"kind": "entmax", "alpha": 1.7}, "learned_dropout": {"enabled": False}},
+    "synthesizer": {
+        "scores": {"kind": "synthesizer", "parts": ["dot", "dense"]},
+        "learned_dropout": {"enabled": False},
+    },
+    "linformer": {"scores": {"kind": "linformer", "slots": 4}, "learned_dropout": {"enabled": False}},
+    "routing": {"scores": {"kind": "routing", "clusters": 2}, "learned_dropout": {"enabled": False}},
     "gates": {
         "block_gates": {"kind": "top", "blocks": 4, "density": 0.5},
         "learned_dropout": {"sites": ["draft_ff"], "eval_rounding": "none"},
@@ -150,27 +158,34 @@ def test_sampled_texts_have_the_probabilities_that_they_have_without_drafts(
 
 def test_a_cache_that_was_cut_is_as_one_that_never_was_longer() -> None:
     model = model_of(**MODELS["masks"])
-    memory = model(ReadSource(torch.tensor([[3, 1, 4]])))
+    [memory] = model(ReadSource(torch.tensor([[3, 1, 4]]), [3]))
     found = []
     for tokens in ([EOS, 5, 7, 9], [EOS, 5, 11]):
-        cache = RollbackCache(12, torch.device("cpu"))
+        cache = RollbackCache(1, 12, torch.device("cpu"))
+
+        def write(ids: list[int], cache: RollbackCache = cache) -> Tensor:
+            asked = WriteOn(memory.writing, torch.tensor([ids]), cache, [0], [len(ids)], torch.arange(len(ids)))
+            logits: Tensor = model(asked)
+            return logits
+
         with torch.no_grad():
             for token in tokens:
-                model(WriteOn(memory, torch.tensor([[token]]), cache))
-            cache.truncate(2)
-            found.append(model(WriteOn(memory, torch.tensor([[8, 2]]), cache)))
+                write([token])
+            cache.truncate(0, 2)
+            found.append(write([8, 2]))
     assert torch.equal(*found)
     with pytest.raises(ValueError, match="13 tokens do not fit a cache of 12"):
-        model(WriteOn(memory, torch.ones(1, 9, dtype=torch.int64), cache))
+        write([1] * 9)
 
 
 @torch.no_grad()
 def test_places_are_filled_in_at_once_or_the_certain_ones_first() -> None:
     model = model_of(**MODELS["plain"])
     prompt = torch.tensor([3, 1, 4, EOS])
-    memory = model(ReadSource(prompt[None]))
+    [memory] = model(ReadSource(prompt[None], [4]))
     length = 1 + int(memory.lengths.argmax())
-    logits, _ = model(MakeDraft(memory, torch.zeros(1, length, dtype=torch.int64), torch.ones(1, length).bool()))
+    ids, hidden = torch.zeros(1, length, dtype=torch.int64), torch.ones(1, length).bool()
+    logits, _ = model(MakeDraft(memory.drafting, ids, hidden, torch.arange(length)))
     [at_once], writing = written(model, [prompt], Drafting("nar"))
     expected = logits.argmax(-1).tolist()
     assert at_once == expected[: expected.index(EOS) if EOS in expected else length]
@@ -178,24 +193,24 @@ def test_places_are_filled_in_at_once_or_the_certain_ones_first() -> None:
     assert writing.passes == [Passes(1, 1, 0)]
     _, writing = written(model, [prompt], Drafting("mask_predict", 3))
     assert writing.passes == [Passes(1, min(3, length), 0)]
-    tried = Target(model, prompt, GREEDY, EOS, most=12).lengths(4)
+    tried = memory.lengths.topk(4).indices.tolist()
     _, writing = written(model, [prompt], Drafting("nar", candidates=4))
     assert len(set(tried)) == 4 and writing.passes == [Passes(1, 4, 4)]
 
 
 @torch.no_grad()
-def test_the_likeliest_of_several_lengths_is_taken() -> None:
+def test_the_likeliest_of_several_lengths_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(**MODELS["plain"])
     for prompt in sources(2):
         [taken], _ = written(model, [prompt], Drafting("nar", candidates=12))
         ids = torch.cat([prompt, torch.tensor([EOS])])[:12]
         scores = {}
         for length in range(1, 13):
-            target = Target(model, ids, GREEDY, EOS, most=12)
-            target.memory = target.memory._replace(lengths=(torch.arange(12) == length - 1).float())
-            [drawn] = WAYS["nar"](target, Drafting("nar"))
-            text = drawn.tokens[0].tolist()
-            text += [EOS] * (text[-1] != EOS and length < 12)
+            own = (torch.arange(12) == length - 1).double()
+            with monkeypatch.context() as patch:
+                patch.setattr(model.backbone, "lengths", lambda read, padding, own=own: own[None])
+                [text], _ = written(model, [prompt], Drafting("nar"))
+            text = [*text, EOS][:12]
             read = torch.tensor([[EOS, *text[:-1]]])
             zero = torch.zeros(1, dtype=torch.int64)
             batch = Batch(ids[None], read, zero, zero[0], 0, decoder_input_ids=read)
@@ -203,6 +218,40 @@ def test_the_likeliest_of_several_lengths_is_taken() -> None:
             own = nats.gather(-1, torch.tensor(text)[:, None])
             scores[tuple(token for token in text if token != EOS)] = float(own.sum())
         assert tuple(taken) == max(scores, key=lambda text: scores[text])
+
+
+@pytest.mark.parametrize(
+    ("name", "drafting", "sampling", "continues"),
+    [
+        ("masks", Drafting("verify"), Sampling(1.5, 0.9), False),
+        ("strided", Drafting("verify"), Sampling(1.5, 0.9), True),
+        ("spans", Drafting("nar", candidates=3), GREEDY, False),
+        ("one source", Drafting("mask_predict", 4), Sampling(repetition_penalty=1.3), False),
+        ("refine", Drafting("refine"), Sampling(), True),
+    ],
+)
+def test_texts_side_by_side_are_as_each_alone_and_share_their_passes(
+    name: str, drafting: Drafting, sampling: Sampling, continues: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing_module, "MOST", 4)
+    refines = {"draft": {"refine": True, "masking": "nat"}, "learned_dropout": {"enabled": False}}
+    model = model_of(2, **MODELS.get(name, refines))
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    prompts, found, counts = sources(6), [], []
+    for sides in (1, 6):
+        together: list[Any] = []
+        for first in range(0, 6, sides):
+            some = slice(first, first + sides)
+            chances = [torch.Generator().manual_seed(number) for number in range(6)[some]]
+            texts, writing = written(
+                model, prompts[some], drafting, sampling=sampling, continues=continues, generators=chances
+            )
+            together += zip(texts, writing.passes, strict=True)
+        found.append(together)
+        counts.append(len(calls))
+    assert found[0] == found[1] and len({len(text) for text, _ in found[0]}) > 1 - continues
+    assert counts[1] - counts[0] < 0.75 * counts[0]
 
 
 def test_a_model_that_knows_its_targets_needs_few_passes() -> None:
@@ -271,7 +320,7 @@ def test_refined_texts_are_written_with_the_draft_in_view() -> None:
     for prompt in sources(4):
         [found], writing = written(model, [prompt], Drafting("refine"))
         ids, done = torch.cat([prompt, torch.tensor([EOS])])[:12][None], [EOS]
-        length = 1 + int(model(ReadSource(ids)).lengths.argmax())
+        length = 1 + int(model(ReadSource(ids, [ids.shape[1]]))[0].lengths.argmax())
         zero = torch.zeros(1, dtype=torch.int64)
         while len(done) <= 12 and (done == [EOS] or done[-1] != EOS):
             # Labels only say how long the draft is, and so what is read by as many places as it has.

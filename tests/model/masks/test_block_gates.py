@@ -42,27 +42,27 @@ def feed_forward(kind: str = "top", ff: str = "gelu", **gates: Any) -> BlockFeed
     return found
 
 
-def blocks_with(opened: Tensor, gated: bool) -> tuple[Tensor, Tensor, Blocks]:
+def blocks_with(opened: Tensor, activation: Any) -> tuple[Tensor, Tensor, Blocks]:
     rows, blocks = opened.shape
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64).requires_grad_()
 
-    outputs = 10 if gated else 5
+    outputs = 10 if activation == "swiglu" else 5
     weights = (torch.rand(rows, blocks, dtype=torch.float64) * opened).requires_grad_()
     return (
         drawn(rows, 6),
         weights,
-        Blocks(drawn(blocks, outputs, 6), drawn(blocks, outputs), drawn(blocks, 5, 6), gated),
+        Blocks(drawn(blocks, outputs, 6), drawn(blocks, outputs), drawn(blocks, 5, 6), activation),
     )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("gated", [False, True])
-def test_the_forms_give_the_same_with_any_number_of_open_blocks(share: float, gated: bool) -> None:
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_the_forms_give_the_same_with_any_number_of_open_blocks(share: float, activation: str) -> None:
     """Outputs, and gradients of all but the weights of closed blocks."""
     opened = torch.rand(7, 3) < share
-    x, weights, blocks = blocks_with(opened, gated)
+    x, weights, blocks = blocks_with(opened, activation)
     assert blocks.up_bias is not None
     inputs = (x, weights, blocks.up, blocks.up_bias, blocks.down)
     expected, found = all_blocks(x, weights, blocks), open_blocks(x, weights, opened, blocks)

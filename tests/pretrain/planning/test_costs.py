@@ -1,14 +1,17 @@
 """What `duet plan` counts holds together: micro-batches divide and fit, what is proposed fits."""
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.errors import ConfigError
 from model.costs.flops import training_flops_per_token
 from model.costs.totals import num_parameters
 from model.gpus import GPUS
 from pretrain.config.schema import Config, load
+from pretrain.finetune.lora import adapt
 from pretrain.planning.costs import changed, costs, largest_micro_batch
 from pretrain.planning.memory import memory, state
+from tests.model.helpers import batch_of, build
 
 GPU = GPUS["h100"]
 SIZE = GPU.memory_gb * 1e9
@@ -154,3 +157,24 @@ def test_a_dense_mask_counts_where_the_model_makes_one(args: list[str], dense: b
     config = load([*args, "model.width=64", "model.vocab_size=500", "engine.zero_stage=0", "engine.precision=fp32"])
     on = {device: memory(config, 1, device).activations for device in ("cuda", "cpu")}
     assert (on["cuda"] == on["cpu"]) == dense
+
+
+@pytest.mark.parametrize("targets", [None, ["qkv"]])
+def test_adapters_are_counted_as_torch_counts_them(targets: list[str] | None) -> None:
+    more = [] if targets is None else [f"finetune.targets=[{','.join(targets)}]"]
+    shape = ["model/decoder-4", "model.vocab_size=67", "model.attention=explicit", "batch.tokens=256"]
+    full = load([*shape, "engine.precision=fp32"])
+    config = load([*shape, "engine.precision=fp32", "finetune.kind=lora", "run.start_from=elsewhere", *more])
+    model = build(config.model).train()
+    adapt(model, config.finetune, seed=0)
+    trained = sum(values.numel() for values in model.parameters() if values.requires_grad)
+    found = costs(config, 1, GPU, 0.4)
+    assert (found.adapters, found.parameters) == (trained, num_parameters(config.model))
+    assert found.checkpoint_bytes == 12 * trained
+    with FlopCounterMode(display=False) as counter:
+        model(batch_of(config.model, 4)).loss.backward()
+    assert found.flops_per_step == pytest.approx(counter.get_total_flops(), rel=0.05)
+    held = state(config, found.parameters, 1)
+    assert held.gradients + held.optimizer == (4 + 8 + 4) * trained
+    assert held.weights == 4 * (found.parameters + trained)
+    assert memory(config, 1).total < memory(full, 1).total

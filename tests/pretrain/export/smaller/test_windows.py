@@ -13,7 +13,7 @@ from pretrain.export.use import evaluate_run, open_trained
 from pretrain.metric_names import SPAN, VALIDATION
 from pretrain.run import journal
 from pretrain.run.run_folder import RunFolder
-from tests.pretrain.export.test_shrink import shrink
+from tests.pretrain.export.smaller.test_gates import shrink
 from tests.runs import SMALL
 
 Ranks = Callable[..., list[Any]]

@@ -11,10 +11,14 @@ from typer.testing import CliRunner
 from data_pipeline.errors import CheckpointError, ConfigError
 from launch.cli import app
 from model.masks.block_gates import block_gates
+from model.masks.hard_concrete import HardConcreteGates
+from model.masks.learned_dropout import LearnedDropout
+from pretrain.export.smaller.gates import watched, without_closed
 from pretrain.export.use import evaluate_run, open_trained
 from pretrain.metric_names import DENSITY, FLIPS, MULTIPLIER, VALIDATION, of_validation
 from pretrain.run import journal
 from pretrain.run.run_folder import RunFolder
+from tests.model.helpers import batch_of, build, open_masks, variant
 from tests.runs import SMALL
 
 Ranks = Callable[..., list[Any]]
@@ -60,8 +64,35 @@ def test_blocks_that_no_held_out_token_opens_go_and_the_loss_stays(gated: Path, 
     torch.testing.assert_close(smaller.logits(ids), whole.logits(ids), rtol=0, atol=1e-5)
     with pytest.raises(CheckpointError, match="smaller: is there already"):
         shrink(gated, "--gates", "--to", tmp_path / "smaller")
-    with pytest.raises(ConfigError, match=r"trained without model.block_gates"):
+    with pytest.raises(CheckpointError, match=r"every block and every channel is used by some token"):
         shrink(run, "--gates", "--to", tmp_path / "other")
-    with pytest.raises(ConfigError, match="say what to remove: --gates"):
+    with pytest.raises(ConfigError, match="say what goes: --gates"):
         shrink(gated, "--to", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["l0", "everywhere_elementwise", "everywhere_embed", "parallel"])
+def test_channels_that_a_mask_always_closes_go(name: str) -> None:
+    """Exact where no other channel's mask reads them; the default, which attends to them, is another model."""
+    config = variant(name, bias=True)
+    model, places = open_masks(build(config)).double().eval(), ["dec_ff/00", "enc_ff/01"]
+    for mask in (module for module in model.modules() if getattr(module, "name", "") in places):
+        if isinstance(mask, HardConcreteGates):
+            mask.log_alpha.fill_(1.0)
+            mask.log_alpha[2:7] = -9.0
+        elif isinstance(mask, LearnedDropout):
+            mask.shift[2:7] = torch.pi
+            for values in (mask.scale,) if mask.config.source == "elementwise" else (mask.qkv.weight[-16:],):
+                values[2:7] = 0.0
+    batch = batch_of(config)
+    with watched(model) as used:
+        before = model(batch)
+    blocks, channels = used.kept(config)
+    assert [len(channels[place]) for place in places] == [11, 11]
+    shape, weights = without_closed(model, blocks, channels)
+    smaller = build(shape).double().eval()
+    smaller.load_state_dict(weights)
+    assert model.num_parameters() - smaller.num_parameters() == sum(16 - len(kept) for kept in channels.values()) * 65
+    difference = (smaller(batch).by_token - before.by_token).abs().max()
+    assert (difference > 1e-6) if name == "parallel" else (difference < 1e-12)

@@ -4,29 +4,16 @@ Exact on every text: beyond its span and the ramp a key has a weight of 0 (docs/
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
-from data_pipeline.errors import CheckpointError, ConfigError
-from model.architectures import registry
+from data_pipeline.errors import ConfigError
 from model.architectures.token_model import TokenModel
 from model.attention.weights import AdaptiveSpan
 from model.config.transformer import TransformerConfig
-from pretrain.export.portable import write_export
-from pretrain.export.use import validating
+from pretrain.export.smaller.comparison import Shrunk, check_new, comparing, export_smaller
 from pretrain.inference.trained import find_checkpoint, read_model
-from pretrain.metric_names import VALIDATION
 
 
-class Windowed(NamedTuple):
-    """What became of a model."""
-
-    windows: list[int]
-    """Tokens, of each layer."""
-    loss: tuple[float, float]
-    """Validation before and after, in nats a label."""
-
-
-def take_windows(path: Path, step: int | None, folder: Path) -> Windowed:
+def take_windows(path: Path, step: int | None, folder: Path) -> Shrunk:
     """Export a checkpoint's model into a new folder, with a window for each layer in the place of what it never sees.
 
     Raises:
@@ -39,20 +26,16 @@ def take_windows(path: Path, step: int | None, folder: Path) -> Windowed:
     if not isinstance(shape, TransformerConfig) or shape.weights.kind != "adaptive_span":
         raise ConfigError(f"{path} was trained without model.weights.kind=adaptive_span: there are no spans")
     _check(shape)
-    if folder.exists():
-        raise CheckpointError(f"{folder}: is there already; name a new folder")
+    check_new(folder)
     model = read_model(checkpoint, config)
     windows = _windows(shape, model)
     seen = shape.pattern
     pattern = {"kind": "window", "windows": windows, "sinks": seen.sinks, "globals": seen.globals}
     smaller = config.model_copy(update={"model": type(shape).model_validate(shape.model_dump() | {"pattern": pattern})})
-    with validating(checkpoint, config) as validate:
-        before = validate(model)[VALIDATION]
-        other = registry.build(smaller.model)
-        other.load_state_dict(model.state_dict())
-        after = validate(other.eval())[VALIDATION]
-    write_export(checkpoint, smaller, folder)
-    return Windowed(windows, (before, after))
+    with comparing(checkpoint, config) as text:
+        before = text.loss(model)
+        measured = export_smaller(checkpoint, smaller, model.state_dict(), folder, (model, before), text)
+    return Shrunk([f"windows by layer: {', '.join(f'{window:,}' for window in windows)} tokens"], *measured)
 
 
 def _check(shape: TransformerConfig) -> None:

@@ -1,0 +1,38 @@
+"""A smaller file: weights in bf16, or linear maps in int8, beside the model in fp32 that was trained."""
+
+from pathlib import Path
+from typing import Literal
+
+from data_pipeline.errors import ConfigError
+from model.layers.int8 import in_int8, restored
+from pretrain.export.portable import DTYPES, write_export
+from pretrain.export.smaller.comparison import Shrunk, check_new, comparing, size_of
+from pretrain.finetune.lora import linear_maps
+from pretrain.inference.trained import find_checkpoint, read_model
+
+
+def round_weights(path: Path, step: int | None, folder: Path, dtype: Literal["bf16", "int8"]) -> Shrunk:
+    """Export a checkpoint's model with weights of fewer bits into a new folder.
+
+    It is measured as transformers runs it: in bf16 all is computed in bf16; weights in int8 are read into fp32.
+
+    Raises:
+        ConfigError: no linear map could be in int8.
+        CheckpointError: the folder is there already.
+        RunError, DataError: as `find_checkpoint` and `evaluate_run`.
+    """
+    checkpoint, config = find_checkpoint(path, step)
+    check_new(folder)
+    model, other = (read_model(checkpoint, config) for _ in range(2))
+    maps = [name for name, (_, of_mask) in linear_maps(model) if not of_mask]
+    if dtype == "bf16":
+        tensors, how = other.to(DTYPES[dtype]).state_dict(), "all is computed in bf16"
+    elif maps:
+        tensors, how = in_int8(model.state_dict(), maps), f"{len(maps)} linear maps, which are read into fp32"
+        other.load_state_dict(restored(tensors))
+    else:
+        raise ConfigError(f"model.architecture={config.model.architecture} has no linear maps for int8")
+    with comparing(checkpoint, config) as text:
+        measured = text.compared(model, text.loss(model), other, size_of(tensors))
+    write_export(checkpoint, config, folder, dtype)
+    return Shrunk([f"{dtype}: {how}"], *measured)

@@ -1,0 +1,126 @@
+"""`duet study ladder`: equal budgets, learning rates that are looked for, and curves that noise does not bend."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from data_pipeline.errors import ConfigError
+from pretrain.study.ladder import load_ladder, training_flops, vertex
+from pretrain.study.power_law import Trial, fit, tell
+from tests.runs import CHARACTERS, SMALL, build_dataset, duet
+
+LADDER: dict[str, Any] = {
+    "name": "rungs",
+    "config": [CHARACTERS, *SMALL, "model.learned_dropout.enabled=false", "data.path=data", "train.eval_every=20"],
+    "seeds": [1, 2],
+    "baseline": "off",
+    "rates": [0.001, 0.003],
+    "arms": {
+        "off": {"about": "whole feed forwards", "config": []},
+        "gates": {"about": "half of the blocks", "config": ["model.block_gates={kind: top, blocks: 4, density: 0.5}"]},
+    },
+    "sizes": {
+        "xs": {"about": "width 16", "config": ["model.width=16"], "tokens": "10K"},
+        "s": {"about": "width 24", "config": ["model.width=24", "model.heads=4"], "tokens": "15K"},
+        "m": {"about": "width 32", "config": ["model.width=32"], "tokens": "20K", "seeds": [3]},
+    },
+}
+BUDGETS = np.geomspace(1e12, 1e14, 4)
+
+
+def runs(noise: float, growth: float) -> list[Trial]:
+    """Two arms of known curves, three seeds; the second one's gap grows by `growth`."""
+    random = np.random.default_rng(5)
+    power = (BUDGETS / 1e13) ** -0.15
+    gap = 0.05 + growth * (power[0] - power) / (power[0] - power[-1])
+    return [
+        Trial(arm, flops, 1.2 + 0.8 * (flops / 1e13) ** -0.15 + above + noise * random.standard_normal())
+        for flops, grown in zip(BUDGETS, gap, strict=True)
+        for arm, above in (("plain", 0.0), ("other", float(grown)))
+        for _ in range(3)
+    ]
+
+
+def test_a_known_curve_is_found_again() -> None:
+    found = fit(runs(0.0, 0.0), shared=True)
+    assert found.scale == pytest.approx(1e13)
+    assert found.c["plain"] == found.c["other"] == pytest.approx(0.15, rel=0.01)
+    assert found.a["plain"] == pytest.approx(1.2, abs=0.02) and found.b["plain"] == pytest.approx(0.8, abs=0.02)
+    assert found.loss("other", 3e12) - found.loss("plain", 3e12) == pytest.approx(0.05, abs=1e-3)
+
+
+@pytest.mark.parametrize(("growth", "sides"), [(0.0, (-1, 1)), (0.1, (1, 1)), (-0.04, (-1, -1))])
+def test_a_gap_is_said_to_move_only_where_noise_does_not_explain_it(growth: float, sides: tuple[int, int]) -> None:
+    told = tell(runs(0.004, growth), "plain")
+    low, high, moved = told.gaps["other"]
+    assert (low.value, high.value) == pytest.approx((0.05, 0.05 + growth), abs=0.01)
+    assert all(gap.low < gap.value < gap.high for gap in (low, high, moved))
+    assert (np.sign(moved.low), np.sign(moved.high)) == sides
+    assert told.noise == pytest.approx(0.004, rel=0.5)
+    assert told.exponent.low < told.exponent.value < told.exponent.high
+
+
+def test_one_exponent_is_given_up_where_it_does_not_fit() -> None:
+    assert tell(runs(0.004, 0.0), "plain").p > 0.05
+    bent = [point._replace(loss=point.loss + 0.3 * (point.flops / 1e13) ** -0.6) for point in runs(0.004, 0.0)[6:]]
+    steep = [point for point in bent if point.arm == "other"] + [p for p in runs(0.004, 0.0) if p.arm == "plain"]
+    assert tell(steep, "plain").p < 0.05
+    one_seed = tell(runs(0.0, 0.0)[::3], "plain")
+    assert np.isnan(one_seed.p) and np.isnan(one_seed.exponent.low)
+    with pytest.raises(ValueError, match="plain has 2 budgets; a curve of three numbers needs three"):
+        fit(runs(0.0, 0.0)[:12], shared=True)
+
+
+def test_the_best_rate_is_between_those_that_were_tried() -> None:
+    rates = [1e-3, 2e-3, 4e-3]
+    assert vertex(rates, [(np.log(rate / 1.7e-3)) ** 2 for rate in rates]) == pytest.approx(1.7e-3)
+    assert vertex(rates, [3.0, 2.0, 1.0]) == 4e-3 and vertex(rates, [1.0, 1.0, 1.0]) == 1e-3
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    build_dataset(CHARACTERS, tmp_path / "data")
+    (tmp_path / "rungs.yaml").write_text(yaml.safe_dump(LADDER, sort_keys=False))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_arms_of_a_size_train_for_equal_flops_and_mistakes_are_placed(folder: Path) -> None:
+    ladder = load_ladder(Path("rungs.yaml"))
+    assert ladder
+    rates = {size: dict.fromkeys(ladder.arms, 0.002) for size in ladder.sizes}
+    study = ladder.climb(rates)
+    for size in ladder.sizes:
+        off, gates = (ladder.loaded(size, arm) for arm in ladder.arms)
+        found = {run.arm: run.config() for run in study.runs([size])}
+        budgets = [
+            training_flops(whole.model_copy(update={"train": found[arm].train}))
+            for arm, whole in (("off", off), ("gates", gates))
+        ]
+        step = budgets[0] / found["off"].train.steps
+        assert abs(budgets[1] - budgets[0]) <= step / 2
+        assert found["gates"].train.steps > found["off"].train.steps, "closed blocks cost nothing"
+    assert [run.seed for run in study.runs(["m"])] == [3, 3]
+    for change, said in (
+        ({"baseline": "of"}, "baseline: there is no arm of"),
+        ({"config": ["model.witdh=3"]}, "sizes.xs, arms.off: command line: unknown key"),
+    ):
+        Path("bad.yaml").write_text(yaml.safe_dump(LADDER | change, sort_keys=False))
+        with pytest.raises(ConfigError, match=said):
+            load_ladder(Path("bad.yaml"))
+
+
+@pytest.mark.drill
+def test_a_ladder_is_climbed_and_told(folder: Path) -> None:
+    left = duet("study", "ladder", "rungs.yaml", "--dry-run", cwd=folder)
+    assert "rates: 8 runs, of which 0 are done" in left.stdout, left.stderr
+    done = duet("study", "ladder", "rungs.yaml", "--jobs", "2", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    again = duet("study", "ladder", "rungs.yaml", cwd=folder)
+    assert "sizes: 10 runs, of which 10 are done" in again.stdout, again.stderr
+    assert duet("study", "report", "rungs.yaml", cwd=folder).returncode == 0
+    text = (folder / "rungs.md").read_text()
+    assert "for all arms" in text and "| gates |" in text and "rungs/fit-curves.png" in text
