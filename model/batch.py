@@ -76,6 +76,9 @@ class Batch:
     """[B, T] int64: place of each token in its document; its place in the row unless given."""
     prefix_lengths: Tensor | None = None
     """[B] int64: so many tokens at the start of each row are seen by all of it."""
+    query_positions: Tensor | None = None
+    """[B, n] int64: in a `two_stream`, the place of the token that each label is; that behind each input unless given.
+    `labels` are [B, n] then, the last n of the order in which the inputs come, and `position_ids` are their places."""
     decoder_input_ids: Tensor | None = None
     """[B, U] int64: what the decoder of an `encoder_decoder` reads, U <= N; `labels` are [B, U] then."""
     padding: Tensor | None = None

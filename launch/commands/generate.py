@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pretrain.inference.continuation import Continuation, Settings
     from pretrain.inference.trained import Trained
 
+_TOKENS = 200
+
 
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint or an export.")],
@@ -36,7 +38,7 @@ def generate(
         Path | None, typer.Option(metavar="FILE", help="Conversations to go on with, as JSON Lines with `messages`.")
     ] = None,
     step: Annotated[int | None, typer.Option("--step", help="Use the checkpoint of this step, not the newest.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most, for each text.")] = 200,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most, for each text.")] = _TOKENS,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="Divides the logits; 0 is --greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0: among all.")] = 50,
@@ -69,6 +71,10 @@ def generate(
             autocompletion=complete_decode,
         ),
     ] = None,
+    fill: Annotated[
+        bool,
+        typer.Option("--fill", help="Fill gaps: `<gap:5>` in a prompt is 5 missing tokens. Of a model that can."),
+    ] = False,
     iterations: Annotated[int, typer.Option(min=1, help="Passes of --decode mask_predict.")] = 10,
     candidates: Annotated[int, typer.Option(min=1, help="Lengths that nar and mask_predict try.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")] = 0,
@@ -103,9 +109,12 @@ def generate(
     settings = Settings(sampling, tokens, tuple(stop or []), seed, drafting)
     texts = _given(prompt, prompts)
     asked = _asked(chat, messages)
-    if asked and texts:
+    if asked and (texts or fill):
         raise ConfigError("--prompt and --prompts are texts to continue, --chat and --messages conversations: give one")
-    if asked:
+    if fill:
+        others = bool(html or tokens != _TOKENS)
+        _fill(texts or [_standard_input()], open_trained(run, step, changes or []), settings, as_json, others)
+    elif asked:
         _continue(asked, open_trained(run, step, changes or []), settings, as_json, html)
     elif not texts and _is_terminal() and not as_json and not html:
         ask(open_trained(run, step, changes or []), settings)
@@ -123,6 +132,20 @@ def _asked(chat: list[str] | None, messages: Path | None) -> "list[list[Message]
     from pretrain.inference.chat import question, read_conversations
 
     return [*map(question, chat or []), *(read_conversations(messages) if messages else [])]
+
+
+def _fill(texts: list[str], trained: "Trained", settings: "Settings", as_json: bool, others: bool) -> None:
+    """Texts with their gaps filled, or a line of JSON for each; `others`: options were given that fit no gap."""
+    from pretrain.inference.filling import filled
+
+    if others or settings.stops or settings.drafting:
+        raise ConfigError("--fill: gaps say how long they are; leave --tokens, --stop, --decode and --html out")
+    found = filled(trained, texts, settings.sampling, settings.seed)
+    for number, text in enumerate(found, 1):
+        if as_json:
+            typer.echo(json.dumps(text.told(trained.tokenizer), allow_nan=False))
+        else:
+            typer.echo((f"== {number} of {len(found)} ==\n" if len(found) > 1 else "") + text.text)
 
 
 def _continue(

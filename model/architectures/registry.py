@@ -16,6 +16,7 @@ from model.architectures.encoder_only.spec import EncoderOnlyConfig
 from model.architectures.feedback.spec import FeedbackConfig
 from model.architectures.parallel_encoder_decoder.spec import ParallelEncoderDecoderConfig
 from model.architectures.refined.spec import RefinedConfig
+from model.architectures.two_stream.spec import XLNetConfig
 from model.config.model_config import NO_VOCABULARY, ModelConfig
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "feedback": FeedbackConfig,
     "refined": RefinedConfig,
     "draft_and_verify": DraftAndVerifyConfig,
+    "two_stream": XLNetConfig,
 }
 _GONE: dict[str, tuple[Any, str]] = {
     "streams": ("plain", "streams=batched was never faster, and is gone; leave model.streams out"),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.cache import Cached
+from model.attention.forms import Asking
 from model.attention.linformer import Linformer
 from model.attention.routing import Routing
 from model.attention.rule import Rows
@@ -63,10 +64,14 @@ class CausalAttention(Cached):
         """
         visible = visible.of(self._pattern)
         query, key, value = self._in_heads(query, key, value, visible)
+        if visible.asking:
+            key, value = (x[:, :, : -visible.asking] for x in (key, value))
         if visible.share is not None:
             query, key, value = _all_positions(visible.share.exchange, query, key, value)
         if self.cache is not None and (visible.aligned or self.cache.crosses):
             key, value, mask = self.cache.extend(self, key, value)
+            if visible.asking and mask is not None:
+                mask = torch.cat([mask, mask[:, :, -visible.asking :]], dim=2)
             queries, keys_at = self.cache.places(self) if self.mixer.counts else (None, None)
             visible = Visible(causal=False, mask=mask, positions=queries, key_positions=keys_at)
         if self._group > 1:
@@ -95,8 +100,10 @@ class CausalAttention(Cached):
         visible = visible.of(self._pattern)
         if not (visible.mask is None or isinstance(visible.mask, Tensor)):
             rows = Rows(query.shape[:2], query.device, visible.causal)
-            visible = visible._replace(mask=rows.dense(self.patterns))
+            mask = visible.mask.dense() if isinstance(visible.mask, Asking) else rows.dense(self.patterns)
+            visible = visible._replace(mask=mask)
         query, key, _ = self._in_heads(query, key, key, visible)
+        key = key[:, :, : -visible.asking or None]
         return self.mixer.weights(query, key.repeat_interleave(self._group, dim=1), visible)
 
     def _in_heads(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible) -> tuple[Tensor, Tensor, Tensor]:

@@ -100,6 +100,10 @@ class Cache:
         columns = torch.arange(self.length, self.length + count, device=self._padding.device)
         return (columns - self._padding[:, None]).clamp(min=0)
 
+    def next_positions(self, count: int) -> Tensor:
+        """Of the tokens to predict behind those of the next `count` columns that the head is asked for: [B, n]."""
+        return self.asked(self.positions(count)) + 1
+
     def extend(self, place: Cached, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Add what an attention computed for the new columns.
 

@@ -137,13 +137,46 @@ class Strided(NamedTuple):
         return found.unflatten(0, (rows, heads)).transpose(2, 3).flatten(2, 3)[:, :, :length]
 
 
+class Asking(NamedTuple):
+    """T keys in their order, queries of the same, and of n more positions, of which the last sees all keys."""
+
+    length: int
+    """T."""
+    mask: Tensor | None
+    """[1, 1, n, T] bool; None where there are as many."""
+    device: torch.device
+
+    @classmethod
+    def of(cls, length: int, count: int, device: torch.device) -> "Asking":
+        """T keys, and n positions that ask."""
+        if count == length:
+            return cls(length, None, device)
+        return cls(length, _lower(count, length, device), device)
+
+    def attend(self, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Query [B, H, T + n, d], key and value [B, H, T, d] -> [B, H, T + n, d]."""
+        own, asking = query[:, :, : self.length], query[:, :, self.length :]
+        found = kernel(own, key, value, None, True), kernel(asking, key, value, self.mask, self.mask is None)
+        return torch.cat(found, dim=2)
+
+    def dense(self) -> Tensor:
+        """[1, 1, T + n, T] bool."""
+        own = _lower(self.length, self.length, self.device)
+        return torch.cat([own, own if self.mask is None else self.mask], dim=2)
+
+
+def _lower(queries: int, keys: int, device: torch.device) -> Tensor:
+    """[1, 1, T, S] bool: the last query sees all keys, the one before it one less."""
+    return torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
 class Halves(NamedTuple):
     """One mask for each half of the heads."""
 
     masks: tuple["Mask", ...]
 
 
-Mask = Tensor | BlockMask | Gathered | Chunks | Strided | Halves | None
+Mask = Tensor | BlockMask | Gathered | Chunks | Strided | Asking | Halves | None
 """What is seen: [B, G, T, S] bool for each of G groups of heads side by side, a form of it, or None: see `Visible`."""
 _FORMS: dict[str, Callable[[Rows, Pattern], Mask]] = {
     "gathered": Gathered.of,

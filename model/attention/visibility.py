@@ -31,6 +31,9 @@ class Visible(NamedTuple):
     padding: Tensor | None = None
     """[B, T] bool, True where a position counts for nothing, in a norm over the batch or in what is told of positions;
     nowhere unless given."""
+    asking: int = 0
+    """So many positions at the end only ask: none sees them, themselves included, and no cache keeps them. The last one
+    sees what the last of the others sees, and so on backwards."""
     num_tokens: Tensor | None = None
     """0-d: what sums over positions are divided by where there is padding; the number of the others unless given."""
 

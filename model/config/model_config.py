@@ -164,6 +164,11 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         return False
 
     @property
+    def target_span(self) -> int:
+        """Neighbours that are predicted together, at most."""
+        return 1
+
+    @property
     def lengths(self) -> tuple[int, int]:
         """Tokens that a sample of N holds for the first stream, and labels."""
         return self.context, self.context

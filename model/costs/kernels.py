@@ -44,6 +44,14 @@ def kept_by(patterns: Patterns, of: Attended) -> Kept:
     return Kept(saved, any(kept.views for kept in each), anew)
 
 
+def kept_by_streams(of: Attended, asking: int) -> Kept:
+    """Where so many of the tokens only ask: two attentions, whose results are put together."""
+    keys = of.tokens - asking
+    mask = asking * keys * of.size if asking < keys else 0
+    results = of.rows * of.tokens * of.width * of.size
+    return Kept(of.rows * of.heads * of.tokens * _FP32 + mask + results, result=True)
+
+
 def _form(pattern: Pattern, of: Attended) -> str:
     form = pattern.form(of.tokens, documents=of.documents)
     return "dense" if of.dense and form != "full" else form

@@ -39,7 +39,7 @@ from model.config.mask_config import Site
 from model.config.model_config import ModelConfig
 from model.config.pattern_config import FULL, Patterns, keys_seen
 from model.config.transformer import TransformerConfig, TwoStreamConfig
-from model.costs.kernels import Attended, Kept, kept_by
+from model.costs.kernels import Attended, Kept, kept_by, kept_by_streams
 from model.costs.mixers import formed_bytes, mixed
 from model.layers.chunks import chunk_tokens
 
@@ -105,6 +105,8 @@ class Shape:
     """What patterns let be seen goes to FlexAttention, not to a form of our own (`Pattern.form`)."""
     patterns: Patterns = (FULL,)
     """Of the layer; before the layers, of the first one."""
+    asking: int = 0
+    """Of the tokens of a layer, those that only ask: attention has no keys of them (`model.attention.visibility`)."""
     layer: int = 0
     """Its number in its stream, where blocks were taken out of single feed forwards; else 0."""
     sharing: int = 1
@@ -129,7 +131,7 @@ class Shape:
 
     def scores(self, tokens: int, causal: bool) -> int:
         """FLOPs of q k^T and of the weights times v, in self attention."""
-        return round(4 * tokens * keys_seen(self.patterns, tokens, causal) * self.config.width)
+        return round(4 * tokens * keys_seen(self.patterns, tokens - self.asking, causal) * self.config.width)
 
     @property
     def post(self) -> bool:
@@ -205,12 +207,12 @@ def embedded(shape: Shape, tokens: int, *, causal: bool | None = None, again: bo
     """From ids to the first layer of a stream, which keeps its own input. `again`: tables were counted already."""
     config = shape.config
     causal = config.causal if causal is None else causal
-    parts = [Part(saved=shape.held(tokens) * 8)]
+    parts = [Part(saved=shape.held(tokens - shape.asking) * 8)]
     if config.positions == "learned":
         rows = 0 if again else config.context + config.uses_next_position
-        apart = config.document_mask or shape.sharing > 1
+        apart = config.document_mask or shape.sharing > 1 or shape.asking
         places = shape.held(tokens) * (1 + config.uses_next_position) if apart else tokens + config.uses_next_position
-        saved = 8 * places
+        saved = 8 * (shape.held(tokens) if shape.asking else places)
         parts.append(Part("position table", rows * config.width, saved=saved))
     if not isinstance(config, TransformerConfig):
         return parts
@@ -373,23 +375,24 @@ def attention_bytes(
     total = shape.vectors(queries) if read else 0
     patterns = shape.patterns if aligned and not shape.in_blocks else (FULL,)
     formed = in_layer and config.weights.shapes(aligned=aligned)
+    seen = keys - shape.asking
     if formed or config.attention == "explicit" or rate:
-        total += shape.vectors(queries) + 2 * shape.vectors(keys)
+        total += shape.vectors(queries) + 2 * shape.vectors(seen)
         if formed and config.weights.kind == "adaptive_span":
             total += (rows if shape.dense_mask else 1) * (queries + keys) * 8  # positions
-        total += formed_bytes(shape, queries, keys, heads, rate)
+        total += formed_bytes(shape, queries, seen, heads, rate)
     else:
         kept = Kept(rows * heads * queries * 4 + (rows * queries * keys * size if shape.dense_mask else 0))
         if aligned:
             dense = config.needs_weights
-            width = config.width // shape.sharing
-            kept = kept_by(patterns, Attended(rows, keys, width, heads, size, causal, shape.dense_mask, dense))
+            of = Attended(rows, keys, config.width // shape.sharing, heads, size, causal, shape.dense_mask, dense)
+            kept = kept_by_streams(of, shape.asking) if shape.asking else kept_by(patterns, of)
         # Where ranks share rows, what is read is a copy of the result.
         total += kept.saved + (0 if (read and not shared) or kept.result else shape.vectors(queries))
         # Kernels read views of the projections, or turned and repeated copies beside them; of what came from other
         # ranks, turned before it went, they read views, too.
         if kept.views:
-            total += shape.vectors(queries) + 2 * shape.vectors(keys)
+            total += shape.vectors(queries) + 2 * shape.vectors(keys if group == 1 else seen)
         if kept.views and shared:
             total += 2 * shape.vectors(keys) // group if group > 1 else 0
         elif kept.views and turned and group == 1:
@@ -398,8 +401,8 @@ def attention_bytes(
             total += 2 * shape.vectors(keys) // group
     if turned:
         half = config.width // (heads * shape.sharing) // 2
-        places = shape.held(queries + keys) if config.document_mask or shared else queries + keys
-        total += places * half * 2 * _FP32
+        apart = config.document_mask or shared or shape.asking
+        total += (shape.held(queries + keys) if apart else queries + keys) * half * 2 * _FP32
     return total
 
 

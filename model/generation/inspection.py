@@ -151,19 +151,20 @@ def _density(
     assert isinstance(module, SiteDropout)
     kept = module.kept(x, source, visible)
     if kept is not None:
-        found[named(module.name)] = kept[0].float().mean(-1)
+        found[named(module.name)] = kept[0, -visible.asking :].float().mean(-1)
 
 
 def _open_share(
     found: dict[str, Tensor], named: _Places, module: nn.Module, inputs: tuple[Any, ...], output: object
 ) -> None:
     assert isinstance(module, BlockFeedForward)
-    found[named(module.name)] = module.gates(inputs[0]).opened[0].float().mean(-1)
+    x, _, visible = inputs
+    found[named(module.name)] = module.gates(x).opened[0, -visible.asking :].float().mean(-1)
 
 
 def _weights(look: Look, named: _Places, module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
     query, key, _, _, visible = inputs
     assert isinstance(module, CausalAttention)
     if visible.causal or not visible.aligned:
-        weights = module.weights(query, key, visible)[0]
+        weights = module.weights(query, key, visible)[0, :, -visible.asking :]
         look(named(module.name), weights[..., -weights.shape[1] :])  # without a null memory before the others

@@ -25,6 +25,8 @@ class Batches:
         """`exchange`: among the ranks that share rows."""
         self.objective = objective
         self._exchange = exchange
+        self.in_order = None if objective.in_order is None else Batches(device, objective.in_order(objective.setting))
+        """Of the same text, for bits per byte (`Objective.in_order`)."""
         self._device = device
 
     @classmethod
@@ -45,6 +47,7 @@ class Batches:
             packed=config.data.packing == "best_fit",
             two_sequences=config.model.traits.two_sequences,
             targets=config.model.lengths[1],
+            target_span=config.model.target_span,
         )
         return cls(device, config.objective(setting), exchange)
 
@@ -71,10 +74,13 @@ class Batches:
                 starts = windows.document_starts(batches.tolist(), offsets.tolist(), range(len(indices)))
         return self._batch(tokens, indices if len(indices) else np.zeros(1, np.int64), starts, 0, _VALIDATION_SEED)
 
-    def sources_of_labels(self, windows: AnyWindows, indices: np.ndarray) -> np.ndarray:
+    def sources_of_labels(self, windows: AnyWindows, indices: np.ndarray, batch: Batch) -> np.ndarray:
         """Number in `windows.sources` of the source that each label of `of_validation` is of, int64 [B, labels]; or
         [B, 1] where those of a window are all of one."""
-        sources = self.objective.label_sources(windows.sources_of(indices))
+        sources = windows.sources_of(indices)
+        if batch.query_positions is not None:
+            return np.take_along_axis(sources, batch.query_positions.cpu().numpy(), axis=1)
+        sources = self.objective.label_sources(sources)
         if self._exchange is None or sources.shape[1] == 1:
             return sources
         return np.split(sources, self._exchange.size, axis=1)[self._exchange.rank]

@@ -24,8 +24,10 @@ from pretrain.metric_names import (
     BITS_PER_BYTE,
     VALIDATION,
     VALIDATION_DRAFT,
+    VALIDATION_IN_ORDER,
     VALIDATION_PART,
     VALIDATION_PONDER,
+    Metric,
     of_validation,
 )
 
@@ -73,10 +75,11 @@ def evaluate(
     Returns:
         `loss/val` (nats a label), `loss/val_bits_per_byte` if every token is predicted, `loss/val_draft` (nats a hidden
         label) of a model that drafts, and the gates' means under evaluation rounding as `gate/val_…`;
-        `ponder/val_steps` where tokens halt. Where the text is of several sources, of each that has labels, too:
-        `loss/val/NAME` and `loss/val_bits_per_byte/NAME`, of which the first two are the means, weighted by labels and
-        by bytes. A part's bytes are those that its labels would have if they were of the mean length in their source.
-        `loss/val_part`, the loss of `part`, beside that of the whole text.
+        `ponder/val_steps` where tokens halt; where the model learns from other orders than the text's,
+        `loss/val_in_order`, of which bits per byte are then. Where the text is of several sources, of each that has
+        labels, too: `loss/val/NAME` and `loss/val_bits_per_byte/NAME`, of which the first two are the means, weighted
+        by labels and by bytes. A part's bytes are those that its labels would have if they were of the mean length in
+        their source. `loss/val_part`, the loss of `part`, beside that of the whole text.
 
     Raises:
         DataError: there is nothing to predict.
@@ -87,8 +90,7 @@ def evaluate(
     beside = np.isin(chosen, part.windows) if part and whole else None
     rounds = math.ceil(len(chosen) / (batch * ranks.readers))
     sources = windows.sources if len(windows.sources) > 1 else []
-    names = [VALIDATION, *([VALIDATION_PART] if beside is not None else []), *map(VALIDATION.of, sources)]
-    tally: dict[str, np.ndarray] = {name: np.zeros(2) for name in names}
+    tally = {name: np.zeros(2) for name in _told(batches, sources, part=beside is not None)}
     for index in range(rounds):
         edge(index, rounds)
         first = (index * ranks.readers + ranks.reader) * batch
@@ -99,6 +101,12 @@ def evaluate(
     return _means(dict(zip(tally, table, strict=True)), text_bytes if part is None or whole else part, batches)
 
 
+def _told(batches: Batches, sources: list[str], *, part: bool) -> list[str]:
+    """The losses, of all and of each source: every rank adds up the same."""
+    losses = [VALIDATION] if batches.in_order is None else [VALIDATION, VALIDATION_IN_ORDER]
+    return [*losses, *([VALIDATION_PART] if part else []), *(loss.of(name) for loss in losses for name in sources)]
+
+
 def _of_batch(
     model: nn.Module, windows: AnyWindows, indices: np.ndarray, batches: Batches, rows: np.ndarray | None
 ) -> dict[str, np.ndarray]:
@@ -107,9 +115,13 @@ def _of_batch(
     output: ModelOutput = model(inputs)
     found = _sums(output.metrics, int((inputs.labels != IGNORE).sum()), int(inputs.num_tokens()))
     if len(indices) and len(windows.sources) > 1:
-        found |= _by_source(output, inputs, windows.sources, batches.sources_of_labels(windows, indices))
+        found |= _by_source(output, inputs, windows.sources, batches.sources_of_labels(windows, indices, inputs))
     if len(indices) and rows is not None:
         found[VALIDATION_PART] = _of_rows(output, inputs, rows)
+    if batches.in_order is not None:
+        plain = _of_batch(model, windows, indices, batches.in_order, None)
+        found[VALIDATION_IN_ORDER] = plain[VALIDATION]
+        found |= {VALIDATION_IN_ORDER.of(source): of for source, of in _of_sources(plain, VALIDATION).items()}
     return found
 
 
@@ -157,18 +169,18 @@ def _means(
     nats, labels = whole[VALIDATION]
     if not labels:
         raise DataError("the held-out text is too short: nothing in it is to be predicted; hold out more")
-    sources = {
-        name.removeprefix(VALIDATION.family): of for name, of in whole.items() if name.startswith(VALIDATION.family)
-    }
-    text_bytes = _bytes_of(text, sources or {"": whole[VALIDATION]}) if isinstance(text, HeldOutPart) else text
+    sources, spelt = _of_sources(whole, VALIDATION), VALIDATION if batches.in_order is None else VALIDATION_IN_ORDER
+    of_text = _of_sources(whole, spelt)
+    text_bytes = _bytes_of(text, of_text or {"": whole[spelt]}) if isinstance(text, HeldOutPart) else text
     result: dict[str, float] = {VALIDATION: float(nats / labels)}
     if (of_part := whole.get(VALIDATION_PART)) is not None and of_part[1]:
         result[VALIDATION_PART] = float(of_part[0] / of_part[1])
-    if not batches.objective.predicts_every_token:
+    if not (batches.in_order or batches).objective.predicts_every_token:
         text_bytes = {}
     if text_bytes:
-        result[BITS_PER_BYTE] = _bits(result[VALIDATION] * float(labels)) / sum(text_bytes.values())
-    for name in (VALIDATION_PONDER, VALIDATION_DRAFT):
+        nats, labels = whole[spelt]
+        result[BITS_PER_BYTE] = _bits(float(nats / labels) * float(labels)) / sum(text_bytes.values())
+    for name in (VALIDATION_PONDER, VALIDATION_DRAFT, VALIDATION_IN_ORDER):
         if name in whole:
             result[name] = float(whole[name][0] / whole[name][1])
     for gate in GATES:
@@ -177,9 +189,15 @@ def _means(
     for source, (total, number) in sources.items():
         if number:
             result[VALIDATION.of(source)] = float(total / number)
-            if size := text_bytes.get(source):
-                result[BITS_PER_BYTE.of(source)] = _bits(float(total)) / size
+    for source, (total, number) in of_text.items():
+        if number and (size := text_bytes.get(source)):
+            result[BITS_PER_BYTE.of(source)] = _bits(float(total)) / size
     return result
+
+
+def _of_sources(sums: Mapping[str, np.ndarray], loss: Metric) -> dict[str, np.ndarray]:
+    """What is there of a loss, by source."""
+    return {name.removeprefix(loss.family): of for name, of in sums.items() if name.startswith(loss.family)}
 
 
 def _bytes_of(part: HeldOutPart, sums: Mapping[str, np.ndarray]) -> dict[str, float]:

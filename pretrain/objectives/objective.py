@@ -37,7 +37,9 @@ class Setting:
     two_sequences: bool = False
     """The model reads one sequence and writes another."""
     targets: int = 0
-    """Tokens that it writes of a window, at most."""
+    """Tokens that it writes of a window, at most; or that it predicts."""
+    target_span: int = 1
+    """Neighbours that are predicted together, at most."""
 
 
 class Objective(ABC):
@@ -62,6 +64,9 @@ class Objective(ABC):
     """Samples hold unequal numbers of labels."""
     continues_text: ClassVar[bool] = False
     """What was learned is to continue a text: samples are written in training, and texts generated after it."""
+
+    in_order: ClassVar["type[Objective] | None"] = None
+    """Another one by which the same model predicts every token of held-out text: bits per byte are of that."""
 
     def __init__(self, setting: Setting) -> None:
         """Raises DataError when the tokenizer lacks the pieces that it needs."""

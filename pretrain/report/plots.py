@@ -39,6 +39,7 @@ from pretrain.metric_names import (
     TOKENS_SEEN,
     UPDATE_RATIO,
     VALIDATION,
+    VALIDATION_IN_ORDER,
     ZEROS,
     Metric,
 )
@@ -296,6 +297,7 @@ PANELS = (
     Panel("Loss by tokens", (LOSS, VALIDATION), _loss(by_tokens=True), by_tokens=True, smooth=True),
     Panel("Validation, bits per byte", (BITS_PER_BYTE,), _draw_bits),
     Panel("Validation by source", OF_SOURCES, _draw_sources, single=True),
+    _of("Validation in the text's own order", VALIDATION_IN_ORDER),
     _of("Draft loss", DRAFT_LOSS, smooth=True),
     _of("Loss read from an earlier step of refinement", EARLIER_LOSS, smooth=True),
     _of("Learning rate", LEARNING_RATE),

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model.architectures import registry
 from model.architectures.registry import configure
@@ -79,6 +80,27 @@ _CAUSAL: dict[str, dict[str, Any]] = {
     "universal_decoder": {**_ALONE, **_OFF, "recurrence": {"steps": 2, "step_embedding": "sinusoidal"}},
     "halting": {**_OFF, "recurrence": {"steps": 3, "halt": True, "halt_bias": 0}, "norm_position": "post"},
     "halting_decoder": {**_ALONE, **_OFF, **_MODERN, "recurrence": {"steps": 4, "halt": True, "halt_bias": 0}},
+    "two_stream": {
+        "architecture": "two_stream",
+        "learned_dropout": {"sites": _ALONE_EVERYWHERE, "eval_rounding": "sample"},
+        "permutation": {"share": 0.3},
+        "bias": True,
+    },
+    "two_stream_modern": {
+        "architecture": "two_stream",
+        **_MODERN,
+        **_OFF,
+        "norm_position": "post",
+        "permutation": {"share": 1.0},
+        "block_gates": {"kind": "cosine", "blocks": 4},
+    },
+    "two_stream_embed": {
+        "architecture": "two_stream",
+        "learned_dropout": {"sites": ["dec_ff"], "source": "embed"},
+        "positions": "sinusoidal",
+        "attention": "explicit",
+        "dropout": 0.1,
+    },
     "sinusoidal_next": {"positions": "sinusoidal", "add_next_position": True, "subtract_next_position": "plain"},
 }
 """Every option at least once, in the combinations that could break one another."""
@@ -289,11 +311,21 @@ def batch_of(config: ModelConfig, sequences: int = 3, step: int = 5, first_sampl
     ids = torch.randint(0, VOCABULARY, (sequences, config.context + 1), generator=generator)
     samples = torch.arange(first_sample, first_sample + sequences)
     batch = Batch(ids[:, :-1], ids[:, 1:], samples, torch.tensor(step), seed=9)
+    if config.architecture == "two_stream":
+        order = torch.rand(ids.shape, generator=generator).argsort(dim=1)
+        return in_order(batch, ids, order, config.lengths[1])
     if not config.traits.two_sequences:
         return batch
     inputs, targets = config.lengths
     read, labels = ids[:, :inputs], ids.flip(0)[:, :targets]
     return replace(batch, input_ids=read, labels=labels, decoder_input_ids=labels.roll(1, dims=1))
+
+
+def in_order(batch: Batch, ids: Tensor, order: Tensor, targets: int) -> Batch:
+    """Tokens [B, T + 1] in an order of their places [B, T + 1], of which the last are to be predicted."""
+    ids = ids.gather(1, order)
+    read, asked = order[:, :-1], order[:, -targets:]
+    return replace(batch, input_ids=ids[:, :-1], labels=ids[:, -targets:], position_ids=read, query_positions=asked)
 
 
 def open_masks(model: TokenModel, shift: float = 1.57, std: float = 0.5) -> TokenModel:

@@ -263,14 +263,16 @@ class DuetForCausalLM(DuetPreTrainedModel, GenerationMixin):
         mask = attention_mask.bool()
         if kept is not None:
             with KeptByTransformers(kept, mask, input_ids.shape[1]).used_by(self.model):
-                return self.model.hidden(input_ids, None).x, states
+                x = self.model.hidden(input_ids, None).x
+            return x, _behind(states, x)
         if bool(mask.all()):
-            return self.model.hidden(input_ids, None).x, states
+            x = self.model.hidden(input_ids, None).x
+            return x, _behind(states, x)
         # Pads go to the end of a row, where a causal model does not see them, and back.
         order = (~mask).sort(dim=1, stable=True).indices
         back = order.argsort(dim=1)[..., None]
         x = self.model.hidden(input_ids.gather(1, order), None).x
-        x, *states = (of.gather(1, back.expand_as(of)) for of in (x, *states))
+        x, *states = (of.gather(1, back.expand_as(of)) for of in (x, *_behind(states, x)))
         return x, states
 
 
@@ -388,6 +390,11 @@ def layers_recorded(backbone: nn.Module, wanted: bool) -> Iterator[list[Tensor]]
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _behind(states: list[Tensor], x: Tensor) -> list[Tensor]:
+    """States as long as x [B, T, C]: where queries stand behind the tokens, theirs, which predict."""
+    return [of[:, -x.shape[1] :] for of in states]
 
 
 def _loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:

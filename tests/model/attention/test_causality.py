@@ -47,7 +47,7 @@ class LeakyAttention(CausalAttention):
 def test_earlier_predictions_ignore_a_token(name: str, mode: str) -> None:
     before, after = leak(variant(name), mode)
     assert before < 1e-12
-    assert after > 1e-3
+    assert after > (1e-5 if "two_stream" in name else 1e-3), "a query hears of a token through attention alone"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -81,8 +81,8 @@ def test_a_sample_alone_meets_the_same_masks_as_in_a_batch(name: str) -> None:
         torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", VARIANTS)
+# In training queries draw behind all tokens, of which a sample always has as many.
+@pytest.mark.parametrize(("name", "mode"), [(n, m) for n in VARIANTS for m in MODES if (n[:3], m) != ("two", "train")])
 def test_a_shorter_sequence_meets_the_same_masks(name: str, mode: str) -> None:
     config = variant(name)
     model = open_masks(build(config)).double()

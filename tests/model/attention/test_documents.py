@@ -22,7 +22,7 @@ from tests.model.helpers import EVERY, VOCABULARY, batch_of, build, open_masks, 
 PACKED = [
     name
     for name, changes in EVERY.items()
-    if changes.get("architecture") not in ("encoder_decoder", "draft_and_verify")
+    if changes.get("architecture") not in ("encoder_decoder", "draft_and_verify", "two_stream")
     and changes.get("norm") != "batchnorm"  # which refuse it
 ]
 ROWS = ([5, 4, 3], [1, 7, 4], [12])

@@ -27,6 +27,7 @@ def test_every_variant(name: str, bias: bool) -> None:
 @pytest.mark.parametrize("preset", [name for name in presets() if name.startswith("model/")])
 def test_every_preset(preset: str) -> None:
     objectives = {"encoder_only": "masked", "encoder_decoder": "span_corruption", "draft_and_verify": "continuation"}
+    objectives["two_stream"] = "permutation"
     for objective in ("causal", *objectives.values()):
         try:
             config = load([preset, "model.vocab_size=512", f"data.objective={objective}"]).model

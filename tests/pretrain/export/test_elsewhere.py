@@ -220,7 +220,7 @@ def test_refined_vectors_are_no_keys_and_values() -> None:
 @torch.no_grad()
 def test_what_transformers_asks_for_beside_logits() -> None:
     """Labels, positions, hidden states and another vocabulary."""
-    for name in ("decoder", "parallel", "bert"):
+    for name in ("decoder", "parallel", "bert", "two_stream"):
         config = variant(next(variant for variant in EVERY if name in variant.split("+")))
         model = open_masks(build(config)).eval()
         objective = config.traits.objectives[0]

@@ -21,7 +21,7 @@ from tests.model.helpers import configured
 from tests.objectives import objective as of_name
 
 CPU = torch.device("cpu")
-OBJECTIVES = ("causal", "prefix", "masked", "span_corruption")
+OBJECTIVES = ("causal", "prefix", "masked", "span_corruption", "permutation")
 CONTEXT = 32
 
 
@@ -34,7 +34,8 @@ def step_samples(rows: int = 6) -> StepSamples:
 
 def batches(objective: Any, dataset: Path, document_mask: bool = False) -> Batches:
     tokenizer = Dataset.open(dataset).tokenizer()
-    return Batches(CPU, of_name(objective, CONTEXT, tokenizer, document_mask=document_mask))
+    setting = {"document_mask": document_mask, "targets": 8, "target_span": 3}
+    return Batches(CPU, of_name(objective, CONTEXT, tokenizer, **setting))
 
 
 @pytest.mark.parametrize("context", [10, 11, 17, 64, 100, 333, 512, 2048])

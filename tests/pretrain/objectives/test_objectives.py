@@ -104,10 +104,31 @@ def test_a_prefix_counts_for_nothing_and_what_follows_does() -> None:
     assert np.array_equal(inputs, tokens[:, :-1])
 
 
-@pytest.mark.parametrize("name", ["span_corruption", "masked", "prefix"])
+@pytest.mark.parametrize("span", [1, 4])
+def test_a_random_order_is_one_of_spans_and_its_last_tokens_are_predicted(span: int) -> None:
+    tokens, positions = windows(2000, 24)
+    tokens[7, 15:] = -1
+    made = objective("permutation", 24, targets=6, target_span=span).arrays(tokens, positions, None, 0)
+    assert made.pop("padding").sum(axis=1).nonzero()[0].tolist() == [7]
+    inputs, labels, places, asked = made.values()
+    order = np.concatenate([places, asked[:, -1:]], axis=1)
+    assert np.array_equal(np.sort(order), np.tile(np.arange(25), (2000, 1)))
+    assert np.array_equal(order[:, -6:], asked)
+    whole = np.take_along_axis(tokens, order, axis=1)
+    assert np.array_equal(np.maximum(whole[:, :-1], 0), inputs)
+    assert np.array_equal(np.where(whole[:, -6:] < 0, IGNORE, whole[:, -6:]), labels)
+    assert order[7, 15:].tolist() == list(range(15, 25)), "what is not there comes last"
+    full = np.delete(order, 7, axis=0)
+    asked_for = np.bincount(full[:, -6:].ravel(), minlength=25) / len(full)
+    assert np.abs(asked_for - 6 / 25).max() < 0.05, "each place about as often"
+    joined = (np.diff(full, axis=1) == 1).mean()  # spans of 1 to 4 tokens, 2.5 in the mean, and some by chance
+    assert joined == pytest.approx(1 / 25 if span == 1 else 0.645, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["span_corruption", "masked", "prefix", "permutation"])
 def test_what_is_random_depends_on_seed_and_position_alone(name: str) -> None:
     tokens, positions = windows(40, 50)
-    made = objective(name, 50, PIECES)
+    made = objective(name, 50, PIECES, targets=5, target_span=2)
 
     def labels(rows: np.ndarray, seed: int) -> np.ndarray:
         return made.arrays(tokens[rows], positions[rows], None, seed)["labels"]

@@ -1,0 +1,4 @@
+"""One architecture: its options and costs (spec.py, free of torch) and its layers (model.py).
+
+May import: model.attention, model.batch, model.config, model.costs, model.layers.
+"""
