@@ -101,9 +101,9 @@ def report(study: StudyArg) -> None:
 
     Example: `duet study report docs/experiments/learned-dropout.yaml`
     """
-    from pretrain.study.ladder import load_ladder
-    from pretrain.study.ladder_page import FIT, fit_of, points_of
-    from pretrain.study.page import Page
+    from pretrain.study.ladder import FIT, load_ladder
+    from pretrain.study.ladder_page import fit_of, points_of
+    from pretrain.study.page import NOT_RUN, Page
     from pretrain.study.plots import pictures
     from pretrain.study.results import Results, keep
     from pretrain.study.spec import load_study
@@ -112,13 +112,17 @@ def report(study: StudyArg) -> None:
     rungs, more, curves = load_ladder(study), dict[str, list[str]](), dict[str, bytes]()
     loaded = rungs.search() if rungs else load_study(study)
     new = sum(keep(run, kept) for run in loaded.runs(list(loaded.sections)))
+    later = [f"{name}-validation" for name, section in loaded.sections.items() if not section.settings]
+    if rungs:  # the page is begun whole, whenever that is
+        more = {name: [f"*{NOT_RUN}*"] for name in (*rungs.sizes, FIT)}
+        later += [*(f"{name}-validation" for name in rungs.sizes), f"{FIT}-curves"]
     if rungs and all(Results(loaded, kept).of(run.section, run.arm) for run in loaded.runs()):
         loaded = rungs.climb(rungs.rates_of(Results(loaded, kept)))
         new = sum(keep(run, kept) for run in loaded.runs(list(loaded.sections)))
         more[FIT], curves = fit_of(rungs, points_of(rungs, Results(loaded, kept)))
     results = Results(loaded, kept)
     page = study.with_suffix(".md")
-    Page(loaded, results, page, more).write(pictures(loaded, results) | curves)
+    Page(loaded, results, page, more, later).write(pictures(loaded, results) | curves)
     typer.echo(f"{page}: {new} runs read from {loaded.folder}")
 
 

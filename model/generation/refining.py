@@ -17,7 +17,7 @@ class Refining:
     """Of each token the decoder reads one position. Of a text with a chunk more that chunk is read, since the vectors
     of earlier ones know nothing of it; one whose prompt is its prefix is read once. When the longest text no longer
     fits the model's context, its last `context` tokens are read anew for every token, as by `Autoregressive`; of a
-    prefix, all of them are it then.
+    prefix, all of them are it then. The others are read anew beside it, each with the prefix that it has.
     """
 
     def __init__(self, model: TokenModel, sampling: Sampling) -> None:
@@ -29,6 +29,8 @@ class Refining:
         self._readers = nn.ModuleList([self._backbone.encoder, self._backbone.refiner])
         self._finished = torch.empty(0, dtype=torch.int64)
         """[B], chunks of each text that were read, or 1 where its prefix was."""
+        self._prompts: Tensor | None = None
+        """[B], tokens of each prompt, at most the context."""
 
     def step(self, texts: Texts) -> Drawn:
         """The next token of each text."""
@@ -44,20 +46,23 @@ class Refining:
             if self._read_before is not None:
                 self._read_before.reorder(rows)
             self._finished = self._finished[rows]
+            self._prompts = None if self._prompts is None else self._prompts[rows]
 
     def _logits(self, texts: Texts) -> Tensor:
         context, length = self._model.config.context, texts.ids.shape[1]
         hidden = max(0, length - context)
         ids, padding = texts.ids[:, hidden:], (texts.padding - hidden).clamp(min=0)
-        goes_on = self._thoughts is not None and not hidden
+        lengths, goes_on = ids.shape[1] - padding, self._thoughts is not None and not hidden
+        if self._prompts is None:
+            self._prompts = lengths
         if not goes_on:
             chunk = self._backbone.config.chunk
-            prefixes = None if chunk else ids.shape[1] - padding
+            prefixes = None if chunk else self._prompts.where(texts.padding >= hidden, lengths)
             self._thoughts = Thoughts(padding, context, self._backbone.crossing(), chunk, prefixes)
             self._finished = torch.zeros_like(padding)
             self._read_before = RollbackCache(len(ids), context, ids.device, chunk) if chunk else None
         assert self._thoughts is not None
-        self._read(ids, ids.shape[1] - padding, self._thoughts)
+        self._read(ids, lengths, self._thoughts)
         return self._thoughts.logits(self._model, ids[:, -1:] if goes_on else ids)
 
     def _read(self, ids: Tensor, lengths: Tensor, thoughts: Thoughts) -> None:

@@ -113,7 +113,8 @@ def _of_batch(
     """What is counted of a batch, [2]: sum and number; of its `rows`, bool [B], too, if there are any given."""
     inputs = batches.of_validation(windows, indices)
     output: ModelOutput = model(inputs)
-    found = _sums(output.metrics, int((inputs.labels != IGNORE).sum()), int(inputs.num_tokens()))
+    tokens = int(inputs.num_tokens()) if len(indices) else 0  # a row that counts for nothing
+    found = _sums(output.metrics, int((inputs.labels != IGNORE).sum()), tokens)
     if len(indices) and len(windows.sources) > 1:
         found |= _by_source(output, inputs, windows.sources, batches.sources_of_labels(windows, indices, inputs))
     if len(indices) and rows is not None:
@@ -130,7 +131,6 @@ def _sums(metrics: Mapping[str, Tensor], predicted: int, tokens: int) -> dict[st
     each mask, such as `density/enc_ff/00`."""
     found: dict[str, np.ndarray] = {VALIDATION: np.array([float(metrics["cross_entropy"]) * predicted, predicted])}
     if "ponder_steps" in metrics:
-        tokens = tokens if predicted else 0  # a row that counts for nothing
         found[VALIDATION_PONDER] = np.array([float(metrics["ponder_steps"]) * tokens, tokens])
     if "draft_cross_entropy" in metrics:
         found[VALIDATION_DRAFT] = np.array([float(metrics["draft_cross_entropy"]) * predicted, predicted])

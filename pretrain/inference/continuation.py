@@ -148,7 +148,7 @@ class Continuation:
                 text.finish = "stop"
                 self._generation.end(number)
                 return
-        if self._generation.has_ended(number) and number not in self._cut:
+        if self._generation.has_ended(number) and number not in self._cut and text.num_tokens < self.settings.tokens:
             text.finish = "end"
 
     @property

@@ -7,9 +7,9 @@ Free of torch.
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
 from data_pipeline.counts import count
 from data_pipeline.errors import ConfigError
@@ -19,7 +19,7 @@ from model.costs.totals import num_parameters
 from pretrain.config.dataset_identity import Built, complete
 from pretrain.config.schema import Config, load
 from pretrain.study.results import Result, Results, mean
-from pretrain.study.spec import Arm, Name, Section, Study, parsed, read_yaml
+from pretrain.study.spec import Arm, Name, Section, Seeds, Study, distinct, parsed, read_yaml
 
 SEARCHED = 2
 """Sizes at which learning rates are tried: the smallest ones."""
@@ -27,6 +27,9 @@ STEEPEST = -0.5
 """Of the exponent by which learning rates fall with size; two sizes do not tell it well."""
 FINAL = 0.1
 """Of the learning rate, what is left at the end."""
+FIT = "fit"
+"""The name of the curves' table in the page; its picture is `fit-curves`."""
+Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
 class Size(BaseModel, extra="forbid", frozen=True):
@@ -38,7 +41,7 @@ class Size(BaseModel, extra="forbid", frozen=True):
     """Presets and overrides, behind those of the arm."""
     tokens: int = Field(ge=1)
     """That the baseline trains on; the others train as many FLOPs."""
-    seeds: list[int] | None = None
+    seeds: Seeds | None = None
     """Instead of the ladder's."""
 
     @field_validator("tokens", mode="before")
@@ -55,31 +58,38 @@ class Ladder(BaseModel, extra="forbid", frozen=True):
     config: list[str]
     """Of every run."""
     unit: Literal["nats per token", "bits per byte"] = "bits per byte"
-    seeds: list[int] = Field(min_length=1)
+    seeds: Seeds
     arms: dict[Name, Arm] = Field(min_length=2)
     baseline: Name
     sizes: dict[Name, Size] = Field(min_length=SEARCHED)
     """From the smallest to the largest."""
-    rates: list[float] = Field(min_length=2)
+    rates: Annotated[list[Rate], Field(min_length=2), AfterValidator(distinct)]
     """Learning rates that are tried, with the first seed."""
 
     @model_validator(mode="after")
     def _the_baseline_is_there(self) -> "Ladder":
         if self.baseline not in self.arms:
             raise ValueError(f"baseline: there is no arm {self.baseline}; there are {', '.join(self.arms)}")
+        if taken := [name for name in self.sizes if name == FIT or name in self._searched.values()]:
+            raise ValueError(f"sizes.{taken[0]}: a table of the page has this name; take another")
         return self
+
+    @property
+    def _searched(self) -> dict[str, str]:
+        """The sections of `search`, by size."""
+        return {name: f"rates-{name}" for name in list(self.sizes)[:SEARCHED]}
 
     def search(self) -> Study:
         """Every arm at each of `rates`, at the smallest sizes."""
         sections = {}
-        for name in list(self.sizes)[:SEARCHED]:
+        for name, section in self._searched.items():
             arms = {
                 _tried(arm, rate): Arm(about=f"{what.about}, at {rate:g}", config=self._config(name, arm, rate))
                 for arm, what in self.arms.items()
                 for rate in sorted(self.rates)
             }
             title = f"Learning rates: {self.sizes[name].about}"
-            sections[f"rates-{name}"] = Section(title=title, unit=self.unit, seeds=self.seeds[:1], arms=arms)
+            sections[section] = Section(title=title, unit=self.unit, seeds=self.seeds[:1], arms=arms)
         return Study(name=self.name, config=self.config, sections=sections)
 
     def climb(self, rates: dict[str, dict[str, float]]) -> Study:
@@ -150,6 +160,20 @@ class Ladder(BaseModel, extra="forbid", frozen=True):
         model = self.loaded(size, arm).model
         return num_parameters(model) - (model.vocab_size or 0) * model.width
 
+    def check(self, size: str, arm: str) -> None:
+        """Raises ConfigError where its runs cannot be, or where it is smaller than the size before."""
+        load([*self.config, *self._config(size, arm, self.rates[0])])
+        names = list(self.sizes)
+        if size == names[0]:
+            return
+        before = names[names.index(size) - 1]
+        own, its = self._parameters(size, arm), self._parameters(before, arm)
+        if own < its or (own == its and size in self._searched):  # two of a size do not tell what a rate follows
+            raise ConfigError(
+                f"{own:,} parameters without the table of tokens, and sizes.{before} has {its:,}; sizes are given from "
+                "the smallest to the largest"
+            )
+
     def loaded(self, size: str, arm: str) -> Config:
         """Of an arm at a size, but for steps and learning rate."""
         config = load([*self.config, *self.arms[arm].config, *self.sizes[size].config])
@@ -187,7 +211,7 @@ def load_ladder(path: Path) -> Ladder | None:
     for size in ladder.sizes:
         for arm in ladder.arms:
             try:
-                ladder.loaded(size, arm)
+                ladder.check(size, arm)
             except ConfigError as error:
                 raise ConfigError(f"{path}: sizes.{size}, arms.{arm}: {error}") from error
     return ladder

@@ -7,12 +7,10 @@ import numpy as np
 
 from pretrain.report.axes import INK
 from pretrain.report.plots import COLOURS, png
-from pretrain.study.ladder import Ladder, training_flops
+from pretrain.study.ladder import FIT, Ladder, training_flops
 from pretrain.study.power_law import Interval, Told, Trial, tell
 from pretrain.study.results import Results, mean
 
-FIT = "fit"
-"""The name of its table in the page; its picture is `fit-curves`."""
 FEWEST = 3
 """Sizes that a curve needs."""
 PICTURE_POINTS = 100

@@ -26,6 +26,8 @@ class Page:
     file: Path
     more: dict[str, list[str]] = field(default_factory=dict)
     """The lines of tables that are no section's, by name."""
+    later: list[str] = field(default_factory=list)
+    """Pictures for which a page that is begun has marks, though there may be nothing to show yet."""
 
     def write(self, pictures: dict[str, bytes]) -> None:
         """Fill the marks of the page; a page that is not there is begun with all of them.
@@ -40,7 +42,11 @@ class Page:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in pictures.items():
             write_atomic(folder / f"{name}.png", content)
-        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else "".join(self._begun(pictures))
+        text = (
+            self.file.read_text(encoding="utf-8")
+            if self.file.is_file()
+            else "".join(self._begun([*self.later, *pictures]))
+        )
 
         def filled(mark: re.Match[str]) -> str:
             kind, name = mark.groups()
@@ -158,13 +164,13 @@ class Page:
     def _link(self, target: Path) -> str:
         return os.path.relpath(target, self.file.parent)
 
-    def _begun(self, pictures: dict[str, bytes]) -> Iterator[str]:
+    def _begun(self, pictures: list[str]) -> Iterator[str]:
         yield f"# {self.study.name}\n"
         titles = {name: name.capitalize() for name in self.more}
         titles |= {name: section.title for name, section in self.study.sections.items()}
         for name, title in titles.items():
             yield f"\n## {title}\n\n<!-- results: {name} -->\n<!-- end -->\n"
-            for picture in pictures:
+            for picture in dict.fromkeys(pictures):
                 if picture.rpartition("-")[0] == name:
                     yield f"\n<!-- picture: {picture} -->\n<!-- end -->\n"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.secret import WAY_ON, key_of_secret
@@ -17,6 +17,23 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 """It is that of a folder, too."""
 Form = TypeVar("Form", bound=BaseModel)
 Counted = Literal["parameters", "training FLOPs"]
+Number = TypeVar("Number", int, float)
+
+
+def distinct(values: list[Number]) -> list[Number]:
+    """Those that folders tell apart.
+
+    Raises:
+        ValueError: two would be one.
+    """
+    names = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"given twice: {', '.join(sorted(twice))}")
+    return values
+
+
+Seeds = Annotated[list[int], Field(min_length=1), AfterValidator(distinct)]
+"""Values of `run.seed`."""
 
 
 class Arm(BaseModel, extra="forbid", frozen=True):
@@ -46,8 +63,8 @@ class Section(BaseModel, extra="forbid", frozen=True):
     """Of the validation losses in the tables."""
     config: list[str] = []
     """Of every run of the section, behind what the study has."""
-    seeds: list[int] = Field(min_length=1)
-    """Values of `run.seed`; each arm is run with each."""
+    seeds: Seeds
+    """Each arm is run with each."""
     arms: dict[Name, Arm] = {}
     arms_of: str | None = None
     """Take the arms of this section, each with each of `settings`; their table has a column for each setting."""

@@ -22,6 +22,9 @@ EMBED = ["model.learned_dropout.source=embed", "model.learned_dropout.eval_round
 NEXT = "model.subtract_next_position=plain"
 GATES = [NO_MASKS, "model.block_gates.kind=cosine", "model.block_gates.blocks=4"]
 TWICE = ["model.recurrence.steps=2", "engine.activation_checkpointing=true"]
+PONDER = ["model.recurrence.ponder.start_step=0", "model.recurrence.ponder.ramp_steps=0"]
+HALT = ["model.recurrence.steps=5", "model.recurrence.halt=true", "model.recurrence.epsilon=0.193", *PONDER]
+"""At first a token takes 3 steps or 4."""
 SINES = "model.positions=sinusoidal"
 RUNS = {
     "parallel": ["model.dropout=0.1", "model.attention_dropout=0", "model.z_loss=0.01", NEXT],
@@ -29,6 +32,7 @@ RUNS = {
     "documents": [DECODER, PACKED, *WINDOW, "model.document_mask=true", "model.positions=rotary"],
     "gates": [DECODER, *WINDOW, *GATES, *TWICE],
     "masked": [*ENCODER, PACKED, NO_MASKS, "model.l0.enabled=true"],
+    "halting": [DECODER, NO_MASKS, "data.objective=prefix", *HALT],
 }
 ALONE = (1, 1, 2, 1)
 """Stage, ranks, micro-batch, and ranks that share each sequence."""
@@ -38,6 +42,7 @@ SHARED = {
     "documents": [(3, 4, 2, 4)],
     "gates": [(3, 2, 1, 2)],
     "masked": [(0, 2, 2, 2)],
+    "halting": [(1, 4, 1, 4)],
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from data_pipeline.errors import ConfigError
+from launch.commands.study import report
 from pretrain.study.ladder import load_ladder, training_flops, vertex
 from pretrain.study.power_law import Trial, fit, tell
 from tests.runs import CHARACTERS, SMALL, build_dataset, duet
@@ -104,9 +105,20 @@ def test_arms_of_a_size_train_for_equal_flops_and_mistakes_are_placed(folder: Pa
         assert abs(budgets[1] - budgets[0]) <= step / 2
         assert found["gates"].train.steps > found["off"].train.steps, "closed blocks cost nothing"
     assert [run.seed for run in study.runs(["m"])] == [3, 3]
+    report(Path("rungs.yaml"))
+    page = Path("rungs.md").read_text()
+    for mark in ("results: rates-xs", "results: m", "picture: m-validation", "results: fit", "picture: fit-curves"):
+        assert f"<!-- {mark} -->" in page, "a page that is begun before any run has room for all that follows"
     for change, said in (
         ({"baseline": "of"}, "baseline: there is no arm of"),
         ({"config": ["model.witdh=3"]}, "sizes.xs, arms.off: command line: unknown key"),
+        ({"config": [*LADDER["config"], "profile.steps=[80,90]"]}, "sizes.xs, arms.off: .*beyond train.steps=78"),
+        ({"sizes": dict(reversed(LADDER["sizes"].items()))}, "sizes.s, arms.off: .*from the smallest to the largest"),
+        ({"sizes": {"xs": LADDER["sizes"]["xs"], "same": LADDER["sizes"]["xs"]}}, "sizes.same, arms.off: .* has 7,792"),
+        ({"sizes": {"xs": LADDER["sizes"]["xs"], "rates-xs": LADDER["sizes"]["s"]}}, "sizes.rates-xs: a table"),
+        ({"rates": [0.001, 0.001, 0.003]}, "rates: .*given twice: 0.001"),
+        ({"rates": [0.0, 0.001]}, "rates.0: Input should be greater than 0"),
+        ({"seeds": [1, 1]}, "seeds: .*given twice: 1"),
     ):
         Path("bad.yaml").write_text(yaml.safe_dump(LADDER | change, sort_keys=False))
         with pytest.raises(ConfigError, match=said):

@@ -277,7 +277,7 @@ def test_what_is_written_token_by_token_is_what_one_pass_over_the_text_gives(nam
             text = torch.tensor(texts[number][start:])[None]
             prefix = None
             if model.config.reads_prompt:
-                prefix = torch.tensor([text.shape[1] if hidden > 0 else len(prompts[number])])
+                prefix = torch.tensor([text.shape[1] if start else len(prompts[number])])
             batch = replace(batch_of(model.config, 1), input_ids=text, prefix_lengths=prefix)
             expected = model.predict(text, None, batch)[0, -1]
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)

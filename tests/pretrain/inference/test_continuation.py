@@ -154,11 +154,13 @@ def test_a_text_says_why_it_ended(tokenizer: Tokenizer, monkeypatch: pytest.Monk
     [stopped] = told(which, ["the"], replace(greedy, stops=(stop,)))
     assert stopped["finish"] == "stop"
     assert stopped["text"] == one["text"][: one["text"].index(stop)]
-    end = drawn[4]["id"]
-    before = [token["id"] for token in drawn].index(end)
-    monkeypatch.setattr(tokenizer, "eos_id", end)
+    ids = [token["id"] for token in drawn]
+    before = next(place for place in (1, 3, 5, 7) if ids.index(ids[place]) == place)
+    monkeypatch.setattr(tokenizer, "eos_id", ids[before])
     [ended] = told(which, ["the"], greedy)
     assert ended["finish"] == "end"
+    [short] = told(which, ["the"], replace(greedy, tokens=before))
+    assert short["finish"] == "length", "a step that goes beyond what was asked for says nothing of it"
     assert [token["id"] for token in ended["tokens"] if not token["prompt"]] == [t["id"] for t in drawn[:before]]
 
 
