@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,14 +19,16 @@ from torch import Tensor
 from model.architectures import registry
 from model.architectures.decoder_only.spec import DecoderOnlyConfig
 from model.attention import forms
+from model.attention.attention import SelfAttention
 from model.attention.cache import Cache
 from model.attention.forms import mask_of
 from model.attention.rule import Rows
 from model.attention.softmax import Softmax
 from model.attention.visibility import Visible
+from model.config.scores_config import ScoresConfig
 
 HEADS, CHANNELS = 4, 64
-SHAPE = {"width": HEADS * CHANNELS, "heads": HEADS, "layers": 2, "learned_dropout": {"enabled": False}}
+SHAPE: dict[str, Any] = {"width": HEADS * CHANNELS, "heads": HEADS, "layers": 2, "learned_dropout": {"enabled": False}}
 TOKENS = 2048
 """Of a micro-batch: rows of T tokens; one row where T is more."""
 RUNS = 7
@@ -74,7 +77,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     as_json = parser.parse_args().json
     torch.set_num_threads(1)
-    rows = [measure(case) for case in CASES] + decoding()
+    rows = [measure(case) for case in CASES] + routing() + decoding()
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
@@ -105,6 +108,27 @@ def measure(case: Case) -> dict[str, Any]:
         "ratio": both[0] / both[1],
         "target": case.target,
     }
+
+
+def routing() -> list[dict[str, Any]]:
+    """Texts that are sorted by cluster against the same tokens by a dense mask, in turn; maps and all."""
+    rows = []
+    for length, target in ((512, 1.0), (TOKENS, 4.0)):
+        torch.manual_seed(0)
+        scores = {"kind": "routing", "cluster_window": round(length**0.5)}
+        config = DecoderOnlyConfig.model_validate(SHAPE | {"context": length, "scores": scores})
+        attention = SelfAttention(config, "dec_sa/00", std=0.02)
+        x = torch.randn(TOKENS // length, length, SHAPE["width"], requires_grad=True)
+        keys = torch.zeros(len(x), dtype=torch.int64)
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(RUNS):
+            for sorts, found in times.items():
+                with patch.object(ScoresConfig, "sorts", lambda *_, sorts=sorts: sorts):
+                    found.append(seconds(lambda: attention(x, keys).sum().backward()))  # noqa: B023
+        fast, slow = (statistics.median(times[sorts]) for sorts in (True, False))
+        name = f"routing, T {length:,}: dense ({1e3 * slow:.1f} ms) / sorted ({1e3 * fast:.1f} ms)"
+        rows.append({"name": name, "ratio": slow / fast, "target": target})
+    return rows
 
 
 def attend(mixer: Softmax, given: list[Tensor], mask: forms.Mask, backward: bool) -> None:

@@ -158,9 +158,9 @@ def test_a_file_that_is_no_study_is_told(tmp_path: Path, content: bytes, said: s
 
 def test_what_was_kept_of_other_settings_is_not_told(tmp_path: Path) -> None:
     """Neither by an arm whose settings were changed, nor by one that took the name of another."""
-    study = load_study(ROOT / "docs" / "experiments" / "learned-dropout.yaml")
+    study = load_study(ROOT / "docs" / "experiments" / "gates.yaml")
     run = study.runs()[0]
-    kept = ROOT / "docs" / "experiments" / "learned-dropout" / "journals"
+    kept = ROOT / "docs" / "experiments" / "gates" / "journals"
     assert Results(study, kept).of(run.section, run.arm, run.setting)
     arm = study.sections[run.section].arms[run.arm]
     arm.config.append("optimizer.weight_decay=0.5")
