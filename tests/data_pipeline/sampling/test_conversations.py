@@ -177,9 +177,13 @@ def test_a_template_of_a_tokenizer_from_elsewhere() -> None:
     assert made.prompt([Message("user", "<|im_end|>")]).tolist().count(made.end_id) == 1
     settings = chat_settings(given, tokenizer, content, texts).settings
     assert "<|im_start|>" in settings["chat_template"]
+    joined = "a\nbe kind" * 50  # all held-out text: nothing of it ends with end-of-text
+    assert chat_settings(given, tokenizer, content, [joined]).settings == settings
+    assert not chat_settings(given, tokenizer, content, ["<|im_end|>"]).settings
     cut = {**json.loads(content), "normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}
     other = json.dumps(cut).encode()
     assert not chat_settings(given, Tokenizer(other), other, texts).settings
+    assert not chat_settings(given, Tokenizer(other), other, texts[1:2]).settings
 
 
 @pytest.mark.parametrize(
