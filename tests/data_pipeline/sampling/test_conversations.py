@@ -215,5 +215,6 @@ def test_what_does_not_go_with_conversations_is_refused(talk: Dataset) -> None:
     assert "take data.objective=conversations" in refused()
     with pytest.raises(ConfigError, match="tail cuts"):
         load(["data.sources.a.paths=[a]", "data.sources.a.messages_key=m", "data.split.rule=tail"])
-    with pytest.raises(ConfigError, match="chat_template"):
-        load(["data.chat_template={content}"])
+    for template in ("{content}", "{role}{content}{eos}{role}"):
+        with pytest.raises(ConfigError, match="chat_template"):
+            load([f"data.chat_template='{template}'"])
