@@ -223,10 +223,10 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     @model_validator(mode="after")
     def _conversations_are_whole(self) -> Self:
         head, _, tail = self.chat_template.partition("{content}")
-        if "{role}" not in head or not tail or "{content}" in tail:
+        if "{role}" not in head or not tail or "{content}" in tail or "{role}" in tail:
             raise ValueError(
                 f"chat_template: {self.chat_template!r} must hold {{role}}, then {{content}} once, and behind it what "
-                f"ends a turn, as {CHAT_TEMPLATE!r} does"
+                f"ends a turn, where no role stands, as {CHAT_TEMPLATE!r} does"
             )
         places: dict[str, SourceConfig | SplitConfig] = {f"sources.{name}": of for name, of in self.sources.items()}
         for name, of in (places | {"split": self.split}).items():

@@ -48,10 +48,11 @@ def describe(
     splits = {split: _split_facts(split, facts, shards) for split in SPLITS}
     for split, found in splits.items():
         if not found.documents:
+            few = "" if config.chat or config.pairs else "for few documents use data.split.rule=tail, else "
             raise DataError(
                 f"no text fell into the {split} split (data.split.rule={config.split.rule}, "
                 f"fraction={config.split.fraction}, {sum(done.documents for done in facts)} documents): "
-                "for few documents use data.split.rule=tail, else another fraction"
+                f"{few}take another fraction"
             )
     made_by = tokenizer_facts(tokenizer, config.tokenizer)
     rule = {**config.split.model_dump(include={"rule", "fraction"}), "seed": config.seed, "cut": CUT_RULE}

@@ -64,6 +64,10 @@ class Filter:
                         f"{where} is longer than {MAX_LINE_BYTES} bytes, which {self._key}.function and "
                         "data.duplicates.rule=near cannot look at: split it, or leave it to a source without them"
                     )
+        if document.messages is not None:  # the same letters, said by others or told apart elsewhere, are no copy
+            digest.update(repr([(told.role, len(told.content)) for told in document.messages]).encode())
+        elif document.pair is not None:
+            digest.update(b"%d" % len(document.pair[0]))
         text = "".join(kept)
         reason = next(self._reasons(document.record, characters, text, where), "")
         verdict = REASONS.index(reason)

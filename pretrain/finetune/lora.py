@@ -71,13 +71,7 @@ def adapt(model: TokenModel, config: FinetuneConfig, seed: int) -> None:
         ConfigError: there is none of a name.
     """
     maps = dict(linear_maps(model))
-    for target in config.targets or ():
-        if not any(_named(name, target, of_mask) for name, (_, of_mask) in maps.items()):
-            known = sorted({name.rpartition(".")[2] for name in maps})
-            raise ConfigError(
-                f"finetune.targets: no linear map of {model.config.architecture} is called {target}; there are "
-                f"{', '.join(known) or 'none'}, and patterns of whole names, such as {next(iter(maps), '*.qkv')}"
-            )
+    check_targets(model, config)
     model.requires_grad_(False)
     torch.manual_seed(seed)
     noise = Noise()
@@ -86,6 +80,18 @@ def adapt(model: TokenModel, config: FinetuneConfig, seed: int) -> None:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, AdaptedLinear(base, config, name, noise))
     model.register_forward_pre_hook(noise.read)
+
+
+def check_targets(model: TokenModel, config: FinetuneConfig) -> None:
+    """Raises ConfigError if there is no linear map of the name of a target."""
+    maps = dict(linear_maps(model))
+    for target in config.targets or ():
+        if not any(_named(name, target, of_mask) for name, (_, of_mask) in maps.items()):
+            known = sorted({name.rpartition(".")[2] for name in maps})
+            raise ConfigError(
+                f"finetune.targets: no linear map of {model.config.architecture} is called {target}; there are "
+                f"{', '.join(known) or 'none'}, and patterns of whole names, such as {next(iter(maps), '*.qkv')}"
+            )
 
 
 def merged(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ def vectors(
     """
     model = trained.model.to("cuda" if torch.cuda.is_available() else "cpu")
     context = model.config.context
-    encoded = [torch.from_numpy(ids).long() for ids in trained.tokenizer.encode(list(texts))]
+    encoded = [torch.from_numpy(ids.astype(np.int64)) for ids in trained.tokenizer.encode(list(texts))]
     for number, ids in enumerate(encoded, 1):
         if not len(ids):
             raise DataError(f"text {number} is empty: there is nothing to make a vector of")

@@ -20,7 +20,7 @@ def adapters_of(config: Config) -> Adapters | None:
     """None where all is trained.
 
     Raises:
-        ConfigError: torch is not installed here; the vocabulary is not known.
+        ConfigError: torch is not installed here; the vocabulary is not known; no map is called as a target.
     """
     if config.finetune.kind != "lora":
         return None
@@ -47,13 +47,14 @@ def _count(key: _Key) -> Adapters:
         import torch
 
         from model.architectures import registry
-        from pretrain.finetune.lora import is_adapted, linear_maps
+        from pretrain.finetune.lora import check_targets, is_adapted, linear_maps
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise ConfigError("finetune.kind=lora is counted with torch, which is not here; ask where it is") from None
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = registry.build(key.config.model)
+    check_targets(model, key.config.finetune)
     maps = linear_maps(model)
     adapted = [base for name, (base, of_mask) in maps if is_adapted(name, of_mask, key.config.finetune)]
     sizes = sum(base.in_features + base.out_features for base in adapted)

@@ -10,7 +10,7 @@ from data_pipeline.tokenize.chat_template import ChatTemplate
 from data_pipeline.tokenize.tokenizer import Tokenizer
 
 _COMPARED = 64
-"""Conversations, of a held-out text for each role."""
+"""Conversations, each of a held-out text."""
 
 
 class ChatSettings(NamedTuple):
@@ -36,7 +36,7 @@ def chat_settings(
             "transformers a text that spells a special piece gives it, so take these out of what users write."
         )
         return ChatSettings({"chat_template": jinja, "split_special_tokens": False}, note, template.end_id)
-    note = f"It has learned from messages that are written {text!r}; `duet generate FOLDER --chat TEXT` does so."
+    note = f"It has learned from messages that are written {text!r}."
     return ChatSettings({}, note, template.end_id)
 
 
@@ -46,15 +46,17 @@ def _agrees(jinja: str, template: ChatTemplate, tokenizer: Tokenizer, fast: byte
 
     made = Fast.from_str(fast.decode())
     rendering = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(jinja)
+    compared = False
     for messages in islice(_conversations(texts, tokenizer), _COMPARED):
         asked = rendering.render(messages=[told._asdict() for told in messages], add_generation_prompt=True)
         if made.encode(asked, add_special_tokens=False).ids != template.prompt(messages).tolist():
             return False
-    return True
+        compared = True
+    return compared
 
 
 def _conversations(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[Message]]:
-    """Of texts that spell no special piece, one for each role."""
-    plain = (text for text in texts if not any(piece in text for piece in tokenizer.specials))
-    for contents in zip(plain, plain, plain, strict=False):
-        yield [*map(Message, ROLES, contents)]
+    """Of texts that spell no special piece, each as what all roles say: there may be but one."""
+    for text in texts:
+        if not any(piece in text for piece in tokenizer.specials):
+            yield [Message(role, text) for role in ROLES]

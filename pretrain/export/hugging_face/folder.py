@@ -189,7 +189,7 @@ def _notes(needs: tuple[str, ...], why: str, kind: Kind, model: ModelConfig, cha
         yield why
     if needs:
         yield f"It needs these packages beside torch and transformers: {', '.join(needs)}."
-    yield "Duet reads this folder itself, too: `duet generate FOLDER`."
+    yield f"Duet reads this folder itself, too: `duet generate FOLDER{' --chat TEXT' if chat else ''}`."
 
 
 def dataset_of(checkpoint: Checkpoint, config: Config) -> Dataset | DataError:
@@ -206,7 +206,7 @@ def dataset_of(checkpoint: Checkpoint, config: Config) -> Dataset | DataError:
 
 def texts_of(dataset: Dataset | DataError, tokenizer: Tokenizer) -> Iterable[str] | DataError:
     """Documents of the held-out text, of `COMPARED` tokens or a few more."""
-    return dataset if isinstance(dataset, DataError) else _texts(dataset, tokenizer)
+    return dataset if isinstance(dataset, DataError) else [*_texts(dataset, tokenizer)]  # read more than once
 
 
 def _texts(dataset: Dataset, tokenizer: Tokenizer) -> Iterator[str]:

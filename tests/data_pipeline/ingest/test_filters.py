@@ -14,6 +14,8 @@ from data_pipeline.config import DataConfig, DuplicateConfig, FilterConfig
 from data_pipeline.errors import DataError
 from data_pipeline.ingest import sources
 from data_pipeline.ingest.duplicates import NearKeys, best_bands, copies
+from data_pipeline.ingest.filters import Filter
+from data_pipeline.ingest.readers import Message, ReadCounts, conversation_of, document_of
 from data_pipeline.inspection.statistics import documents
 from data_pipeline.storage.dataset import Dataset
 from tests.data_pipeline.conftest import config, prose
@@ -196,6 +198,18 @@ def test_a_copy_of_training_text_is_no_validation_text(tmp_path: Path) -> None:
     built = build(settings_of(tmp_path / "d", text, duplicates={"rule": "exact"}, split=split))
     assert built.sources[1].dropped == {"duplicate": 1}
     assert built.splits["validation"].documents == 1
+
+
+def test_the_same_letters_told_apart_elsewhere_are_no_copy() -> None:
+    looks = Filter(FilterConfig(), "filter", needs_text=False)
+    roles = [("user", "assistant"), ("system", "assistant"), ("user", "assistant")]
+    texts = [("1", "11"), ("1", "11"), ("11", "1")]
+    said = [[*map(Message, who, what)] for who, what in zip(roles, texts, strict=True)]
+    documents = [*(conversation_of(0, 1, told, {}) for told in [*said, said[0]])]
+    documents += [document_of(0, 1, pair, {}) for pair in (["1", "11"], ["11", "1"], ["111"])]
+    digests = [looks.facts(document, "here", ReadCounts()).digest for document in documents]
+    assert digests[3] == digests[0]
+    assert len(set(digests)) == 6
 
 
 @pytest.mark.parametrize("partition", [1, 2, 7, 1000])

@@ -177,9 +177,13 @@ def test_a_template_of_a_tokenizer_from_elsewhere() -> None:
     assert made.prompt([Message("user", "<|im_end|>")]).tolist().count(made.end_id) == 1
     settings = chat_settings(given, tokenizer, content, texts).settings
     assert "<|im_start|>" in settings["chat_template"]
+    joined = "a\nbe kind" * 50  # all held-out text: nothing of it ends with end-of-text
+    assert chat_settings(given, tokenizer, content, [joined]).settings == settings
+    assert not chat_settings(given, tokenizer, content, ["<|im_end|>"]).settings
     cut = {**json.loads(content), "normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}
     other = json.dumps(cut).encode()
     assert not chat_settings(given, Tokenizer(other), other, texts).settings
+    assert not chat_settings(given, Tokenizer(other), other, texts[1:2]).settings
 
 
 @pytest.mark.parametrize(
@@ -211,5 +215,6 @@ def test_what_does_not_go_with_conversations_is_refused(talk: Dataset) -> None:
     assert "take data.objective=conversations" in refused()
     with pytest.raises(ConfigError, match="tail cuts"):
         load(["data.sources.a.paths=[a]", "data.sources.a.messages_key=m", "data.split.rule=tail"])
-    with pytest.raises(ConfigError, match="chat_template"):
-        load(["data.chat_template={content}"])
+    for template in ("{content}", "{role}{content}{eos}{role}"):
+        with pytest.raises(ConfigError, match="chat_template"):
+            load([f"data.chat_template='{template}'"])

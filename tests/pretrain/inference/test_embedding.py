@@ -71,6 +71,7 @@ def test_vectors_of_a_run_in_each_form(run: Path, exported: Path, tmp_path: Path
         done = duet("embed", str(of), str(tmp_path / given), "--to", str(tmp_path / to), "--text-key", "said")
         assert done.returncode == 0, done.stderr
         assert "2 vectors of" in done.stdout
+        assert "Warning" not in done.stderr
     table = pa.ipc.open_file(tmp_path / "a.arrow").read_all()
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
     found = [

@@ -179,3 +179,6 @@ def test_adapters_are_counted_as_torch_counts_them(targets: list[str] | None) ->
     assert held.gradients + held.optimizer == (4 + 8 + 4) * trained
     assert held.weights == 4 * (found.parameters + trained)
     assert memory(config, 1).total < memory(full, 1).total
+    other = config.finetune.model_copy(update={"targets": ["nothing"]})
+    with pytest.raises(ConfigError, match="no linear map of decoder_only is called nothing"):
+        costs(config.model_copy(update={"finetune": other}), 1, GPU, 0.4)
