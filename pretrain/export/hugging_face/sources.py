@@ -18,6 +18,7 @@ from torch import Size
 
 from data_pipeline.errors import CheckpointError
 from model.architectures import external
+from model.architectures.registry import Assembled
 from model.config.model_config import ModelConfig
 from pretrain.export.hugging_face import plain_pydantic
 
@@ -41,7 +42,7 @@ def configure(raw: dict[str, Any]) -> {name}:
 
 def build(config: {name}) -> TokenModel:
     """A freshly initialised model."""
-    return TokenModel(config, config.build)
+    return {built}
 '''
 
 
@@ -61,7 +62,8 @@ def sources(config: ModelConfig, entries: tuple[str, ...] = (ENTRY,)) -> Code:
         CheckpointError: something of it cannot be copied; says which line.
     """
     kind = type(config)
-    given = {_REGISTRY: _CHOSEN.format(module=kind.__module__, name=kind.__name__)}
+    built = "config.assemble(config.build)" if isinstance(config, Assembled) else "TokenModel(config, config.build)"
+    given = {_REGISTRY: _CHOSEN.format(module=kind.__module__, name=kind.__name__, built=built)}
     own = external.source(config)
     if own is not None:
         given[kind.__module__] = own[1].decode()

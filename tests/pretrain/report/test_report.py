@@ -60,7 +60,11 @@ def journal_steps(run_dir: Path, attempt: int, first: int, last: int, *, resumed
         metrics |= {f"attention/{kind}/dec_sa/00/h0": 1.5 for kind in ("alpha", "span", "zeros", "fullest", "empty")}
         journal.metrics(step, metrics)
         if step % 20 == 0:
-            losses = {"loss/val": 2.25 - attempt / 8, "loss/val_bits_per_byte": 1.75 - attempt / 8}
+            losses = {
+                "loss/val": 2.25 - attempt / 8,
+                "loss/val_in_order": 2.5,
+                "loss/val_bits_per_byte": 1.75 - attempt / 8,
+            }
             for number in range(9):
                 losses |= {f"loss/val/s{number}": 2.0 + number, f"loss/val_bits_per_byte/s{number}": 1.0 + number}
             journal.metrics(step, losses)
