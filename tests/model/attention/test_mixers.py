@@ -51,6 +51,16 @@ def model_of(name: str, **changes: Any) -> TokenModel:
     return opened(build(variant(name, **changes)))
 
 
+def check_padded(model: TokenModel, ids: Tensor, chunks: list[int], padding: list[int]) -> None:
+    """That a row of `ids` [B, 12] behind so many pads, read by a cache in `chunks`, is predicted as it is alone."""
+    together = cached(model, ids, chunks, padding)
+    for row, pads in enumerate(padding):
+        alone = full(model, ids[row : row + 1, pads:], [1] * (12 - pads))[0]
+        for step, end in enumerate(torch.tensor(chunks).cumsum(0).tolist()):
+            if end > pads:
+                torch.testing.assert_close(together[row, step], alone[end - pads - 1], rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", MIXED)
 def test_earlier_predictions_ignore_a_token(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,14 +76,9 @@ def test_earlier_predictions_ignore_a_token(name: str, mode: str, monkeypatch: p
 @pytest.mark.parametrize("name", MIXED)
 def test_a_cache_changes_nothing_and_a_padded_text_is_the_text_alone(name: str, chunks: list[int]) -> None:
     model = model_of(name).eval()
-    ids, padding = batch_of(model.config, sequences=4).input_ids, [0, 3, 7, 10]
+    ids = batch_of(model.config, sequences=4).input_ids
     torch.testing.assert_close(cached(model, ids, chunks), full(model, ids, chunks), rtol=0, atol=1e-10)
-    together = cached(model, ids, chunks, padding)
-    for row, pads in enumerate(padding):
-        alone = full(model, ids[row : row + 1, pads:], [1] * (12 - pads))[0]
-        for step, end in enumerate(torch.tensor(chunks).cumsum(0).tolist()):
-            if end > pads:
-                torch.testing.assert_close(together[row, step], alone[end - pads - 1], rtol=0, atol=1e-10)
+    check_padded(model, ids, chunks, [0, 3, 7, 10])
 
 
 @pytest.mark.parametrize("name", ["span_sinks", "routing_window"])

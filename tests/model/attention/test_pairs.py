@@ -11,9 +11,8 @@ import torch
 from model.attention.routing import routings
 from pretrain.engine.layer_transforms import checkpoint_activations
 from tests.model.attention import test_causality
-from tests.model.attention.test_cache import cached, full
 from tests.model.attention.test_causality import leak
-from tests.model.attention.test_mixers import gradients, opened
+from tests.model.attention.test_mixers import check_padded, gradients, opened
 from tests.model.helpers import batch_of, build, small
 
 OFF: dict[str, Any] = {"learned_dropout": {"enabled": False}}
@@ -80,15 +79,10 @@ def test_nothing_leaks_and_a_cache_changes_nothing(name: str, monkeypatch: pytes
         before, after = leak(config, mode)
         assert before < 1e-12
         assert after > 1e-4
-    model, padding = opened(build(config)).eval(), [0, 3]
+    model = opened(build(config)).eval()
     ids = batch_of(config, sequences=2).input_ids
     for chunks in ([1] * 12, [5, 4, 1, 2]):
-        together = cached(model, ids, chunks, padding)
-        for row, pads in enumerate(padding):
-            alone = full(model, ids[row : row + 1, pads:], [1] * (12 - pads))[0]
-            for step, end in enumerate(torch.tensor(chunks).cumsum(0).tolist()):
-                if end > pads:
-                    torch.testing.assert_close(together[row, step], alone[end - pads - 1], rtol=0, atol=1e-10)
+        check_padded(model, ids, chunks, [0, 3])
 
 
 def test_the_first_look_at_a_draft_counts_in_no_cluster() -> None:
