@@ -12,7 +12,7 @@ import typer
 from launch.commands.runs import aligned
 
 if TYPE_CHECKING:
-    from pretrain.export.smaller.comparison import Measured
+    from pretrain.export.smaller.comparison import Measured, Shrunk
 
 app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, thin them out, export them.")
 PathArg = Annotated[Path, typer.Argument(metavar="PATH", help="A run folder or one checkpoint.")]
@@ -291,23 +291,36 @@ def shrink(
         return
     if to is None:
         raise ConfigError("name a new folder for what is left: --to FOLDER")
+    found = _made_smaller(path, to, gates, spans, dtype, (heads, units))
+    typer.echo("\n".join([*found.changes, *_compared(found.before, found.after), f"exported to {to}"]))
+
+
+def _made_smaller(
+    path: str,
+    to: Path,
+    gates: bool,
+    spans: bool,
+    dtype: Literal["bf16", "int8"] | None,
+    fewer: tuple[str | None, str | None],
+) -> "Shrunk":
+    """By the one way that is asked for; `fewer` are heads and hidden units."""
+    from pretrain.run.origin import parse
+
     if spans:
         from pretrain.export.smaller.windows import take_windows
 
-        found = take_windows(*parse(path), to)
-    elif gates:
+        return take_windows(*parse(path), to)
+    if gates:
         from pretrain.export.smaller.gates import remove_closed
 
-        found = remove_closed(*parse(path), to)
-    elif dtype:
+        return remove_closed(*parse(path), to)
+    if dtype:
         from pretrain.export.smaller.weights import round_weights
 
-        found = round_weights(*parse(path), to, dtype)
-    else:
-        from pretrain.export.smaller.units import remove_units
+        return round_weights(*parse(path), to, dtype)
+    from pretrain.export.smaller.units import remove_units
 
-        found = remove_units(*parse(path), to, heads, units)
-    typer.echo("\n".join([*found.changes, *_compared(found.before, found.after), f"exported to {to}"]))
+    return remove_units(*parse(path), to, *fewer)
 
 
 def _compared(before: "Measured", after: "Measured") -> list[str]:

@@ -135,10 +135,10 @@ class Ladder(BaseModel, extra="forbid", frozen=True):
             found: list[tuple[float, Result]] = [
                 (rate, result)
                 for rate in sorted(self.rates)
-                for result in results.of(f"rates-{name}", _tried(arm, rate))
+                for result in results.of(self._searched[name], _tried(arm, rate))
             ]
             if len(found) < len(self.rates):
-                raise ConfigError(f"rates-{name}: {arm} was not trained at every rate yet")
+                raise ConfigError(f"{self._searched[name]}: {arm} was not trained at every rate yet")
             yield arm, _rounded(vertex([rate for rate, _ in found], [result.loss for _, result in found]))
 
     def _config(self, size: str, arm: str, rate: float) -> list[str]:
