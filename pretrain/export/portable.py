@@ -84,6 +84,7 @@ def write_export(
     folder: Path,
     dtype: Dtype = "fp32",
     weights: Mapping[str, Tensor] | None = None,
+    loss: float | None = None,
 ) -> None:
     """Write a checkpoint's model into a new folder, which is there whole or not at all.
 
@@ -94,6 +95,7 @@ def write_export(
     Args:
         weights: parameters and buffers in the place of the checkpoint's, where `config` is of a model that was made
             from it.
+        loss: over all held-out text, of what is written, where that is not the checkpoint's model in fp32.
 
     Raises:
         CheckpointError: the folder is there already or cannot be written; the checkpoint is of another model.
@@ -108,7 +110,7 @@ def write_export(
         shapes = {name: list(values.shape) for name, values in model.named_parameters()}
         weights = whole_weights(checkpoint, config, shapes)
     dataset = dataset_of(checkpoint, config)
-    about = rows_of(checkpoint, config, dataset)
+    about = rows_of(checkpoint, config, dataset, loss)
     texts = texts_of(dataset, tokenizer)
     tensors = {**checkpoint.buffers(), **weights}
     write_folder(folder, _facts(checkpoint, config), tensors, (file.read_bytes(), tokenizer), texts, about, dtype)

@@ -91,8 +91,10 @@ def _read(folder: Path) -> tuple[str, DecoderOnlyConfig, dict[str, Tensor]]:
     return name, config, weights
 
 
-def write_standard(checkpoint: Checkpoint, config: Config, folder: Path, name: str, dtype: Dtype) -> None:
-    """Write a checkpoint's model into a new folder in a layout that others know.
+def write_standard(
+    checkpoint: Checkpoint, config: Config, folder: Path, name: str, dtype: Dtype = "fp32", loss: float | None = None
+) -> None:
+    """Write a checkpoint's model into a new folder in a layout that others know; `loss` as `write_export` has it.
 
     Raises:
         ConfigError: it does not fit; names the first key that does not.
@@ -103,7 +105,7 @@ def write_standard(checkpoint: Checkpoint, config: Config, folder: Path, name: s
         raise CheckpointError(f"{folder}: is there already; name a new folder")
     file, tokenizer = tokenizer_of(checkpoint, config)
     dataset = dataset_of(checkpoint, config)
-    rows = rows_of(checkpoint, config, dataset) | {"layout": name, "weights": dtype}
+    rows = rows_of(checkpoint, config, dataset, loss) | {"layout": name, "weights": dtype}
     weights = weights_of(checkpoint, config)
     parameters = sum(values.numel() for values in weights.values())
     texts = texts_of(dataset, tokenizer)

@@ -89,7 +89,7 @@ def test_a_run_goes_out_in_a_layout_and_comes_back(ranks: Ranks, dataset: Path, 
         ranks("tests.distributed.cases:train_run", 1, args=args)
         checkpoint, config = find_checkpoint(run)
         folder = tmp_path / f"{kind}-exported"
-        write_standard(checkpoint, config, folder, kind, "fp32")
+        write_standard(checkpoint, config, folder, kind)
         theirs = AutoModelForCausalLM.from_pretrained(folder)
         ours = open_trained(run)
         ids = IDS % ours.tokenizer.vocab_size
