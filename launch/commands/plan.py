@@ -130,13 +130,12 @@ def plan(
 
     Example: `duet plan model/parallel-1b3 model.vocab_size=50304 batch.tokens=1048576 --gpus 64 --gpu h100`
     """
-    from pretrain.config.schema import load
     from pretrain.planning.costs import costs
     from pretrain.planning.goodput import outlook, parse_times
 
     name, board = _board(gpu, tflops, memory)
     given = parse_times(time or [])
-    loaded = _with_vocabulary(load(config))
+    loaded = _with_vocabulary(_with_origin(config))
     found = costs(loaded, gpus, board, mfu)
     ahead = outlook(loaded, found, gpus, interruption_hours, given)
     if as_json:
@@ -173,6 +172,31 @@ def _board(gpu: str | None, tflops: float | None, memory: int | None) -> tuple[s
         f"--gpu {gpu}: not known; near it: {', '.join(known)} ({len(GPUS)} in docs/plan.md); any other by --tflops T "
         "--memory GB: its dense bf16 peak and its memory"
     )
+
+
+def _with_origin(args: list[str]) -> "Config":
+    """The configuration, which has the values of what `run.start_from` names unless others are given, its model too.
+
+    Raises:
+        RunError: the weights of another model are to be trained.
+    """
+    from data_pipeline.places import EXPORT, RUN, kind_of
+    from pretrain.config.layers import merged, read
+    from pretrain.config.schema import load
+    from pretrain.run import origin
+
+    section = merged(read(args)).get("run")
+    named = section.get("start_from") if isinstance(section, dict) else None
+    if not isinstance(named, str):
+        return load(args)
+    path = origin.parse(named)[0]
+    if kind_of(path) not in (EXPORT, RUN):
+        typer.echo(f"warning: run.start_from={named} is not there: the model is planned that is configured", err=True)
+        return load(args)
+    found = load([str(origin.first_file(named)), *args])
+    if found.finetune.kind != "none":
+        origin.check_model(path, found)
+    return found
 
 
 def _with_vocabulary(config: "Config") -> "Config":

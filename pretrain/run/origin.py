@@ -7,7 +7,7 @@ from typing import Any
 import xxhash
 
 from data_pipeline.errors import ConfigError, RunError
-from data_pipeline.places import EXPORT, kind_of
+from data_pipeline.places import EXPORT, RUN, kind_of
 from model.architectures.external import is_external
 from model.architectures.registry import configure
 from pretrain.config.changes import refused_in_fork, told
@@ -21,9 +21,11 @@ WEIGHTS, TRAIN = "model.safetensors", "train.yaml"
 
 
 def parse(start_from: str) -> tuple[Path, int | None]:
-    """The run folder and the step of `RUN@STEP`; None for the newest checkpoint."""
+    """The run folder and the step of `RUN@STEP`; None for the newest checkpoint, and for a folder of such a name."""
     run, mark, step = start_from.rpartition("@")
-    return (Path(run), int(step)) if mark and step.isdecimal() else (Path(start_from), None)
+    if not mark or not step.isdecimal() or (kind_of(Path(start_from)) and kind_of(Path(run)) != RUN):
+        return Path(start_from), None
+    return Path(run), int(step)
 
 
 def first_file(start_from: str) -> Path:
@@ -122,7 +124,7 @@ def check(config: Config, dataset: dict[str, Any]) -> None:
         return
     path, step = parse(config.run.start_from)
     if config.finetune.kind != "none":
-        _check_model(path, config)
+        check_model(path, config)
         return
     origin = RunFolder(path)
     theirs = origin.facts()["dataset"]
@@ -155,7 +157,7 @@ def check(config: Config, dataset: dict[str, Any]) -> None:
         )
 
 
-def _check_model(path: Path, config: Config) -> None:
+def check_model(path: Path, config: Config) -> None:
     """Whether a run may begin with these weights: its model is theirs. Raises RunError."""
     if kind_of(path) == EXPORT:
         try:

@@ -206,10 +206,17 @@ def test_the_command_line_takes_an_export(exported: Path, dataset: Path, tmp_pat
     from typer.testing import CliRunner
 
     options = [key for key in SMALL if not key.startswith("model.")]
-    words = ["train", *options, f"data.path={dataset}", "run.name=tuned", "train.steps=2", "--from", str(exported)]
+    named = shutil.copytree(exported, tmp_path / "x@5")  # no step of a run
+    words = ["train", *options, f"data.path={dataset}", "run.name=tuned", "train.steps=2", "--from", str(named)]
     done = CliRunner().invoke(app, [*words, f"run.dir={tmp_path / 'run'}", "--dry-run"], catch_exceptions=False)
-    assert f"begins at  {exported}" in done.output
+    assert f"begins at  {named}" in done.output
+    size = open_trained(exported).model.num_parameters()
+    words = ["plan", f"run.start_from={named}", *options, "--gpu", "h100"]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert f", {size:,} parameters" in done.output, "the export's model, not the default one"
+    with pytest.raises(UserError, match="weights of another model"):
+        CliRunner().invoke(app, [*words, "model.layers=3"], catch_exceptions=False)
     (tmp_path / "older").mkdir()
     (tmp_path / "older" / "EXPORT.txt").touch()
     with pytest.raises(UserError, match=r"without train\.yaml; export the checkpoint again"):
-        CliRunner().invoke(app, [*words[:-1], str(tmp_path / "older")], catch_exceptions=False)
+        CliRunner().invoke(app, ["train", *options, "--from", str(tmp_path / "older")], catch_exceptions=False)
