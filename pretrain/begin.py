@@ -34,7 +34,7 @@ from pretrain.engine.engine import Engine
 from pretrain.engine.sequence import Ulysses
 from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.evaluate import held_out
-from pretrain.finetune.base import check_tokenizer, prepare
+from pretrain.finetune.base import check_tokenizer, hold_base, prepare
 from pretrain.health.monitor import Health
 from pretrain.health.rollback import Past, read_past
 from pretrain.life import Life
@@ -135,6 +135,8 @@ def open_parts(claim: Claim, stop: StopRequest, started: float, stack: ExitStack
     data = DataState.model_validate(past.data) if past.data else data
     facts = _facts(claim, parameters) | {"started": started}
     ranks.together(lambda: recorder.start(step, facts, past.num_rollbacks))
+    if ranks.is_first:
+        hold_base(config, recorder.warning)
     if shares := told_shares(claim.dataset, config.data, data.phases[-1]):
         recorder.note(shares)
     for line in told_cut(claim.dataset, data.phases[-1]):

@@ -160,7 +160,7 @@ def prune(
     keep: Annotated[int, typer.Option(min=1, help="Newest checkpoints that stay.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
 ) -> None:
-    """Remove all but the newest checkpoints of a run, those of `train.keep_every`, and the best by validation loss.
+    """Remove all but the newest checkpoints of a run, those of `train.keep_every`, the best, and what adapters change.
 
     The newest one is compared with its hashes before anything goes.
 
