@@ -54,7 +54,7 @@ def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
     identity: dict[str, Any] = {
         "tokenizer": tokenizer_identity(config.tokenizer),
         "split": {
-            **config.split.model_dump(exclude={"files", "target_key", "messages_key"}),
+            **config.split.model_dump(exclude={"files", "target_key", "messages_key", "prefix"}),
             **config.split.model_dump(include={"target_key", "messages_key"}, exclude_defaults=True),
         },
         "errors": config.errors,
