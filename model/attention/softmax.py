@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from data_pipeline.errors import ConfigError
-from model.attention.forms import Asking, Chunks, Gathered, Halves, Mask, Strided
+from model.attention.forms import Asking, Chunks, Gathered, Halves, Mask, Strided, Union
 from model.attention.visibility import Visible
 from model.config.transformer import TransformerConfig
 from model.layers.dropout import noise_site, weight_dropout
@@ -105,7 +105,7 @@ class Softmax(nn.Module):
         if isinstance(mask, BlockMask):
             return _in_blocks(query, key, value, mask)
         kernel = _fused if self._kernel == "flash" else plain
-        if isinstance(mask, Gathered | Chunks | Strided | Asking):
+        if isinstance(mask, Gathered | Chunks | Strided | Union | Asking):
             return mask.attend(kernel, query, key, value)
         return kernel(query, key, value, mask, causal and mask is None)
 

@@ -10,6 +10,8 @@ CHUNK = 256
 """Queries that share a slice of the keys, where a window is computed chunk by chunk."""
 _MOST_GATHERED = 128
 """Tokens of the widest window that is computed in blocks of its own width (benchmarks/attention.md)."""
+_ONE_OF = 3
+"""Of the tokens of a row, for one softmax over window and stride to pay."""
 _MOST = 2**31 - 1
 """Of tokens that a key may name: more than any text has."""
 FEWEST = 256
@@ -26,10 +28,10 @@ class QueryChunk(NamedTuple):
     """Other keys: sinks, and ends of blocks."""
 
 
-Form = Literal["full", "dense", "gathered", "chunks", "strided"]
+Form = Literal["full", "dense", "gathered", "chunks", "strided", "union"]
 """How a pattern is computed where FlexAttention does not run: as if there were none; with a mask T x T; blocks of
 queries with those of keys that they see; chunks of queries, one after the other; each column of T / stride rows on its
-own."""
+own; the same and blocks, by one softmax."""
 
 
 class Pattern(NamedTuple):
@@ -95,9 +97,11 @@ class Pattern(NamedTuple):
             return "full"
         near = self.window or self.block
         counted = self.sinks or self.block or self.summary
-        both = self.stride and (near or self.summary)
-        if prefix or self.marked or both or (documents and counted) or tokens < max(FEWEST, 4 * max(near, self.period)):
+        if prefix or self.marked or (documents and counted) or tokens < max(FEWEST, 4 * max(near, self.period)):
             return "dense"
+        if self.stride and (near or counted):
+            few = _ONE_OF * (2 * near + tokens / self.stride) <= tokens
+            return "union" if self.window == self.stride and few and not counted else "dense"
         if self.stride:
             return "strided"
         if not self.summary and (self.block or near <= _MOST_GATHERED):

@@ -221,6 +221,7 @@ PATTERNED_BOTH_WAYS = {
     "bert_window": _patterned("bert_modern", kind="window", window=3),
     "bert_sinks": _patterned("bert_embed", kind="window", window=2, sinks=7),
     "bert_globals": _patterned("bert", kind="window", window=2, globals=[0, 4]),
+    "bert_strided": _patterned("bert_dropout", kind="strided", stride=3),
     "t5_strided": _patterned("t5_modern", kind="strided", stride=3, merge="alternate"),
     "t5_fixed": _patterned("t5_embed", kind="fixed", merge="heads"),
 }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.architectures.token_model import TokenModel
+from model.attention import weights
 from model.attention.attention import SelfAttention
 from model.attention.cache import Cache
 from model.attention.linformer import Linformer
@@ -198,6 +199,46 @@ def test_an_alpha_that_has_come_to_its_least_comes_back() -> None:
     for direction in (1, -1):
         [slope] = torch.autograd.grad(direction * first, mixer.alpha_logit, retain_graph=True)
         assert bool((slope < 0).all() if direction < 0 else (slope == 0).all())
+
+
+@pytest.mark.parametrize("architecture", ["decoder_only", "encoder_only", "parallel_encoder_decoder"])
+def test_keys_that_no_span_reaches_change_nothing(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left out, in steps of 2 keys here: of texts, documents and padding, and of a text that is read step by step."""
+    options = {"kind": "adaptive_span", "ramp": 1}
+    config = small(architecture, weights=options, learned_dropout={"enabled": False}, document_mask=True)
+    model, texts, asked = opened(build(config)), packed(config), list[int]()
+    spans = [module for module in model.modules() if isinstance(module, AdaptiveSpan)]
+    for module in spans:  # up to 0.96 tokens
+        torch.nn.init.uniform_(module.share, 0.0, 0.08, generator=torch.Generator().manual_seed(len(module.name)))
+    padding = (torch.arange(12) > 8).expand(3, -1)
+    padded = replace(batch_of(config), segment_ids=-padding.long(), padding=padding)
+    real = _Spanned.forward
+
+    def forward(ctx: Any, scores: Tensor, *given: Any) -> Tensor:
+        asked.append(scores.shape[-1])
+        return real(ctx, scores, *given)
+
+    def computed(trim: int) -> list[Tensor]:
+        monkeypatch.setattr(weights, "TRIM", trim)
+        asked.clear()
+        model.zero_grad()
+        keys = sample_keys(texts.seed, texts.step, texts.samples)
+        hidden = [model.train().hidden(texts.input_ids, keys, batch).x for batch in (None, texts, padded)]
+        hidden[2] = hidden[2][:, :9]
+        torch.stack([(x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in hidden]).sum().backward()
+        found = [*hidden, *(p.grad for p in model.parameters() if p.grad is not None)]
+        if architecture != "encoder_only":
+            found.append(cached(model.eval(), texts.input_ids, [5, 4, 1, 2], [0, 1, 3]))
+        return found
+
+    monkeypatch.setattr(_Spanned, "forward", forward)
+    expected = computed(64)
+    assert asked[0] == 12 and all(module.share.grad is not None and module.share.grad.any() for module in spans)
+    found = computed(2)
+    assert (asked[0], asked[-1]) == ((6, 6) if architecture == "encoder_only" else (4, 3)), "two and the one before"
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    monkeypatch.setattr(AdaptiveSpan, "reach", lambda _: 1)
+    assert (computed(1)[0] - expected[0]).abs().max() > 1e-3, "the check itself"
 
 
 def test_a_prediction_depends_on_what_lies_within_the_span_and_the_ramp() -> None:

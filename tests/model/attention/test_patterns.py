@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.architectures.token_model import TokenModel
-from model.attention import forms, visibility
+from model.attention import forms, softmax, visibility
 from model.attention.cache import Cache
 from model.attention.ring import Ring
 from model.attention.rule import Rows, Rule
@@ -27,15 +27,19 @@ from tests.model.helpers import PATTERNED, PATTERNED_BOTH_WAYS, VOCABULARY, batc
 
 IN_BLOCKS = ("sinks", "fixed_heads")
 """The plain form of FlexAttention takes seconds."""
+UNIONS = ("strided", "bert_strided")
+FORMS_OF = {"blocks": IN_BLOCKS, "union": UNIONS}
+"""All others are for every pattern."""
 
 
 def model_of(name: str, **changes: Any) -> TokenModel:
     return open_masks(build(variant(name, **changes))).double()
 
 
-def plain(pattern: dict[str, Any], **changes: Any) -> TokenModel:
+def plain(pattern: dict[str, Any], seed: int = 0, **changes: Any) -> TokenModel:
     """Two layers of nothing but attention and feed forward."""
-    return build(small("decoder_only", learned_dropout={"enabled": False}, pattern=pattern, **changes)).double().eval()
+    config = small("decoder_only", learned_dropout={"enabled": False}, pattern=pattern, **changes)
+    return build(config, seed).double().eval()
 
 
 def in_form(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +48,7 @@ def in_form(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(self: Pattern, tokens: int, *, documents: bool = False, prefix: bool = False) -> str:
         counted = self.sinks or self.block or self.summary
         takes = not (self.full or self.stride or self.marked or (form == "gathered" and self.summary))
+        takes = bool(self.window and self.stride) if form == "union" else takes
         return form if takes and not prefix and not (documents and counted) else "dense"
 
     monkeypatch.setattr(Pattern, "form", chosen)
@@ -59,6 +64,7 @@ FORMS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "dense": lambda patch: in_form("dense", patch),
     "gathered": lambda patch: in_form("gathered", patch),
     "chunks": lambda patch: in_form("chunks", patch),
+    "union": lambda patch: in_form("union", patch),
     "blocks": lambda patch: patch.setattr(visibility, "mask_of", mask_in_blocks),
 }
 
@@ -85,7 +91,7 @@ def batches(config: ModelConfig) -> dict[str, Batch]:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
     ("name", "form"),
-    [(n, form) for n in (*PATTERNED, *PATTERNED_BOTH_WAYS) for form in FORMS if form != "blocks" or n in IN_BLOCKS],
+    [(n, form) for n in (*PATTERNED, *PATTERNED_BOTH_WAYS) for form in FORMS if n in FORMS_OF.get(form, [n])],
 )
 def test_every_form_gives_the_same(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same gradients, where FlexAttention has them."""
@@ -132,6 +138,27 @@ def test_each_form_is_taken_where_it_is_the_fastest(monkeypatch: pytest.MonkeyPa
     assert [wide.form(tokens) for tokens in (300, 1199, 1200)] == ["full", "dense", "chunks"]
     monkeypatch.undo()
     assert [Pattern(window=3).form(tokens) for tokens in (3, 255, 256)] == ["full", "dense", "gathered"]
+    assert [Pattern(window=16, stride=16).form(tokens) for tokens in (255, 256, 2048)] == ["dense", "union", "union"]
+    assert [Pattern(window=wide, stride=wide).form(512) for wide in (2, 64, 128)] == ["dense", "union", "dense"]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_and_a_stride_share_one_softmax(causal: bool) -> None:
+    """Of texts alone, and of texts behind pads, in rows of no whole number of windows; with their gradients."""
+    pattern, shape = Pattern(window=4, stride=4), torch.Size((3, 14))
+    positions = torch.arange(14) - torch.tensor([[0], [3], [9]])
+    for behind in ((), (positions < 0, positions)):
+        rows = Rows(shape, torch.device("cpu"), causal, *behind)
+        union = forms.Union.of(rows, pattern)
+        given = [torch.randn(3, 2, 14, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+        query, key, value = given
+        expected = softmax.plain(query, key, value, rows.dense((pattern,)), False)
+        found = union.attend(softmax.plain, query, key, value)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        slopes = [torch.autograd.grad((x * expected.detach().cos()).sum(), given) for x in (found, expected)]
+        torch.testing.assert_close(slopes[0], slopes[1], rtol=0, atol=1e-12)
+        twice = union._replace(far=union.far | torch.eye(4, dtype=torch.bool))
+        assert (twice.attend(softmax.plain, query, key, value) - expected).abs().max() > 1e-2, "the check itself"
 
 
 @pytest.mark.parametrize("attention", ["auto", "flash", "explicit"])
@@ -373,9 +400,9 @@ def loss_of_a_copy(pattern: dict[str, Any], distance: int, layers: int) -> float
     return copied(model, torch.optim.AdamW(model.parameters(), lr=5e-3), distance, 300)
 
 
-def copied(model: TokenModel, optimizer: torch.optim.Optimizer, distance: int, steps: int) -> float:
+def copied(model: TokenModel, optimizer: torch.optim.Optimizer, distance: int, steps: int, seed: int = 0) -> float:
     """Nats a token, at the end, where each token is the one `distance` before it."""
-    generator, losses = torch.Generator().manual_seed(0), []
+    generator, losses = torch.Generator().manual_seed(seed), []
     for step in range(steps):
         text = torch.randint(VOCABULARY, (16, distance), generator=generator).repeat(1, 40 // distance + 1)[:, :33]
         labels = text[:, 1:].clone()
