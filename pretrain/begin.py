@@ -46,7 +46,7 @@ from pretrain.run.signals import StopRequest
 from pretrain.tracking.console import Console, slow_progress
 from pretrain.tracking.metrics import Meter
 from pretrain.tracking.recorder import Recorder
-from pretrain.tracking.system_metrics import SystemSampler
+from pretrain.tracking.system_metrics import EACH_NODE, SystemSampler
 
 VERIFY_UP_TO_BYTES = 10 * 2**30
 """A dataset up to this size is hashed in full at each start of a run; the ranks share the work."""
@@ -142,7 +142,9 @@ def open_parts(claim: Claim, stop: StopRequest, started: float, stack: ExitStack
     if damaged:
         recorder.warning(journal.told_damaged(damaged))
     warn = recorder.warning if ranks.is_first else lambda text: print(f"warning: {text}", file=sys.stderr)
-    system = SystemSampler(folder.logs, claim.attempt, step, os.environ["LOCAL_RANK"] == "0", warn)
+    samples = os.environ["LOCAL_RANK"] == "0"
+    sums_up = ranks.sum(torch.tensor(samples)).item() > EACH_NODE and ranks.is_first
+    system = SystemSampler(folder.logs, claim.attempt, step, samples, warn, sums_up)
     life = Life(folder.path, ranks, stop, claim.lease, recorder)
     saver = Saver(
         engine,
