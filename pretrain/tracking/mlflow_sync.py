@@ -22,6 +22,7 @@ from pretrain.tracking.mlflow_store import (
     Point,
     Points,
     artifacts,
+    as_metrics,
     brief,
     connect,
     find_run,
@@ -330,11 +331,9 @@ class Mirror:
 
     def _send(self, points: list[tuple[str, float, Record]], offsets: dict[str, int] | None = None) -> None:
         """Send points, and note `offsets` when all of them are there, with a receipt in the same call."""
-        from mlflow.entities import Metric, RunTag
+        from mlflow.entities import RunTag
 
-        # Once each: of a call in which a point is there twice, the store looks at every one.
-        distinct = dict.fromkeys((name, value, record.time, record.step or 0) for name, value, record in points)
-        metrics = [Metric(*point) for point in distinct]
+        metrics = as_metrics(points)
         receipt = uuid.uuid4().hex
         size = max(1, min(self._size, METRICS_A_CALL))
         chunks = [metrics[first : first + size] for first in range(0, len(metrics), size)] or [[]]

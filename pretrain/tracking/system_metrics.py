@@ -63,17 +63,17 @@ class SystemSampler:
         step: int,
         active: bool,
         warn: Callable[[str], None],
-        sums_up: bool = False,
+        of_nodes: int = 0,
     ) -> None:
-        """`active` on the rank that samples; `warn` hears, once, why samples are missing; `sums_up` those of all nodes,
-        on the rank that does."""
+        """`active` on the rank that samples; `warn` hears, once, why samples are missing. `of_nodes`: on rank 0, how
+        many there are, whose samples it sums up when there are many, or were once."""
         self.step = step
         """The last finished step; the training loop advances it."""
         self._logs = logs
         self._attempt = attempt
         self._active = active
         self._warn = warn
-        self._sums_up = sums_up
+        self._of_nodes = of_nodes
         self._warned = False
         self._node = node_name()
         self._network = (0.0, 0)
@@ -95,7 +95,8 @@ class SystemSampler:
     def _run(self) -> None:
         try:
             self._logs.mkdir(exist_ok=True)
-            all_nodes = AllNodes(self._logs, self._attempt) if self._sums_up else None
+            many = self._of_nodes > EACH_NODE or (self._of_nodes > 0 and (self._logs / OF_ALL).exists())
+            all_nodes = AllNodes(self._logs, self._attempt) if many else None
             journal = Journal(journal_path(self._logs, self._node), self._attempt)
             gpus = _open_gpus()
         except (OSError, pynvml.NVMLError) as error:

@@ -31,11 +31,11 @@ def sample(
     until: Callable[[list[str]], object] = bool,
     attempt: int = 1,
     active: bool = True,
-    sums_up: bool = False,
+    of_nodes: int = 0,
 ) -> list[str]:
     """Sample until something is so, by default that there is a warning; it is asked with all warnings."""
     warnings: list[str] = []
-    with SystemSampler(logs, attempt, step=5, active=active, warn=warnings.append, sums_up=sums_up) as sampler:
+    with SystemSampler(logs, attempt, step=5, active=active, warn=warnings.append, of_nodes=of_nodes) as sampler:
         end = time.monotonic() + 120
         while not until(warnings):
             assert time.monotonic() < end, "did not happen in time"
@@ -123,12 +123,17 @@ def test_of_many_nodes_least_mean_and_greatest_are_told_with_the_nodes_they_are_
     assert (first.step, first.attempt, second.step) == (6, 2, 7)
 
 
-def test_a_run_of_many_nodes_has_the_sampler_sum_up(tmp_path: Path) -> None:
-    sample(tmp_path, until=lambda _: samples(tmp_path), sums_up=True)
-    of_all, own = list(read(tmp_path / "nodes.jsonl")), samples(tmp_path)
-    assert [r.metrics["system/nodes.heard"] for r in of_all] == [1] * len(own)
-    name = f"system/{node_name()}.cpu_percent"
-    assert [r.metrics["system/nodes.cpu_percent_mean"] for r in of_all] == [r.metrics[name] for r in own]
+@pytest.mark.parametrize(("before", "nodes", "summed_up"), [(False, 9, True), (True, 8, True), (False, 8, False)])
+def test_samples_of_many_nodes_are_summed_up_and_of_few_that_were_many(
+    tmp_path: Path, before: bool, nodes: int, summed_up: bool
+) -> None:
+    file = tmp_path / "nodes.jsonl"
+    if before:
+        file.touch()
+    sample(tmp_path, until=lambda _: samples(tmp_path), of_nodes=nodes)
+    found = [record.metrics["system/nodes.cpu_percent_mean"] for record in read(file)] if file.exists() else []
+    own = [record.metrics[f"system/{node_name()}.cpu_percent"] for record in samples(tmp_path)]
+    assert found == (own if summed_up else [])
 
 
 def test_a_disk_that_fails_is_told_once(tmp_path: Path) -> None:
