@@ -145,7 +145,7 @@ class Points:
 
 
 def as_metrics(points: Iterable[tuple[str, float, Record]]) -> list[Any]:
-    """As MLflow takes them, each once: when a point is twice in a call, its sqlite store looks for every one of them."""
+    """As MLflow takes them, each once: when a point is twice in a call, its sqlite store looks for every one."""
     from mlflow.entities import Metric
 
     distinct = dict.fromkeys((name, value, record.time, record.step or 0) for name, value, record in points)
