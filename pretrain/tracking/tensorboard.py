@@ -19,6 +19,7 @@ from data_pipeline.errors import ConfigError, RunError
 from data_pipeline.files.atomic import disk_errors, write_atomic
 from pretrain.run.journal import Record, read_from
 from pretrain.tracking.mlflow_names import Names, shipped
+from pretrain.tracking.system_metrics import mirrored_files
 
 FOLDER = "tensorboard"
 NOTES = "mirrored.json"
@@ -83,7 +84,7 @@ class EventFiles:
     def _files(self) -> Iterator[tuple[Path, Path]]:
         """Each file of metrics, and the folder it is mirrored to."""
         yield self._run_dir / "metrics.jsonl", self._folder
-        for file in sorted((self._run_dir / "logs").glob("system-*.jsonl")):
+        for file in mirrored_files(self._run_dir):
             yield file, self._folder / file.stem.removeprefix("system-")
 
     def _follow(self, file: Path, folder: Path, offsets: dict[str, int]) -> None:
