@@ -148,8 +148,8 @@ def journalled(run: StudyRun, config: Config, rate: float) -> None:
     journal.event("start", config=config.model_dump(mode="json"), parameters=5)
     diverges = rate > 0.01
     loss = math.nan if diverges else (math.log(rate / 0.002)) ** 2
-    validated = {} if diverges else {BITS_PER_BYTE: loss, VALIDATION: loss}
-    journal.metrics(1, {LOSS: loss, TOKENS_PER_SECOND: 9.0} | validated)
+    told = {str(name): loss for name in ([LOSS] if diverges else [LOSS, BITS_PER_BYTE, VALIDATION])}
+    journal.metrics(1, told | {str(TOKENS_PER_SECOND): 9.0})
     why = "RunError: the gradients were not finite 10 steps in a row, up to step 10: the run has diverged\n  on a host"
     journal.event("end", **{"status": "FAILED", "reason": why} if diverges else {"status": "FINISHED", "reason": "all"})
     journal.close()
