@@ -54,6 +54,7 @@ def test_a_model_learns_to_answer(tmp_path: Path) -> None:
     ]
     assert replies[0]["text"] == replies[2]["text"]
     assert replies[1]["text"] == replies[3]["text"]
+    assert [reply["messages"] for reply in replies[:2]] == [asked, [{"role": "user", "content": SPELLED}]]
 
     trained = open_trained(tmp_path / "out")
     ours = trained.chat()

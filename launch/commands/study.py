@@ -79,16 +79,16 @@ def ladder(
             for size, of_arms in rates.items():
                 typer.echo(f"{size}: " + ", ".join(f"{arm} {rate:g}" for arm, rate in of_arms.items()))
             runs = [run for run in loaded.climb(rates).runs() if run.section in loaded.sizes]
-        left = [run for run in runs if not is_done(run)]
+        left = [run for run in runs if not is_done(run, diverged=stage == "rates")]
         typer.echo(f"{stage}: {len(runs)} runs, of which {len(runs) - len(left)} are done; {search.folder}")
         if dry_run:
             for run in left:
                 typer.echo(f"left: {run.place}, {run.config().train.steps} steps")
             if left:
                 return
-        _train(left, jobs, ranks)
+        _train(left, jobs, ranks, diverged=stage == "rates")
         for run in runs:
-            keep(run, kept)
+            keep(run, kept, diverged=stage == "rates")
     typer.echo(f"all done; next: {shlex.join(['duet', 'study', 'report', str(study)])}")
 
 
@@ -111,27 +111,27 @@ def report(study: StudyArg) -> None:
     kept = study.with_suffix("") / "journals"
     rungs, more, curves = load_ladder(study), dict[str, list[str]](), dict[str, bytes]()
     loaded = rungs.search() if rungs else load_study(study)
-    new = sum(keep(run, kept) for run in loaded.runs(list(loaded.sections)))
+    new = sum(keep(run, kept, diverged=rungs is not None) for run in loaded.runs(list(loaded.sections)))
     later = [f"{name}-validation" for name, section in loaded.sections.items() if not section.settings]
     if rungs:  # the page is begun whole, whenever that is
         more = {name: [f"*{NOT_RUN}*"] for name in (*rungs.sizes, FIT)}
         later += [*(f"{name}-validation" for name in rungs.sizes), f"{FIT}-curves"]
     if rungs and all(Results(loaded, kept).of(run.section, run.arm) for run in loaded.runs()):
         loaded = rungs.climb(rungs.rates_of(Results(loaded, kept)))
-        new = sum(keep(run, kept) for run in loaded.runs(list(loaded.sections)))
+        new += sum(keep(run, kept) for run in loaded.runs(list(rungs.sizes)))
         more[FIT], curves = fit_of(rungs, points_of(rungs, Results(loaded, kept)))
     results = Results(loaded, kept)
     page = study.with_suffix(".md")
-    Page(loaded, results, page, more, later).write(pictures(loaded, results) | curves)
+    Page(loaded, results, page, more, later, computed=rungs is not None).write(pictures(loaded, results) | curves)
     typer.echo(f"{page}: {new} runs read from {loaded.folder}")
 
 
-def _train(left: "list[StudyRun]", jobs: int, ranks: int) -> None:
-    """To the end of all of them, or of the command."""
+def _train(left: "list[StudyRun]", jobs: int, ranks: int, *, diverged: bool = False) -> None:
+    """To the end of all of them, or of the command; `diverged`: one that diverges has not failed."""
     from launch.local.study_runs import Running
 
     os.environ.pop("RANK", None)
-    running = Running(left, jobs, ranks, typer.echo)
+    running = Running(left, jobs, ranks, typer.echo, diverged)
     running.work()
     if running.failed:
         typer.echo(f"error: {len(running.failed)} runs failed: {', '.join(r.place for r in running.failed)}", err=True)

@@ -30,6 +30,8 @@ MOST_RECORDS = 4000
 HEALTH = ("skipped", "spike", "straggler", "hang", "growth", "lead")
 """Kinds of what a run noticed about itself; each has a `text`, as `warning` and `rollback` do."""
 ENVELOPE = ("format", "kind", "time", "attempt", "step", "metrics")
+DIVERGED = "the run has diverged"
+"""In the reason of an end: no step gave anything any more."""
 NEEDED = {"end": "status", "rollback": "data", "spike": "spikes"}
 """What readers take from the fields of a kind without asking."""
 _CHECKSUM = b', "crc32": "%08x"}'
