@@ -50,8 +50,9 @@ def params(config: ConfigArgs, as_json: JsonOption = False) -> None:
 def flops(config: ConfigArgs, as_json: JsonOption = False) -> None:
     """Floating-point operations for each token of a full context: forward, in training, and forward by part.
 
-    Matrix products only; the token table is the head. Training is three times the forward pass. With model.block_gates
-    there are two numbers more: what is executed without closed blocks, at the density that is configured.
+    Matrix products only; the token table is the head. Training is three times the forward pass, but for what has no
+    backward pass. With model.block_gates there are two numbers more: what is executed without closed blocks, at the
+    density that is configured.
 
     Examples: `duet model flops model/published model.vocab_size=50257`,
     `duet model flops model/decoder-125m model.vocab_size=50257 model.context=4096 --json`

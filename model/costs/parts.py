@@ -53,7 +53,7 @@ class Part(NamedTuple):
     """As `duet model params` and `flops` print it; parts of a name are added up."""
     parameters: int = 0
     flops: int = 0
-    """Of a forward pass over a sample."""
+    """Of a forward pass over a sample, in training."""
     saved: int = 0
     """Bytes kept for the backward pass of a micro-batch."""
     gated: int = 0
@@ -62,6 +62,8 @@ class Part(NamedTuple):
     """Of these, what is left out at the density that is configured."""
     mixed: int = 0
     """Channels of a token that attention takes and gives: queries, keys, values and result."""
+    forward_only: int = 0
+    """Of the FLOPs, those that no gradient goes through: a backward pass has none for them."""
 
 
 class Costs(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 Ranks = Callable[..., list[Any]]
 
 NAMES = ["smoothed", "everywhere_embed", "l0", "encoder_loss_published", "dropout_modern", "entmax", "span", "mixture"]
-NAMES += ["universal", "halting", "routing", "bert_linformer", "two_stream"]
+NAMES += ["universal", "halting", "routing", "bert_linformer", "two_stream", "draft"]
 
 
 def test_partitioned_weights_have_the_same_losses_as_one_rank(ranks: Ranks) -> None:

@@ -128,7 +128,7 @@ _BOTH_WAYS: dict[str, dict[str, Any]] = {
         **_MODERN,
         "norm_position": "post",
         "learned_dropout": {"sites": [*_EVERYWHERE, "draft_ff", "draft_sa", "draft_cross"]},
-        "draft": {"layers": 2},
+        "draft": {"layers": 2, "masking": "glat"},
     },
     "draft_shared": {**_DRAFT, "draft": {"share": True, "masking": "cmlm"}, "learned_dropout": {"source": "embed"}},
     "draft_refine": {**_DRAFT, **_OFF, "draft": {"refine": True, "masking": "nat"}},

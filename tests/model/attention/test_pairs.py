@@ -18,6 +18,7 @@ from tests.model.helpers import batch_of, build, small
 OFF: dict[str, Any] = {"learned_dropout": {"enabled": False}}
 ALONE = {"architecture": "decoder_only"}
 BERT = {"architecture": "encoder_only"}
+XLNET = {"architecture": "two_stream"}
 DRAFT = {"architecture": "draft_and_verify", "cross_heads": 2}
 TWICE = {"recurrence": {"steps": 2}}
 HALTING = {"recurrence": {"steps": 2, "halt": True, "halt_bias": 0}}
@@ -52,6 +53,7 @@ BOTH_WAYS: dict[str, dict[str, Any]] = {
     "L0, linformer, universal": {**BERT, **OFF, **L0, **TWICE, **LINFORMER},
     "L0, balanced": {**BERT, **OFF, **L0, **BALANCED},
     "halting, balanced": {**BERT, **OFF, **HALTING, **BALANCED},
+    "two-stream, entmax and L0": {**XLNET, **OFF, **L0, **ENTMAX},
     "draft, entmax and L0": {**DRAFT, **OFF, **L0, **ENTMAX},
     "draft, synthesizer": {**DRAFT, **MIXTURE, "draft": {"share": True}},
     "draft, linformer": {**DRAFT, **OFF, **LINFORMER},

@@ -53,8 +53,13 @@ def saved_bytes(model: TokenModel, batch: Batch, recomputed: bool = False) -> in
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: weakref.WeakSet[Kept] = weakref.WeakSet()
     inputs: list[Tensor] = []
+
+    def keep(_: object, given: tuple[object, ...]) -> None:
+        if torch.is_grad_enabled():
+            inputs.extend(x for x in given if isinstance(x, Tensor))
+
     for layer in layers(model) if recomputed else ():
-        layer.register_forward_pre_hook(lambda _, given: inputs.extend(x for x in given if isinstance(x, Tensor)))
+        layer.register_forward_pre_hook(keep)
 
     def pack(tensor: Tensor) -> Kept:
         kept = Kept(tensor)
