@@ -218,6 +218,8 @@ def embedded(shape: Shape, tokens: int, *, causal: bool | None = None, again: bo
         parts.append(Part("position table", rows * config.width, saved=saved))
     if not isinstance(config, TransformerConfig):
         return parts
+    if not again and (slots := config.scores.shared_slot_weights(config.context)):
+        parts.append(Part("slots", slots))
     if config.shares_mask_source:
         square = 2 * config.width**2
         flops = tokens * 4 * square + shape.scores(tokens, causal)

@@ -76,6 +76,12 @@ class Ranks:
         dist.all_reduce(mean)
         return mean
 
+    def sum_on_device(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in the values' own type; else as `mean_on_device`."""
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in float64 on the CPU."""
         total = values.detach().to("cpu", torch.float64)

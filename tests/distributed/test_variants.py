@@ -16,3 +16,16 @@ def test_partitioned_weights_have_the_same_losses_as_one_rank(ranks: Ranks) -> N
     for found in ranks("tests.distributed.variant_cases:losses_of", 2, stage=3, names=NAMES):
         for name in NAMES:
             assert found[name] == pytest.approx(alone[name], rel=1e-5), name
+
+
+def test_centroids_are_the_same_to_the_last_bit_however_texts_are_dealt_to_ranks(ranks: Ranks) -> None:
+    """Six texts at once or in parts, on one rank or two, in any order; a text less is told."""
+    dealt = [
+        [[[0, 1, 2, 3, 4, 5]]],
+        [[[5], [3, 1], [0, 4, 2]]],
+        [[[0, 1, 2]], [[3, 4, 5]]],
+        [[[5, 2], [0]], [[4], [3, 1]]],
+    ]
+    found = [ranks("tests.distributed.variant_cases:centroids_of", len(passes), passes=passes) for passes in dealt]
+    assert all(of_rank == found[0][0] for case in found for of_rank in case)
+    assert ranks("tests.distributed.variant_cases:centroids_of", 1, passes=[[[0, 1, 2, 3, 4]]]) != [found[0][0]]

@@ -258,7 +258,9 @@ MIXED_BOTH_WAYS = {
     "t5_entmax": PATTERNED_BOTH_WAYS["t5_strided"] | {"weights": {"kind": "entmax"}},
     "t5_span": NAMED["t5_dropout"] | {"weights": {"kind": "adaptive_span", "ramp": 4, "max_span": 3, "span_init": 0.5}},
     "t5_linformer": NAMED["t5_modern"] | {"scores": {"kind": "linformer", "slots": 5}},
-    "bert_linformer": NAMED["bert_embed"] | {"attention": "auto", "scores": {"kind": "linformer", "slots": 4}},
+    "bert_linformer": NAMED["bert_embed"]
+    | {"attention": "auto", "scores": {"kind": "linformer", "slots": 4, "sharing": "layerwise"}},
+    "bert_linformer_alone": NAMED["bert_dropout"] | {"scores": {"kind": "linformer", "slots": 5, "sharing": "none"}},
     "bert_random": NAMED["bert_dropout"]
     | {"positions": "learned", "scores": {"kind": "synthesizer", "parts": ["dot", "factorised_random"]}},
     "t5_routing": NAMED["t5_dropout"] | {"scores": {"kind": "routing", "clusters": 3, "assign": "balanced"}},

@@ -27,10 +27,10 @@ from tests.model.attention.test_patterns import influence, plain
 from tests.model.helpers import MIXED, MIXED_BOTH_WAYS, batch_of, build, open_masks, small, variant
 
 EVERY = {**MIXED, **MIXED_BOTH_WAYS}
-APART = [name for name in EVERY if name not in ("bert_linformer", "bert_routing") and name[:2] != "t5"]
+APART = [name for name in EVERY if "bert_linformer" not in name and name != "bert_routing" and name[:2] != "t5"]
 
 
-TABLES = ("dense", "first", "second", "table", "left", "right", "mixture", "key_slots", "value_slots")
+TABLES = ("dense", "first", "second", "table", "left", "right", "mixture", "key_slots", "value_slots", "slots.weight")
 
 
 def opened(model: TokenModel) -> TokenModel:
@@ -118,7 +118,8 @@ TRACED = ("entmax", "span", "mixture", "bert_linformer", "routing")
 @pytest.mark.parametrize("name", EVERY)
 def test_every_parameter_learns_alike_when_layers_are_recomputed_or_traced(name: str) -> None:
     """As `engine.activation_checkpointing` and `engine.compile` do."""
-    plain, recomputed, traced = (model_of(name, layers=1 if name in TRACED else 2) for _ in range(3))
+    layers = 1 if name in TRACED and name != "bert_linformer" else 2  # which share slots
+    plain, recomputed, traced = (model_of(name, layers=layers) for _ in range(3))
     expected = gradients(plain)
     assert set(expected) == {"loss", *(n for n, _ in plain.named_parameters())}
     assert all(gradient.isfinite().all() and gradient.any() for gradient in expected.values())
@@ -295,14 +296,35 @@ def test_of_a_synthesizer_values_alone_are_kept() -> None:
     assert kept["dec_sa/00"] == kept["enc_sa/01"] == 0 < kept["cross/00"]
 
 
-def test_linformer_with_a_slot_for_each_key_is_full_attention() -> None:
-    """On a shorter text, too; padding adds nothing."""
+SHARING = {"none": (2, 2), "headwise": (2, 1), "key_value": (1, 1), "layerwise": (1, 1)}
+"""Tables of a layer, and heads of each."""
+
+
+@pytest.mark.parametrize("sharing", SHARING)
+def test_linformer_is_a_softmax_over_sums_and_with_a_slot_for_each_key_full_attention(sharing: str) -> None:
+    """The sums of each head written out; on a shorter text, too, to which padding adds nothing."""
     shape: dict[str, Any] = {"learned_dropout": {"enabled": False}, "heads": 2}
     full_one = opened(build(small("encoder_only", **shape)))
-    model = build(small("encoder_only", scores={"kind": "linformer", "slots": 12}, **shape)).double()
-    weights = full_one.state_dict()
-    slots = {name: torch.eye(12, dtype=torch.float64) for name in model.state_dict() if "_slots" in name}
-    model.load_state_dict(weights | slots)
+    model = build(
+        small("encoder_only", scores={"kind": "linformer", "slots": 12, "sharing": sharing}, **shape)
+    ).double()
+    tables = {name: table for name, table in model.state_dict().items() if "slots" in name}
+    count, heads = SHARING[sharing]
+    assert len(tables) == (1 if sharing == "layerwise" else 2 * count)
+    assert {tuple(table.shape) for table in tables.values()} == {(2, 12, 12) if heads == 2 else (12, 12)}
+    mixers = [module for module in model.modules() if isinstance(module, Linformer)]
+    query, key, value = (torch.randn(3, 2, 9, 8, dtype=torch.float64) for _ in range(3))
+    padding = (torch.arange(9) > 6).expand(3, -1)
+    for layer, mixer in enumerate(mixers):
+        own = [tables[name] for name in sorted(tables) if len(tables) == 1 or f".{layer}." in name]
+        found = mixer(query, key, value, None, CAUSAL._replace(causal=False, padding=padding))
+        for head in range(2):
+            e, f = (table[head] if heads > 1 else table for table in (own[0], own[-1]))
+            slots = e[:, :7] @ key[:, head, :7]
+            weights = (query[:, head] @ slots.mT * 8**-0.5).softmax(-1)
+            torch.testing.assert_close(found[:, head], weights @ (f[:, :7] @ value[:, head, :7]))
+    eye = {name: torch.eye(12, dtype=torch.float64).expand(table.shape) for name, table in tables.items()}
+    model.load_state_dict(full_one.state_dict() | eye)
     ids = batch_of(model.config).input_ids
     torch.testing.assert_close(model.predict(ids, None), full_one.predict(ids, None), rtol=0, atol=1e-12)
 
@@ -326,7 +348,7 @@ def test_a_padded_text_that_is_read_both_ways_is_the_text_alone(name: str) -> No
     torch.testing.assert_close(sums[0], sums[1])
 
 
-@pytest.mark.parametrize("name", ["t5_linformer", "bert_linformer"])
+@pytest.mark.parametrize("name", ["t5_linformer", "bert_linformer", "bert_linformer_alone"])
 def test_padding_adds_nothing_to_slots(name: str) -> None:
     """The last three tokens of the text that is read are padding: nothing depends on them but what stands there."""
     model = model_of(name).eval()
@@ -349,6 +371,7 @@ def test_slots_would_tell_earlier_tokens_of_later_ones() -> None:
     """Why it is refused for causal models: the causal mask over slots does not help."""
     config = small("encoder_only", scores={"kind": "linformer", "slots": 12}, learned_dropout={"enabled": False})
     mixer = Linformer(config, "dec_sa/00").double()
+    assert mixer.value_slots is not None
     query, key, value = (torch.randn(1, 2, 12, 8, dtype=torch.float64) for _ in range(3))
     key_slots, value_slots = (
         torch.einsum("st,bhtd->bhsd", table, x) for table, x in ((mixer.key_slots, key), (mixer.value_slots, value))
