@@ -9,7 +9,7 @@ vocabulary V, feed forward of width F (three maps for SwiGLU), and g heads of qu
     attention                  2 (2 + 2 / g) C² + 4 T C
     cross attention            4 C², of what is read 4 C² / g, and 4 S C over S read tokens
     feed forward               2 (2 or 3) F C; with G block gates 2 G C more, and of F only what is open is executed
-    learned dropout, a mask    6 C² + 4 T C; nothing where it comes from the element alone (docs/model.md B1)
+    learned dropout, a mask    6 C² + 4 T C; C² of a map of low rank, nothing of the element alone (docs/model.md B1)
     its shared source          8 C² + 4 T C
     head                       2 V C
 
@@ -347,6 +347,9 @@ def site(shape: Shape, name: Site, tokens: int, causal: bool) -> list[Part]:
     if masks.source == "elementwise":
         weights, flops, mixed = 2 * width, 0, 0
         saved += 0 if exact else shape.vectors(tokens, _FP32)
+    elif masks.source == "low_rank":
+        weights, flops, mixed = (2 * config.mask_rank + 1) * width, tokens * 4 * config.mask_rank * width, 0
+        saved += shape.vectors(tokens) * config.mask_rank // width
     else:
         weights, flops = (3 * width + 1) * width, tokens * 6 * width**2 + shape.scores(tokens, causal)
         saved += attention_bytes(shape, tokens, tokens, config.heads, causal=causal, read=False)

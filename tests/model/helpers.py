@@ -31,7 +31,7 @@ _CAUSAL: dict[str, dict[str, Any]] = {
     "cross_first": {"decoder_order": "cross_self_ff", "attention": "flash"},
     "next_position": {"add_next_position": True, "subtract_next_position": "plain", "decoder_input_norm": True},
     "next_position_norm": {"topology": "serial", "subtract_next_position": "layer_norm", **_OFF},
-    "encoder_loss": {"encoder_loss": {"kind": "mse"}},
+    "encoder_loss": {"encoder_loss": {"kind": "mse"}, "learned_dropout": {"source": "low_rank"}},
     "encoder_loss_published": {
         "encoder_loss": {"kind": "cosine", "embedding_norm": "embedding", "affine": True, "detach": "none"},
     },
@@ -76,7 +76,7 @@ _CAUSAL: dict[str, dict[str, Any]] = {
         "dropout": 0.1,
     },
     "gates_modern": {**_ALONE, **_OFF, **_MODERN, "block_gates": {"kind": "cosine", "left": {"dec_ff/01": 5}}},
-    "universal": {"recurrence": {"steps": 3}, "learned_dropout": {"sites": ["dec_sa", "enc_ff"]}},
+    "universal": {"recurrence": {"steps": 3}, "learned_dropout": {"sites": ["dec_sa", "enc_ff"], "source": "low_rank"}},
     "universal_decoder": {**_ALONE, **_OFF, "recurrence": {"steps": 2, "step_embedding": "sinusoidal"}},
     "halting": {**_OFF, "recurrence": {"steps": 3, "halt": True, "halt_bias": 0}, "norm_position": "post"},
     "halting_decoder": {**_ALONE, **_OFF, **_MODERN, "recurrence": {"steps": 4, "halt": True, "halt_bias": 0}},

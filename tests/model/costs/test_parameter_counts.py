@@ -169,6 +169,7 @@ def test_biases_are_counted() -> None:
         ({"cross_source": "layer_input"}, -(12 * 48**2 + 2 * 48)),
         ({"topology": "serial"}, 0),
         ({"learned_dropout": {"source": "elementwise", "sites": ["embed", "cross"]}}, 3 * 2 * 48),
+        ({"learned_dropout": {"source": "low_rank", "sites": ["embed", "cross"]}}, 3 * (2 * 12 * 48 + 48)),
         ({"learned_dropout": {"sites": ["embed", "cross"]}}, 3 * (3 * 48**2 + 48)),
         ({"learned_dropout": {"source": "embed", "sites": ["cross"]}}, 2 * (3 * 48**2 + 48) + 4 * 48**2),
         ({"l0": {"enabled": True, "sites": ["enc_sa", "embed"]}}, 3 * 48),
