@@ -225,7 +225,7 @@ def _flops_per_token(config: Config) -> float:
 
 
 def _tried(arm: str, rate: float) -> str:
-    return f"{arm}.{rate:g}"
+    return f"{arm}.{rate:g}".replace("+", "")  # of 1e+06, which no name has
 
 
 def _rounded(rate: float) -> float:
