@@ -16,7 +16,7 @@ from model.costs.flops import (
     training_flops_per_token,
     utilisation_per_token,
 )
-from model.costs.totals import executed_flops, forward_flops, forward_only_flops, sample_flops_by_part
+from model.costs.totals import executed_flops, forward_flops, sample_flops_by_part
 from model.gpus import peak_flops
 from model.masks import block_gates
 from tests.model.helpers import ARCHITECTURES, EVERY, MIXED, MIXED_BOTH_WAYS, batch_of, build, configured, variant
@@ -67,7 +67,7 @@ def test_the_formula_knows_every_option(name: str) -> None:
     assert 2 * forward_flops(config) == pytest.approx(forward_flops_per_token(config) * tokens)
     if config.scores.kind == "routing":  # no gradient goes through the finding of clusters
         return
-    training = 3 * forward - 2 * 2 * forward_only_flops(config)
+    training = round(training_flops_per_token(config) * tokens) - 3 * (2 * forward_flops(config) - forward)
     if config.learned_dropout.detach_embed:  # no gradient with respect to the one input of its first map
         training -= 2 * 3 * config.width**2 * tokens
     assert counted(config, 2, backward=True) == training
