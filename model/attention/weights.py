@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.attention.forms import Gathered
+from model.attention.forms import Gathered, hidden
 from model.attention.rule import Rows
 from model.attention.softmax import Softmax
 from model.attention.visibility import Visible
@@ -101,11 +101,11 @@ class AdaptiveSpan(Softmax):
         size = -(-self.reach() // TRIM) * TRIM
         if visible.key_positions is not None:
             return super().forward(query, *_reached(key, value, size, visible))
-        mask, (rows, _, length, _) = visible.mask, query.shape
+        mask, length = visible.mask, query.shape[2]
         alike = mask is None or (isinstance(mask, Tensor) and mask.shape[1] == 1)
         if not alike or length != key.shape[2] or length < _FEWEST * size:
             return super().forward(query, key, value, keys, visible)
-        blocks = _blocks(Rows(torch.Size((rows, length)), query.device, visible.causal), Pattern(window=size))
+        blocks = _blocks(Rows(torch.Size((1, length)), query.device, visible.causal), Pattern(window=size))
         if isinstance(mask, Tensor):
             blocks = blocks.within(mask[:, 0])
         spans = self.spans()
@@ -119,7 +119,7 @@ class AdaptiveSpan(Softmax):
         """Of blocks [B H, n, w, d] of queries, and [B H, n, K, d] of keys from w places before the first one on."""
         assert mask is not None
         scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
-        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+        scores = scores + hidden(mask, scores.dtype)
         keys = torch.arange(key.shape[2], device=key.device)
         queries = keys[: query.shape[2]] + query.shape[2]
         weights = self._spanned(scores.unflatten(0, (-1, len(spans))), spans, queries, keys)

@@ -10,8 +10,8 @@ CHUNK = 256
 """Queries that share a slice of the keys, where a window is computed chunk by chunk."""
 _MOST_GATHERED = 128
 """Tokens of the widest window that is computed in blocks of its own width (benchmarks/attention.md)."""
-_ONE_OF = 3
-"""Of the tokens of a row, for one softmax over window and stride to pay."""
+_FEWER = 3
+"""A query is scored against one in so many of a row's keys at most, where one softmax over window and stride pays."""
 _MOST = 2**31 - 1
 """Of tokens that a key may name: more than any text has."""
 FEWEST = 256
@@ -100,7 +100,7 @@ class Pattern(NamedTuple):
         if prefix or self.marked or (documents and counted) or tokens < max(FEWEST, 4 * max(near, self.period)):
             return "dense"
         if self.stride and (near or counted):
-            few = _ONE_OF * (2 * near + tokens / self.stride) <= tokens
+            few = _FEWER * (2 * near + tokens / self.stride) <= tokens
             return "union" if self.window == self.stride and few and not counted else "dense"
         if self.stride:
             return "strided"

@@ -43,9 +43,8 @@ class ScoresConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
 
     @model_validator(mode="after")
     def _keys_are_of_the_kind(self) -> "ScoresConfig":
-        of = dict.fromkeys(("parts", "rank", "trainable"), "synthesizer") | dict.fromkeys(
-            ("slots", "sharing"), "linformer"
-        )
+        of = dict.fromkeys(("parts", "rank", "trainable"), "synthesizer")
+        of |= dict.fromkeys(("slots", "sharing"), "linformer")
         of |= dict.fromkeys(("clusters", "window", "routed_heads", "cluster_window", "decay", "assign"), "routing")
         for key, kind in of.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.kind != kind:

@@ -19,13 +19,12 @@ def test_partitioned_weights_have_the_same_losses_as_one_rank(ranks: Ranks) -> N
 
 
 def test_centroids_are_the_same_to_the_last_bit_however_texts_are_dealt_to_ranks(ranks: Ranks) -> None:
-    """Six texts at once or in parts, on one rank or two, in any order; a text less is told."""
-    dealt = [
-        [[[0, 1, 2, 3, 4, 5]]],
-        [[[5], [3, 1], [0, 4, 2]]],
-        [[[0, 1, 2]], [[3, 4, 5]]],
-        [[[5, 2], [0]], [[4], [3, 1]]],
-    ]
-    found = [ranks("tests.distributed.variant_cases:centroids_of", len(passes), passes=passes) for passes in dealt]
-    assert all(of_rank == found[0][0] for case in found for of_rank in case)
-    assert ranks("tests.distributed.variant_cases:centroids_of", 1, passes=[[[0, 1, 2, 3, 4]]]) != [found[0][0]]
+    """Six texts at once or in parts, on one rank or two, in any order; a step that was skipped leaves nothing."""
+    case = "tests.distributed.variant_cases:centroids_of"
+    at_once, fewer = [[[0, 1, 2, 3, 4, 5]]], [[[0, 1, 2, 3, 4]]]
+    parts = [[[5], [3, 1], [0, 4, 2]]], [[[0, 1, 2]], [[3, 4, 5]]], [[[5, 2], [0]], [[4], [3, 1]]]
+    [expected] = ranks(case, 1, passes=at_once)
+    for passes in parts:
+        assert all(found == expected for found in ranks(case, len(passes), passes=passes))
+    assert ranks(case, 1, passes=at_once, skipped=True) == [expected]
+    assert ranks(case, 1, passes=fewer) != [expected]

@@ -31,13 +31,20 @@ def losses_of(ranks: Ranks, stage: int, names: list[str]) -> dict[str, list[floa
     return found
 
 
-def centroids_of(ranks: Ranks, passes: list[list[list[int]]]) -> list[str]:
-    """Centroids after a step over so many texts, by the rank that reads them and by its passes."""
+def centroids_of(ranks: Ranks, passes: list[list[list[int]]], skipped: bool = False) -> list[str]:
+    """Centroids after a step over such texts, by the rank that reads them and by its passes.
+
+    `skipped`: after one that was not applied.
+    """
     scores = {"kind": "routing", "clusters": 3, "decay": 0.5}
     model = build(small("decoder_only", scores=scores, learned_dropout={"enabled": False})).double().train()
     batch = batch_of(model.config, sequences=6)
+    centroids = Centroids(model, ranks)
+    if skipped:
+        model(batch).loss.backward()
+        centroids.after_step(applied=False)
     for rows in passes[ranks.rank]:
         given = replace(batch, input_ids=batch.input_ids[rows], labels=batch.labels[rows], samples=batch.samples[rows])
         model(given).loss.backward()
-    Centroids(model, ranks).after_step(applied=True)
+    centroids.after_step(applied=True)
     return [routing.centroids.numpy().tobytes().hex() for routing in routings(model)]

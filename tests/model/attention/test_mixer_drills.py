@@ -1,6 +1,6 @@
-"""Whether other weights and scores learn what they are for: copies of a token from 8 before (docs/results.md).
+"""Whether patterns, weights and scores learn what they are for: copies of a token from before (docs/results.md).
 
-`python -m tests.model.attention.test_mixer_drills SEED…` prints the rows of all of them.
+`python -m tests.model.attention.test_mixer_drills SEED…` prints the rows of weights and scores.
 """
 
 import math
@@ -10,8 +10,42 @@ from typing import Any
 import pytest
 import torch
 
-from tests.model.attention.test_patterns import copied, plain
+from model.architectures.token_model import TokenModel
+from model.batch import IGNORE, Batch
+from tests.model.attention.test_patterns import plain
 from tests.model.helpers import VOCABULARY, batch_of
+
+
+def loss_of_a_copy(pattern: dict[str, Any], distance: int, layers: int) -> float:
+    model = plain(pattern, layers=layers, width=32, context=32, positions="rotary").float().train()
+    return copied(model, torch.optim.AdamW(model.parameters(), lr=5e-3), distance, 300)
+
+
+def copied(model: TokenModel, optimizer: torch.optim.Optimizer, distance: int, steps: int, seed: int = 0) -> float:
+    """Nats a token, at the end, where each token is the one `distance` before it."""
+    generator, losses = torch.Generator().manual_seed(seed), []
+    for step in range(steps):
+        text = torch.randint(VOCABULARY, (16, distance), generator=generator).repeat(1, 40 // distance + 1)[:, :33]
+        labels = text[:, 1:].clone()
+        labels[:, : distance - 1] = IGNORE
+        batch = Batch(text[:, :-1], labels, torch.arange(16), torch.tensor(step + 1), seed=0)
+        loss = model(batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-20:]) / 20
+
+
+@pytest.mark.drill
+def test_a_window_copies_from_within_and_not_from_beyond() -> None:
+    """Two layers of a window of 5 reach 9 tokens."""
+    chance = math.log(VOCABULARY)
+    assert loss_of_a_copy({"kind": "window", "window": 8}, 8, layers=1) < 0.3 * chance
+    assert loss_of_a_copy({"kind": "window", "window": 7}, 8, layers=1) > 0.95 * chance
+    assert loss_of_a_copy({"kind": "window", "window": 5}, 8, layers=2) < 0.5 * chance
+    assert loss_of_a_copy({"kind": "strided", "stride": 7, "merge": "heads"}, 8, layers=1) < 0.5 * chance
+
 
 LATE = {"weight": 1e-2, "start_step": 350, "ramp_steps": 50}
 SPANS: dict[str, dict[str, Any]] = {

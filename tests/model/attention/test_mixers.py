@@ -182,6 +182,13 @@ def test_a_span_weighs_by_the_ramp_and_its_gradient_is_that_of_the_formula() -> 
     assert slope[:2].all() and slope[2] == 0.0, "none where no key stands on the ramp"
 
 
+def test_spans_as_long_as_the_context_are_full_attention() -> None:
+    full_one, spanned_one = (plain({}, weights=weights) for weights in ({}, {"kind": "adaptive_span", "ramp": 2}))
+    spanned_one.load_state_dict(spanned_one.state_dict() | full_one.state_dict())
+    ids = batch_of(full_one.config).input_ids
+    torch.testing.assert_close(spanned_one.predict(ids, None), full_one.predict(ids, None), rtol=0, atol=1e-12)
+
+
 def test_a_span_stays_between_0_and_all_and_comes_back() -> None:
     share = torch.tensor([-0.2, 0.5, 1.2], requires_grad=True)
     for direction, moved in ((1.0, [0.0, 1.0, 1.0]), (-1.0, [-1.0, -1.0, 0.0])):

@@ -1,6 +1,5 @@
 """Patterns of attention: what is seen is what they say, in whatever form it is computed, and nothing more."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
@@ -15,7 +14,7 @@ from model.attention import forms, softmax, visibility
 from model.attention.cache import Cache
 from model.attention.ring import Ring
 from model.attention.rule import Rows, Rule
-from model.batch import IGNORE, Batch
+from model.batch import Batch
 from model.config import pattern_config
 from model.config.model_config import ModelConfig
 from model.config.pattern_config import FULL, Pattern, PatternConfig, keys_seen
@@ -393,34 +392,3 @@ def test_turns_need_layers_and_halves_an_even_number_of_heads() -> None:
         small(layers=1, pattern={"kind": "fixed", "merge": "alternate"})
     with pytest.raises(ValueError, match="merge=heads gives half of the heads to each part, and heads=1 is odd"):
         small(heads=1, pattern={"kind": "fixed", "merge": "heads"})
-
-
-def loss_of_a_copy(pattern: dict[str, Any], distance: int, layers: int) -> float:
-    model = plain(pattern, layers=layers, width=32, context=32, positions="rotary").float().train()
-    return copied(model, torch.optim.AdamW(model.parameters(), lr=5e-3), distance, 300)
-
-
-def copied(model: TokenModel, optimizer: torch.optim.Optimizer, distance: int, steps: int, seed: int = 0) -> float:
-    """Nats a token, at the end, where each token is the one `distance` before it."""
-    generator, losses = torch.Generator().manual_seed(seed), []
-    for step in range(steps):
-        text = torch.randint(VOCABULARY, (16, distance), generator=generator).repeat(1, 40 // distance + 1)[:, :33]
-        labels = text[:, 1:].clone()
-        labels[:, : distance - 1] = IGNORE
-        batch = Batch(text[:, :-1], labels, torch.arange(16), torch.tensor(step + 1), seed=0)
-        loss = model(batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return sum(losses[-20:]) / 20
-
-
-@pytest.mark.drill
-def test_a_window_copies_from_within_and_not_from_beyond() -> None:
-    """Two layers of a window of 5 reach 9 tokens."""
-    chance = math.log(VOCABULARY)
-    assert loss_of_a_copy({"kind": "window", "window": 8}, 8, layers=1) < 0.3 * chance
-    assert loss_of_a_copy({"kind": "window", "window": 7}, 8, layers=1) > 0.95 * chance
-    assert loss_of_a_copy({"kind": "window", "window": 5}, 8, layers=2) < 0.5 * chance
-    assert loss_of_a_copy({"kind": "strided", "stride": 7, "merge": "heads"}, 8, layers=1) < 0.5 * chance
