@@ -35,8 +35,10 @@ def disk_errors(path: Path, kind: type[UserError] = DataError) -> Iterator[None]
         yield
     except OSError as error:
         why = DISK_ERRORS.get(error.errno or 0)
-        if error.errno == errno.ENOENT and error.filename and Path(error.filename).parent in (path, *path.parents):
-            why = "no file or folder can be made there"  # as in /proc
+        if error.errno == errno.ENOENT and error.filename:  # as in /proc
+            refused = Path(error.filename)
+            if refused in path.parents or refused.parent == path.parent:
+                why = "no file or folder can be made there"
         if why is None:
             raise
         raise kind(

@@ -192,7 +192,8 @@ def _with_origin(args: list[str]) -> "Config":
         return load(args)
     path = origin.parse(named)[0]
     if kind_of(path) not in (EXPORT, RUN):
-        typer.echo(f"warning: run.start_from={named} is not there: the model is planned that is configured", err=True)
+        why = "no run folder or export is there, so what is configured is planned"
+        typer.echo(f"warning: run.start_from={named}: {why}", err=True)
         return load(args)
     found = load([str(origin.first_file(named)), *args])
     if found.finetune.kind != "none":

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data_pipeline.errors import CheckpointError, DataError
 from data_pipeline.files.atomic import disk_errors, sync_folder, write_atomic, write_json
+from data_pipeline.places import EXPORT, mistaken
 from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer, model_file, model_name
 from model.architectures import external, registry
 from model.architectures.names import current_name
@@ -220,6 +221,8 @@ def read_facts(folder: Path) -> ExportFacts:
     try:
         raw = json.loads(file.read_text())["duet"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if told := mistaken(folder, EXPORT):
+            raise CheckpointError(f"{folder}: {told}") from None
         raise CheckpointError(f"{file}: missing, damaged, or not of an export of Duet: {error!r}") from None
     found = raw.get("format") if isinstance(raw, dict) else None
     if found not in (1, FORMAT):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from data_pipeline.errors import CheckpointError, DataError
 from data_pipeline.files.atomic import write_json
+from data_pipeline.places import EXPORT
+from data_pipeline.places import kind_of as kind_of_folder
 from data_pipeline.tokenize.fast_tokenizer import without_surroundings
 from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer
 from model.architectures import registry
@@ -53,6 +55,8 @@ def import_model(folder: Path, to: Path) -> DecoderOnlyConfig:
     """
     if to.exists():
         raise CheckpointError(f"{to}: is there already; name a new folder")
+    if kind_of_folder(folder) == EXPORT:
+        raise CheckpointError(f"{folder}: this is an export already; `duet train --from {folder}` begins with it")
     name, config, weights, template = _read(folder)
     file = next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
     if file is None:

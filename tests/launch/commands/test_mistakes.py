@@ -42,6 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     shutil.copytree(OLDER / "trained" / "decoder_only", made / "runs" / "first")
     shutil.copytree(OLDER / "exports" / "decoder_only", made / "exported")
     (made / "text").mkdir()
+    (made / "llama").mkdir()
+    (made / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    (made / "llama" / "model.safetensors").touch()
     (made / "text" / "a.txt").write_text((ROOT / "LICENSE").read_text())
     (made / "broken.model").write_bytes(bytes(range(256)))
     return made
@@ -95,6 +98,16 @@ def typed(*words: str) -> tuple[int, str]:
         (
             ("track", "export", "runs/first", "--to", "tensorboard", "--out", "/proc/x"),
             "cannot write /proc/x/first:",
+        ),
+        (
+            ("generate", "llama"),
+            "llama: this is a model as transformers saves it, and an export is wanted; `duet",
+        ),
+        (("train", "--from", "llama", "run.name=a"), "`duet checkpoint import llama --to NEW` makes an export of it"),
+        (("checkpoint", "import", "exported", "--to", "new"), "`duet train --from exported` begins with it"),
+        (
+            ("checkpoint", "shrink", "exported", "--gates", "--to", "new"),
+            "an export, and a run folder or checkpoint",
         ),
         (("status", "data"), "data: this is a dataset, and a run folder is wanted"),
         (("status", "exported", "--json"), "exported: this is an export, and a run folder is wanted"),
