@@ -239,7 +239,8 @@ def _made(rows: Rows, patterns: Patterns, in_blocks: bool, dense: bool) -> Mask:
 
 
 def _form(rows: Rows, pattern: Pattern) -> Mask:
-    form = pattern.form(rows.length, documents=not rows.alike, prefix=rows.prefixes is not None)
+    documents, prefix = not rows.alike, rows.prefixes is not None
+    form = pattern.form(rows.length, documents=documents, prefix=prefix, both_ways=not rows.causal)
     if form == "full" and rows.whole:
         return None
     return _FORMS[form](rows, pattern) if form in _FORMS else rows.dense((pattern,))

@@ -86,12 +86,13 @@ class Pattern(NamedTuple):
             return None
         return max([self.sinks, *(position + 1 for position in self.marked)]), max(self.window, self.block, 1)
 
-    def form(self, tokens: int, *, documents: bool = False, prefix: bool = False) -> Form:
+    def form(self, tokens: int, *, documents: bool = False, prefix: bool = False, both_ways: bool = False) -> Form:
         """How it is computed over rows of so many tokens: the fastest, as measured on a CPU (benchmarks/attention.md).
 
         Args:
             documents: positions do not count from the start of the row, so sinks and blocks have no fixed columns.
             prefix: the start of each row is seen by all of it.
+            both_ways: a query sees what comes after it, too.
         """
         if self.covers(tokens):
             return "full"
@@ -100,8 +101,9 @@ class Pattern(NamedTuple):
         if prefix or self.marked or (documents and counted) or tokens < max(FEWEST, 4 * max(near, self.period)):
             return "dense"
         if self.stride and (near or counted):
-            few = _FEWER * (2 * near + tokens / self.stride) <= tokens
-            return "union" if self.window == self.stride and few and not counted else "dense"
+            few = _FEWER * ((2 + both_ways) * near + tokens / self.stride) <= tokens
+            pays = few and tokens >= (1 + both_ways) * FEWEST
+            return "union" if pays and self.window == self.stride and not counted else "dense"
         if self.stride:
             return "strided"
         if not self.summary and (self.block or near <= _MOST_GATHERED):

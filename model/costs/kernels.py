@@ -53,7 +53,7 @@ def kept_by_streams(of: Attended, asking: int) -> Kept:
 
 
 def _form(pattern: Pattern, of: Attended) -> str:
-    form = pattern.form(of.tokens, documents=of.documents)
+    form = pattern.form(of.tokens, documents=of.documents, both_ways=not of.causal)
     return "dense" if of.dense and form != "full" else form
 
 

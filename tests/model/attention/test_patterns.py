@@ -44,7 +44,7 @@ def plain(pattern: dict[str, Any], seed: int = 0, **changes: Any) -> TokenModel:
 def in_form(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute in this one what can be, and all else densely."""
 
-    def chosen(self: Pattern, tokens: int, *, documents: bool = False, prefix: bool = False) -> str:
+    def chosen(self: Pattern, tokens: int, *, documents: bool = False, prefix: bool = False, both_ways: bool) -> str:
         counted = self.sinks or self.block or self.summary
         takes = not (self.full or self.stride or self.marked or (form == "gathered" and self.summary))
         takes = bool(self.window and self.stride) if form == "union" else takes
@@ -139,6 +139,8 @@ def test_each_form_is_taken_where_it_is_the_fastest(monkeypatch: pytest.MonkeyPa
     assert [Pattern(window=3).form(tokens) for tokens in (3, 255, 256)] == ["full", "dense", "gathered"]
     assert [Pattern(window=16, stride=16).form(tokens) for tokens in (255, 256, 2048)] == ["dense", "union", "union"]
     assert [Pattern(window=wide, stride=wide).form(512) for wide in (2, 64, 128)] == ["dense", "union", "dense"]
+    both = {tokens: Pattern(window=16, stride=16).form(tokens, both_ways=True) for tokens in (256, 512)}
+    assert both == {256: "dense", 512: "union"}
 
 
 @pytest.mark.parametrize("causal", [True, False])

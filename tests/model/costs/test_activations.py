@@ -187,7 +187,7 @@ SEEN: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("everywhere_embed", {"kind": "fixed"}, {}),
     ("t5_modern", {"kind": "fixed", "merge": "alternate"}, {}),
     ("modern_decoder", {"kind": "strided", "stride": 4}, {"context": 98}),
-    ("bert", {"kind": "strided", "stride": 4}, {"context": 96}),
+    ("bert", {"kind": "strided", "stride": 4}, {"context": 144}),
 ]
 
 
