@@ -66,6 +66,8 @@ class Ranks:
 
     def largest(self, *flags: int) -> list[int]:
         """The largest of all ranks' values of each flag, on every rank."""
+        if self.world_size == 1:  # asked at each step: a collective with nobody takes 0.2 ms
+            return [*flags]
         box = torch.tensor(flags)
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.group)
         return box.tolist()
