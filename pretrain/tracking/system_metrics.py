@@ -110,6 +110,8 @@ class SystemSampler:
             self._stop.wait(SECONDS)
         self._record(journal, gpus, all_nodes)
         journal.close()
+        if all_nodes:
+            all_nodes.close()
 
     def _record(self, journal: Journal, gpus: list[Any], all_nodes: "AllNodes | None") -> None:
         try:
@@ -172,6 +174,10 @@ class AllNodes:
                 summary[f"system/nodes.{what}_{word}"], where[f"{what}_{word}"] = value, place
             summary[f"system/nodes.{what}_mean"] = fmean(value for value, _ in found)
         self._journal.metrics(step, summary, where=where)
+
+    def close(self) -> None:
+        """Have all records on disk. Raises OSError."""
+        self._journal.close()
 
 
 def _network_bytes() -> int:

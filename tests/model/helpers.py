@@ -293,9 +293,9 @@ def small(architecture: str = "parallel_encoder_decoder", **changes: Any) -> Any
     return configure({"architecture": architecture} | shape | changes)
 
 
-def one_of(architecture: str) -> Any:
+def one_of(architecture: str, **changes: Any) -> Any:
     """The same of any architecture, for what is to hold for all that there are."""
-    return small(architecture, **({"refine": {"chunk": 4}} if architecture == "refined" else {}))
+    return small(architecture, **({"refine": {"chunk": 4}} if architecture == "refined" else {}) | changes)
 
 
 def variant(name: str, **changes: Any) -> Any:
