@@ -93,6 +93,32 @@ def ladder(
 
 
 @app.command()
+def probe(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders or checkpoints.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where findings and pictures go.")] = Path("probes"),
+    tokens: Annotated[int, typer.Option(min=1, help="Of held-out text; probes are trained on two thirds.")] = 24576,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the models that were not trained.")] = 0,
+) -> None:
+    """Say what the streams of trained models know, layer by layer: linear probes, and how alike states are (CKA).
+
+    Each is held beside a model of the same shape that was not trained. A table is printed; findings and pictures are
+    written into FOLDER. Where that is the folder of a study, `duet study report` puts them into its page.
+
+    Examples: `duet study probe runs/first`,
+    `duet study probe runs/parallel runs/decoder --to what-they-know --tokens 100000`
+    """
+    from data_pipeline.files.atomic import write_atomic
+    from pretrain.probing.examine import examine
+    from pretrain.probing.page import pictures, table
+
+    found = examine(runs, tokens, seed, lambda text: typer.echo(text, err=True))
+    found.write(to)
+    for name, content in pictures(found).items():
+        write_atomic(to / f"{name}.png", content)
+    typer.echo("\n".join(table(found)))
+
+
+@app.command()
 def report(study: StudyArg) -> None:
     """Keep the finished runs' journals beside the study, and write tables and pictures from them into its page.
 
@@ -101,6 +127,8 @@ def report(study: StudyArg) -> None:
 
     Example: `duet study report docs/experiments/learned-dropout.yaml`
     """
+    from pretrain.probing.findings import FILE, Findings
+    from pretrain.probing.page import NAME, table
     from pretrain.study.ladder import FIT, load_ladder
     from pretrain.study.ladder_page import fit_of, points_of
     from pretrain.study.page import NOT_RUN, Page
@@ -120,6 +148,9 @@ def report(study: StudyArg) -> None:
         loaded = rungs.climb(rungs.rates_of(Results(loaded, kept)))
         new += sum(keep(run, kept) for run in loaded.runs(list(rungs.sizes)))
         more[FIT], curves = fit_of(rungs, points_of(rungs, Results(loaded, kept)))
+    if (kept.parent / FILE).is_file():
+        more[NAME] = [*table(Findings.read(kept.parent))]
+        later += [f"{NAME}-answers", f"{NAME}-likeness"]
     results = Results(loaded, kept)
     page = study.with_suffix(".md")
     Page(loaded, results, page, more, later, computed=rungs is not None).write(pictures(loaded, results) | curves)
