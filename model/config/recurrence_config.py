@@ -21,7 +21,7 @@ class PonderConfig(PenaltyConfig, frozen=True):
     """Steps of linear rise; 0 switches the whole weight on at `start_step`."""
 
 
-class RecurrenceConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class RecurrenceConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """The stack of layers applied several times with the same weights (docs/model.md A13)."""
 
     steps: int = Field(default=1, ge=1, le=64)

@@ -9,7 +9,7 @@ from model.config.pattern_config import FEWEST
 Synthesized = Literal["dense", "random", "factorised_dense", "factorised_random", "dot"]
 
 
-class ScoresConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class ScoresConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """What scores of self attention are made of (docs/attention.md). Cross attention and that of masks take q k^T."""
 
     kind: Literal["dot", "synthesizer", "linformer", "routing"] = "dot"

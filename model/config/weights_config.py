@@ -20,7 +20,7 @@ class SpanPenaltyConfig(PenaltyConfig, frozen=True):
     """Steps of linear rise; 0 switches the whole weight on at `start_step`."""
 
 
-class WeightsConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class WeightsConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """How the scores of self and cross attention become weights (docs/attention.md). Those of masks take a softmax."""
 
     kind: WeightsKind = "softmax"

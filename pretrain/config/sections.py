@@ -254,7 +254,7 @@ class ProfileConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
         return self
 
 
-class FinetuneConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class FinetuneConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """What is trained of the weights that `run.start_from` names (docs/after.md)."""
 
     kind: Annotated[Literal["none", "full", "lora"], may_change.IN_FORK] = "none"

@@ -34,7 +34,7 @@ _CHUNK = 32
 _EXPECTED_SHARE = {"nat": 1.0, "cmlm": 0.5, "mixed": 0.5, "glat": 1.0}
 
 
-class DraftConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class DraftConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """The decoder that writes all places at once, from those of them that are shown to it (docs/model.md)."""
 
     masking: Literal["nat", "cmlm", "glat", "mixed"] = "mixed"

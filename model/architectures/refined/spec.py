@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from model.architectures.refined.model import Refined
 
 
-class RefineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class RefineConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """How the encoder's vectors are refined, and what the decoder reads of them (docs/model.md E5)."""
 
     steps: Annotated[int, may_change.THOUGHT] = Field(default=4, ge=0, le=1000)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from model.architectures.two_stream.model import TwoStreams
 
 
-class PermutationConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class PermutationConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """The order in which a text is read in training, and which of its tokens are predicted."""
 
     share: float = Field(default=1 / 6, gt=0.0, le=1.0)

@@ -8,9 +8,10 @@ import yaml
 from jsonschema import Draft202012Validator
 from omegaconf import OmegaConf
 
-from pretrain.config.json_schema import json_schema
+from model.architectures.registry import ARCHITECTURES
+from pretrain.config.json_schema import _sections, json_schema
 from pretrain.config.layers import presets
-from pretrain.config.schema import dump, load
+from pretrain.config.schema import Config, dump, load
 from tests.runs import ROOT
 
 SCHEMA = json_schema()
@@ -68,3 +69,9 @@ def test_every_key_says_what_it_means() -> None:
         for key, field in part.get("properties", {}).items():
             assert "description" in field or "$ref" in field, f"{name}.{key}"
         assert part.get("description"), name
+
+
+def test_no_section_reads_its_descriptions_when_it_is_imported() -> None:
+    """Each start would wait for it; `describe` does so where somebody asks."""
+    sections = [inner for outer in (Config, *ARCHITECTURES.values()) for inner in _sections(outer)]
+    assert sections and not [kind for kind in sections if kind.model_config.get("use_attribute_docstrings")]
