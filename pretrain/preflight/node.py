@@ -45,7 +45,7 @@ def check_node(config: Config, report: Report, local_size: int, world_size: int,
     """Add to a report what is of the node: one rank of each calls this. `at` hears what is being looked at."""
     looks: dict[str, Callable[[], Iterator[Finding]]] = {
         "gpu": lambda: _look_at_gpus(report),
-        "version": lambda: _note_versions(report),
+        "version": lambda: _note_versions(config, report),
         "data": lambda: _look_at_data(config, report),
         "disk": lambda: _look_at_disks(config, report, local_size / world_size),
     }
@@ -123,8 +123,11 @@ def _look_at_gpus(report: Report) -> Iterator[Finding]:
         yield Finding("gpu", "node", f"torch sees {torch.cuda.device_count()} of {expected} GPUs")
 
 
-def _note_versions(report: Report) -> Iterator[Finding]:
+def _note_versions(config: Config, report: Report) -> Iterator[Finding]:
     report.same |= {"Python": platform.python_version(), "code hash": code_hash(SOURCE)}
+    place, external, sha256 = config.model.architecture.rpartition("@")
+    if external:  # a file or a package, which each node reads for itself
+        report.same[f"source of {place.rpartition(':')[2]}"] = sha256[:12]
     report.same |= {package: version(package) for package in PACKAGES}
     return iter(())
 
