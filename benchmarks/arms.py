@@ -1,8 +1,8 @@
 """What a training step of each arm of a study costs beside the plain parallel model's.
 
 Forward and backward pass of one step's batch in turns, one thread, seconds of processor time (the clock where there is
-CUDA); medians. Arms are those of docs/experiments/learned-dropout.yaml, section `core`. No target: the rows say what
-the study's tokens a second, taken on a busy machine, cannot.
+CUDA); medians. Arms are those of docs/experiments/learned-dropout.yaml, section `core`, and the recommended masks with
+`source=low_rank`. No target: the rows say what the study's tokens a second, taken on a busy machine, cannot.
 """
 
 import argparse
@@ -16,13 +16,17 @@ import torch
 
 from model.architectures import registry
 from model.batch import Batch
+from model.config.model_config import ModelConfig
+from model.config.transformer import TransformerConfig
 from model.costs.flops import training_flops_per_token
+from pretrain.engine.hardware import keep_freed_memory
 from pretrain.study.spec import load_study
 
 STUDY = Path(__file__).resolve().parent.parent / "docs" / "experiments" / "learned-dropout.yaml"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY = 67
 BASE = "parallel"
+MASKS = "ld-recommended"
 TURNS = 60
 
 
@@ -31,15 +35,15 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     as_json = parser.parse_args().json
     torch.set_num_threads(1)
-    study = load_study(STUDY)
+    if DEVICE == "cpu":
+        keep_freed_memory(torch.device("cpu"))  # as the engine does
     models, flops = {}, {}
-    for arm in study.arms("core"):
-        config = study.runs([f"core/{arm}"])[0].config()
-        shape = config.model.model_copy(update={"vocab_size": VOCABULARY})
+    shapes, rows_of_step = arms()
+    for arm, shape in shapes.items():
         with torch.device(DEVICE):
             models[arm] = registry.build(shape)
         flops[arm] = training_flops_per_token(shape)
-    ids = torch.randint(0, VOCABULARY, (config.global_batch, config.model.context + 1), device=DEVICE)
+    ids = torch.randint(0, VOCABULARY, (rows_of_step, shape.context + 1), device=DEVICE)
     samples = torch.arange(len(ids), device=DEVICE)
     batch = Batch(ids[:, :-1], ids[:, 1:], samples, torch.ones((), dtype=torch.int64, device=DEVICE), seed=0)
     seconds: dict[str, list[float]] = {arm: [] for arm in models}
@@ -67,6 +71,18 @@ def main() -> int:
     for row in rows:
         print(f"| {row['name']} | {row['ratio']:.2f} | {row['flops']:.2f} | – |")
     return 0
+
+
+def arms() -> tuple[dict[str, ModelConfig], int]:
+    """The model of each arm, and how many sequences a step has."""
+    study = load_study(STUDY)
+    configs = {arm: study.runs([f"core/{arm}"])[0].config() for arm in study.arms("core")}
+    shapes = {arm: config.model.model_copy(update={"vocab_size": VOCABULARY}) for arm, config in configs.items()}
+    recommended = shapes[MASKS]
+    assert isinstance(recommended, TransformerConfig)
+    low_rank = recommended.learned_dropout.model_copy(update={"source": "low_rank"})
+    shapes[f"{MASKS}, low rank"] = recommended.model_copy(update={"learned_dropout": low_rank})
+    return shapes, configs[MASKS].global_batch
 
 
 def now() -> float:

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from model.architectures import registry
 from model.architectures.decoder_only.spec import DecoderOnlyConfig
-from model.attention import forms
+from model.attention import forms, weights
 from model.attention.attention import SelfAttention
 from model.attention.cache import Cache
 from model.attention.forms import mask_of
 from model.attention.rule import Rows
 from model.attention.softmax import Softmax
 from model.attention.visibility import Visible
+from model.attention.weights import AdaptiveSpan
 from model.config.scores_config import ScoresConfig
 
 HEADS, CHANNELS = 4, 64
@@ -35,6 +36,8 @@ RUNS = 7
 WINDOW = 512
 STEPS, TEXTS = 48, 4
 """Tokens that are read one by one, of so many texts side by side."""
+ALL = 1 << 30
+"""As a step in which keys are left out: none are."""
 
 
 class Case(NamedTuple):
@@ -60,6 +63,10 @@ CASES = [
     Case("fixed, T 2,048", 2048, {"kind": "fixed"}, "dense", 2.0),
     Case("fixed, T 2,048", 2048, {"kind": "fixed"}, "causal", 1.0),
     Case("fixed, T 512", 512, {"kind": "fixed"}, "dense", 1.0),
+    Case("strided, T 2,048", 2048, {"kind": "strided"}, "dense", 4.0),
+    Case("strided, T 2,048", 2048, {"kind": "strided"}, "causal", 2.0),
+    Case("strided, T 512", 512, {"kind": "strided"}, "dense", 1.3),
+    Case("strided, T 256", 256, {"kind": "strided"}, "dense", 1.0),
     Case("strided by heads, T 2,048", 2048, {"kind": "strided", "merge": "heads"}, "dense", 3.0),
     Case("window 64, T 512", 512, {"kind": "window", "window": 64}, "causal", 1.0),
     Case("window 64, T 512", 512, {"kind": "window", "window": 64}, "dense", 1.0),
@@ -77,7 +84,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     as_json = parser.parse_args().json
     torch.set_num_threads(1)
-    rows = [measure(case) for case in CASES] + routing() + decoding()
+    rows = [measure(case) for case in CASES] + routing() + spans() + spans_read() + decoding()
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
@@ -120,15 +127,51 @@ def routing() -> list[dict[str, Any]]:
         attention = SelfAttention(config, "dec_sa/00", std=0.02)
         x = torch.randn(TOKENS // length, length, SHAPE["width"], requires_grad=True)
         keys = torch.zeros(len(x), dtype=torch.int64)
-        times: dict[bool, list[float]] = {True: [], False: []}
-        for _ in range(RUNS):
-            for sorts, found in times.items():
-                with patch.object(ScoresConfig, "sorts", lambda *_, sorts=sorts: sorts):
-                    found.append(seconds(lambda: attention(x, keys).sum().backward()))  # noqa: B023
-        fast, slow = (statistics.median(times[sorts]) for sorts in (True, False))
+        run = lambda: attention(x, keys).sum().backward()  # noqa: B023, E731
+        fast, slow = in_turn(run, ScoresConfig, "sorts", (lambda *_: True, lambda *_: False))
         name = f"routing, T {length:,}: dense ({1e3 * slow:.1f} ms) / sorted ({1e3 * fast:.1f} ms)"
         rows.append({"name": name, "ratio": slow / fast, "target": target})
     return rows
+
+
+def spans() -> list[dict[str, Any]]:
+    """Texts of which no head sees more than so many tokens: all keys are scored, or those in reach, in turn.
+
+    At least three quarters of what the products allow: blocks of as many queries see two blocks of keys.
+    """
+    rows = []
+    for length, reach in ((512, 64), (512, 128), (TOKENS, 64), (TOKENS, 512)):
+        torch.manual_seed(0)
+        options = {"kind": "adaptive_span", "ramp": 32, "span_init": (reach - 32) / length}
+        mixer = AdaptiveSpan(
+            DecoderOnlyConfig.model_validate(SHAPE | {"context": length, "weights": options}), HEADS, ""
+        )
+        given = [torch.randn(TOKENS // length, HEADS, length, CHANNELS, requires_grad=True) for _ in range(3)]
+        fast, slow = in_turn(lambda: attend(mixer, given, None, True), weights, "TRIM", (weights.TRIM, ALL))  # noqa: B023
+        name = f"spans of {reach}, T {length:,}: all keys ({1e3 * slow:.1f} ms) / in reach ({1e3 * fast:.1f} ms)"
+        rows.append({"name": name, "ratio": slow / fast, "target": 0.75 * length / (2 * reach)})
+    return rows
+
+
+def spans_read() -> list[dict[str, Any]]:
+    """A token behind 4,096 others, of which no head sees more than 64."""
+    end = 8 * WINDOW
+    step = reader({"weights": {"kind": "adaptive_span", "span_init": 31 / (end + STEPS)}}, end)
+    fast, slow = in_turn(step, weights, "TRIM", (weights.TRIM, ALL), runs=STEPS // 2)
+    name = f"spans of 64, a token behind {end:,}: all keys ({1e3 * slow:.2f} ms) / in reach ({1e3 * fast:.2f} ms)"
+    return [{"name": name, "ratio": slow / fast, "target": 1.5}]
+
+
+def in_turn(
+    run: Callable[[], None], owner: Any, name: str, values: tuple[Any, Any], runs: int = RUNS
+) -> tuple[float, float]:
+    """Median seconds with each of two values of a name."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(runs):
+        for value, found in zip(values, times, strict=True):
+            with patch.object(owner, name, value):
+                found.append(seconds(run))
+    return statistics.median(times[0]), statistics.median(times[1])
 
 
 def attend(mixer: Softmax, given: list[Tensor], mask: forms.Mask, backward: bool) -> None:
@@ -146,7 +189,7 @@ def decoding() -> list[dict[str, Any]]:
     times: dict[tuple[str, int], list[float]] = {}
     caches: dict[tuple[str, int], Callable[[], None]] = {}
     for kind in ("window", "full"):
-        pattern = {"kind": "window", "window": WINDOW} if kind == "window" else {}
+        pattern = {"pattern": {"kind": "window", "window": WINDOW}} if kind == "window" else {}
         for end in ends:
             caches[kind, end] = reader(pattern, end)
     for _ in range(STEPS):
@@ -164,10 +207,10 @@ def decoding() -> list[dict[str, Any]]:
     return rows
 
 
-def reader(pattern: dict[str, Any], end: int) -> Callable[[], None]:
+def reader(options: dict[str, Any], end: int) -> Callable[[], None]:
     """Reads a token more of a text that has `end` already."""
     torch.manual_seed(0)
-    options = {"vocab_size": 512, "context": end + STEPS, "positions": "rotary", "pattern": pattern}
+    options = {"vocab_size": 512, "context": end + STEPS, "positions": "rotary", **options}
     model = registry.build(DecoderOnlyConfig.model_validate(SHAPE | options)).eval()
     ids = torch.randint(512, (TEXTS, end + STEPS))
     cache = Cache(torch.zeros(TEXTS, dtype=torch.int64), end + STEPS)

@@ -37,7 +37,12 @@ ROWS = 16
 TURNS = 25
 WARM_UP = 3
 OFF = {"learned_dropout": {"enabled": False}}
-KINDS: dict[str, dict[str, Any]] = {"plain": OFF, "masks": {}, "dropout": {**OFF, "dropout": 0.1}}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": OFF,
+    "masks": {},
+    "low-rank masks": {"learned_dropout": {"source": "low_rank"}},
+    "dropout": {**OFF, "dropout": 0.1},
+}
 STEP = 1500
 """Penalties count from step 1,000 on."""
 
@@ -54,6 +59,9 @@ TARGETS = {
     ("masks", "fp32", "eager"): 1.20,
     ("masks", "fp32", "compiled"): 1.10,
     ("masks", "bf16", "compiled"): 1.30,
+    ("low-rank masks", "fp32", "eager"): 1.10,
+    ("low-rank masks", "fp32", "compiled"): 1.10,
+    ("low-rank masks", "bf16", "compiled"): 1.15,
     ("dropout", "fp32", "eager"): 1.08,
     ("dropout", "fp32", "compiled"): 1.08,
     ("dropout", "bf16", "eager"): 1.08,
@@ -102,11 +110,11 @@ def compare(dtype: str, way: str) -> list[Row]:
                 seconds[kind].append(now() - since)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     rows = []
-    for kind in ("masks", "dropout"):
+    for kind in ("masks", "low-rank masks", "dropout"):
         ratio = medians[kind] / medians["plain"]
         flops = training_flops_per_token(configs[kind]) / training_flops_per_token(configs["plain"])
         name = f"{kind}, {dtype}, {way}: {1e3 * medians[kind]:.0f} ms / {1e3 * medians['plain']:.0f} ms"
-        if kind == "masks" and dtype == "fp32":
+        if kind != "dropout" and dtype == "fp32":
             name, ratio = f"{name} = {ratio:.2f}, by {flops:.2f} of the products", ratio / flops
         rows.append(Row(name, ratio, TARGETS.get((kind, dtype, way))))
     return rows

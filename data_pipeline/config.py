@@ -196,11 +196,18 @@ class SplitConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """As `label_key` of a source, for `files`."""
     question_key: Annotated[str, may_change.BUILD] = "question"
     """As `question_key` of a source, for `files`."""
+    prefix: Annotated[str | None, may_change.BUILD] = None
+    """As `prefix` of a source, for `files`; where sources have one it has to be said, if only that there is none, since
+    the texts in `files` begin with it."""
 
     @model_validator(mode="after")
     def _files_belong_to_given(self) -> Self:
         if (self.rule == "given") != bool(self.files):
             raise ValueError(f"files and rule=given need each other; here rule={self.rule}, {len(self.files)} files")
+        if self.prefix and self.target_key is None:
+            raise ValueError(
+                f"prefix={self.prefix!r} names the task of pairs, and there is no target_key: leave it out"
+            )
         return self
 
 

@@ -199,12 +199,12 @@ def embed(
 
     Example: `duet embed runs/encoder texts.txt --to vectors.npy --normalised`
     """
-    from data_pipeline.files.vectors import check_name, write_vectors
+    from data_pipeline.files.vectors import check_place, write_vectors
     from launch.progress import counted
     from pretrain.export.use import open_trained
     from pretrain.inference.embedding import read_texts, vectors
 
-    check_name(to)
+    check_place(to)
     given = read_texts(texts, text_key)
     with counted("embedding") as progress:
         found = vectors(open_trained(run, step), given, batch, normalised=normalised, progress=progress)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.errors import DataError, RunError
+from data_pipeline.errors import ConfigError, DataError, RunError
 from data_pipeline.files.filesystem import is_uri
 from data_pipeline.files.mapped import told
 from data_pipeline.sampling import packing_plan
@@ -23,6 +23,7 @@ from data_pipeline.sampling.sample_plan import Plan, go_on, told_cut, told_share
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.manifest import Manifest
 from model.architectures import registry
+from model.architectures.external import parse
 from pretrain.checkpoint import checkpoint
 from pretrain.checkpoint.ownership import check_own
 from pretrain.checkpoint.retention import prune
@@ -34,7 +35,7 @@ from pretrain.engine.engine import Engine
 from pretrain.engine.sequence import Ulysses
 from pretrain.evaluation.batches import Batches
 from pretrain.evaluation.evaluate import held_out
-from pretrain.finetune.base import check_tokenizer, prepare
+from pretrain.finetune.base import check_tokenizer, hold_base, prepare
 from pretrain.health.monitor import Health
 from pretrain.health.rollback import Past, read_past
 from pretrain.life import Life
@@ -88,6 +89,7 @@ def claim(config: Config, ranks: Ranks, stack: ExitStack) -> Claim:
         UserError: on every rank, with the same message.
     """
     folder = RunFolder(config.run_dir)
+    check_sources(config, ranks)
     config.micro_batches(ranks.world_size)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     local_rank = int(os.environ["LOCAL_RANK"]) % local_ranks  # all are the first where nobody tells how many
@@ -135,6 +137,8 @@ def open_parts(claim: Claim, stop: StopRequest, started: float, stack: ExitStack
     data = DataState.model_validate(past.data) if past.data else data
     facts = _facts(claim, parameters) | {"started": started}
     ranks.together(lambda: recorder.start(step, facts, past.num_rollbacks))
+    if ranks.is_first:
+        hold_base(config, recorder.warning)
     if shares := told_shares(claim.dataset, config.data, data.phases[-1]):
         recorder.note(shares)
     for line in told_cut(claim.dataset, data.phases[-1]):
@@ -142,7 +146,9 @@ def open_parts(claim: Claim, stop: StopRequest, started: float, stack: ExitStack
     if damaged:
         recorder.warning(journal.told_damaged(damaged))
     warn = recorder.warning if ranks.is_first else lambda text: print(f"warning: {text}", file=sys.stderr)
-    system = SystemSampler(folder.logs, claim.attempt, step, os.environ["LOCAL_RANK"] == "0", warn)
+    samples = os.environ["LOCAL_RANK"] == "0"
+    nodes = int(ranks.sum(torch.tensor(samples)))
+    system = SystemSampler(folder.logs, claim.attempt, step, samples, warn, nodes if ranks.is_first else 0)
     life = Life(folder.path, ranks, stop, claim.lease, recorder)
     saver = Saver(
         engine,
@@ -156,6 +162,30 @@ def open_parts(claim: Claim, stop: StopRequest, started: float, stack: ExitStack
     health = Health(config, ranks, engine, recorder, folder.logs, past)
     meter = Meter(config, engine, ranks, goodput, restarts=claim.attempt - 1)
     return Parts(step, data, engine, recorder, system, life, saver, health, meter)
+
+
+def check_sources(config: Config, ranks: Ranks) -> None:
+    """Whether all ranks have read the same architecture: one from outside is a file, or a package, of each node.
+
+    Raises:
+        ConfigError: names the ranks and what each of them has read.
+    """
+    _, name, sha256 = parse(config.model.architecture)
+    number = int(sha256 or "0", 16) >> 196  # 60 bits of it
+    largest, least = ranks.largest(number, -number)
+    if largest == -least:
+        return
+    found: dict[str, list[str]] = {}
+    for rank, (node, source) in enumerate(ranks.gather((platform.node(), f"{name} {(sha256 or 'of ours')[:12]}"))):
+        found.setdefault(source, []).append(f"rank {rank} on {node}")
+    told = "; ".join(
+        f"{source} on {', '.join(places[:3])}{f' and {len(places) - 3} more' if len(places) > 3 else ''}"
+        for source, places in found.items()
+    )
+    raise ConfigError(
+        f"model.architecture: the source of {name} is not the same on all nodes, by its sha256: {told}; name a file "
+        "that all nodes share, or copy the same one to each"
+    )
 
 
 def verify(dataset: Dataset, part: int, parts: int, path: str) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import tempfile
@@ -30,17 +29,12 @@ settings.load_profile("ci")  # seeded, and without deadlines: on a busy machine 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What Hugging Face's libraries keep goes into a folder of this session, and they ask no server."""
-    os.environ |= {"HF_HOME": tempfile.mkdtemp(prefix="duet-hf-"), "HF_HUB_OFFLINE": "1"}
+    """What Hugging Face's libraries keep goes into the folder of this session, and they ask no server."""
     if not hasattr(config, "workerinput"):
-        os.environ[warm.FOLDER] = tempfile.mkdtemp(prefix="duet-warm-")
-        Path(os.environ[warm.FOLDER], "session").write_text(str(os.getpid()))
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    shutil.rmtree(os.environ["HF_HOME"])
-    if not hasattr(config, "workerinput"):
-        shutil.rmtree(os.environ[warm.FOLDER])
+        stack = contextlib.ExitStack()
+        stack.enter_context(warm.session())
+        config.add_cleanup(stack.close)
+    os.environ |= {"HF_HOME": tempfile.mkdtemp(prefix="hf-", dir=os.environ[warm.FOLDER]), "HF_HUB_OFFLINE": "1"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

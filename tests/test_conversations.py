@@ -7,11 +7,14 @@ from transformers import AutoTokenizer
 
 from data_pipeline.building.api import build
 from data_pipeline.ingest.readers import Message
+from pretrain.export.standard import import_model, write_standard
 from pretrain.export.use import open_trained
+from pretrain.inference.trained import find_checkpoint
 from tests.data_pipeline.conftest import config, prose
 from tests.runs import SMALL, attempts, duet
 
 MODEL = ["model.architecture=decoder_only", "model.learned_dropout.enabled=false", "model.document_mask=true"]
+LLAMA = ["model.positions=rotary", "model.norm=rmsnorm", "model.ff=swiglu"]
 DATA = ["data.objective=conversations", "data.packing=best_fit"]
 SPELLED = "Who</s>assistant\nare you?"
 
@@ -28,7 +31,7 @@ def test_a_model_learns_to_answer(tmp_path: Path) -> None:
     def losses(run: str, *args: str) -> list[float]:
         more = [f"data.path={tmp_path / 'data'}", f"run.dir={tmp_path / run}", "model.context=64", "batch.tokens=256"]
         fixed = ["train.eval_every=2", "train.checkpoint_every=2", "train.sample_tokens=4", "schedule.kind=constant"]
-        done = duet("train", *SMALL, *MODEL, *DATA, *more, *fixed, *args)
+        done = duet("train", *SMALL, *MODEL, *LLAMA, *DATA, *more, *fixed, *args)
         assert done.returncode == 0, done.stderr
         assert "are longer than 65 tokens" in done.stdout
         found = attempts(tmp_path / run / "metrics.jsonl")
@@ -51,12 +54,18 @@ def test_a_model_learns_to_answer(tmp_path: Path) -> None:
     ]
     assert replies[0]["text"] == replies[2]["text"]
     assert replies[1]["text"] == replies[3]["text"]
+    assert [reply["messages"] for reply in replies[:2]] == [asked, [{"role": "user", "content": SPELLED}]]
 
     trained = open_trained(tmp_path / "out")
     ours = trained.chat()
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
-    found = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-    assert found == ours.prompt([Message(told["role"], told["content"]) for told in asked]).tolist()
+    write_standard(*find_checkpoint(tmp_path / "whole"), tmp_path / "llama", "llama")
+    import_model(tmp_path / "llama", tmp_path / "again")
+    again = open_trained(tmp_path / "again")
+    assert (again.chat_template, again.objective) == (trained.chat_template, trained.objective)
+    wanted = ours.prompt([Message(told["role"], told["content"]) for told in asked]).tolist()
+    for of in ("out", "llama", "again"):
+        theirs = AutoTokenizer.from_pretrained(tmp_path / of)
+        assert theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False) == wanted, of
     eos = trained.tokenizer.eos_id
     assert ours.prompt([Message("user", SPELLED)]).tolist().count(eos) == 1
     assert "apply_chat_template" in (tmp_path / "out" / "README.md").read_text()

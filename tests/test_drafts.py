@@ -11,8 +11,10 @@ import pytest
 from data_pipeline.building.api import build
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError
+from model.generation.sampling import Sampling
 from pretrain.export.harness import DuetLM
 from pretrain.export.use import open_trained
+from pretrain.inference.continuation import Continuation, Settings
 from pretrain.run.journal import read
 from tests.runs import SMALL, duet
 
@@ -67,6 +69,9 @@ def test_a_run_goes_on_at_another_stage_writes_and_is_exported(
         assert f"{way[0]} 2 of 2: " in done.stderr and "passes of the decoder that writes" in done.stderr
         said[way[0]] = done.stdout
     assert said["verify"] == said["ar"]
+    continuation = Continuation(open_trained(run), ["abc"], Settings(Sampling(temperature=0.0), 100))
+    passes = [passes.writes for _ in continuation.pieces() for passes in continuation.passes or []]
+    assert passes[0] == 1 < passes[-1], "what is certain is shown before the rest is drafted"
     page = tmp_path / "page.html"
     done = duet("generate", str(run), "--prompt", "abc", "--json", "--html", str(page))
     [record] = [json.loads(line) for line in done.stdout.splitlines()]

@@ -1,6 +1,10 @@
 """Every small preset learns as it did when its curve was recorded."""
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pretrain.checkpoint.shard_file import hash_file
 from pretrain.inference.trained import find_checkpoint
+from tests import golden, warm
 from tests.checkpoints import manifest_of, write_manifest
 from tests.golden import FOLDER, STEPS, WARM_UP_STEPS, data_of, golden_file, small_presets
 from tests.runs import CHARACTERS, MARKED, ROOT, SMALL
@@ -39,6 +44,22 @@ def test_another_seed_leaves_the_golden_curve(ranks: Callable[..., list[Any]], d
     [losses] = ranks("tests.golden:curve", 1, preset="model/tiny", dataset=str(dataset), seed=1, steps=5)
     expected = json.loads(golden_file("model/tiny").read_text())[:5]
     assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) > 50 * TOLERANCE
+
+
+def test_the_script_has_a_session_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In which it builds data as tests do; the folder of one that was killed is removed."""
+    killed = tmp_path / "duet-warm-killed"
+    killed.mkdir()
+    with subprocess.Popen("true") as program:
+        (killed / "session").write_text(str(program.pid))
+    seen = list[Path]()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["golden"])
+    monkeypatch.setattr(golden, "write_all", lambda: seen.extend(tmp_path.iterdir()))
+    monkeypatch.setenv(warm.FOLDER, "none")
+    assert golden.main() == 0
+    assert [str(folder) for folder in seen] == [os.environ[warm.FOLDER]]
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_comparison_of_versions_sees_any_difference(

@@ -52,7 +52,9 @@ def parity(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return bits, bits.cumsum(1) % 2
 
 
-def learn(config: Any, task: Any, steps: int, lr: float, rows: int, std: float, seed: int) -> Any:
+def learn(
+    config: Any, task: Any, steps: int, lr: float, rows: int, std: float, seed: int, order: Any = lambda batch, _: batch
+) -> Any:
     """Matrices start at `std`: at 0.02 so small a model takes ten times as long to begin."""
     torch.manual_seed(seed)
     model, generator = build(config), torch.Generator().manual_seed(seed)
@@ -64,7 +66,8 @@ def learn(config: Any, task: Any, steps: int, lr: float, rows: int, std: float, 
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, step / 100) * (1 - 0.9 * step / steps)
         ids, labels = task(rows, generator)
-        loss = model(Batch(ids, labels, torch.arange(rows), torch.tensor(step), seed)).loss
+        batch = Batch(ids, labels, torch.arange(rows), torch.tensor(step), seed)
+        loss = model(order(batch, generator)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 FOLDER = "DUET_TESTS_WARM"
 """The variable that holds the session's folder, in which the parent listens."""
+_PREFIX = "duet-warm-"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -78,6 +79,32 @@ def locked(folder: str) -> Iterator[None]:
     with open(f"{folder}/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def session() -> Iterator[None]:
+    """The folder in which programs of this process, and of those that it starts, have their parent, for as long.
+
+    What sessions that were killed have left is removed.
+    """
+    import shutil
+    import tempfile
+    from pathlib import Path
+
+    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        try:
+            os.kill(int((left / "session").read_text()), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except (OSError, ValueError):  # another user's, or it is just being made
+            pass
+    folder = tempfile.mkdtemp(prefix=_PREFIX)
+    Path(folder, "session").write_text(str(os.getpid()))
+    os.environ[FOLDER] = folder
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder)
 
 
 def _connect(folder: str) -> socket.socket:

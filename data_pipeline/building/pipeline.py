@@ -51,11 +51,12 @@ def ignore(note: str) -> None:
 def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
     """What the dataset is made from. Content only: moving the files or the dataset changes nothing. Settings that came
     later are in it as in tokenizer_identity."""
+    first = {"rule", "fraction", "text_key"}
     identity: dict[str, Any] = {
         "tokenizer": tokenizer_identity(config.tokenizer),
         "split": {
-            **config.split.model_dump(include={"rule", "fraction", "text_key"}),
-            **config.split.model_dump(exclude={"files", "rule", "fraction", "text_key"}, exclude_defaults=True),
+            **config.split.model_dump(include=first),
+            **config.split.model_dump(exclude={"files", "prefix", *first}, exclude_defaults=True),
         },
         "errors": config.errors,
         "seed": config.seed,

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,12 +34,27 @@ def disk_errors(path: Path, kind: type[UserError] = DataError) -> Iterator[None]
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        why = DISK_ERRORS.get(error.errno or 0)
+        if error.errno == errno.ENOENT and error.filename:  # as in /proc
+            refused = Path(error.filename)
+            if refused in path.parents or refused.parent == path.parent:
+                why = "no file or folder can be made there"
+        if why is None:
             raise
         raise kind(
-            f"cannot write {path}: {DISK_ERRORS[error.errno]}. What was complete before still is; "
+            f"cannot write {path}: {why}. What was complete before still is; "
             "make room (or choose another place) and run the same command again"
         ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raises DataError where no file could be written under this name, before what goes into it is made. The folder for
+    it is made."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_atomic(path: Path, content: str | bytes, private: bool = False) -> None:

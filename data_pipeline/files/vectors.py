@@ -8,28 +8,32 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.files.atomic import disk_errors, write_atomic
+from data_pipeline.files.atomic import check_writable, disk_errors, write_atomic
 
 ENDINGS = (".npy", ".arrow", ".jsonl")
 COLUMN = "vector"
 
 
-def check_name(path: Path) -> None:
-    """Raises ConfigError unless the name of a file says how vectors are written."""
+def check_place(path: Path) -> None:
+    """Before vectors are made, whether they can be written.
+
+    Raises:
+        ConfigError: the name of the file does not say how.
+        DataError: the disk refuses.
+    """
     if path.suffix not in ENDINGS:
         raise ConfigError(f"{path}: vectors are written into a file whose name ends in {', '.join(ENDINGS)}")
+    check_writable(path)
 
 
 def write_vectors(path: Path, vectors: np.ndarray) -> None:
     """Vectors float32 [N, C] in their order: an array, a column `vector`, or an object with `vector` on each line.
 
     Raises:
-        ConfigError: as `check_name`.
-        DataError: the disk refuses.
+        ConfigError, DataError: as `check_place`.
     """
-    check_name(path)
+    check_place(path)
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, _CONTENT[path.suffix](vectors))
 
 

@@ -60,7 +60,7 @@ class Corpus:
     """The sources of a configuration, in its order, and the units of work they make."""
 
     def __init__(self, config: DataConfig) -> None:
-        """Raises DataError if there are no sources or a path is missing."""
+        """Raises DataError if there are no sources, a path is missing, or the task of held-out pairs is not said."""
         if not config.sources:
             raise DataError("data.sources is empty: name at least one, such as data.sources.text.paths=[FILE]")
         for name in config.sources:
@@ -68,6 +68,12 @@ class Corpus:
                 raise DataError(
                     f"data.sources: {name!r} cannot be a source's name (not UTF-8, or taken): choose another"
                 )
+        named = [name for name, source in config.sources.items() if source.prefix]
+        if named and config.split.target_key is not None and config.split.prefix is None:
+            raise DataError(
+                f"data.sources.{named[0]}.prefix names a task, and data.split.files would be read without one: set "
+                "data.split.prefix, or \"data.split.prefix=''\" if their texts begin with it"
+            )
         self.config = config
         self.sources = [Source(name, f"data.sources.{name}.paths", source) for name, source in config.sources.items()]
         if config.split.rule == "given":
@@ -89,7 +95,7 @@ def given_source(config: DataConfig) -> SourceConfig:
     """The held-out files as a source."""
     split = config.split
     keys = split.model_dump(include={"text_key", "target_key", "messages_key", "label_key", "question_key"})
-    return SourceConfig(paths=split.files, **keys)
+    return SourceConfig(paths=split.files, prefix=split.prefix or "", **keys)
 
 
 def source_config(config: DataConfig, name: str) -> SourceConfig:

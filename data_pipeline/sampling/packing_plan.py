@@ -81,6 +81,7 @@ class PackingPlan:
             raise DataError(f"packing plan {path} is missing") from None
         except (pa.ArrowException, OSError, ValueError, LookupError, AttributeError) as error:
             raise self._damaged(f"damaged header or footer ({error})") from None
+        totals["cut"] -= totals["left_out"]  # a share counts all that are longer than a window
         self.facts = PackingFacts(**totals)
         self._views: dict[int, Packed] = {}
 

@@ -97,9 +97,9 @@ def told_cut(dataset: Dataset, phase: Phase) -> Iterator[str]:
     """A line for each source of which conversations are longer than a window: what becomes of them."""
     for name in phase.weights if dataset.manifest.chat_template is not None else ():
         facts = PackedWindows.of(dataset, "train", phase.context, name).facts
-        if facts.cut:
+        if longer := facts.cut + facts.left_out:
             yield (
-                f"{name}: {facts.cut:,} of {facts.documents:,} are longer than {phase.context + 1} tokens: "
+                f"{name}: {longer:,} of {facts.documents:,} are longer than {phase.context + 1} tokens: "
                 f"conversations end with their last whole turn of the assistant's, {facts.left_out:,} without one are "
                 "left out"
             )

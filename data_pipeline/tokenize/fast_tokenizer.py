@@ -4,6 +4,7 @@
 give the same ids, the text decides on which they are compared.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -44,6 +45,17 @@ def fast_tokenizer(model: bytes, tokenizer: Tokenizer, texts: Iterable[str]) -> 
             return None
     found: bytes = model if given else made.to_str(pretty=True).encode()
     return found
+
+
+def without_surroundings(model: bytes) -> bytes:
+    """A tokenizer.json that puts nothing around a text, such as a BOS, as ours reads any; another file as it is."""
+    if model_name(model) != JSON:
+        return model
+    from tokenizers import Tokenizer as Fast
+
+    if not Fast.from_str(model.decode()).num_special_tokens_to_add(False):
+        return model
+    return json.dumps(json.loads(model) | {"post_processor": None}, ensure_ascii=False).encode()
 
 
 def _of_sentencepiece(model: bytes) -> Any:

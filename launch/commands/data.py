@@ -329,7 +329,7 @@ def _packed(dataset: "Dataset") -> None:
         typer.echo(
             f"packed       {name}: context {packed.context}: {facts.windows} windows, {packed.padding:.2%} padding, "
             f"{facts.documents} documents, {facts.cut} of them longer than a window"
-            + (f", {facts.left_out} left out" if facts.left_out else "")
+            + (f", {facts.left_out} more left out" if facts.left_out else "")
         )
 
 

@@ -50,8 +50,9 @@ def params(config: ConfigArgs, as_json: JsonOption = False) -> None:
 def flops(config: ConfigArgs, as_json: JsonOption = False) -> None:
     """Floating-point operations for each token of a full context: forward, in training, and forward by part.
 
-    Matrix products only; the token table is the head. Training is three times the forward pass. With model.block_gates
-    there are two numbers more: what is executed without closed blocks, at the density that is configured.
+    Matrix products only; the token table is the head. Training is three times the forward pass, but for what has no
+    backward pass. With model.block_gates there are two numbers more: what is executed without closed blocks, at the
+    density that is configured.
 
     Examples: `duet model flops model/published model.vocab_size=50257`,
     `duet model flops model/decoder-125m model.vocab_size=50257 model.context=4096 --json`
@@ -130,13 +131,12 @@ def plan(
 
     Example: `duet plan model/parallel-1b3 model.vocab_size=50304 batch.tokens=1048576 --gpus 64 --gpu h100`
     """
-    from pretrain.config.schema import load
     from pretrain.planning.costs import costs
     from pretrain.planning.goodput import outlook, parse_times
 
     name, board = _board(gpu, tflops, memory)
     given = parse_times(time or [])
-    loaded = _with_vocabulary(load(config))
+    loaded = _with_vocabulary(_with_origin(config))
     found = costs(loaded, gpus, board, mfu)
     ahead = outlook(loaded, found, gpus, interruption_hours, given)
     if as_json:
@@ -173,6 +173,32 @@ def _board(gpu: str | None, tflops: float | None, memory: int | None) -> tuple[s
         f"--gpu {gpu}: not known; near it: {', '.join(known)} ({len(GPUS)} in docs/plan.md); any other by --tflops T "
         "--memory GB: its dense bf16 peak and its memory"
     )
+
+
+def _with_origin(args: list[str]) -> "Config":
+    """The configuration, which has the values of what `run.start_from` names unless others are given, its model too.
+
+    Raises:
+        RunError: the weights of another model are to be trained.
+    """
+    from data_pipeline.places import EXPORT, RUN, kind_of
+    from pretrain.config.layers import merged, read
+    from pretrain.config.schema import load
+    from pretrain.run import origin
+
+    section = merged(read(args)).get("run")
+    named = section.get("start_from") if isinstance(section, dict) else None
+    if not isinstance(named, str):
+        return load(args)
+    path = origin.parse(named)[0]
+    if kind_of(path) not in (EXPORT, RUN):
+        why = "no run folder or export is there, so what is configured is planned"
+        typer.echo(f"warning: run.start_from={named}: {why}", err=True)
+        return load(args)
+    found = load([str(origin.first_file(named)), *args])
+    if found.finetune.kind != "none":
+        origin.check_model(path, found)
+    return found
 
 
 def _with_vocabulary(config: "Config") -> "Config":

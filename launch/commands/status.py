@@ -48,23 +48,34 @@ def status(
 
 
 def _text(paths: list[Path]) -> str:
-    from data_pipeline.places import RUN, mistaken
     from launch.slurm.run_files import is_run
     from launch.slurm.run_status import statuses
 
     found, problem = statuses(paths)
+    _check_found(paths, found)
     now = time.time()
     single = len(found) == 1 and len(paths) == 1 and is_run(paths[0])
     lines = _block(found[0], now) if single else aligned([COLUMNS, *(_row(one, now) for one in found)])
     if not found:
-        lines = [f"{path}: {mistaken(path, RUN) or 'no runs in it'}" for path in paths]
+        lines = [f"{path}: no runs in it" for path in paths]
     return "\n".join([*lines, *([_printable(problem)] if problem else [])])
+
+
+def _check_found(paths: list[Path], found: "list[Status]") -> None:
+    """Raises RunError where there is no run, and one of the folders is something else of ours."""
+    from data_pipeline.errors import RunError
+    from data_pipeline.places import RUN, mistaken
+
+    told = [f"{path}: {why}" for path in paths if (why := mistaken(path, RUN))]
+    if told and not found:
+        raise RunError("\n".join(told))
 
 
 def _as_json(paths: list[Path]) -> str:
     from launch.slurm.run_status import statuses
 
     found, problem = statuses(paths)
+    _check_found(paths, found)
     content = {"slurm": problem or "asked", "runs": [asdict(one) for one in found]}
     return json.dumps(_strict(content), indent=1, ensure_ascii=False)
 

@@ -79,17 +79,43 @@ def ladder(
             for size, of_arms in rates.items():
                 typer.echo(f"{size}: " + ", ".join(f"{arm} {rate:g}" for arm, rate in of_arms.items()))
             runs = [run for run in loaded.climb(rates).runs() if run.section in loaded.sizes]
-        left = [run for run in runs if not is_done(run)]
+        left = [run for run in runs if not is_done(run, diverged=stage == "rates")]
         typer.echo(f"{stage}: {len(runs)} runs, of which {len(runs) - len(left)} are done; {search.folder}")
         if dry_run:
             for run in left:
                 typer.echo(f"left: {run.place}, {run.config().train.steps} steps")
             if left:
                 return
-        _train(left, jobs, ranks)
+        _train(left, jobs, ranks, diverged=stage == "rates")
         for run in runs:
-            keep(run, kept)
+            keep(run, kept, diverged=stage == "rates")
     typer.echo(f"all done; next: {shlex.join(['duet', 'study', 'report', str(study)])}")
+
+
+@app.command()
+def probe(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders or checkpoints.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where findings and pictures go.")] = Path("probes"),
+    tokens: Annotated[int, typer.Option(min=1, help="Of held-out text; probes are trained on two thirds.")] = 24576,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the models that were not trained.")] = 0,
+) -> None:
+    """Say what the streams of trained models know, layer by layer: linear probes, and how alike states are (CKA).
+
+    Each is held beside a model of the same shape that was not trained. A table is printed; findings and pictures are
+    written into FOLDER. Where that is the folder of a study, `duet study report` puts them into its page.
+
+    Examples: `duet study probe runs/first`,
+    `duet study probe runs/parallel runs/decoder --to what-they-know --tokens 100000`
+    """
+    from data_pipeline.files.atomic import write_atomic
+    from pretrain.probing.examine import examine
+    from pretrain.probing.page import pictures, table
+
+    found = examine(runs, tokens, seed, lambda text: typer.echo(text, err=True))
+    found.write(to)
+    for name, content in pictures(found).items():
+        write_atomic(to / f"{name}.png", content)
+    typer.echo("\n".join(table(found)))
 
 
 @app.command()
@@ -101,6 +127,8 @@ def report(study: StudyArg) -> None:
 
     Example: `duet study report docs/experiments/learned-dropout.yaml`
     """
+    from pretrain.probing.findings import FILE, Findings
+    from pretrain.probing.page import NAME, table
     from pretrain.study.ladder import FIT, load_ladder
     from pretrain.study.ladder_page import fit_of, points_of
     from pretrain.study.page import NOT_RUN, Page
@@ -111,27 +139,30 @@ def report(study: StudyArg) -> None:
     kept = study.with_suffix("") / "journals"
     rungs, more, curves = load_ladder(study), dict[str, list[str]](), dict[str, bytes]()
     loaded = rungs.search() if rungs else load_study(study)
-    new = sum(keep(run, kept) for run in loaded.runs(list(loaded.sections)))
+    new = sum(keep(run, kept, diverged=rungs is not None) for run in loaded.runs(list(loaded.sections)))
     later = [f"{name}-validation" for name, section in loaded.sections.items() if not section.settings]
     if rungs:  # the page is begun whole, whenever that is
         more = {name: [f"*{NOT_RUN}*"] for name in (*rungs.sizes, FIT)}
         later += [*(f"{name}-validation" for name in rungs.sizes), f"{FIT}-curves"]
     if rungs and all(Results(loaded, kept).of(run.section, run.arm) for run in loaded.runs()):
         loaded = rungs.climb(rungs.rates_of(Results(loaded, kept)))
-        new = sum(keep(run, kept) for run in loaded.runs(list(loaded.sections)))
+        new += sum(keep(run, kept) for run in loaded.runs(list(rungs.sizes)))
         more[FIT], curves = fit_of(rungs, points_of(rungs, Results(loaded, kept)))
+    if (kept.parent / FILE).is_file():
+        more[NAME] = [*table(Findings.read(kept.parent))]
+        later += [f"{NAME}-answers", f"{NAME}-likeness"]
     results = Results(loaded, kept)
     page = study.with_suffix(".md")
-    Page(loaded, results, page, more, later).write(pictures(loaded, results) | curves)
+    Page(loaded, results, page, more, later, computed=rungs is not None).write(pictures(loaded, results) | curves)
     typer.echo(f"{page}: {new} runs read from {loaded.folder}")
 
 
-def _train(left: "list[StudyRun]", jobs: int, ranks: int) -> None:
-    """To the end of all of them, or of the command."""
+def _train(left: "list[StudyRun]", jobs: int, ranks: int, *, diverged: bool = False) -> None:
+    """To the end of all of them, or of the command; `diverged`: one that diverges has not failed."""
     from launch.local.study_runs import Running
 
     os.environ.pop("RANK", None)
-    running = Running(left, jobs, ranks, typer.echo)
+    running = Running(left, jobs, ranks, typer.echo, diverged)
     running.work()
     if running.failed:
         typer.echo(f"error: {len(running.failed)} runs failed: {', '.join(r.place for r in running.failed)}", err=True)

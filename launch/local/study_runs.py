@@ -20,15 +20,15 @@ from model.costs.totals import num_parameters
 from pretrain.config.dataset_identity import Built, complete, identity
 from pretrain.config.schema import Config, load
 from pretrain.run.run_folder import RunFolder
-from pretrain.run.run_listing import run_state
-from pretrain.study.results import ROUNDINGS
+from pretrain.run.run_listing import run_state, tail
+from pretrain.study.results import ROUNDINGS, has_diverged
 from pretrain.study.spec import Counted, Study, StudyRun
 
 LOOK_SECONDS = 1.0
 
 
-def is_done(run: StudyRun) -> bool:
-    """Whether it was trained to its end, and evaluated.
+def is_done(run: StudyRun, *, diverged: bool = False) -> bool:
+    """Whether it was trained to its end, and evaluated; with `diverged` also whether it has diverged.
 
     Raises:
         RunError: its folder holds a run of other settings, or of another dataset.
@@ -39,6 +39,8 @@ def is_done(run: StudyRun) -> bool:
         return False
     config, dataset = _complete(run.config())
     folder.check(config, identity(config, dataset))
+    if diverged and has_diverged(tail(folder.journal)):
+        return True
     evaluated = not config.model.dropout_sites or (run.path / ROUNDINGS).is_file()
     return run_state(run.path).state == "finished" and evaluated
 
@@ -81,6 +83,8 @@ class Running:
     jobs: int
     ranks: int
     say: Callable[[str], None]
+    diverged: bool = False
+    """One that diverges is done, and has not failed."""
     failed: list[StudyRun] = field(default_factory=list)
     _active: dict[subprocess.Popen[bytes], tuple[StudyRun, float]] = field(default_factory=dict)
     _interrupts: int = 0
@@ -114,6 +118,8 @@ class Running:
     def _ended(self, run: StudyRun, code: int, seconds: float, left: float) -> None:
         if code == 0 and is_done(run):
             self.say(f"{run.place}: done in {seconds:.0f} s; {len(self.runs)} to begin, {left / 60:.0f} min left")
+        elif self.diverged and is_done(run, diverged=True):
+            self.say(f"{run.place}: diverged after {seconds:.0f} s; its loss counts as infinite")
         elif self._interrupts:
             self.say(f"{run.place}: stopped; the same command goes on with it")
         else:

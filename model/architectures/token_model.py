@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import ConfigError
 from model.architectures.backbone import Backbone, Embedded, Hidden, SourceSequence
 from model.attention.cache import Cached
+from model.attention.linformer import share_slots
 from model.attention.visibility import CAUSAL, Visible, visible_in, visible_source, visible_target
 from model.batch import Batch, ModelOutput
 from model.config.mask_config import PenaltyConfig
@@ -48,6 +49,7 @@ class TokenModel(Cached):
         if config.traits.two_sequences:
             self.target_dropout = dropout_at(config, "embed", 1)
         self.backbone = backbone()
+        share_slots(self.backbone)
 
     @overload
     def forward(self, inputs: Batch) -> ModelOutput: ...

@@ -128,6 +128,14 @@ class Cache:
         values[:, :, self.length : end] = value
         return keys[:, :, :end], values[:, :, :end]
 
+    def append_one(self, place: Cached, column: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The same in half the time for one new column, once there are some: `column` [1] int64 is `length`."""
+        keys, values = self._stored[place, self.step]
+        end = self.length + 1
+        keys.index_copy_(2, column, key)
+        values.index_copy_(2, column, value)
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+
     def held(self, place: Cached) -> tuple[Tensor, Tensor] | None:
         """Keys and values [B, H, S, d] that such a place has added in the passes before; None before the first."""
         if (place, self.step) not in self._stored:

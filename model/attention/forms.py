@@ -120,8 +120,7 @@ class Strided(NamedTuple):
         """Of a stride alone."""
         if rows.alike and rows.causal:
             return cls(pattern.stride, None)
-        lines = torch.arange(0, rows.length, pattern.stride, device=rows.device)
-        columns = torch.arange(pattern.stride, device=rows.device)[:, None] + lines
+        columns = _columns(rows, pattern.stride)
         return cls(pattern.stride, rows.grid(pattern, columns, columns))
 
     def attend(self, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -130,11 +129,42 @@ class Strided(NamedTuple):
         lines = -(-length // self.stride)
 
         def cut(x: Tensor) -> Tensor:
-            return _padded(x, lines * self.stride).unflatten(2, (lines, self.stride)).transpose(2, 3).flatten(0, 1)
+            return _in_columns(_padded(x, lines * self.stride), self.stride).flatten(0, 1)
 
         mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask.repeat_interleave(heads, dim=0)
         found = kernel(cut(query), cut(key), cut(value), mask, self.mask is None)
-        return found.unflatten(0, (rows, heads)).transpose(2, 3).flatten(2, 3)[:, :, :length]
+        return _in_order(found.unflatten(0, (rows, heads)))[:, :, :length]
+
+
+class Union(NamedTuple):
+    """A window, and positions that are a multiple of its width away: one softmax over the scores of both."""
+
+    near: Gathered
+    far: Tensor
+    """[B, stride, n, n] bool, of each column of a row that is cut into lines; what the window has left out."""
+
+    @classmethod
+    def of(cls, rows: Rows, pattern: Pattern) -> "Union":
+        """Of a window and a stride as wide, which share the query's own position alone."""
+        columns = _columns(rows, pattern.stride)
+        far = rows.grid(Pattern(stride=pattern.stride), columns, columns)
+        own = torch.eye(columns.shape[1], dtype=torch.bool, device=rows.device)
+        return cls(Gathered.of(rows, Pattern(window=pattern.window)), far & ~own)
+
+    def attend(self, _: Kernel, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[B, H, T, d] of each -> [B, H, T, d]; no kernel has it, and the scores of both parts are formed."""
+        length, size, lines = query.shape[2], self.near.size, self.far.shape[-1]
+        query, key, value = (_padded(x, lines * size) for x in (query, key, value))
+        # As precise as a kernel's sums.
+        low, wide = value.dtype, torch.promote_types(value.dtype, torch.float32)
+        query, key = query.to(wide) * query.shape[3] ** -0.5, key.to(wide)
+        near = query.unflatten(2, (lines, size)) @ self.near.keys(key).transpose(3, 4)
+        near = near + hidden(self.near.mask, wide)[:, None]
+        far = _in_columns(query, size) @ _in_columns(key, size).transpose(3, 4) + hidden(self.far, wide)[:, None]
+        weights = torch.cat([near.flatten(2, 3), _in_order(far)], dim=-1).softmax(-1).to(low)
+        close, others = weights.split([near.shape[-1], lines], dim=-1)
+        found = (close.unflatten(2, (lines, size)) @ self.near.keys(value)).flatten(2, 3)
+        return (found + _in_order(_in_columns(others, size) @ _in_columns(value, size)))[:, :, :length]
 
 
 class Asking(NamedTuple):
@@ -176,12 +206,13 @@ class Halves(NamedTuple):
     masks: tuple["Mask", ...]
 
 
-Mask = Tensor | BlockMask | Gathered | Chunks | Strided | Asking | Halves | None
+Mask = Tensor | BlockMask | Gathered | Chunks | Strided | Union | Asking | Halves | None
 """What is seen: [B, G, T, S] bool for each of G groups of heads side by side, a form of it, or None: see `Visible`."""
 _FORMS: dict[str, Callable[[Rows, Pattern], Mask]] = {
     "gathered": Gathered.of,
     "chunks": Chunks.of,
     "strided": Strided.of,
+    "union": Union.of,
 }
 
 
@@ -208,7 +239,8 @@ def _made(rows: Rows, patterns: Patterns, in_blocks: bool, dense: bool) -> Mask:
 
 
 def _form(rows: Rows, pattern: Pattern) -> Mask:
-    form = pattern.form(rows.length, documents=not rows.alike, prefix=rows.prefixes is not None)
+    documents, prefix = not rows.alike, rows.prefixes is not None
+    form = pattern.form(rows.length, documents=documents, prefix=prefix, both_ways=not rows.causal)
     if form == "full" and rows.whole:
         return None
     return _FORMS[form](rows, pattern) if form in _FORMS else rows.dense((pattern,))
@@ -218,5 +250,29 @@ _shared = lru_cache(maxsize=8)(_made)
 """Of rows that are alike, for all batches of that length."""
 
 
+def hidden(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """-inf where a bool mask is False, else 0: what is added to scores.
+
+    Torch fills by a mask that is broadcast in seven times the time of an addition, forward and backward.
+    """
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
 def _padded(x: Tensor, length: int) -> Tensor:
     return functional.pad(x, (0, 0, 0, length - x.shape[2])) if length > x.shape[2] else x
+
+
+def _columns(rows: Rows, stride: int) -> Tensor:
+    """[stride, n]: positions of each column of a row that is cut into lines."""
+    lines = torch.arange(0, rows.length, stride, device=rows.device)
+    return torch.arange(stride, device=rows.device)[:, None] + lines
+
+
+def _in_columns(x: Tensor, stride: int) -> Tensor:
+    """[B, H, T, d] -> [B, H, stride, T / stride, d]."""
+    return x.unflatten(2, (-1, stride)).transpose(2, 3)
+
+
+def _in_order(x: Tensor) -> Tensor:
+    """The way back."""
+    return x.transpose(2, 3).flatten(2, 3)

@@ -13,6 +13,9 @@ from model.attention.visibility import Visible
 from model.config.pattern_config import Pattern
 from model.config.transformer import TransformerConfig
 
+_UNIT = 2**24
+"""Parts of a vector's length that are counted: sums of whole numbers are the same in any order, on any ranks."""
+
 
 class Routing(Softmax, Cached):
     """The first heads look at a window; the others, whose keys are their queries, at tokens of the query's cluster.
@@ -30,7 +33,7 @@ class Routing(Softmax, Cached):
     centroids: Tensor
     """[R, K, d] fp32, of length 1, of R routed heads."""
     sums: Tensor
-    """[R, K, d + 1] fp32: of the tokens since the last step, by cluster, and their number."""
+    """[R, K, d + 1] int64: of the tokens since the last step, by cluster, in parts of a unit, and their number."""
     counts = True
 
     def __init__(self, config: TransformerConfig, name: str, *, both_ways: bool) -> None:
@@ -46,7 +49,8 @@ class Routing(Softmax, Cached):
         self._window = scores.window_at(config.context)
         start = torch.randn(self.routed_heads, clusters, size)
         self.register_buffer("centroids", functional.normalize(start, dim=-1))
-        self.register_buffer("sums", torch.zeros(self.routed_heads, clusters, size + 1), persistent=False)
+        sums = torch.zeros(self.routed_heads, clusters, size + 1, dtype=torch.int64)
+        self.register_buffer("sums", sums, persistent=False)
 
     def routed(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B, T, C] and keys of the local heads -> queries and keys of all heads, [B, T, C]."""
@@ -58,8 +62,9 @@ class Routing(Softmax, Cached):
     @torch.no_grad()
     def move(self, sums: Tensor) -> None:
         """After a step: centroids by the `sums` of all ranks; one without a token stays. This rank's begin anew."""
-        total, number = sums[..., :-1], sums[..., -1:]
-        moved = self._decay * self.centroids + (1 - self._decay) * total / number.clamp(min=1.0)
+        total, number = sums[..., :-1].double() / _UNIT, sums[..., -1:]
+        mean = (total / number.clamp(min=1)).to(self.centroids.dtype)
+        moved = self._decay * self.centroids + (1 - self._decay) * mean
         self.centroids.copy_(torch.where(number > 0, functional.normalize(moved, dim=-1), self.centroids))
         self.sums.zero_()
 
@@ -156,9 +161,10 @@ class Routing(Softmax, Cached):
 
     def _count(self, key: Tensor, own: Tensor, padding: Tensor | None) -> None:
         clusters = self.centroids.shape[1]
-        vectors = functional.pad(functional.normalize(key.to(self.sums.dtype), dim=-1), (0, 1), value=1.0)
+        vectors = (functional.normalize(key.to(self.centroids.dtype), dim=-1) * _UNIT).round().long()
+        vectors = functional.pad(vectors, (0, 1), value=1)
         if padding is not None:
-            vectors = vectors.masked_fill(padding[:, None, :, None], 0.0)
+            vectors = vectors.masked_fill(padding[:, None, :, None], 0)
         at = own + clusters * torch.arange(self.routed_heads, device=own.device)[:, None]
         sizes = torch.zeros_like(self.sums).view(-1, vectors.shape[-1])
         sizes.index_add_(0, at.flatten(), vectors.flatten(0, 2))

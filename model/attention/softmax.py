@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from data_pipeline.errors import ConfigError
-from model.attention.forms import Asking, Chunks, Gathered, Halves, Mask, Strided
+from model.attention.forms import Asking, Chunks, Gathered, Halves, Mask, Strided, Union, hidden
 from model.attention.visibility import Visible
 from model.config.transformer import TransformerConfig
 from model.layers.dropout import noise_site, weight_dropout
@@ -84,8 +84,7 @@ class Softmax(nn.Module):
             mask = mask.repeat_interleave(scores.shape[1] // mask.shape[1], dim=1)
         if mask is None:
             return scores
-        # Added, since torch fills by a mask that is broadcast in seven times the time, forward and backward.
-        return scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+        return scores + hidden(mask, scores.dtype)
 
     def _scores(self, query: Tensor, key: Tensor, visible: Visible) -> Tensor:
         """[B, H, T, S], of keys that are not seen, too; B may be 1 where all rows have the same."""
@@ -105,7 +104,7 @@ class Softmax(nn.Module):
         if isinstance(mask, BlockMask):
             return _in_blocks(query, key, value, mask)
         kernel = _fused if self._kernel == "flash" else plain
-        if isinstance(mask, Gathered | Chunks | Strided | Asking):
+        if isinstance(mask, Gathered | Chunks | Strided | Union | Asking):
             return mask.attend(kernel, query, key, value)
         return kernel(query, key, value, mask, causal and mask is None)
 

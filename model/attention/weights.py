@@ -1,15 +1,26 @@
 """How scores become weights where it is not a softmax; the weights are formed, since no kernel has these."""
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model.attention.forms import Gathered, hidden
+from model.attention.rule import Rows
 from model.attention.softmax import Softmax
 from model.attention.visibility import Visible
+from model.config.pattern_config import Pattern
 from model.config.transformer import TransformerConfig
 from model.layers.entmax import SMALLEST, entmax
+
+TRIM = 64
+"""Keys that no span of a layer reaches are left out in steps of so many."""
+_FEWEST = 4
+"""Steps of a text from which on this pays (benchmarks/attention.md)."""
+_blocks = lru_cache(maxsize=8)(Gathered.of)
+"""For all batches of that length."""
 
 
 def mixer_of(config: TransformerConfig, heads: int, name: str, *, aligned: bool = True) -> Softmax:
@@ -57,8 +68,9 @@ class Entmax(Softmax):
 class AdaptiveSpan(Softmax):
     """A softmax whose weights fall to 0 over a ramp, from a distance on that each head learns.
 
-    "Adaptive Attention Span in Transformers", arXiv:1905.07799, equations 3 to 5. Tells of each head in training:
-    `span`, z in tokens, as penalised, with its gradient.
+    "Adaptive Attention Span in Transformers", arXiv:1905.07799, equations 3 to 5. Keys that no head of the layer
+    reaches are left out of a long text, in blocks of the widest head's reach. Tells of each head in training: `span`,
+    z in tokens, as penalised, with its gradient.
     """
 
     counts = True
@@ -79,6 +91,40 @@ class AdaptiveSpan(Softmax):
         """Tokens that the widest head sees, its own included."""
         return math.ceil(self.spans().max().item() + self._ramp)
 
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
+        """See `Softmax.forward`."""
+        # Noise on weights is that of a place in T x T, compiled layers have fixed shapes, and of a short text nothing
+        # would be left out: the device is not asked for the spans.
+        drops = self._rate and keys is not None
+        if drops or torch.compiler.is_compiling() or key.shape[2] < _FEWEST * TRIM:
+            return super().forward(query, key, value, keys, visible)
+        size = -(-self.reach() // TRIM) * TRIM
+        if visible.key_positions is not None:
+            return super().forward(query, *_reached(key, value, size, visible))
+        mask, length = visible.mask, query.shape[2]
+        alike = mask is None or (isinstance(mask, Tensor) and mask.shape[1] == 1)
+        if not alike or length != key.shape[2] or length < _FEWEST * size:
+            return super().forward(query, key, value, keys, visible)
+        blocks = _blocks(Rows(torch.Size((1, length)), query.device, visible.causal), Pattern(window=size))
+        if isinstance(mask, Tensor):
+            blocks = blocks.within(mask[:, 0])
+        spans = self.spans()
+        if keys is not None:
+            self._tell(span=spans)
+        return blocks.attend(lambda *given: self._in_blocks(spans, *given), query, key, value)
+
+    def _in_blocks(
+        self, spans: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, _: bool
+    ) -> Tensor:
+        """Of blocks [B H, n, w, d] of queries, and [B H, n, K, d] of keys from w places before the first one on."""
+        assert mask is not None
+        scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+        scores = scores + hidden(mask, scores.dtype)
+        keys = torch.arange(key.shape[2], device=key.device)
+        queries = keys[: query.shape[2]] + query.shape[2]
+        weights = self._spanned(scores.unflatten(0, (-1, len(spans))), spans, queries, keys)
+        return weights.flatten(0, 1).to(value.dtype) @ value
+
     def _normalised(self, scores: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
         assert visible.aligned
         queries = visible.positions
@@ -89,9 +135,22 @@ class AdaptiveSpan(Softmax):
         spans = self.spans()
         if keys is not None:
             self._tell(span=spans)
+        return self._spanned(scores, spans, queries[:, None], others[:, None])
+
+    def _spanned(self, scores: Tensor, spans: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        weights: Tensor = _Spanned.apply(scores, spans.to(scores.dtype), self._ramp, queries, others)
+        weights: Tensor = _Spanned.apply(scores, spans.to(scores.dtype), self._ramp, queries, keys)
         return weights
+
+
+def _reached(key: Tensor, value: Tensor, reach: int, visible: Visible) -> tuple[Tensor, Tensor, None, Visible]:
+    """What is kept of a text in a cache, without the first of it as far as no query comes within `reach` of them."""
+    queries, at, mask = visible.positions, visible.key_positions, visible.mask
+    assert queries is not None and at is not None and (mask is None or isinstance(mask, Tensor))
+    near = (queries[:, :, None] - at[:, None]).abs() < reach
+    first = int(near.flatten(0, 1).any(0).int().argmax())
+    mask = None if mask is None else mask[..., first:]
+    return key[:, :, first:], value[:, :, first:], None, visible._replace(mask=mask, key_positions=at[:, first:])
 
 
 class _Held(torch.autograd.Function):
@@ -111,10 +170,12 @@ class _Held(torch.autograd.Function):
 
 
 class _Spanned(torch.autograd.Function):
-    """chi exp(s) / sum(chi exp(s)) over the last dimension; of T x T it keeps the result alone."""
+    """chi exp(s) / sum(chi exp(s)) of scores [B, H, .., T, S] over the last dimension, of which it keeps the result
+    alone; spans z [H], positions of queries [.., T] and of keys [.., S]."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, spans: Tensor, ramp: int, queries: Tensor, keys: Tensor) -> Tensor:
+        spans = spans.view(-1, *[1] * (scores.dim() - 2))
         chi = _chi(spans, ramp, queries, keys)
         weights = scores.masked_fill(chi == 0, -torch.inf).softmax(-1) * chi
         weights = weights / weights.sum(-1, keepdim=True)
@@ -129,10 +190,10 @@ class _Spanned(torch.autograd.Function):
         chi = _chi(spans, ctx.ramp, queries, keys)
         # The logarithm of chi is added to the scores; it rises with z inside the ramp only.
         of_spans = torch.where((chi > 0) & (chi < 1), of_scores / chi / ctx.ramp, 0.0)
-        return of_scores, of_spans.sum((0, 2, 3)), None, None, None
+        return of_scores, of_spans.sum((0, *range(2, of_spans.dim()))), None, None, None
 
 
 def _chi(spans: Tensor, ramp: int, queries: Tensor, keys: Tensor) -> Tensor:
-    """[B, H, T, S] in [0, 1]: 1 up to z [H], 0 from z + ramp on; positions of queries [B, T] and keys [B, S]."""
-    distance = (queries[:, None, :, None] - keys[:, None, None, :]).abs().to(spans.dtype)
-    return ((spans[:, None, None] + ramp - distance) / ramp).clamp(0.0, 1.0)
+    """In [0, 1]: 1 up to z, 0 from z + ramp on."""
+    distance = (queries[..., None] - keys[..., None, :]).abs().to(spans.dtype)
+    return ((spans + ramp - distance) / ramp).clamp(0.0, 1.0)

@@ -52,9 +52,10 @@ class LearnedDropoutConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan
     """Off: no masks, no penalties."""
     sites: list[Site] | None = Field(default=None, min_length=1)
     """What is masked; the feed forwards of each stream unless given."""
-    source: Literal["attention", "embed", "elementwise"] = "attention"
+    source: Literal["attention", "embed", "low_rank", "elementwise"] = "attention"
     """What gives the angle: causal attention over the tensor that is masked, over one shared attention over the
-    embedded tokens, or the tensor itself, element by element."""
+    embedded tokens, a linear map of rank width / 4 of each token that is masked, or the tensor itself, element by
+    element."""
     detach_embed: bool = False
     """With source `embed`: the masks send no gradient into the embedded tokens."""
     shift_init: float = Field(default=0.5, ge=0.0, le=3.1416)

@@ -10,6 +10,8 @@ CHUNK = 256
 """Queries that share a slice of the keys, where a window is computed chunk by chunk."""
 _MOST_GATHERED = 128
 """Tokens of the widest window that is computed in blocks of its own width (benchmarks/attention.md)."""
+_FEWER = 3
+"""A query is scored against one in so many of a row's keys at most, where one softmax over window and stride pays."""
 _MOST = 2**31 - 1
 """Of tokens that a key may name: more than any text has."""
 FEWEST = 256
@@ -26,10 +28,10 @@ class QueryChunk(NamedTuple):
     """Other keys: sinks, and ends of blocks."""
 
 
-Form = Literal["full", "dense", "gathered", "chunks", "strided"]
+Form = Literal["full", "dense", "gathered", "chunks", "strided", "union"]
 """How a pattern is computed where FlexAttention does not run: as if there were none; with a mask T x T; blocks of
 queries with those of keys that they see; chunks of queries, one after the other; each column of T / stride rows on its
-own."""
+own; the same and blocks, by one softmax."""
 
 
 class Pattern(NamedTuple):
@@ -84,20 +86,24 @@ class Pattern(NamedTuple):
             return None
         return max([self.sinks, *(position + 1 for position in self.marked)]), max(self.window, self.block, 1)
 
-    def form(self, tokens: int, *, documents: bool = False, prefix: bool = False) -> Form:
+    def form(self, tokens: int, *, documents: bool = False, prefix: bool = False, both_ways: bool = False) -> Form:
         """How it is computed over rows of so many tokens: the fastest, as measured on a CPU (benchmarks/attention.md).
 
         Args:
             documents: positions do not count from the start of the row, so sinks and blocks have no fixed columns.
             prefix: the start of each row is seen by all of it.
+            both_ways: a query sees what comes after it, too.
         """
         if self.covers(tokens):
             return "full"
         near = self.window or self.block
         counted = self.sinks or self.block or self.summary
-        both = self.stride and (near or self.summary)
-        if prefix or self.marked or both or (documents and counted) or tokens < max(FEWEST, 4 * max(near, self.period)):
+        if prefix or self.marked or (documents and counted) or tokens < max(FEWEST, 4 * max(near, self.period)):
             return "dense"
+        if self.stride and (near or counted):
+            few = _FEWER * ((2 + both_ways) * near + tokens / self.stride) <= tokens
+            pays = few and tokens >= (1 + both_ways) * FEWEST
+            return "union" if pays and self.window == self.stride and not counted else "dense"
         if self.stride:
             return "strided"
         if not self.summary and (self.block or near <= _MOST_GATHERED):

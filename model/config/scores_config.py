@@ -24,6 +24,8 @@ class ScoresConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     """`synthesizer`: `random` is learned; else it stays as it was drawn."""
     slots: int = Field(default=128, ge=1, le=2**31 - 1)
     """`linformer`: so many sums of keys, and of values."""
+    sharing: Literal["none", "headwise", "key_value", "layerwise"] = "headwise"
+    """`linformer`: what has sums in common: nothing; heads of a layer; these, keys and values; or all layers, too."""
     clusters: int | None = Field(default=None, ge=1, le=2**31 - 1)
     """`routing`: of each routed head; √context unless given."""
     window: int | None = Field(default=None, ge=1, le=2**31 - 1)
@@ -41,7 +43,8 @@ class ScoresConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
 
     @model_validator(mode="after")
     def _keys_are_of_the_kind(self) -> "ScoresConfig":
-        of = dict.fromkeys(("parts", "rank", "trainable"), "synthesizer") | {"slots": "linformer"}
+        of = dict.fromkeys(("parts", "rank", "trainable"), "synthesizer")
+        of |= dict.fromkeys(("slots", "sharing"), "linformer")
         of |= dict.fromkeys(("clusters", "window", "routed_heads", "cluster_window", "decay", "assign"), "routing")
         for key, kind in of.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.kind != kind:
@@ -69,6 +72,15 @@ class ScoresConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
             "dot": 0,
         }
         return sum(size[part] for part in self.parts) + (heads * len(self.parts) if len(self.parts) > 1 else 0)
+
+    def slot_weights(self, context: int, heads: int) -> int:
+        """Parameters of the sums that are a layer's own."""
+        tables = {"none": 2 * heads, "headwise": 2, "key_value": 1, "layerwise": 0}
+        return tables[self.sharing] * self.slots * context
+
+    def shared_slot_weights(self, context: int) -> int:
+        """Of those that all layers share."""
+        return self.slots * context if self.kind == "linformer" and self.sharing == "layerwise" else 0
 
     def clusters_at(self, context: int) -> int:
         """Centroids of a routed head: √n is the cheapest (arXiv:2003.05997, section 4.1)."""

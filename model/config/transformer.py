@@ -114,6 +114,11 @@ class TransformerConfig(ModelConfig, frozen=True):
         return bool(self.dropout_sites) and self.learned_dropout.source == "embed"
 
     @property
+    def mask_rank(self) -> int:
+        """Of the map that gives the angle with source `low_rank`: a quarter of the width."""
+        return max(1, self.width // 4)
+
+    @property
     def dropout_sites(self) -> tuple[Site, ...]:
         """Sites of learned dropout; none when it is off."""
         return self._sites_of(self.learned_dropout)

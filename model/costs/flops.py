@@ -2,7 +2,7 @@
 
 from model.config.model_config import ModelConfig
 from model.config.transformer import TransformerConfig
-from model.costs.totals import CostsUnknown, executed_flops, forward_flops, gated_flops
+from model.costs.totals import CostsUnknown, executed_flops, forward_flops, forward_only_flops, gated_flops
 from model.gpus import peak_flops
 from model.layers.block_sizes import pays
 
@@ -13,19 +13,22 @@ def forward_flops_per_token(config: ModelConfig, pairs: bool = False) -> float:
 
 
 def training_flops_per_token(config: ModelConfig, pairs: bool = False) -> float:
-    """Three times the forward pass: the backward pass computes two products for each one (PaLM, appendix B)."""
-    return 3 * forward_flops_per_token(config, pairs)
+    """Three times the forward pass: the backward pass computes two products for each one (PaLM, appendix B).
+
+    But for those that no gradient goes through.
+    """
+    return (3 * forward_flops(config, pairs) - 2 * forward_only_flops(config, pairs)) / config.context
 
 
 def executed_flops_per_token(config: ModelConfig, pairs: bool = False, *, training: bool = False) -> float:
     """The same without closed blocks, at the density that is configured and where open blocks alone are computed.
 
-    `training`: three times as many; of gates whose training never leaves closed blocks out, all.
+    `training`: as `training_flops_per_token`; of gates whose training never leaves closed blocks out, all.
     """
     if not training:
         return executed_flops(config, pairs) / config.context
     if not isinstance(config, TransformerConfig) or config.block_gates.sparse_at(None):
-        return 3 * executed_flops(config, pairs) / config.context
+        return (3 * executed_flops(config, pairs) - 2 * forward_only_flops(config, pairs)) / config.context
     return training_flops_per_token(config, pairs)
 
 

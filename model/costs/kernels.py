@@ -53,7 +53,7 @@ def kept_by_streams(of: Attended, asking: int) -> Kept:
 
 
 def _form(pattern: Pattern, of: Attended) -> str:
-    form = pattern.form(of.tokens, documents=of.documents)
+    form = pattern.form(of.tokens, documents=of.documents, both_ways=not of.causal)
     return "dense" if of.dense and form != "full" else form
 
 
@@ -73,9 +73,20 @@ def _kept(pattern: Pattern, of: Attended) -> Kept:
         whole = lines * pattern.stride
         mask = 0 if of.causal and not of.documents else each_head * whole * lines
         return Kept(_saved(of, whole, 4 * whole) + mask * of.size, views=False)
+    if form == "union":
+        return Kept(_by_one_softmax(of, pattern.stride), views=False)
     size = pattern.window or pattern.block
     seen = min(pattern.sinks, of.tokens) + size * (1 + bool(pattern.window) * (1 if of.causal else 2))
     return Kept(in_blocks(of, size, seen, each_head), views=False)
+
+
+def _by_one_softmax(of: Attended, stride: int) -> int:
+    """Copies in blocks and by columns, weights, and those of the columns once more."""
+    lines, low = -(-of.tokens // stride), of.size < _FP32
+    near = 2 if of.causal else 3
+    vectors = (3 + near) * _FP32 + (1 + near) * of.size  # of queries and keys in fp32, and of values
+    weights = (near * stride + lines) * (_FP32 + low * of.size) + lines * of.size
+    return of.rows * lines * stride * (vectors * of.width + of.heads * weights)
 
 
 def in_blocks(of: Attended, size: int, seen: int, masks: int) -> int:

@@ -79,17 +79,18 @@ def _by_cluster(shape: "Shape", config: TransformerConfig, tokens: int, *, causa
 
 def _over_slots(shape: "Shape", config: TransformerConfig, tokens: int) -> Mixed:
     slots, rate = config.scores.slots, config.attention_rate
+    formed = config.attention == "explicit" or rate > 0
     # What is read, queries, two copies of keys and values that are summed, and what they come to.
     saved = 4 * shape.vectors(tokens) + 2 * shape.vectors(slots)
     if config.positions == "rotary":
         saved += tokens * 2 * (config.width // config.heads // 2) * 2 * _FP32
-    else:  # the queries are a view of all
+    elif not formed:  # the queries are a view of all
         saved += 2 * shape.vectors(tokens) // config.queries_per_kv_head
-    if config.attention == "explicit" or rate:
+    if formed:
         saved += formed_bytes(shape, tokens, slots, config.heads, rate)
     else:
         saved += shape.rows * config.heads * tokens * _FP32
-    return Mixed(2 * slots * config.context, tokens * 8 * slots * config.width, saved)
+    return Mixed(config.scores.slot_weights(config.context, config.heads), tokens * 8 * slots * config.width, saved)
 
 
 def _synthesizer_flops(config: TransformerConfig, tokens: int, keys: float) -> int:

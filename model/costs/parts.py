@@ -9,7 +9,7 @@ vocabulary V, feed forward of width F (three maps for SwiGLU), and g heads of qu
     attention                  2 (2 + 2 / g) C² + 4 T C
     cross attention            4 C², of what is read 4 C² / g, and 4 S C over S read tokens
     feed forward               2 (2 or 3) F C; with G block gates 2 G C more, and of F only what is open is executed
-    learned dropout, a mask    6 C² + 4 T C; nothing where it comes from the element alone (docs/model.md B1)
+    learned dropout, a mask    6 C² + 4 T C; C² of a map of low rank, nothing of the element alone (docs/model.md B1)
     its shared source          8 C² + 4 T C
     head                       2 V C
 
@@ -53,7 +53,7 @@ class Part(NamedTuple):
     """As `duet model params` and `flops` print it; parts of a name are added up."""
     parameters: int = 0
     flops: int = 0
-    """Of a forward pass over a sample."""
+    """Of a forward pass over a sample, in training."""
     saved: int = 0
     """Bytes kept for the backward pass of a micro-batch."""
     gated: int = 0
@@ -62,6 +62,8 @@ class Part(NamedTuple):
     """Of these, what is left out at the density that is configured."""
     mixed: int = 0
     """Channels of a token that attention takes and gives: queries, keys, values and result."""
+    forward_only: int = 0
+    """Of the FLOPs, those that no gradient goes through: a backward pass has none for them."""
 
 
 class Costs(NamedTuple):
@@ -194,8 +196,8 @@ def loss_bytes(shape: Shape) -> tuple[int, int]:
     """What the loss keeps, and what is there beside it for a moment (model/layers/chunked_loss.py)."""
     config = shape.config
     assert config.vocab_size is not None
-    vocabulary = config.vocab_size if config.label_head is None else config.label_head.outputs
     count, width = shape.held(shape.targets), config.width
+    vocabulary = config.vocab_size if config.label_head is None else config.label_head.outputs
     chunk = chunk_tokens(count, vocabulary, width)
     table = vocabulary * width
     kept = shape.vectors(shape.targets) + table * (shape.size if chunk == count else _FP32)
@@ -217,6 +219,8 @@ def embedded(shape: Shape, tokens: int, *, causal: bool | None = None, again: bo
         parts.append(Part("position table", rows * config.width, saved=saved))
     if not isinstance(config, TransformerConfig):
         return parts
+    if not again and (slots := config.scores.shared_slot_weights(config.context)):
+        parts.append(Part("slots", slots))
     if config.shares_mask_source:
         square = 2 * config.width**2
         flops = tokens * 4 * square + shape.scores(tokens, causal)
@@ -344,6 +348,9 @@ def site(shape: Shape, name: Site, tokens: int, causal: bool) -> list[Part]:
     if masks.source == "elementwise":
         weights, flops, mixed = 2 * width, 0, 0
         saved += 0 if exact else shape.vectors(tokens, _FP32)
+    elif masks.source == "low_rank":
+        weights, flops, mixed = (2 * config.mask_rank + 1) * width, tokens * 4 * config.mask_rank * width, 0
+        saved += shape.vectors(tokens) * config.mask_rank // width
     else:
         weights, flops = (3 * width + 1) * width, tokens * 6 * width**2 + shape.scores(tokens, causal)
         saved += attention_bytes(shape, tokens, tokens, config.heads, causal=causal, read=False)

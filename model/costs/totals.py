@@ -74,6 +74,11 @@ def forward_flops(config: ModelConfig, pairs: bool = False) -> int:
     return sum(sample_flops_by_part(config, pairs).values())
 
 
+def forward_only_flops(config: ModelConfig, pairs: bool = False) -> int:
+    """Of a sample's `forward_flops`, those that have no backward pass."""
+    return sum(count * part.forward_only for count, part in costs(config, pairs=pairs).parts())
+
+
 def gated_flops(config: ModelConfig, pairs: bool = False) -> int:
     """Of a sample's `forward_flops`, those of blocks that have a gate."""
     return sum(count * part.gated for count, part in costs(config, pairs=pairs).parts())

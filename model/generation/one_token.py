@@ -28,6 +28,7 @@ _PARTS = {
 }
 """All that is followed here."""
 _Map = Callable[[Tensor], Tensor]
+"""Of rows [B, C]."""
 _ALL = Visible(causal=False)
 
 
@@ -36,6 +37,10 @@ class _Layer(NamedTuple):
     qkv: _Map
     place: CausalAttention
     """Whose keys and values the cache holds."""
+    heads: list[int]
+    """Of queries, keys and values."""
+    mix: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Of a query that sees all keys."""
     out: _Map
     ff_norm: _Map
     up: _Map
@@ -54,8 +59,10 @@ class OneToken:
         self._cache = cache
         self._group = config.queries_per_kv_head
         self._rotary, self._activation = config.positions == "rotary", config.ff
-        self._layers = [_layer(layer) for layer in model.modules() if isinstance(layer, EncoderLayer)]
+        self._layers = [_layer(layer, config) for layer in model.modules() if isinstance(layer, EncoderLayer)]
         self._final_norm = _norm(model.final_norm)
+        self._head = _product(model.token_embed.weight)
+        self._columns = torch.arange(config.context, device=model.token_embed.weight.device)
         self._agrees: bool | None = None
 
     @classmethod
@@ -85,43 +92,63 @@ class OneToken:
 
     @torch.no_grad()
     def _step(self, ids: Tensor) -> Tensor:
-        positions, table = self._cache.positions(1), self._model.token_embed.weight
-        x, _ = self._model.with_positions(functional.embedding(ids, table), positions)
-        for layer in self._layers:
-            x = x + layer.out(self._mixed(layer, layer.qkv(layer.attention_norm(x)), positions))
-            x = x + layer.down(activate(layer.up(layer.ff_norm(x)), self._activation))
+        found = self._head(self._hidden(ids))
         self._cache.length += 1
-        return functional.linear(self._final_norm(x), table)[:, 0]
+        return found
 
-    def _mixed(self, layer: _Layer, qkv: Tensor, positions: Tensor) -> Tensor:
-        """Queries, keys and values [B, 1, C + 2 C / group] of a token -> [B, 1, C]."""
-        of_keys = layer.place.heads // self._group
-        sizes = [layer.place.heads, of_keys, of_keys]
-        heads = qkv.view(len(qkv), sum(sizes), 1, -1)
+    @torch.inference_mode()
+    def _hidden(self, ids: Tensor) -> Tensor:
+        """What the head reads, [B, C]."""
+        length, model = self._cache.length, self._model
+        column = self._columns[length : length + 1]
+        x, _ = model.with_positions(torch.embedding(model.token_embed.weight, ids[:, 0]), column)
+        for layer in self._layers:
+            x += layer.out(self._mixed(layer, layer.qkv(layer.attention_norm(x)), column))
+            x += layer.down(activate(layer.up(layer.ff_norm(x)), self._activation))
+        return self._final_norm(x)
+
+    def _mixed(self, layer: _Layer, qkv: Tensor, column: Tensor) -> Tensor:
+        """Queries, keys and values [B, C + 2 C / group] of a token -> [B, C]."""
+        heads = qkv.view(len(qkv), sum(layer.heads), 1, -1)
         if self._rotary:
-            turned, straight = heads.split([sum(sizes[:2]), of_keys], dim=1)
-            heads = torch.cat([rotate(turned.transpose(1, 2), positions).transpose(1, 2), straight], dim=1)
-        query, key, value = torch.split_with_sizes(heads, sizes, 1)
-        key, value = self._cache.append(layer.place, key, value)
+            turned, straight = heads.split([sum(layer.heads[:2]), layer.heads[2]], dim=1)
+            heads = torch.cat([rotate(turned.transpose(1, 2), column).transpose(1, 2), straight], dim=1)
+        query, key, value = torch.split_with_sizes(heads, layer.heads, 1)
+        key, value = self._cache.append_one(layer.place, column, key, value)
         if self._group > 1:
             key, value = (x.repeat_interleave(self._group, dim=1) for x in (key, value))
-        return layer.place.mixer.forward(query, key, value, None, _ALL).reshape(len(qkv), 1, -1)
+        return layer.mix(query, key, value).reshape(len(qkv), -1)
 
 
-def _layer(layer: EncoderLayer) -> _Layer:
+def _layer(layer: EncoderLayer, config: TransformerConfig) -> _Layer:
     attention, ff = layer.attention, layer.ff
     assert isinstance(ff, FeedForward)
+    place = attention.attention
+    of_keys = place.heads // config.queries_per_kv_head
+    mix = functional.scaled_dot_product_attention
+    if config.attention != "auto":
+        mix = partial(place.mixer.forward, keys=None, visible=_ALL)
     maps = (_linear(attention.out), _norm(layer.ff_norm), _linear(ff.up), _linear(ff.down))
-    return _Layer(_norm(layer.attention_norm), _linear(attention.qkv), attention.attention, *maps)
+    heads = [place.heads, of_keys, of_keys]
+    return _Layer(_norm(layer.attention_norm), _linear(attention.qkv), place, heads, mix, *maps)
 
 
 def _linear(module: nn.Linear) -> _Map:
-    return partial(functional.linear, weight=module.weight, bias=module.bias)
+    return _product(module.weight, module.bias)
+
+
+def _product(weight: Tensor, bias: Tensor | None = None) -> _Map:
+    """x W^T + b by the product that `functional.linear` comes to, without the way there."""
+    transposed = weight.t()
+    if bias is None:
+        return lambda x: torch.mm(x, transposed)
+    return lambda x: torch.addmm(bias, x, transposed)
 
 
 def _norm(module: nn.Module) -> _Map:
-    if isinstance(module, nn.LayerNorm):
-        shape, weight, bias = module.normalized_shape, module.weight, module.bias
-        return partial(torch.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=module.eps)
-    assert isinstance(module, nn.RMSNorm)
-    return partial(torch.rms_norm, normalized_shape=module.normalized_shape, weight=module.weight, eps=module.eps)
+    assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    shape, weight = list(module.normalized_shape), module.weight
+    if isinstance(module, nn.RMSNorm):
+        return partial(torch.rms_norm, normalized_shape=shape, weight=weight, eps=module.eps)
+    bias, eps = module.bias, module.eps
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)

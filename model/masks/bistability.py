@@ -9,7 +9,7 @@ import math
 from model.config.mask_config import LearnedDropoutConfig
 
 _GRID = 1000
-_ANGLE_PER_LEARNING_RATE = {"attention": 4.0, "embed": 4.0, "elementwise": 0.25}
+_ANGLE_PER_LEARNING_RATE = {"attention": 4.0, "embed": 4.0, "low_rank": 3.0, "elementwise": 0.25}
 """How far the mean angle moves a step under AdamW, by source: measured over the first 150 steps of `tiny`'s shape."""
 
 

@@ -59,6 +59,9 @@ class LearnedDropout(SiteDropout, Cached):
         self.config = config.learned_dropout
         if self.config.source == "elementwise":
             self.scale = nn.Parameter(nn.init.normal_(torch.empty(config.width), std=INIT_STD))
+        elif self.config.source == "low_rank":
+            self.down = Linear(config.width, config.mask_rank, bias=False)
+            self.up = Linear(config.mask_rank, config.width, bias=False, std=config.mask_rank**-0.5)
         else:
             self.qkv = Linear(config.width, 3 * config.width, bias=False)
             self._attention = CausalAttention(config, config.heads, layer=0 if site == "embed" else layer)
@@ -86,6 +89,8 @@ class LearnedDropout(SiteDropout, Cached):
     def _angle(self, x: Tensor, source: Tensor | None, visible: Visible) -> Tensor:
         if self.config.source == "elementwise":
             return at_least_fp32(self.scale) * at_least_fp32(x.detach())
+        if self.config.source == "low_rank":
+            return self.up(self.down(x))
         if self.config.source == "embed":
             assert source is not None
             x = source

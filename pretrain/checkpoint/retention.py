@@ -1,11 +1,11 @@
-"""Which checkpoints of a run stay: the newest, every K-th step's, the best."""
+"""Which checkpoints of a run stay: the newest, every K-th step's, the best, and those that other runs need."""
 
 import math
 from pathlib import Path
 
 from data_pipeline.errors import CheckpointError
 from pretrain.checkpoint.manifest import CheckpointManifest
-from pretrain.run.checkpoint_folder import complete, is_incomplete, named, remove, step_of
+from pretrain.run.checkpoint_folder import complete, is_incomplete, named, needed_by, remove, step_of
 
 
 def reasons(
@@ -14,9 +14,9 @@ def reasons(
     """Why each complete checkpoint stays, newest first; one with no reason may go.
 
     The newest `keep`; those of steps that are a multiple of `every`; the one with the lowest validation loss among
-    those that were saved at a step with a validation. These stay, too, and do not count: one that cannot be read (it
-    may be of a newer version, or its disk may be away), one of another run than `run`, and one of a step after `upto`,
-    which a run that saves at `upto` has passed over as damaged.
+    those that were saved at a step with a validation; those that adapters of other runs change. These stay, too, and do
+    not count: one that cannot be read (it may be of a newer version, or its disk may be away), one of another run than
+    `run`, and one of a step after `upto`, which a run that saves at `upto` has passed over as damaged.
     """
     found: dict[Path, list[str]] = {}
     losses: dict[Path, float] = {}
@@ -37,6 +37,7 @@ def reasons(
         found[path] = ["newest"] if newest <= keep else []
         if every and manifest.step % every == 0:
             found[path].append(f"every {every}")
+        found[path] += [f"needed by {by}" for by in needed_by(path)]
         loss = manifest.validation_loss
         if loss is not None and math.isfinite(loss):
             losses[path] = loss

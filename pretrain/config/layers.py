@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -79,15 +79,24 @@ def merged(stack: list[Layer]) -> dict[str, Any]:
 
 def spelt_out(value: Any, kind: Kind, keys: Keys) -> Any:
     """What was given for a key of this kind, with whole numbers such as 10M as numbers, and as a list what was given
-    for a list without brackets."""
+    for a list without brackets. `true` for a number becomes a text, which is refused as one: it would be taken for 1.
+    """
     if isinstance(value, dict):
         return {name: spelt_out(inner, keys.below(kind, str(name)), keys) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [spelt_out(inner, keys.below(kind, str(place)), keys) for place, inner in enumerate(value)]
+    if isinstance(value, bool) and _of_numbers(kind):
+        return str(value).lower()
     if kind is int and isinstance(value, str):
         number = count(value)
         return value if number is None else number
     if get_origin(kind) is list and isinstance(value, str | int | float):
         return [value]
     return value
+
+
+def _of_numbers(kind: Kind) -> bool:
+    return kind in (int, float) or (get_origin(kind) is Literal and any(type(one) is int for one in get_args(kind)))
 
 
 def sources(stack: list[Layer]) -> list[Path]:

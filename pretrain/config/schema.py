@@ -301,8 +301,9 @@ class Config(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         share = sequences // groups
         micro = self.batch.micro_batch or share
         if share % micro:
+            reader = "a rank has" if sharing == 1 else f"{sharing} ranks, which share them, have"
             raise ConfigError(
-                f"batch.micro_batch={micro} does not divide the {share} sequences a rank has of each step; "
+                f"batch.micro_batch={micro} does not divide the {share} sequences that {reader} of each step; "
                 f"nearest that do: {_nearest_divisors(share, micro)}"
             )
         return micro, share // micro

@@ -106,6 +106,6 @@ class Centroids:
             return
         sums = torch.cat([routing.sums.flatten() for routing in self._routings])
         if self._ranks.world_size > 1:
-            sums = self._ranks.mean_on_device(sums)
+            sums = self._ranks.sum_on_device(sums)
         for routing, part in zip(self._routings, sums.split([r.sums.numel() for r in self._routings]), strict=True):
-            routing.move(part.view_as(routing.sums) * self._ranks.world_size)
+            routing.move(part.view_as(routing.sums))

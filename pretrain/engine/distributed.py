@@ -66,6 +66,8 @@ class Ranks:
 
     def largest(self, *flags: int) -> list[int]:
         """The largest of all ranks' values of each flag, on every rank."""
+        if self.world_size == 1:  # asked at each step: a collective with nobody takes 0.2 ms
+            return [*flags]
         box = torch.tensor(flags)
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.group)
         return box.tolist()
@@ -75,6 +77,12 @@ class Ranks:
         mean = value.detach().to(torch.promote_types(value.dtype, torch.float32)) / self.world_size
         dist.all_reduce(mean)
         return mean
+
+    def sum_on_device(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in the values' own type; else as `mean_on_device`."""
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in float64 on the CPU."""

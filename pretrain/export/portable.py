@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data_pipeline.errors import CheckpointError, DataError
 from data_pipeline.files.atomic import disk_errors, sync_folder, write_atomic, write_json
+from data_pipeline.places import EXPORT, mistaken
 from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer, model_file, model_name
 from model.architectures import external, registry
 from model.architectures.names import current_name
@@ -84,6 +85,7 @@ def write_export(
     folder: Path,
     dtype: Dtype = "fp32",
     weights: Mapping[str, Tensor] | None = None,
+    loss: float | None = None,
 ) -> None:
     """Write a checkpoint's model into a new folder, which is there whole or not at all.
 
@@ -94,6 +96,7 @@ def write_export(
     Args:
         weights: parameters and buffers in the place of the checkpoint's, where `config` is of a model that was made
             from it.
+        loss: over all held-out text, of what is written, where that is not the checkpoint's model in fp32.
 
     Raises:
         CheckpointError: the folder is there already or cannot be written; the checkpoint is of another model.
@@ -108,7 +111,7 @@ def write_export(
         shapes = {name: list(values.shape) for name, values in model.named_parameters()}
         weights = whole_weights(checkpoint, config, shapes)
     dataset = dataset_of(checkpoint, config)
-    about = rows_of(checkpoint, config, dataset)
+    about = rows_of(checkpoint, config, dataset, loss)
     texts = texts_of(dataset, tokenizer)
     tensors = {**checkpoint.buffers(), **weights}
     write_folder(folder, _facts(checkpoint, config), tensors, (file.read_bytes(), tokenizer), texts, about, dtype)
@@ -218,6 +221,8 @@ def read_facts(folder: Path) -> ExportFacts:
     try:
         raw = json.loads(file.read_text())["duet"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if told := mistaken(folder, EXPORT):
+            raise CheckpointError(f"{folder}: {told}") from None
         raise CheckpointError(f"{file}: missing, damaged, or not of an export of Duet: {error!r}") from None
     found = raw.get("format") if isinstance(raw, dict) else None
     if found not in (1, FORMAT):

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from data_pipeline.errors import CheckpointError, DataError
 from data_pipeline.files.atomic import write_json
+from data_pipeline.places import EXPORT
+from data_pipeline.places import kind_of as kind_of_folder
+from data_pipeline.tokenize.fast_tokenizer import without_surroundings
 from data_pipeline.tokenize.tokenizer import JSON, MODEL, Tokenizer
 from model.architectures import registry
 from model.architectures.decoder_only.spec import DecoderOnlyConfig
@@ -35,6 +38,8 @@ from pretrain.inference.trained import chat_template_of, tokenizer_of
 from pretrain.run.origin import WEIGHTS
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+TEMPLATE = "duet_chat_template"
+"""Of config.json: how messages are written, as `data.chat_template` has it; transformers keeps it there."""
 _TOKENIZERS = (MODEL, JSON, "tokenizer.model")
 """Ours lies beside a tokenizer.json that gives the same tokens."""
 
@@ -50,7 +55,9 @@ def import_model(folder: Path, to: Path) -> DecoderOnlyConfig:
     """
     if to.exists():
         raise CheckpointError(f"{to}: is there already; name a new folder")
-    name, config, weights = _read(folder)
+    if kind_of_folder(folder) == EXPORT:
+        raise CheckpointError(f"{folder}: this is an export already; `duet train --from {folder}` begins with it")
+    name, config, weights, template = _read(folder)
     file = next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
     if file is None:
         raise DataError(f"{folder}: no tokenizer ({', '.join(_TOKENIZERS)}), without which no text can be read")
@@ -61,18 +68,26 @@ def import_model(folder: Path, to: Path) -> DecoderOnlyConfig:
         raise CheckpointError(f"{folder}: vocab_size={rows} does not fit its tokenizer: {count}")
     weights["token_embed.weight"] = weights["token_embed.weight"][: tokenizer.vocab_size].clone()
     config = config.model_copy(update={"vocab_size": tokenizer.vocab_size})
-    facts = ExportFacts(model=config, objective="causal", run=folder.resolve().name, step=0, commit=None, dataset=None)
+    facts = ExportFacts(
+        model=config,
+        objective="causal" if template is None else "conversations",
+        run=folder.resolve().name,
+        step=0,
+        commit=None,
+        dataset=None,
+        chat_template=template,
+    )
     told = {"imported from": f"{folder.resolve().name}, in the layout of {name}"}
-    write_folder(to, facts, weights, (file.read_bytes(), tokenizer), _spelled(tokenizer), told, "fp32")
+    write_folder(to, facts, weights, (file.read_bytes(), tokenizer), [*_spelled(tokenizer)], told, "fp32")
     return config
 
 
-def _read(folder: Path) -> tuple[str, DecoderOnlyConfig, dict[str, Tensor]]:
-    """Layout, configuration and weights of a folder."""
+def _read(folder: Path) -> tuple[str, DecoderOnlyConfig, dict[str, Tensor], str | None]:
+    """Layout, configuration, weights and our chat template of a folder."""
     try:
         raw = json.loads((folder / CONFIG).read_text())
-        if not isinstance(raw, dict):
-            raise ValueError("not an object")
+        if not isinstance(raw, dict) or not isinstance(raw.get(TEMPLATE, ""), str):
+            raise ValueError(f"not an object, or {TEMPLATE} no text")
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG}: missing or damaged: {error}") from None
     name, shape = read_shape(raw, folder)
@@ -88,11 +103,13 @@ def _read(folder: Path) -> tuple[str, DecoderOnlyConfig, dict[str, Tensor]]:
         found = _shape(weights.get(key))
         if found != wanted.get(key):
             raise CheckpointError(f"{folder}: {key} is {found}, and config.json makes it {wanted.get(key)}")
-    return name, config, weights
+    return name, config, weights, raw.get(TEMPLATE)
 
 
-def write_standard(checkpoint: Checkpoint, config: Config, folder: Path, name: str, dtype: Dtype) -> None:
-    """Write a checkpoint's model into a new folder in a layout that others know.
+def write_standard(
+    checkpoint: Checkpoint, config: Config, folder: Path, name: str, dtype: Dtype = "fp32", loss: float | None = None
+) -> None:
+    """Write a checkpoint's model into a new folder in a layout that others know; `loss` as `write_export` has it.
 
     Raises:
         ConfigError: it does not fit; names the first key that does not.
@@ -103,22 +120,23 @@ def write_standard(checkpoint: Checkpoint, config: Config, folder: Path, name: s
         raise CheckpointError(f"{folder}: is there already; name a new folder")
     file, tokenizer = tokenizer_of(checkpoint, config)
     dataset = dataset_of(checkpoint, config)
-    rows = rows_of(checkpoint, config, dataset) | {"layout": name, "weights": dtype}
+    rows = rows_of(checkpoint, config, dataset, loss) | {"layout": name, "weights": dtype}
     weights = weights_of(checkpoint, config)
     parameters = sum(values.numel() for values in weights.values())
-    texts = texts_of(dataset, tokenizer)
-    told = (config.data.objective, config.run.name, parameters, rows, tokenizer, file.read_bytes(), texts)
-    about = About(fits, *told, chat_template_of(checkpoint))
+    texts, content = texts_of(dataset, tokenizer), without_surroundings(file.read_bytes())
+    template = chat_template_of(checkpoint)
+    about = About(fits, config.data.objective, config.run.name, parameters, rows, tokenizer, content, texts, template)
     tensors = {key: values.to(DTYPES[dtype]) for key, values in to_theirs(weights, fits, name).items()}
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
     with new_folder(folder) as new:
         write_tensors(new / WEIGHTS, dict(sorted(tensors.items())), Event(), {"format": "pt"})
-        write_json(new / CONFIG, LAYOUTS[name].config(fits) | ids | {"dtype": type_name(dtype)})
+        kept = {} if template is None else {TEMPLATE: template}
+        write_json(new / CONFIG, LAYOUTS[name].config(fits) | ids | {"dtype": type_name(dtype)} | kept)
         fast, note = write_tokenizer(new, about)
         if not fast:  # the library of those who take this layout reads the file as it is
             (new / "tokenizer_config.json").unlink()
         kind = kind_of(fits, config.data.objective)
-        notes = [f"A text has {fits.context} tokens at most.", *([note] if about.chat_template else [])]
+        notes = [f"A text has {fits.context} tokens at most.", *([note] if template else [])]
         write_card(new, about, kind, notes, standard=True)
 
 

@@ -1,6 +1,7 @@
 """The weights that a run begins with, and those that its checkpoints come to together with them."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -19,7 +20,7 @@ from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.config.schema import Config
 from pretrain.finetune.lora import adapt, merged
-from pretrain.run.checkpoint_folder import step_path
+from pretrain.run.checkpoint_folder import hold, step_path
 from pretrain.run.origin import WEIGHTS, base_hash, model_of, parse
 from pretrain.run.run_folder import RunFolder
 
@@ -97,6 +98,28 @@ def verify_base(checkpoint: Checkpoint) -> None:
         base = Checkpoint(step_path(RunFolder(path).checkpoints, step))
         base.verify()
         verify_base(base)
+
+
+def hold_base(config: Config, warn: Callable[[str], None]) -> None:
+    """Have the checkpoint that adapters change stay where it is, if it is a run's, which removes its older ones.
+
+    Args:
+        config: of the run that trains the adapters, whose folder is there.
+        warn: hears where nothing can be noted in the checkpoint.
+    """
+    if config.finetune.kind != "lora":
+        return
+    assert config.run.start_from is not None
+    path, step = parse(config.run.start_from)
+    if step is None:
+        return
+    try:
+        hold(step_path(RunFolder(path).checkpoints, step), config.run_dir.resolve())
+    except (OSError, DataError) as error:
+        warn(
+            f"{config.run.start_from}: this run needs the checkpoint as long as it is used, and could not note that in "
+            f"it: {error}; see that train.keep_checkpoints does not remove it, or begin with an export of it"
+        )
 
 
 def _base(config: Config) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from pretrain.health.spikes import Spike, StepLoss
 from pretrain.health.trends import Closed, Growth, Straggler
 from pretrain.health.watchdog import Watchdog
 from pretrain.metric_names import DENSITY, GRAD_NORM, HOST_MEMORY, LOSS, MEMORY, SAMPLES_SEEN, SKIPPED, SPIKES
+from pretrain.run.journal import DIVERGED
 from pretrain.tracking.metrics import StepMetrics
 from pretrain.tracking.recorder import Recorder
 
@@ -211,11 +212,11 @@ class Health:
         count = self._in_a_row
         if self._first is None:
             return (
-                f"the loss was a spike {count} steps in a row, up to step {step}, and their updates were left out: the "
-                "run has diverged, or its data have changed; last finite: "
-                f"{self._last_finite}; go on with health.on_spike=warn, or with a larger health.spike_z"
+                f"the loss was a spike {count} steps in a row, up to step {step}, and their updates were left out: "
+                f"{DIVERGED}, or its data have changed; last finite: {self._last_finite}; go on with "
+                "health.on_spike=warn, or with a larger health.spike_z"
             )
         return (
-            f"the gradients were not finite {count} steps in a row, up to step {step}: the run has diverged\n"
+            f"the gradients were not finite {count} steps in a row, up to step {step}: {DIVERGED}\n"
             f"  first at {self._first}\n  last finite: {self._last_finite}\n  {self._first.advice()}"
         )

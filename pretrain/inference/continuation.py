@@ -71,6 +71,8 @@ class Text:
     """Those of a stop string included; only where recorded."""
     finish: Literal["stop", "end", "length"] = "length"
     """Why it ended: a stop string, the end token, or there were enough tokens."""
+    messages: tuple[Message, ...] = ()
+    """Of a conversation, of which the prompt is the last."""
 
 
 class Continuation:
@@ -108,9 +110,10 @@ class Continuation:
             encoded = [ids.tolist() if len(ids) else [tokenizer.eos_id] for ids in tokenizer.encode(texts)]
         else:
             encoded = [chat.prompt(prompt).tolist() for prompt in prompts if not isinstance(prompt, str)]
+        said: list[tuple[Message, ...]] = [() if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
         self.texts = [
-            Text(prompt, ids, GrowingText(tokenizer.decode, settings.stops, [] if self.apart else ids))
-            for prompt, ids in zip(texts, encoded, strict=True)
+            Text(prompt, ids, GrowingText(tokenizer.decode, settings.stops, [] if self.apart else ids), messages=told)
+            for prompt, ids, told in zip(texts, encoded, said, strict=True)
         ]
         self._generation = _begun(
             trained,

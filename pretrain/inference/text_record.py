@@ -54,6 +54,7 @@ def record(
         "model": {"run": trained.run, "step": trained.step, "architecture": model.config.architecture}
         | {"context": model.config.context},
         "prompt": text.prompt,
+        **({"messages": [message._asdict() for message in text.messages]} if text.messages else {}),
         "text": text.continuation,
         "finish": text.finish,
         "sampling": asdict(settings.sampling)

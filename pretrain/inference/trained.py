@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_pipeline.errors import CheckpointError, ConfigError, DataError, RunError
 from data_pipeline.files.filesystem import is_uri
-from data_pipeline.places import mistaken
+from data_pipeline.places import EXPORT, kind_of, mistaken
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.tokenize.chat_template import ChatTemplate
 from data_pipeline.tokenize.tokenizer import TOKENIZER, Tokenizer, model_file
@@ -167,7 +167,7 @@ def chat_template_of(checkpoint: Checkpoint) -> str | None:
 def _checkpoint_of(run: Path, step: int | None) -> Path:
     folder = RunFolder(run)
     if not folder.run_file.is_file():
-        told = mistaken(run, "run folder, checkpoint or export")
+        told = mistaken(run, f"run folder{' or checkpoint' if kind_of(run) == EXPORT else ', checkpoint or export'}")
         raise RunError(f"{run}: {told or 'not a run folder (no run.json), and not a checkpoint or an export either'}")
     found = complete(folder.checkpoints, lambda text: print(f"warning: {text}", file=sys.stderr))
     if not found:

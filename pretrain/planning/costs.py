@@ -16,7 +16,7 @@ from model.costs.flops import (
     training_flops_per_token,
     trains_open_blocks,
 )
-from model.costs.totals import mixed_channels, num_parameters
+from model.costs.totals import forward_only_flops, mixed_channels, num_parameters
 from model.gpus import Gpu
 from model.layers.block_sizes import pays
 from pretrain.config.schema import Config
@@ -116,7 +116,8 @@ def _flops(config: Config) -> float:
     per_token = training_flops_per_token(model, pairs)
     if adapters := adapters_of(config):
         passes = model.depth / model.layers
-        per_token = 2 * forward_flops_per_token(model, pairs) + passes * 6 * adapters.parameters
+        per_token -= forward_flops_per_token(model, pairs) - forward_only_flops(model, pairs) / model.context
+        per_token += passes * 6 * adapters.parameters
     return per_token * config.batch.tokens
 
 

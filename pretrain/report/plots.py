@@ -15,6 +15,7 @@ from pretrain.metric_names import (
     DATA_MS,
     DENSITY,
     DRAFT_LOSS,
+    DROPPED,
     EARLIER_LOSS,
     EMPTY,
     FORWARD_MS,
@@ -322,6 +323,7 @@ PANELS = (
     _map("Span by head, in tokens", SPAN, None),
     _map("Fullest cluster by head", FULLEST, 1.0),
     _map("Empty clusters by head", EMPTY, 1.0),
+    _map("Pairs in clusters that are left out, by head", DROPPED, 1.0),
     _map("Keys with weight 0 by head", ZEROS, 1.0),
 )
 

@@ -15,10 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from data_pipeline.errors import CheckpointError
-from data_pipeline.files.atomic import sync_folder
+from data_pipeline.files.atomic import sync_folder, write_atomic
 from data_pipeline.files.sealed import unseal
-from data_pipeline.places import DATASET, kind_of
+from data_pipeline.places import DATASET, RUN, kind_of
 
 MANIFEST = "manifest.json"
 FORMAT = 4
@@ -27,6 +29,8 @@ OLDEST_FORMAT = 1
 """Which had AdamW only and did not name the states."""
 UNSEALED_FORMATS = (1, 2, 3)
 
+_NEEDED_BY = "needed-by-"
+"""Files in a checkpoint that begin so name a run each."""
 _NAME = re.compile(r"step-([0-9]{9,})")
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
@@ -124,6 +128,28 @@ def remove(path: Path) -> None:
     (path / MANIFEST).unlink(missing_ok=True)
     sync_folder(path)
     shutil.rmtree(path)
+
+
+def hold(path: Path, run: Path) -> None:
+    """Note in a checkpoint that it is needed as long as the folder of a run is there.
+
+    Raises:
+        OSError, DataError: it cannot be noted.
+    """
+    write_atomic(path / f"{_NEEDED_BY}{xxhash.xxh3_64_hexdigest(os.fsencode(run))}", f"{run}\n")
+
+
+def needed_by(path: Path) -> list[str]:
+    """Folders of the runs that need a checkpoint, and are there; a note that cannot be read counts for one."""
+    found = []
+    for note in sorted(path.glob(f"{_NEEDED_BY}*")):
+        try:
+            run = note.read_text(encoding="utf-8").removesuffix("\n")
+        except (OSError, UnicodeDecodeError):
+            run = str(note)
+        if kind_of(Path(run)) == RUN or run == str(note):
+            found.append(run)
+    return found
 
 
 def make_room(path: Path, warn: Callable[[str], None]) -> None:

@@ -30,6 +30,8 @@ MOST_RECORDS = 4000
 HEALTH = ("skipped", "spike", "straggler", "hang", "growth", "lead")
 """Kinds of what a run noticed about itself; each has a `text`, as `warning` and `rollback` do."""
 ENVELOPE = ("format", "kind", "time", "attempt", "step", "metrics")
+DIVERGED = "the run has diverged"
+"""In the reason of an end: no step gave anything any more."""
 NEEDED = {"end": "status", "rollback": "data", "spike": "spikes"}
 """What readers take from the fields of a kind without asking."""
 _CHECKSUM = b', "crc32": "%08x"}'
@@ -71,8 +73,8 @@ class Journal:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._cut_torn_line()
 
-    def metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Record a step's metrics.
+    def metrics(self, step: int, metrics: dict[str, float], **fields: Any) -> None:
+        """Record a step's metrics; the fields beside them must be JSON.
 
         Raises:
             OSError: the line could not be written whole; nothing of it stays.
@@ -87,7 +89,7 @@ class Journal:
                 self.num_nonfinite += 1
         if self.num_rollbacks:
             values[ROLLBACKS] = float(self.num_rollbacks)
-        self._append({"kind": "metrics", "step": step, "metrics": values})
+        self._append({"kind": "metrics", "step": step, "metrics": values} | fields)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record anything else; the fields must be JSON.

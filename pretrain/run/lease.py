@@ -4,7 +4,8 @@ Each attempt is a file `attempts/000001.json`, created exclusively; the highest 
 lock, so it holds on NFS, and what is left behind is the record of all attempts.
 
 Whether an owner on another machine is alive is seen from its heartbeat: the file changes while one watches it. No clock
-is compared with another one, for they differ.
+is compared with another one, for they differ. Time in which the file system did not answer is no time watched: it kept
+the owner from beating, too.
 """
 
 import os
@@ -25,7 +26,10 @@ from data_pipeline.files.sealed import unseal, write_sealed
 from pretrain.run.job_records import this_job
 
 HEARTBEAT_SECONDS = 5.0
+GONE_SECONDS = 30.0
+"""Six heartbeats: for so long an owner is watched that does not beat."""
 STALE_SECONDS = 60.0
+"""The same for who only looks once, and so compares clocks."""
 POLL_SECONDS = 0.2
 FORMAT = 2
 """Records of format 1 have no hash."""
@@ -46,7 +50,7 @@ class Lease:
         folder = run_dir / "attempts"
         self.attempt = attempt
         self.lost = False
-        """Another attempt took over (this one was frozen for longer than STALE_SECONDS), or the folder is gone."""
+        """Another attempt took over (this one was frozen for longer than GONE_SECONDS), or the folder is gone."""
         self._run_dir = run_dir
         self._path = attempt_path(folder, attempt)
         self._next = attempt_path(folder, attempt + 1)
@@ -171,13 +175,13 @@ def await_unowned(run_dir: Path, tell: Callable[[str], None] | None = None) -> i
     """Returns when no attempt owns the run folder: the number of the one that did last, 0 for none.
 
     An owner on another machine, or one whose record is damaged, is watched until its heart beats, or has not for
-    STALE_SECONDS by this machine's clock; `tell` says so, on the error stream unless given.
+    GONE_SECONDS by this machine's clock; `tell` says so, on the error stream unless given.
 
     Raises:
         RunError: an attempt owns it; names job, host and process.
     """
     seen: tuple[int, int] | None = None
-    since = 0.0
+    since = looked = 0.0
     while attempt := latest_attempt(run_dir):
         path = attempt_path(run_dir / "attempts", attempt)
         owner = read_owner(path)
@@ -187,14 +191,17 @@ def await_unowned(run_dir: Path, tell: Callable[[str], None] | None = None) -> i
         beat = (attempt, _beat(path))
         if known or seen not in (None, beat):
             raise RunError(_refusal(run_dir, attempt, owner))
+        now = time.monotonic()
         if seen is None:
-            seen, since = beat, time.monotonic()
             (tell or _to_stderr)(
                 f"{run_dir}: another start may still own this run folder ({_who(attempt, owner)}); its heartbeat is "
-                f"watched for {STALE_SECONDS:g} s, then it counts as gone"
+                f"watched for {GONE_SECONDS:g} s, then it counts as gone"
             )
-        elif time.monotonic() - since >= STALE_SECONDS:
+        if seen is None or now - looked > HEARTBEAT_SECONDS:  # the file system did not answer meanwhile
+            seen, since = beat, now
+        elif now - since >= GONE_SECONDS:
             return attempt
+        looked = now
         time.sleep(POLL_SECONDS)
     return 0
 

@@ -7,7 +7,7 @@ from typing import Any
 import xxhash
 
 from data_pipeline.errors import ConfigError, RunError
-from data_pipeline.places import EXPORT, kind_of
+from data_pipeline.places import EXPORT, RUN, kind_of
 from model.architectures.external import is_external
 from model.architectures.registry import configure
 from model.config.model_config import ModelConfig
@@ -22,9 +22,11 @@ WEIGHTS, TRAIN = "model.safetensors", "train.yaml"
 
 
 def parse(start_from: str) -> tuple[Path, int | None]:
-    """The run folder and the step of `RUN@STEP`; None for the newest checkpoint."""
+    """The run folder and the step of `RUN@STEP`; None for the newest checkpoint, and for a folder of such a name."""
     run, mark, step = start_from.rpartition("@")
-    return (Path(run), int(step)) if mark and step.isdecimal() else (Path(start_from), None)
+    if not mark or not step.isdecimal() or (kind_of(Path(start_from)) and kind_of(Path(run)) != RUN):
+        return Path(start_from), None
+    return Path(run), int(step)
 
 
 def first_file(start_from: str) -> Path:
@@ -123,7 +125,7 @@ def check(config: Config, dataset: dict[str, Any]) -> None:
         return
     path, step = parse(config.run.start_from)
     if config.finetune.kind != "none":
-        _check_model(path, config)
+        check_model(path, config)
         return
     origin = RunFolder(path)
     theirs = origin.facts()["dataset"]
@@ -166,7 +168,7 @@ def model_of(path: Path) -> ModelConfig:
         raise RunError(f"{path / 'config.json'}: missing, damaged, or not of an export of Duet: {error!r}") from None
 
 
-def _check_model(path: Path, config: Config) -> None:
+def check_model(path: Path, config: Config) -> None:
     """Whether a run may begin with these weights: its model is theirs, but for what it says of labels, which may be
     new. Raises RunError."""
     theirs = config.model_copy(update={"model": model_of(path)})

@@ -113,7 +113,7 @@ class Ladder(BaseModel, extra="forbid", frozen=True):
         (N / N2)^p in parameters without tables, with p the mean over the arms, between STEEPEST and 0.
 
         Raises:
-            ConfigError: a run of the search is missing.
+            ConfigError: a run of the search is missing; an arm has diverged at every rate.
         """
         names = list(self.sizes)
         best = {name: dict(self._best(name, results)) for name in names[:SEARCHED]}
@@ -139,6 +139,8 @@ class Ladder(BaseModel, extra="forbid", frozen=True):
             ]
             if len(found) < len(self.rates):
                 raise ConfigError(f"{self._searched[name]}: {arm} was not trained at every rate yet")
+            if not any(math.isfinite(result.loss) for _, result in found):
+                raise ConfigError(f"{self._searched[name]}: {arm} diverged at every rate; rates: give lower ones")
             yield arm, _rounded(vertex([rate for rate, _ in found], [result.loss for _, result in found]))
 
     def _config(self, size: str, arm: str, rate: float) -> list[str]:
@@ -186,9 +188,10 @@ def training_flops(config: Config) -> float:
 
 
 def vertex(rates: list[float], losses: list[float]) -> float:
-    """The lowest point of the parabola in log rate through the best rate and its neighbours; at an end that end."""
+    """The lowest point of the parabola in log rate through the best rate and its neighbours; the best rate where it has
+    not two, or one of them diverged."""
     at = losses.index(min(losses))
-    if at in (0, len(rates) - 1):
+    if at in (0, len(rates) - 1) or not all(map(math.isfinite, losses[at - 1 : at + 2])):
         return rates[at]
     (x0, x1, x2), (y0, y1, y2) = (math.log(rate) for rate in rates[at - 1 : at + 2]), losses[at - 1 : at + 2]
     below, above = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
@@ -222,7 +225,7 @@ def _flops_per_token(config: Config) -> float:
 
 
 def _tried(arm: str, rate: float) -> str:
-    return f"{arm}.{rate:g}"
+    return f"{arm}.{rate:g}".replace("+", "")  # of 1e+06, which no name has
 
 
 def _rounded(rate: float) -> float:

@@ -1,5 +1,6 @@
 """The tables of a study, written into its page between marks; the words around them are the author's."""
 
+import math
 import os
 import re
 import statistics
@@ -10,6 +11,7 @@ from pathlib import Path
 from data_pipeline.errors import ConfigError
 from data_pipeline.files.atomic import write_atomic
 from pretrain.metric_names import MASK_MEAN, NEAR_ONE, NEAR_ZERO, VALIDATION_DENSITY
+from pretrain.study.ladder import training_flops
 from pretrain.study.results import CONFIG, JOURNAL, Result, Results, mean
 from pretrain.study.spec import Study
 
@@ -28,6 +30,8 @@ class Page:
     """The lines of tables that are no section's, by name."""
     later: list[str] = field(default_factory=list)
     """Pictures for which a page that is begun has marks, though there may be nothing to show yet."""
+    computed: bool = False
+    """FLOPs are told without those of closed blocks."""
 
     def write(self, pictures: dict[str, bytes]) -> None:
         """Fill the marks of the page; a page that is not there is begun with all of them.
@@ -94,7 +98,8 @@ class Page:
         baseline = self.results.of(*_split(wanted.baseline)) if wanted.baseline else []
         against = f" against {_split(wanted.baseline)[1]} |" if wanted.baseline else ""
         yield (
-            f"| arm | parameters | training FLOPs | validation, {wanted.unit}, by seed | mean | spread |{against} "
+            f"| arm | parameters | training FLOPs{', computed' if self.computed else ''} | "
+            f"validation, {wanted.unit}, by seed | mean | spread |{against} "
             "tokens/s |"
         )
         yield "|---" * (7 + bool(against)) + "|"
@@ -110,10 +115,13 @@ class Page:
             missing = set(self.study.sections[name].seeds) - {result.run.seed for result in found}
             seeds += "".join(f", seed {seed} {NOT_RUN}" for seed in sorted(missing))
             config = self._link(self.results.folder / found[0].run.place / CONFIG)
+            flops = training_flops(found[0].config) if self.computed else found[0].flops
+            speeds = [result.speed for result in found if not result.diverged]
+            speed = f"{mean(speeds):,.0f}" if speeds else "–"
             spread = f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else "–"
             yield (
-                f"| [{label}]({config}) | {found[0].parameters:,} | {found[0].flops:.3g} | {seeds} | "
-                f"{mean(losses):.4f} | {spread} |{difference} {mean(r.speed for r in found):,.0f} |"
+                f"| [{label}]({config}) | {found[0].parameters:,} | {flops:.3g} | {seeds} | "
+                f"{_written(mean(losses))} | {spread} |{difference} {speed} |"
             )
 
     def _masks(self, arms: dict[str, list[Result]]) -> Iterator[str]:
@@ -159,7 +167,7 @@ class Page:
             yield f"| {arm} | " + " | ".join(cells) + " |"
 
     def _linked(self, result: Result) -> str:
-        return f"[{result.loss:.4f}]({self._link(self.results.folder / result.run.place / JOURNAL)})"
+        return f"[{_written(result.loss)}]({self._link(self.results.folder / result.run.place / JOURNAL)})"
 
     def _link(self, target: Path) -> str:
         return os.path.relpath(target, self.file.parent)
@@ -173,6 +181,10 @@ class Page:
             for picture in dict.fromkeys(pictures):
                 if picture.rpartition("-")[0] == name:
                     yield f"\n<!-- picture: {picture} -->\n<!-- end -->\n"
+
+
+def _written(loss: float) -> str:
+    return f"{loss:.4f}" if math.isfinite(loss) else "∞, diverged"
 
 
 def _split(arm: str | None) -> tuple[str, str]:

@@ -53,10 +53,12 @@ def _validation(arms: dict[str, list[Result]], unit: str) -> bytes:
         _plain(axes, title)
         axes.set_ylabel(unit)
     steps = max(run.config.train.steps for runs in arms.values() for run in runs)
-    late = [p.value for runs in arms.values() for r in runs for p in r.points[r.metric] if p.step >= steps // 2]
-    margin = 0.05 * (max(late) - min(late))
+    late = [p.value for runs in arms.values() for r in runs for p in r.points.get(r.metric, []) if p.step >= steps // 2]
+    late = [value for value in late if math.isfinite(value)]  # one that diverged may have none
+    margin = 0.05 * (max(late) - min(late)) if late else 0.0
     end.set_xlim(steps / 2, steps)
-    end.set_ylim(min(late) - margin, max(late) + margin)
+    if margin:
+        end.set_ylim(min(late) - margin, max(late) + margin)
     end.legend(fontsize=7, frameon=False)
     return png(figure, dpi=100)
 

@@ -16,7 +16,7 @@ from data_pipeline.files.atomic import write_atomic
 from model.costs.flops import training_flops_per_token
 from pretrain.config.schema import Config, differences
 from pretrain.metric_names import BITS_PER_BYTE, TOKENS_PER_SECOND, VALIDATION
-from pretrain.run.journal import FORMAT, Point, Record, line_of, read, series
+from pretrain.run.journal import DIVERGED, FORMAT, Point, Record, line_of, read, series
 from pretrain.study.spec import Study, StudyRun
 
 JOURNAL = "metrics.jsonl.gz"
@@ -29,10 +29,19 @@ LEARNED = ("batch.tokens", "data.objective", "model.", "optimizer.", "run.seed",
 """What the names of the settings begin with that decide what is learned; the vocabulary is the dataset's."""
 
 
-def keep(run: StudyRun, folder: Path) -> bool:
+def has_diverged(records: Iterable[Record]) -> bool:
+    """Whether a journal ends with a run that diverged."""
+    turns = [record for record in records if record.kind in ("start", "end")]
+    return bool(turns) and turns[-1].kind == "end" and DIVERGED in str(turns[-1].fields.get("reason"))
+
+
+def keep(run: StudyRun, folder: Path, *, diverged: bool = False) -> bool:
     """Copy what a finished run says into `folder`, where it may be published: no host, no path. False if there is none.
 
     Of the steps, the first, every `train.log_every`-th and those with a validation.
+
+    Args:
+        diverged: one that has diverged is kept, too.
 
     Raises:
         RunError: the journal is broken.
@@ -41,7 +50,8 @@ def keep(run: StudyRun, folder: Path) -> bool:
     if not journal.is_file():
         return False
     records = list(read(journal))
-    if not any(record.kind == "end" and record.fields.get("status") == "FINISHED" for record in records):
+    finished = any(record.kind == "end" and record.fields.get("status") == "FINISHED" for record in records)
+    if not finished and not (diverged and has_diverged(records)):
         return False
     here = f"{Path.cwd()}/"
     every = run.config().train.log_every
@@ -70,6 +80,8 @@ def _line(record: Record, here: str) -> bytes:
         kept = {name: value for name, value in finite.items() if name.startswith(KEPT)}
         content |= {"step": record.step, "metrics": kept}
     fields = {name: value for name, value in record.fields.items() if name != "host"}
+    if record.kind == "end":  # below its first line a reason may name hosts
+        fields["reason"] = str(fields.get("reason")).partition("\n")[0]
     if isinstance(fields.get("tags"), dict):
         fields["tags"] = {name: value for name, value in fields["tags"].items() if name != "host"}
     return line_of(json.dumps(content | fields, ensure_ascii=False).replace(here, ""))
@@ -85,6 +97,7 @@ class Result:
     parameters: int
     roundings: dict[str, dict[str, float]]
     """By rounding, the metrics of a validation; empty without masks."""
+    diverged: bool = False
 
     @property
     def metric(self) -> str:
@@ -93,8 +106,9 @@ class Result:
 
     @property
     def loss(self) -> float:
-        """Validation loss after the last step."""
-        return self.points[self.metric][-1].value
+        """Validation loss after the last step; infinite of a run that has diverged."""
+        last = math.inf if self.diverged else self.points[self.metric][-1].value
+        return last if math.isfinite(last) else math.inf
 
     @property
     def flops(self) -> float:
@@ -165,4 +179,5 @@ def _read(run: StudyRun, folder: Path) -> Result:
         config=config,
         parameters=start["parameters"],
         roundings=json.loads(roundings.read_text()) if roundings.is_file() else {},
+        diverged=has_diverged(records),
     )

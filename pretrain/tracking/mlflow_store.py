@@ -5,8 +5,9 @@ import logging
 import os
 import sqlite3
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,14 @@ class Points:
         """Whether a record is there: its values came in order, so the last of those that MLflow has tells of all."""
         last = next((name for name in reversed(values) if name in self._newest), None)
         return last is not None and self.one(last, record)
+
+
+def as_metrics(points: Iterable[tuple[str, float, Record]]) -> list[Any]:
+    """As MLflow takes them, each once: when a point is twice in a call, its sqlite store looks for every one."""
+    from mlflow.entities import Metric
+
+    distinct = dict.fromkeys((name, value, record.time, record.step or 0) for name, value, record in points)
+    return list(starmap(Metric, distinct))
 
 
 def point_of(record: Record) -> Point:

@@ -22,6 +22,7 @@ from pretrain.tracking.mlflow_store import (
     Point,
     Points,
     artifacts,
+    as_metrics,
     brief,
     connect,
     find_run,
@@ -32,9 +33,8 @@ from pretrain.tracking.mlflow_store import (
     point_of,
     wait_longer,
 )
+from pretrain.tracking.system_metrics import mirrored_files
 
-SYSTEM = "logs/system-*.jsonl"
-"""One file a node, each with one writer; a node that joins later brings its own."""
 METRICS_A_CALL = 990
 """MLflow takes 1,000 things a call, and a receipt goes with them."""
 ITEMS_A_CALL = 100
@@ -200,7 +200,7 @@ class Mirror:
         self._client.set_terminated(self.run_id, status, time_ms)
 
     def _files(self) -> list[Path]:
-        return [self._run_dir / JOURNAL, *sorted(self._run_dir.glob(SYSTEM))]
+        return [self._run_dir / JOURNAL, *mirrored_files(self._run_dir)]
 
     def _offset(self, file: Path) -> int:
         return self._state.offsets.get(str(file.relative_to(self._run_dir)), 0)
@@ -331,9 +331,9 @@ class Mirror:
 
     def _send(self, points: list[tuple[str, float, Record]], offsets: dict[str, int] | None = None) -> None:
         """Send points, and note `offsets` when all of them are there, with a receipt in the same call."""
-        from mlflow.entities import Metric, RunTag
+        from mlflow.entities import RunTag
 
-        metrics = [Metric(name, value, record.time, record.step or 0) for name, value, record in points]
+        metrics = as_metrics(points)
         receipt = uuid.uuid4().hex
         size = max(1, min(self._size, METRICS_A_CALL))
         chunks = [metrics[first : first + size] for first in range(0, len(metrics), size)] or [[]]

@@ -91,10 +91,11 @@ class Recorder:
         self._journal.event(
             "start", resumed_from=step or None, config=config.model_dump(mode="json"), tags=self._tags(), **facts
         )
+        begun = "from scratch" if config.finetune.kind == "none" else f"with the weights of {config.run.start_from}"
         self._console.note(
             f"run {config.run.name}: {facts['parameters']:,} parameters, {config.batch.tokens:,} tokens a step, "
             f"{facts['world_size']} rank(s), ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
-            + (f"resumed from step {step}" if step else "from scratch")
+            + (f"resumed from step {step}" if step else begun)
         )
         if isinstance(config.model, TransformerConfig):
             for warning in warnings_for(config.model.learned_dropout, config.optimizer.lr):

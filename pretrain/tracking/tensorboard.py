@@ -15,10 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import ConfigError
-from data_pipeline.files.atomic import write_atomic
+from data_pipeline.errors import ConfigError, RunError
+from data_pipeline.files.atomic import disk_errors, write_atomic
 from pretrain.run.journal import Record, read_from
 from pretrain.tracking.mlflow_names import Names, shipped
+from pretrain.tracking.system_metrics import mirrored_files
 
 FOLDER = "tensorboard"
 NOTES = "mirrored.json"
@@ -83,7 +84,7 @@ class EventFiles:
     def _files(self) -> Iterator[tuple[Path, Path]]:
         """Each file of metrics, and the folder it is mirrored to."""
         yield self._run_dir / "metrics.jsonl", self._folder
-        for file in sorted((self._run_dir / "logs").glob("system-*.jsonl")):
+        for file in mirrored_files(self._run_dir):
             yield file, self._folder / file.stem.removeprefix("system-")
 
     def _follow(self, file: Path, folder: Path, offsets: dict[str, int]) -> None:
@@ -170,10 +171,11 @@ def export(run_dir: Path, folder: Path, told: Callable[[str], None]) -> None:
     """Write all of a run, every mask included, into a folder, in place of what TensorBoard files it holds.
 
     Raises:
-        RunError: not a run folder.
+        RunError: not a run folder; the folder cannot be written.
         ConfigError: the library is missing.
     """
     check_installed("--to tensorboard")
-    files = EventFiles(run_dir, folder, all_masks=True, anew=True)
-    files.bring(last=True)
+    with disk_errors(folder, RunError):
+        files = EventFiles(run_dir, folder, all_masks=True, anew=True)
+        files.bring(last=True)
     told(f"{folder}: {files.num_points:,} values of {run_dir}; tensorboard --logdir {folder} shows them")

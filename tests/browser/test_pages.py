@@ -262,6 +262,36 @@ def test_a_model_of_one_stream_without_gates_says_so(browser: Browser, run_dir: 
     assert browser.run("document.getElementById('layer').options.length") == 2
 
 
+def test_steps_of_a_token_and_what_became_of_drafts_are_shown(browser: Browser, run_dir: Path, tmp_path: Path) -> None:
+    tokenizer = open_trained(run_dir).tokenizer
+    shape: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "learned_dropout": {"enabled": False}}
+    halts = small("decoder_only", recurrence={"steps": 4, "halt": True, "halt_bias": 0}, **shape)
+    models = {"causal": halts, "continuation": small("draft_and_verify", **shape)}
+    found = {}
+    browser.look(DESK, dark=False)
+    for objective, config in models.items():
+        trained = Trained(open_masks(build(config)).eval(), tokenizer, objective, "plain", 0)
+        continuation = Continuation(trained, ["The"], Settings(Sampling(), tokens=9), recorded=True)
+        list(continuation.pieces())
+        [found[objective]] = records(trained, continuation, attention=True)
+        write_page(tmp_path / f"{objective}.html", [found[objective]])
+    browser.open((tmp_path / "causal.html").as_uri())
+    assert browser.run("document.getElementById('shade').value") == "steps:"
+    assert shades(browser, "#reading") == pytest.approx(between(found["causal"]["steps"]), abs=1e-4)
+    browser.open((tmp_path / "continuation.html").as_uri())
+    drafts = [(token["id"], token["draft"]["id"]) for token in found["continuation"]["tokens"] if token.get("draft")]
+    kept = sum(token == draft for token, draft in drafts)
+    assert 0 < kept < len(drafts)
+    classes = browser.run(f"{SPANS.format('#reading')}.map(span => [...span.classList])")
+    counts = [sum(of in names for names in classes) for of in ("kept", "corrected")]
+    assert counts == [kept, len(drafts) - kept]
+    passes = found["continuation"]["passes"]
+    told = (
+        f"verify: {passes['drafts']} drafts and {passes['writes']} passes of the other decoder; {kept} drafted tokens"
+    )
+    assert told in browser.run("document.getElementById('ending').innerText")
+
+
 def assert_pictures_render(browser: Browser) -> None:
     """Those that are pictures, and the charts that took the places of the others."""
     sizes = browser.run("[...document.images].map(i => [i.complete ? i.naturalWidth : 0, i.clientWidth, i.offsetTop])")

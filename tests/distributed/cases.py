@@ -79,6 +79,8 @@ def train_steps(
             for samples in mine.split(micro_batch)
             for tokens in [torch.stack([_tokens(int(s), config.model.context) for s in samples])]
         ]
+        if config.model.traits.two_sequences:
+            batches = [replace(batch, decoder_input_ids=batch.input_ids) for batch in batches]
         metrics, _, _ = engine.train_step(batches, 1e-2, guard)
         mean = torch.stack([m["loss"].float() for m in metrics]).mean()
         losses.append(float(ranks.sum(mean)) / ranks.world_size)

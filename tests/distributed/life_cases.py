@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from data_pipeline.errors import DataError, RunError
+from data_pipeline.errors import ConfigError, DataError, RunError
 from data_pipeline.loading import loader
 from launch.slurm.run_files import read_files
 from launch.slurm.run_status import join
@@ -38,6 +38,16 @@ def run(ranks: Ranks, args: list[str], job: str | None = None, restart: int = 0,
     )
     without_report()
     return trainer.train(load(args), ranks, StopRequest(), time.time(), FailureFile(ranks.rank))
+
+
+def with_sources(ranks: Ranks, args: list[str], sources: list[str]) -> int | str:
+    """A run in which each rank reads a file of its own; why it ended, or the user's mistake."""
+    without_report()
+    config = load([*args, f"model.architecture={sources[ranks.rank]}:GLA"])
+    try:
+        return trainer.train(config, ranks, StopRequest(), time.time(), FailureFile(ranks.rank))
+    except ConfigError as error:
+        return str(error)
 
 
 def signalled_in_validation(ranks: Ranks, args: list[str], at: int) -> list[int]:

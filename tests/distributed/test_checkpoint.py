@@ -225,7 +225,7 @@ def test_a_start_among_copies_archives_and_damage_goes_on_and_a_foreign_checkpoi
     shutil.copytree(step_path(root, 4), root / "step-000000008.bak")
     (root / "step-000000012.tar").touch()
     manifest = step_path(root, 8) / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes().replace(b'"samples_seen": 64', b'"samples_seen": 72'))
+    manifest.write_bytes(manifest.read_bytes().replace(b'"samples_seen":64', b'"samples_seen":72'))
     again = [*args, f"run.dir={run_dir}", "run.name=one", "train.keep_checkpoints=1"]
     ranks(f"{CASES}train_run", 1, args=again)
     [first, second] = attempts(run_dir / "metrics.jsonl")

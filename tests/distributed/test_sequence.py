@@ -105,10 +105,15 @@ def test_what_cannot_be_shared_is_refused(args: list[str], said: str) -> None:
     assert said in str(caught.value)
 
 
+GROUPS = ["model.heads=8", "model.context=16", "batch.tokens=96", "engine.sequence_parallel=4"]
+
+
 def test_ranks_are_whole_groups() -> None:
-    config = load(["model.heads=8", "model.context=16", "batch.tokens=96", "engine.sequence_parallel=4"])
+    config = load(GROUPS)
     assert config.micro_batches(8) == (3, 1)
     with pytest.raises(ConfigError, match=r"6 rank\(s\) are no whole number of such groups; nearest: 4 or 8 ranks"):
         config.micro_batches(6)
     with pytest.raises(ConfigError, match="numbers of ranks that can: 12 or 24;"):
         config.micro_batches(16)
+    with pytest.raises(ConfigError, match="does not divide the 3 sequences that 4 ranks, which share them, have of"):
+        load([*GROUPS, "batch.micro_batch=2"]).micro_batches(8)

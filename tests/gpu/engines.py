@@ -13,6 +13,7 @@ from pretrain.checkpoint import checkpoint
 from pretrain.config.schema import Config, load
 from pretrain.engine.distributed import Ranks, join
 from pretrain.engine.engine import Engine
+from pretrain.engine.sequence import Ulysses
 from pretrain.planning.memory import memory
 from pretrain.preflight import node
 from pretrain.preflight.exchange import Exchange, Place
@@ -46,6 +47,18 @@ def options(setting: Setting) -> Iterator[Row]:
     with join(timeout_minutes=2) as ranks:
         wanted = losses(make_engine(ranks, load(PLAIN)), load(PLAIN), setting.device)
         yield from each({name: partial(_option, setting, ranks, name, wanted) for name in OPTIONS})
+        yield from each({"exchange": partial(_shared_rows, setting, ranks)})
+
+
+def _shared_rows(setting: Setting, ranks: Ranks) -> Iterator[Row]:
+    """What sequence parallelism exchanges, of one rank with itself: queries in groups, and the way back."""
+    exchange = Ulysses(ranks)
+    query, key = (torch.randn(2, 8, heads, 16, device=setting.device, requires_grad=True) for heads in (4, 2))
+    found = [exchange.positions(x) for x in exchange.heads(query, key)]
+    gradients = torch.autograd.grad(found, (query, key), [2 * query, 3 * key])
+    pairs = zip((*found, *gradients), (query, key, 2 * query, 3 * key), strict=True)
+    differ = sum(int((one != other).sum()) for one, other in pairs)
+    yield Row("sequence parallelism of one rank: elements that come back otherwise", differ, 0.0)
 
 
 def _option(setting: Setting, ranks: Ranks, name: str, wanted: Tensor) -> Iterator[Row]:

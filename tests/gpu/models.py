@@ -1,6 +1,5 @@
 """Every architecture and option: one step beside the CPU's, loss and gradients; layers compiled and not; texts."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -16,27 +15,14 @@ from model.generation.sampling import Sampling
 from pretrain.config.schema import load
 from pretrain.engine.layer_transforms import compile_layers
 from tests.gpu.setting import Row, Setting, each
-from tests.model.helpers import (
-    EVERY,
-    FEEDBACK,
-    MIXED,
-    MIXED_BOTH_WAYS,
-    PATTERNED,
-    PATTERNED_BOTH_WAYS,
-    batch_of,
-    build,
-    one_of,
-    open_masks,
-    small,
-    variant,
-)
+from tests.model.helpers import batch_of, build, open_masks, small
+from tests.model.situations import SITUATIONS, Made, changed, documents, of_architecture
 
 PRESETS = (
     *("tiny", "decoder-tiny", "encoder-tiny", "encoder-decoder-tiny", "draft-tiny", "universal", "refined-tiny"),
     "feedback",
 )
 """The smallest of each architecture that has one, and of tied depth."""
-OPTIONS = (*EVERY, *PATTERNED, *PATTERNED_BOTH_WAYS, *FEEDBACK, *MIXED, *MIXED_BOTH_WAYS)
 IN_FP32 = 1e-4
 """Of norms, at most: sums of fp32 in another order differ by 1e-6 to 1e-5 here, and TF32, which is off, by 1e-3."""
 IN_BF16, BESIDE_CPU = 0.02, 2.0
@@ -47,11 +33,11 @@ Found = dict[str, Tensor]
 
 def steps(setting: Setting) -> Iterator[Row]:
     """Presets first, with documents in blocks for FlexAttention; then each option."""
-    presets = {f"model/{name}": partial(_preset, name) for name in PRESETS[: 2 if setting.tiny else None]}
-    presets |= {name: partial(one_of, name) for name in ARCHITECTURES if name not in map(_architecture, PRESETS)}
-    presets["model/tiny, documents"] = partial(_preset, "tiny", "model.document_mask=true")
-    options = {name: partial(variant, name) for name in OPTIONS[:: 9 if setting.tiny else 1]}
-    yield from each({name: partial(_beside, setting, name, made) for name, made in (presets | options).items()})
+    presets = {f"model/{name}": partial(_of_preset, name) for name in PRESETS[: 2 if setting.tiny else None]}
+    others = [name for name in ARCHITECTURES if name not in map(_architecture, PRESETS)]
+    presets |= {name: partial(of_architecture, name) for name in others}
+    presets["model/tiny, documents"] = partial(_of_preset, "tiny", "model.document_mask=true")
+    yield from each({name: partial(_beside, setting, name, make) for name, make in (presets | SITUATIONS).items()})
 
 
 def _architecture(preset: str) -> str:
@@ -63,10 +49,15 @@ def _preset(name: str, *more: str) -> Any:
     return load([f"model/{name}", "model.vocab_size=512", *more]).model
 
 
-def _beside(setting: Setting, name: str, made: Callable[[], Any]) -> Iterator[Row]:
-    config = made()
-    model = open_masks(build(config)).train()
-    batch = _documents(batch_of(config)) if config.document_mask else batch_of(config)
+def _of_preset(name: str, *more: str) -> Made:
+    config = _preset(name, *more)
+    batch = batch_of(config)
+    return build(config), documents(batch) if config.document_mask else batch
+
+
+def _beside(setting: Setting, name: str, make: Callable[[], Made]) -> Iterator[Row]:
+    model, batch = make()
+    model = open_masks(model).train()
     plain = step(model, batch)
     on_device = step(model.to(setting.device), turned(put(batch, setting.device)))
     yield Row(f"{name}, fp32", distance(on_device, plain), IN_FP32, unit="of the norm")
@@ -74,14 +65,6 @@ def _beside(setting: Setting, name: str, made: Callable[[], Any]) -> Iterator[Ro
     on_device = step(model.to(setting.device), turned(put(batch, setting.device)))
     limit = BESIDE_CPU * distance(rounded, plain) + IN_BF16
     yield Row(f"{name}, bf16", distance(on_device, plain), limit, unit="of the norm")
-
-
-def _documents(batch: Batch) -> Batch:
-    """Two in each row."""
-    places = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
-    second = torch.tensor([5, 40, 100])[: len(places), None]
-    segments = (places >= second).long()
-    return dataclasses.replace(batch, segment_ids=segments, position_ids=places - segments * second)
 
 
 def step(model: TokenModel, batch: Batch) -> Found:
@@ -105,19 +88,12 @@ def distance(found: Found, wanted: Found) -> float:
 
 
 def put(batch: Batch, device: str) -> Batch:
-    return _changed(batch, lambda x: x.to(device))
+    return changed(batch, lambda x: x.to(device))
 
 
 def turned(batch: Batch) -> Batch:
     """Its rows in the opposite order: the same loss by other sums, so that a rehearsal compares something."""
-    return _changed(batch, lambda x: x.flip(0) if x.dim() else x)
-
-
-def _changed(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """In all of its tensors."""
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    changes: dict[str, Any] = {name: change(x) for name, x in fields.items() if isinstance(x, Tensor)}
-    return dataclasses.replace(batch, **changes)
+    return changed(batch, lambda x: x.flip(0) if x.dim() else x)
 
 
 COMPILED: dict[str, dict[str, Any]] = {

@@ -23,11 +23,11 @@ DATA = ("pyarrow", "sentencepiece")
 PARTS = (
     Entry("models", "a", "tests.gpu.models:steps", 75),
     Entry("attention", "a", "tests.gpu.attention:forms", 75),
+    Entry("mfu-760m", "b", "benchmarks.gpu:mfu_760m", 110),
     Entry("trainer", "a", "tests.gpu.training:together", 75, DATA),
     Entry("resume", "a", "tests.gpu.training:resumed", 75, DATA),
-    Entry("engine", "a", "tests.gpu.engines:options", 60),
     Entry("memory", "a", "tests.gpu.engines:peaks", 60),
-    Entry("mfu-760m", "b", "benchmarks.gpu:mfu_760m", 110),
+    Entry("engine", "a", "tests.gpu.engines:options", 60),
     Entry("compile", "a", "tests.gpu.models:compiled", 75),
     Entry("texts", "a", "tests.gpu.models:texts", 45),
     Entry("preflight", "a", "tests.gpu.engines:preflight", 30),

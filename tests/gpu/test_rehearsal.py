@@ -18,7 +18,7 @@ from tests.gpu.parts import PARTS, Entry
 from tests.gpu.results import BEGIN, END, Result, Results
 from tests.gpu.setting import Setting, each
 from tests.gpu.training import Waits
-from tests.model.helpers import variant
+from tests.model.situations import optional
 from tests.runs import ROOT, SMALL, program
 
 SPEED = Entry("speed", "b", "tests.gpu.planted:wrong", 60)
@@ -73,7 +73,7 @@ def test_parts_are_judged_by_themselves_and_gone_on_with(tmp_path: Path, monkeyp
 
 
 def test_a_fault_that_is_planted_makes_a_row_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    setting, made = Setting("cpu", tmp_path), lambda: variant("decoder")
+    setting, made = Setting("cpu", tmp_path), lambda: optional("decoder")
     assert all(row.ok for row in models._beside(setting, "decoder", made))
     assert attention._beside(setting, "window", "gathered", torch.float32) < attention.LIMITS[torch.float32]
     gathered, turned = attention.Gathered.attend, models.turned

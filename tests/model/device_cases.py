@@ -1,6 +1,7 @@
 """What `test_devices.py` runs in a process of its own."""
 
-import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from model.layers.layers import FeedForward
 from pretrain.engine.distributed import Ranks
-from tests.model.helpers import batch_of, build, variant
+from tests.model.helpers import EVERY, FEEDBACK
+from tests.model.situations import SITUATIONS, Made, changed, optional
 
 DEVICE = "absent"
 IN_FP32 = ".gate"
@@ -44,40 +46,45 @@ def there(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=dtype, device=DEVICE)
 
 
-def moved(config: Any) -> tuple[nn.Module, Any]:
-    model, batch = build(config), batch_of(config)
+def moved(made: Made) -> Made:
+    model, batch = made
     for module in model.modules():
-        module._parameters |= {name: nn.Parameter(there(x)) for name, x in module._parameters.items() if x is not None}
+        module._parameters |= {
+            name: nn.Parameter(there(x), x.requires_grad) for name, x in module._parameters.items() if x is not None
+        }
         module._buffers |= {name: there(x) for name, x in module._buffers.items() if x is not None}
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(batch):
-        value = getattr(batch, field.name)
-        fields[field.name] = there(value) if isinstance(value, Tensor) else value
-    return model, type(batch)(**fields)
+    return model, changed(batch, there)
 
 
-def step(config: Any) -> None:
-    with FakeTensorMode():
-        model, batch = moved(config)
+def step(make: Callable[[], Made], mode: FakeTensorMode) -> None:
+    made = make()
+    with mode:
+        model, batch = moved(made)
         weights = {
             tuple(x.shape)
             for name, x in model.named_parameters()
             if x.shape[0] > 1 and x.dim() > 1 and not name.endswith(IN_FP32)
         }
-        with Types(weights, config.width):
+        with Types(weights, model.config.width):
             loss = model(batch).loss
             loss.backward()
         assert loss.device.type == DEVICE
         assert all(x.grad is None or x.grad.device == x.device for x in model.parameters())
 
 
+def _fewer(name: str) -> dict[str, int]:
+    """One layer shows what an option does, unless layers take turns; and feedback goes token by token."""
+    layers = {} if name in (*EVERY, "sinks", "strided_alternate") else {"layers": 1}
+    return layers | ({"context": 4} if name in FEEDBACK else {})
+
+
 def steps(ranks: Ranks, names: list[str]) -> dict[str, str]:
     """A step of each, and what was wrong."""
     _setup_privateuseone_for_python_backend(DEVICE)  # for good: so in a process of its own
-    found = {}
+    found, mode = {}, FakeTensorMode()  # one, since masks are kept
     for name in names:
         try:
-            step(variant(name))
+            step(partial(SITUATIONS[name], **_fewer(name)), mode)
         except (AssertionError, RuntimeError) as error:
             found[name] = str(error)
     return found
@@ -100,7 +107,7 @@ def planted(ranks: Ranks) -> list[str]:
     for forward in (elsewhere, in_double, copied):
         FeedForward.forward = forward  # type: ignore[method-assign]
         try:
-            step(variant("decoder"))
+            step(partial(optional, "decoder"), FakeTensorMode())
         except (AssertionError, RuntimeError) as error:
             found.append(str(error))
     return found

@@ -31,7 +31,7 @@ _CAUSAL: dict[str, dict[str, Any]] = {
     "cross_first": {"decoder_order": "cross_self_ff", "attention": "flash"},
     "next_position": {"add_next_position": True, "subtract_next_position": "plain", "decoder_input_norm": True},
     "next_position_norm": {"topology": "serial", "subtract_next_position": "layer_norm", **_OFF},
-    "encoder_loss": {"encoder_loss": {"kind": "mse"}},
+    "encoder_loss": {"encoder_loss": {"kind": "mse"}, "learned_dropout": {"source": "low_rank"}},
     "encoder_loss_published": {
         "encoder_loss": {"kind": "cosine", "embedding_norm": "embedding", "affine": True, "detach": "none"},
     },
@@ -76,7 +76,7 @@ _CAUSAL: dict[str, dict[str, Any]] = {
         "dropout": 0.1,
     },
     "gates_modern": {**_ALONE, **_OFF, **_MODERN, "block_gates": {"kind": "cosine", "left": {"dec_ff/01": 5}}},
-    "universal": {"recurrence": {"steps": 3}, "learned_dropout": {"sites": ["dec_sa", "enc_ff"]}},
+    "universal": {"recurrence": {"steps": 3}, "learned_dropout": {"sites": ["dec_sa", "enc_ff"], "source": "low_rank"}},
     "universal_decoder": {**_ALONE, **_OFF, "recurrence": {"steps": 2, "step_embedding": "sinusoidal"}},
     "halting": {**_OFF, "recurrence": {"steps": 3, "halt": True, "halt_bias": 0}, "norm_position": "post"},
     "halting_decoder": {**_ALONE, **_OFF, **_MODERN, "recurrence": {"steps": 4, "halt": True, "halt_bias": 0}},
@@ -128,7 +128,7 @@ _BOTH_WAYS: dict[str, dict[str, Any]] = {
         **_MODERN,
         "norm_position": "post",
         "learned_dropout": {"sites": [*_EVERYWHERE, "draft_ff", "draft_sa", "draft_cross"]},
-        "draft": {"layers": 2},
+        "draft": {"layers": 2, "masking": "glat"},
     },
     "draft_shared": {**_DRAFT, "draft": {"share": True, "masking": "cmlm"}, "learned_dropout": {"source": "embed"}},
     "draft_refine": {**_DRAFT, **_OFF, "draft": {"refine": True, "masking": "nat"}},
@@ -221,6 +221,7 @@ PATTERNED_BOTH_WAYS = {
     "bert_window": _patterned("bert_modern", kind="window", window=3),
     "bert_sinks": _patterned("bert_embed", kind="window", window=2, sinks=7),
     "bert_globals": _patterned("bert", kind="window", window=2, globals=[0, 4]),
+    "bert_strided": _patterned("bert_dropout", kind="strided", stride=3),
     "t5_strided": _patterned("t5_modern", kind="strided", stride=3, merge="alternate"),
     "t5_fixed": _patterned("t5_embed", kind="fixed", merge="heads"),
 }
@@ -257,7 +258,9 @@ MIXED_BOTH_WAYS = {
     "t5_entmax": PATTERNED_BOTH_WAYS["t5_strided"] | {"weights": {"kind": "entmax"}},
     "t5_span": NAMED["t5_dropout"] | {"weights": {"kind": "adaptive_span", "ramp": 4, "max_span": 3, "span_init": 0.5}},
     "t5_linformer": NAMED["t5_modern"] | {"scores": {"kind": "linformer", "slots": 5}},
-    "bert_linformer": NAMED["bert_embed"] | {"attention": "auto", "scores": {"kind": "linformer", "slots": 4}},
+    "bert_linformer": NAMED["bert_embed"]
+    | {"attention": "auto", "scores": {"kind": "linformer", "slots": 4, "sharing": "layerwise"}},
+    "bert_linformer_alone": NAMED["bert_dropout"] | {"scores": {"kind": "linformer", "slots": 5, "sharing": "none"}},
     "bert_random": NAMED["bert_dropout"]
     | {"positions": "learned", "scores": {"kind": "synthesizer", "parts": ["dot", "factorised_random"]}},
     "t5_routing": NAMED["t5_dropout"] | {"scores": {"kind": "routing", "clusters": 3, "assign": "balanced"}},
@@ -290,9 +293,9 @@ def small(architecture: str = "parallel_encoder_decoder", **changes: Any) -> Any
     return configure({"architecture": architecture} | shape | changes)
 
 
-def one_of(architecture: str) -> Any:
+def one_of(architecture: str, **changes: Any) -> Any:
     """The same of any architecture, for what is to hold for all that there are."""
-    return small(architecture, **({"refine": {"chunk": 4}} if architecture == "refined" else {}))
+    return small(architecture, **({"refine": {"chunk": 4}} if architecture == "refined" else {}) | changes)
 
 
 def variant(name: str, **changes: Any) -> Any:

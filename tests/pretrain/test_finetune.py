@@ -16,6 +16,7 @@ from data_pipeline.errors import CheckpointError, ConfigError, UserError
 from launch.cli import app
 from model.architectures.registry import ARCHITECTURES, configure
 from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.checkpoint.retention import reasons
 from pretrain.config.sections import FinetuneConfig
 from pretrain.export.portable import write_export
 from pretrain.export.use import evaluate_run, open_trained
@@ -119,7 +120,7 @@ def tuned(ranks: Ranks, exported: Path, dataset: Path, tmp_path_factory: pytest.
         "parts": train("parts", 1, 1, *lora),
         "whole": train("whole", 1, 2, *lora),
         "full": train("full", 1, 1, "finetune.kind=full"),
-        "again": train("again", 1, 0, "finetune.kind=full", f"run.start_from={root / 'whole'}", "train.steps=1"),
+        "again": train("again", 1, 0, *lora, f"run.start_from={root / 'whole'}", "train.steps=1"),
     }
 
 
@@ -151,6 +152,8 @@ def test_what_was_tuned_is_used_exported_and_tuned_again(
     first = series(read(tuned["again"] / "metrics.jsonl"))["loss/total"][0].value
     last = series(read(tuned["whole"] / "metrics.jsonl"))["loss/total"][-1].value
     assert first == pytest.approx(last, abs=0.3), "it began where the adapters had come to"
+    whole = tuned["whole"] / "checkpoints"
+    assert reasons(whole, 1, None)[step_path(whole, 4)] == ["newest", f"needed by {tuned['again']}", "best"]
 
 
 def test_what_a_run_cannot_begin_with_is_said(
@@ -206,10 +209,17 @@ def test_the_command_line_takes_an_export(exported: Path, dataset: Path, tmp_pat
     from typer.testing import CliRunner
 
     options = [key for key in SMALL if not key.startswith("model.")]
-    words = ["train", *options, f"data.path={dataset}", "run.name=tuned", "train.steps=2", "--from", str(exported)]
+    named = shutil.copytree(exported, tmp_path / "x@5")  # no step of a run
+    words = ["train", *options, f"data.path={dataset}", "run.name=tuned", "train.steps=2", "--from", str(named)]
     done = CliRunner().invoke(app, [*words, f"run.dir={tmp_path / 'run'}", "--dry-run"], catch_exceptions=False)
-    assert f"begins at  {exported}" in done.output
+    assert f"begins at  {named}" in done.output
+    size = open_trained(exported).model.num_parameters()
+    words = ["plan", f"run.start_from={named}", *options, "--gpu", "h100"]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert f", {size:,} parameters" in done.output, "the export's model, not the default one"
+    with pytest.raises(UserError, match="weights of another model"):
+        CliRunner().invoke(app, [*words, "model.layers=3"], catch_exceptions=False)
     (tmp_path / "older").mkdir()
     (tmp_path / "older" / "EXPORT.txt").touch()
     with pytest.raises(UserError, match=r"without train\.yaml; export the checkpoint again"):
-        CliRunner().invoke(app, [*words[:-1], str(tmp_path / "older")], catch_exceptions=False)
+        CliRunner().invoke(app, ["train", *options, "--from", str(tmp_path / "older")], catch_exceptions=False)

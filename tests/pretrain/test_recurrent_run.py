@@ -51,12 +51,12 @@ FEEDBACK = [
 
 
 def trained(ranks: Callable[..., list[Any]], dataset: Path, folder: Path, keys: list[str], stage: int) -> Path:
-    """Two steps by two ranks at a stage, two by one rank at another; beside it one in one go."""
+    """Two steps by two ranks at a stage, two by one rank at stage 1; beside it two ranks at one more, in one go."""
     keys = [*SMALL, *keys, f"data.path={dataset}", "train.steps=4", "train.eval_every=2"]
     ours = [*keys, f"run.dir={folder}"]
     ranks(TRAIN, 2, args=[*ours, f"engine.zero_stage={stage}"], signal_at=[2, signal.SIGTERM])
     ranks(TRAIN, 1, args=[*ours, "engine.zero_stage=1"])
-    ranks(TRAIN, 1, args=[*keys, f"run.dir={folder.with_name('whole')}"])
+    ranks(TRAIN, 2, args=[*keys, f"run.dir={folder.with_name('whole')}", f"engine.zero_stage={2 if stage == 3 else 0}"])
     return folder
 
 

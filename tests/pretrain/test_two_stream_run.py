@@ -24,7 +24,7 @@ KEYS = [
 
 @pytest.fixture(scope="module")
 def permuted(ranks: Callable[..., list[Any]], dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps by two ranks at stage 3, two by one at stage 1; beside it all of them by one."""
+    """Two steps by two ranks at stage 3, two by one at stage 1; beside it all of them by two at stage 2."""
     return trained(ranks, dataset, tmp_path_factory.mktemp("two_stream") / "run", KEYS, 3)
 
 

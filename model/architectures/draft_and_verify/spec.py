@@ -106,7 +106,10 @@ class DraftAndVerifyConfig(TwoStreamConfig, frozen=True):
         return 3 if site == "embed" else self.layers
 
     def costs(self, shape: Shape) -> Costs:
-        """L encoder layers over the inputs, the layers of both decoders over the targets; the head reads them twice."""
+        """L encoder layers over the inputs, the layers of both decoders over the targets; the head reads them twice.
+
+        The first pass of `glat` is a draft and its head once more, without gradients.
+        """
         inputs, targets = shape.inputs, shape.targets
         each = shape.by_pattern(self.layers)
         read = inputs + targets * self.draft.refine
@@ -120,6 +123,9 @@ class DraftAndVerifyConfig(TwoStreamConfig, frozen=True):
         )
         if self.draft.refine:
             outside += last_output(shape, read)
+        if self.draft.masking == "glat":
+            outside += _again([*embedded(shape, targets, again=True), *head(shape)])
+            drafter += [(n, _again(parts)) for n, parts in drafter]
         return Costs(outside, [*encoder, *decoder, *drafter, (1, last_output(shape, inputs))], kept)
 
     def _drafting(self, shape: Shape) -> list[Part]:
@@ -190,3 +196,8 @@ class DraftAndVerifyConfig(TwoStreamConfig, frozen=True):
                 f"take {self.context // 2} or less"
             )
         return self
+
+
+def _again(parts: list[Part]) -> list[Part]:
+    """The same parts in a pass more, that no gradient goes through."""
+    return [part._replace(parameters=0, saved=0, forward_only=part.flops) for part in parts]

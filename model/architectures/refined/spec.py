@@ -116,11 +116,7 @@ class RefinedConfig(TwoStreamConfig, frozen=True):
         return super().masks_at(site) + (site in ("enc_ff", "enc_sa") and self.refine.steps > 0)
 
     def costs(self, shape: Shape) -> Costs:
-        """L encoder layers, K steps, L decoder layers; in training decoder and head once more, for an earlier step.
-
-        The gradient step has no backward pass: three times the forward pass, as training is counted, is too much by
-        twice its products.
-        """
+        """L encoder layers, K steps, L decoder layers; in training decoder and head once more, for an earlier step."""
         tokens, steps, read = shape.inputs, self.refine.steps, replace(shape, dense_mask=True)
         sites: tuple[Site, Site] = ("enc_sa", "enc_ff")
         each = read.by_pattern(self.layers)
@@ -158,7 +154,8 @@ class RefinedConfig(TwoStreamConfig, frozen=True):
         if self.refine.gradient:
             assert self.vocab_size is not None
             flops = tokens * 4 * self.vocab_size * width
-            parts.append(Part("refinement: gradient step", 1, flops, shape.vectors(tokens)))
+            saved = shape.vectors(tokens)
+            parts.append(Part("refinement: gradient step", 1, flops, saved, forward_only=flops))
         return parts
 
     @model_validator(mode="after")

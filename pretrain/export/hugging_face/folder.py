@@ -188,9 +188,14 @@ def _tokenizer_config(model: ModelConfig, kind: Kind, tokenizer: Tokenizer, fast
     return about | {"tokenizer_class": "DuetTokenizer"} | own
 
 
-def rows_of(checkpoint: Checkpoint, config: Config, dataset: Dataset | DataError) -> dict[str, str]:
-    """What the card tells of training and data."""
-    state, loss = checkpoint.manifest.state, checkpoint.manifest.validation_loss
+def rows_of(
+    checkpoint: Checkpoint, config: Config, dataset: Dataset | DataError, measured: float | None = None
+) -> dict[str, str]:
+    """What the card tells of training and data.
+
+    `measured`: the loss over all held-out text, if it is not the checkpoint's.
+    """
+    state, loss = checkpoint.manifest.state, checkpoint.manifest.validation_loss if measured is None else measured
     left_out = config.data.mask_boundaries or config.model.document_mask or config.data.packing != "plain"
     whole = loss if config.data.objective == "causal" and not left_out else None
     rows = {
@@ -198,7 +203,7 @@ def rows_of(checkpoint: Checkpoint, config: Config, dataset: Dataset | DataError
         **told_of_training(state, checkpoint.manifest.step, loss),
         **told_of_data(dataset, state.get("data", {}).get("fingerprint"), whole),
     }
-    if _validates_part(config, dataset):
+    if measured is None and _validates_part(config, dataset):
         rows |= {name: f"{rows[name]}, from a part of it" for name in LOSSES if name in rows}
     return rows
 

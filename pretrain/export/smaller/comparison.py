@@ -115,7 +115,7 @@ def export_smaller(
     smaller = registry.build(config.model)
     smaller.load_state_dict(weights)
     found = text.compared(*model, smaller.eval())
-    write_export(checkpoint, config, folder, weights=smaller.cpu().state_dict())
+    write_export(checkpoint, config, folder, weights=smaller.cpu().state_dict(), loss=found[1].loss)
     return found
 
 

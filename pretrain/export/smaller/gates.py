@@ -5,7 +5,7 @@ blocks give, so without a block that is closed anyway all other gates stay as th
 
 Channels that feed forwards write and a mask then makes 0. Exact on that text, too, where the mask of a channel reads
 that channel alone, or nothing of the feed forward: L0 gates, and learned dropout of source `elementwise` or `embed`.
-Where masks attend to what is masked the others change, and the loss tells by how much.
+Where each mask reads all channels of what is masked the others change, and the loss tells by how much.
 """
 
 from collections.abc import Iterator, Mapping
@@ -69,8 +69,8 @@ def remove_closed(path: Path, step: int | None, folder: Path) -> Shrunk:
             raise CheckpointError(
                 f"{checkpoint.path}: every block and every channel is used by some token of the held-out text"
             )
-        if channels and shape.dropout_sites and shape.learned_dropout.source == "attention":
-            changes.append("masks attend to what feed forwards write, so those of other channels change: see the loss")
+        if channels and shape.dropout_sites and shape.learned_dropout.source in ("attention", "low_rank"):
+            changes.append("masks read all that feed forwards write, so those of other channels change: see the loss")
         left, weights = without_closed(model.cpu(), blocks, channels)
         smaller = config.model_copy(update={"model": left})
         measured = export_smaller(checkpoint, smaller, weights, folder, (model, before), text)

@@ -42,10 +42,11 @@ def _check(shape: TransformerConfig) -> None:
     """Raises ConfigError where a window in the place of the spans would change what the model computes."""
     if shape.pattern.kind not in ("full", "window"):
         raise ConfigError(f"model.pattern.kind={shape.pattern.kind} has no windows that spans could narrow")
-    if shape.dropout_sites and shape.learned_dropout.source != "elementwise":
+    if shape.dropout_sites and shape.learned_dropout.source in ("attention", "embed"):
         raise ConfigError(
             "the attention that masks come from has the pattern of its layer, but no spans: with windows it would see "
-            "less, and the masks would be others; train with model.learned_dropout.enabled=false, or source=elementwise"
+            "less, and the masks would be others; train with model.learned_dropout.enabled=false, or "
+            "source=low_rank or elementwise"
         )
 
 

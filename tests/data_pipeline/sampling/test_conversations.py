@@ -16,6 +16,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.ingest.readers import Message
 from data_pipeline.ingest.splits import Split
 from data_pipeline.sampling.kinds import open_windows
+from data_pipeline.sampling.packed_windows import PackedWindows
 from data_pipeline.sampling.packing_plan import prepare
 from data_pipeline.sampling.sample_plan import told_cut, wanted_phase
 from data_pipeline.storage.dataset import Dataset
@@ -133,6 +134,9 @@ def test_labels_are_what_the_assistant_says(talk: Dataset) -> None:
     lines = list(told_cut(talk, wanted_phase(talk, DataConfig(packing="best_fit"), CONTEXT)))
     assert lines[0].startswith("talk: ")
     assert f"{facts.split_documents['train'] - len(train)} without one are left out" in lines[0]
+    ended = {tuple(fitting(told)) for told in whole if len(told) > CONTEXT + 1}
+    packed = PackedWindows.of(talk, "train", CONTEXT, "talk").facts
+    assert packed.cut == sum(tuple(told) in ended for told in train) > 0
 
 
 def test_pairs_are_answers_and_plain_text_is_written_whole(talk: Dataset) -> None:

@@ -330,5 +330,15 @@ def test_tasks_are_told_apart_by_a_prefix(tmp_path: Path) -> None:
     sources["up"]["prefix"] = "higher: "
     with pytest.raises(DataError, match=r"sources\.up\.prefix: up: +there, higher: +here"):
         build(config(tmp_path / "dataset", sources=sources, split=made.split, tokenizer=CHARACTERS))
-    with pytest.raises(ConfigError, match="no target_key"):
-        load(["data.sources.a.paths=[a]", "data.sources.a.prefix=x"])
+    given = {"rule": "given", "files": file["paths"], **TARGETED}
+    with pytest.raises(DataError, match=r"sources\.up\.prefix names a task.*: set data\.split\.prefix"):
+        build(config(tmp_path / "given", sources=sources, split=given, tokenizer=CHARACTERS))
+    for prefix in ("", "down: "):
+        of = tmp_path / f"given{prefix[:2]}"
+        build(config(of, sources=sources, split=given | {"prefix": prefix}, tokenizer=CHARACTERS))
+        dataset = Dataset.open(of)
+        first = PairWindows.of(dataset, "validation", CONTEXT, None).read(np.arange(1)).reshape(2, CONTEXT)[0]
+        assert dataset.tokenizer().decode(first[first >= 0]) == f"{prefix}a0"
+    for key, more in (("sources.a", "sources.a.paths=[a]"), ("split", "split.files=[a]")):
+        with pytest.raises(ConfigError, match="no target_key"):
+            load([f"data.{key}.prefix=x", f"data.{more}", f"data.split.rule={'given' if key == 'split' else 'hash'}"])

@@ -1,5 +1,7 @@
 """`duet study ladder`: equal budgets, learning rates that are looked for, and curves that noise does not bend."""
 
+import gzip
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,19 @@ import pytest
 import yaml
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.storage.manifest import Manifest
 from launch.commands.study import report
-from pretrain.study.ladder import load_ladder, training_flops, vertex
+from launch.local.study_runs import is_done
+from pretrain.config.dataset_identity import Built, complete, identity
+from pretrain.config.schema import Config, dump
+from pretrain.metric_names import BITS_PER_BYTE, LOSS, TOKENS_PER_SECOND, VALIDATION
+from pretrain.run.journal import Journal
+from pretrain.run.run_folder import RunFolder
+from pretrain.study.ladder import Ladder, load_ladder, training_flops, vertex
+from pretrain.study.page import Page
 from pretrain.study.power_law import Trial, fit, tell
+from pretrain.study.results import JOURNAL, Results, keep
+from pretrain.study.spec import StudyRun
 from tests.runs import CHARACTERS, SMALL, build_dataset, duet
 
 LADDER: dict[str, Any] = {
@@ -79,6 +91,7 @@ def test_the_best_rate_is_between_those_that_were_tried() -> None:
     rates = [1e-3, 2e-3, 4e-3]
     assert vertex(rates, [(np.log(rate / 1.7e-3)) ** 2 for rate in rates]) == pytest.approx(1.7e-3)
     assert vertex(rates, [3.0, 2.0, 1.0]) == 4e-3 and vertex(rates, [1.0, 1.0, 1.0]) == 1e-3
+    assert vertex(rates, [3.0, 2.0, np.inf]) == 2e-3, "beside one that diverged it is the best"
 
 
 @pytest.fixture
@@ -125,12 +138,51 @@ def test_arms_of_a_size_train_for_equal_flops_and_mistakes_are_placed(folder: Pa
             load_ladder(Path("bad.yaml"))
 
 
+def journalled(run: StudyRun, config: Config, rate: float) -> None:
+    """What a run says that ends as rates do: above 0.01 it diverges."""
+    run.path.mkdir(parents=True)
+    (run.path / "config.yaml").write_text(dump(config))
+    (run.path / "checkpoints").mkdir()
+    RunFolder(run.path).claim(config, identity(config, Built(Manifest.load(config.data.path))))
+    journal = Journal(run.path / "metrics.jsonl", 1)
+    journal.event("start", config=config.model_dump(mode="json"), parameters=5)
+    diverges = rate > 0.01
+    loss = math.nan if diverges else (math.log(rate / 0.002)) ** 2
+    told = {str(name): loss for name in ([LOSS] if diverges else [LOSS, BITS_PER_BYTE, VALIDATION])}
+    journal.metrics(1, told | {str(TOKENS_PER_SECOND): 9.0})
+    why = "RunError: the gradients were not finite 10 steps in a row, up to step 10: the run has diverged\n  on a host"
+    journal.event("end", **{"status": "FAILED", "reason": why} if diverges else {"status": "FINISHED", "reason": "all"})
+    journal.close()
+
+
+def test_a_rate_at_which_a_run_diverges_loses_and_the_page_says_so(folder: Path) -> None:
+    ladder, kept = Ladder.model_validate(LADDER | {"rates": [0.003, 1.0]}), Path("rungs/journals")
+    search = ladder.search()
+    for run in search.runs():
+        config = complete(run.config(), Built(Manifest.load("data")))
+        journalled(run, config, config.optimizer.lr)
+        keep(run, kept, diverged=True)
+    assert not is_done(run) and is_done(run, diverged=True)
+    results = Results(search, kept)
+    assert ladder.rates_of(results)["xs"] == {"off": 0.003, "gates": 0.003}
+    table = [*Page(search, results, Path("rungs.md"), computed=True).table("rates-xs")]
+    [lost] = [line for line in table if "half of the blocks, at 1](" in line]
+    executed = training_flops(results.of("rates-xs", "gates.1")[0].config)
+    assert f" 5 | {executed:.3g} | [∞, diverged](" in lost and "| training FLOPs, computed |" in table[0]
+    assert executed < results.of("rates-xs", "gates.1")[0].flops
+    assert b"on a host" not in gzip.decompress((kept / run.place / JOURNAL).read_bytes())
+    with pytest.raises(ConfigError, match="off diverged at every rate; rates: give lower ones"):
+        ladder.model_copy(update={"rates": [1.0]}).rates_of(results)
+
+
 @pytest.mark.drill
 def test_a_ladder_is_climbed_and_told(folder: Path) -> None:
+    (folder / "rungs.yaml").write_text(yaml.safe_dump(LADDER | {"rates": [0.001, 0.003, 1e30]}, sort_keys=False))
     left = duet("study", "ladder", "rungs.yaml", "--dry-run", cwd=folder)
-    assert "rates: 8 runs, of which 0 are done" in left.stdout, left.stderr
+    assert "rates: 12 runs, of which 0 are done" in left.stdout, left.stderr
     done = duet("study", "ladder", "rungs.yaml", "--jobs", "2", cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("its loss counts as infinite") == 4
     again = duet("study", "ladder", "rungs.yaml", cwd=folder)
     assert "sizes: 10 runs, of which 10 are done" in again.stdout, again.stderr
     assert duet("study", "report", "rungs.yaml", cwd=folder).returncode == 0

@@ -42,6 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     shutil.copytree(OLDER / "trained" / "decoder_only", made / "runs" / "first")
     shutil.copytree(OLDER / "exports" / "decoder_only", made / "exported")
     (made / "text").mkdir()
+    (made / "llama").mkdir()
+    (made / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    (made / "llama" / "model.safetensors").touch()
     (made / "text" / "a.txt").write_text((ROOT / "LICENSE").read_text())
     (made / "broken.model").write_bytes(bytes(range(256)))
     return made
@@ -90,6 +93,27 @@ def typed(*words: str) -> tuple[int, str]:
         (("eval", "runs/first", "--tasks", "mine.yaml", "--rounding", "none"), "leave it or --tasks out"),
         (("eval", "runs/first", "--set", "model.refine.steps=1", "--plot", "a.svg"), "a file that ends in .png"),
         (("eval", "runs/first", "--set", "model.refine.steps=1", "--plot", "no/a.png"), "in a folder that is there"),
+        (("embed", "nowhere", "text/a.txt", "--to", "/proc/x.npy"), "cannot write /proc/x.npy: no file or folder can"),
+        (("embed", "nowhere", "text/a.txt", "--to", "text"), "whose name ends in .npy"),
+        (
+            ("track", "export", "runs/first", "--to", "tensorboard", "--out", "/proc/x"),
+            "cannot write /proc/x/first:",
+        ),
+        (
+            ("generate", "llama"),
+            "llama: this is a model as transformers saves it, and an export is wanted; `duet",
+        ),
+        (("train", "--from", "llama", "run.name=a"), "`duet checkpoint import llama --to NEW` makes an export of it"),
+        (("checkpoint", "import", "exported", "--to", "new"), "`duet train --from exported` begins with it"),
+        (
+            ("checkpoint", "shrink", "exported", "--gates", "--to", "new"),
+            "an export, and a run folder or checkpoint",
+        ),
+        (("status", "data"), "data: this is a dataset, and a run folder is wanted"),
+        (("status", "exported", "--json"), "exported: this is an export, and a run folder is wanted"),
+        (("config", "show", "train.steps=true"), "train.steps: expected a number such as 5000"),
+        (("config", "show", "optimizer.betas=[true,0.9]"), "optimizer.betas.0: Input should be a valid number"),
+        (("config", "show", "engine.zero_stage=true"), "engine.zero_stage: Input should be 0, 1, 2 or 3"),
         (("data", "verify", "exported"), "this is an export, and a dataset is wanted"),
         (("train", "model/tiny", "optimizer.learning_rate=1e-3"), "learning_rate is optimizer.lr here"),
         (("train", "model/tinny"), "did you mean model/tiny, "),

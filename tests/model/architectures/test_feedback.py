@@ -89,6 +89,7 @@ def test_lower_layers_read_upper_layers_of_earlier_tokens_within_the_window() ->
     upper: list[Tensor] = []
     stack.layers[-1].register_forward_hook(lambda _, inputs, output: upper.append(output))
     model.predict(batch_of(model.config, sequences=1).input_ids, None)
+    assert [x.shape for x in seen] == [(1, 1, 16)] * 12, "a step for each token, in training"
     for token in (3, 9):
         reached = torch.autograd.grad(seen[token].square().sum(), upper[:token], retain_graph=True, allow_unused=True)
         assert reached[-1] is not None and reached[-1].any()

@@ -48,6 +48,11 @@ def reference(states: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> t
     raise AssertionError
 
 
+def replaced(config: Any, **options: Any) -> Any:
+    """The same with other options of recurrence."""
+    return config.model_copy(update={"recurrence": config.recurrence.model_copy(update=options)})
+
+
 @pytest.mark.parametrize("epsilon", [0.01, 0.4])
 def test_halting_is_that_of_the_equations_and_ponders_gradient_comes_through_the_remainder(epsilon: float) -> None:
     config = small("decoder_only", recurrence={"steps": 5, "halt": True, "halt_bias": 0, "epsilon": epsilon}, **OFF)
@@ -71,6 +76,11 @@ def test_halting_is_that_of_the_equations_and_ponders_gradient_comes_through_the
     x, taken, remainder = (torch.stack(values).unflatten(0, (3, 7)) for values in zip(*tokens, strict=True))
     torch.testing.assert_close((found.x, found.taken, found.remainder), (x, taken, remainder), rtol=0, atol=1e-12)
     assert taken.unique().numel() > 2
+    eager = Recurrence(replaced(config, epsilon=0.7)).double()
+    eager.load_state_dict(recurrence.state_dict())
+    met.clear()
+    sooner = eager(apply, lambda *_: None, (first,), None).taken
+    assert (sooner <= taken).all() and (sooner < taken).any()
     embedded = Embedded(
         first, None, None, CAUSAL, {}, torch.zeros(3, 7, dtype=torch.int64), TiedEmbedding(4, first.shape[-1])
     )

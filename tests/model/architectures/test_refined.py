@@ -12,11 +12,12 @@ from model.architectures.refined.reading import Reading
 from model.architectures.refined.step import Descent, Refiner, Reweighting, surprise, surprise_gradient
 from model.architectures.token_model import TokenModel
 from model.batch import IGNORE, Batch
+from model.costs.flops import training_flops_per_token
 from model.costs.totals import activations, forward_flops, num_parameters
 from model.generation.generate import Generation
 from model.generation.sampling import Sampling
 from model.layers.noise import sample_keys
-from pretrain.engine.layer_transforms import checkpoint_activations
+from pretrain.engine.layer_transforms import checkpoint_activations, layers
 from pretrain.inference.in_use import used_with
 from tests.model.architectures import pointer_chasing
 from tests.model.costs.test_activations import measure
@@ -171,6 +172,8 @@ def test_costs_are_those_of_the_model(name: str) -> None:
     assert num_parameters(config) == model.num_parameters()
     explicit = small("refined", **VARIANTS[name] | {"layers": 3, "attention": "auto"})
     assert counted(explicit, 2, backward=False) == 2 * forward_flops(explicit)
+    if name == "chunked":  # whose gradient step has no backward pass
+        assert counted(explicit, 2, backward=True) == training_flops_per_token(explicit) * 2 * explicit.context
     larger = small("refined", **VARIANTS[name] | {"width": 48, "context": 40})
     kept = activations(larger, 3, 2)
     assert kept.kept(checkpointing=False) + kept.loss == pytest.approx(measure(larger, 2), rel=0.1)
@@ -183,17 +186,18 @@ def test_costs_are_those_of_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["chunked", "chunked_gates"])
-def test_a_step_that_is_computed_again_gives_the_same(name: str) -> None:
-    """Activation checkpointing, with the gradient step on, which needs no gradient of torch's."""
-    gradients = []
-    for recomputed in (False, True):
-        model = model_of(name).float()
-        if recomputed:
-            checkpoint_activations(model)
+def test_a_step_that_is_computed_again_or_traced_gives_the_same(name: str) -> None:
+    """Activation checkpointing and compiling, with the gradient step on, which needs no gradient of torch's."""
+    plain, recomputed, traced = (model_of(name).float() for _ in range(3))
+    checkpoint_activations(recomputed)
+    torch._dynamo.reset()
+    for layer in layers(traced) if name == "chunked" else ():
+        layer.compile(backend="eager", fullgraph=True)
+    for model in (plain, recomputed, traced):
         model(batched(model)).loss.backward()
-        gradients.append([p.grad for p in model.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    for other in (recomputed, traced):
+        for one, again in zip(plain.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(again.grad, one.grad, rtol=0, atol=0)
 
 
 def test_the_gradient_step_follows_the_gradient_and_helps() -> None:

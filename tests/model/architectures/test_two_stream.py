@@ -20,13 +20,17 @@ from pretrain.inference.infilling import fill
 from tests.model.helpers import VOCABULARY, batch_of, build, in_order, open_masks, small, variant
 
 OFF = {"enabled": False}
-NAMES = ("two_stream", "two_stream_modern", "two_stream_embed", "entmax")
+ALSO: dict[str, dict[str, Any]] = {
+    "entmax": {"weights": {"kind": "entmax"}},
+    "l0": {"learned_dropout": OFF, "l0": {"enabled": True, "sites": ["dec_ff", "dec_sa", "embed"]}},
+}
+NAMES = ("two_stream", "two_stream_modern", "two_stream_embed", *ALSO)
 
 
 def model_of(name: str, **changes: Any) -> TokenModel:
     """In float64, with masks that are open in part."""
-    more = {"weights": {"kind": "entmax"}, "bias": True} | changes if name == "entmax" else changes
-    return open_masks(build(variant("two_stream" if name == "entmax" else name, **more))).double()
+    more = ALSO.get(name, {}) | changes
+    return open_masks(build(variant("two_stream" if name in ALSO else name, **more))).double()
 
 
 def ordered(model: TokenModel, rows: int = 1, targets: int | None = None) -> tuple[Batch, Tensor]:

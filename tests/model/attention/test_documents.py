@@ -189,7 +189,7 @@ def test_a_model_that_is_to_mind_documents_must_be_told_of_them() -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("name", ["everywhere", "t5_modern", "bert_batchnorm"])
+@pytest.mark.parametrize("name", ["everywhere", "t5_modern", "bert_batchnorm", "two_stream", "halting"])
 def test_layers_are_traced_without_a_break(name: str) -> None:
     """As `engine.compile` compiles them, one by one; t5 has no documents, but two lengths, bert buffers that change."""
     config = variant(name, layers=1)

@@ -18,6 +18,7 @@ from tests.model.helpers import batch_of, build, small
 OFF: dict[str, Any] = {"learned_dropout": {"enabled": False}}
 ALONE = {"architecture": "decoder_only"}
 BERT = {"architecture": "encoder_only"}
+XLNET = {"architecture": "two_stream"}
 DRAFT = {"architecture": "draft_and_verify", "cross_heads": 2}
 TWICE = {"recurrence": {"steps": 2}}
 HALTING = {"recurrence": {"steps": 2, "halt": True, "halt_bias": 0}}
@@ -27,6 +28,7 @@ ENTMAX: dict[str, Any] = {"weights": {"kind": "entmax"}}
 SPAN: dict[str, Any] = {"weights": {"kind": "adaptive_span", "ramp": 3, "span_init": 0.3}}
 MIXTURE: dict[str, Any] = {"scores": {"kind": "synthesizer", "parts": ["dense", "random"]}}
 LINFORMER: dict[str, Any] = {"scores": {"kind": "linformer", "slots": 4}}
+LINFORMER_KV: dict[str, Any] = {"scores": LINFORMER["scores"] | {"sharing": "key_value"}}
 ROUTING: dict[str, Any] = {"scores": {"kind": "routing", "clusters": 3, "window": 2}}
 BALANCED: dict[str, Any] = {"scores": {"kind": "routing", "clusters": 2, "assign": "balanced"}}
 WINDOW: dict[str, Any] = {"pattern": {"kind": "window", "window": 3, "sinks": 1}}
@@ -49,9 +51,10 @@ CAUSAL: dict[str, dict[str, Any]] = {
 }
 BOTH_WAYS: dict[str, dict[str, Any]] = {
     "gates, linformer": {**BERT, **OFF, **GATES, **LINFORMER},
-    "L0, linformer, universal": {**BERT, **OFF, **L0, **TWICE, **LINFORMER},
+    "L0, linformer, universal": {**BERT, **OFF, **L0, **TWICE, **LINFORMER_KV},
     "L0, balanced": {**BERT, **OFF, **L0, **BALANCED},
     "halting, balanced": {**BERT, **OFF, **HALTING, **BALANCED},
+    "two-stream, entmax and L0": {**XLNET, **OFF, **L0, **ENTMAX},
     "draft, entmax and L0": {**DRAFT, **OFF, **L0, **ENTMAX},
     "draft, synthesizer": {**DRAFT, **MIXTURE, "draft": {"share": True}},
     "draft, linformer": {**DRAFT, **OFF, **LINFORMER},

@@ -1,6 +1,5 @@
 """Patterns of attention: what is seen is what they say, in whatever form it is computed, and nothing more."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor
 
 from model.architectures.token_model import TokenModel
-from model.attention import forms, visibility
+from model.attention import forms, softmax, visibility
 from model.attention.cache import Cache
 from model.attention.ring import Ring
 from model.attention.rule import Rows, Rule
-from model.batch import IGNORE, Batch
+from model.batch import Batch
 from model.config import pattern_config
 from model.config.model_config import ModelConfig
 from model.config.pattern_config import FULL, Pattern, PatternConfig, keys_seen
@@ -27,23 +26,28 @@ from tests.model.helpers import PATTERNED, PATTERNED_BOTH_WAYS, VOCABULARY, batc
 
 IN_BLOCKS = ("sinks", "fixed_heads")
 """The plain form of FlexAttention takes seconds."""
+UNIONS = ("strided", "bert_strided")
+FORMS_OF = {"blocks": IN_BLOCKS, "union": UNIONS}
+"""All others are for every pattern."""
 
 
 def model_of(name: str, **changes: Any) -> TokenModel:
     return open_masks(build(variant(name, **changes))).double()
 
 
-def plain(pattern: dict[str, Any], **changes: Any) -> TokenModel:
+def plain(pattern: dict[str, Any], seed: int = 0, **changes: Any) -> TokenModel:
     """Two layers of nothing but attention and feed forward."""
-    return build(small("decoder_only", learned_dropout={"enabled": False}, pattern=pattern, **changes)).double().eval()
+    config = small("decoder_only", learned_dropout={"enabled": False}, pattern=pattern, **changes)
+    return build(config, seed).double().eval()
 
 
 def in_form(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute in this one what can be, and all else densely."""
 
-    def chosen(self: Pattern, tokens: int, *, documents: bool = False, prefix: bool = False) -> str:
+    def chosen(self: Pattern, tokens: int, *, documents: bool = False, prefix: bool = False, both_ways: bool) -> str:
         counted = self.sinks or self.block or self.summary
         takes = not (self.full or self.stride or self.marked or (form == "gathered" and self.summary))
+        takes = bool(self.window and self.stride) if form == "union" else takes
         return form if takes and not prefix and not (documents and counted) else "dense"
 
     monkeypatch.setattr(Pattern, "form", chosen)
@@ -59,6 +63,7 @@ FORMS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "dense": lambda patch: in_form("dense", patch),
     "gathered": lambda patch: in_form("gathered", patch),
     "chunks": lambda patch: in_form("chunks", patch),
+    "union": lambda patch: in_form("union", patch),
     "blocks": lambda patch: patch.setattr(visibility, "mask_of", mask_in_blocks),
 }
 
@@ -85,7 +90,7 @@ def batches(config: ModelConfig) -> dict[str, Batch]:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
     ("name", "form"),
-    [(n, form) for n in (*PATTERNED, *PATTERNED_BOTH_WAYS) for form in FORMS if form != "blocks" or n in IN_BLOCKS],
+    [(n, form) for n in (*PATTERNED, *PATTERNED_BOTH_WAYS) for form in FORMS if n in FORMS_OF.get(form, [n])],
 )
 def test_every_form_gives_the_same(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same gradients, where FlexAttention has them."""
@@ -132,6 +137,29 @@ def test_each_form_is_taken_where_it_is_the_fastest(monkeypatch: pytest.MonkeyPa
     assert [wide.form(tokens) for tokens in (300, 1199, 1200)] == ["full", "dense", "chunks"]
     monkeypatch.undo()
     assert [Pattern(window=3).form(tokens) for tokens in (3, 255, 256)] == ["full", "dense", "gathered"]
+    assert [Pattern(window=16, stride=16).form(tokens) for tokens in (255, 256, 2048)] == ["dense", "union", "union"]
+    assert [Pattern(window=wide, stride=wide).form(512) for wide in (2, 64, 128)] == ["dense", "union", "dense"]
+    both = {tokens: Pattern(window=16, stride=16).form(tokens, both_ways=True) for tokens in (256, 512)}
+    assert both == {256: "dense", 512: "union"}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_and_a_stride_share_one_softmax(causal: bool) -> None:
+    """Of texts alone, and of texts behind pads, in rows of no whole number of windows; with their gradients."""
+    pattern, shape = Pattern(window=4, stride=4), torch.Size((3, 14))
+    positions = torch.arange(14) - torch.tensor([[0], [3], [9]])
+    for behind in ((), (positions < 0, positions)):
+        rows = Rows(shape, torch.device("cpu"), causal, *behind)
+        union = forms.Union.of(rows, pattern)
+        given = [torch.randn(3, 2, 14, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+        query, key, value = given
+        expected = softmax.plain(query, key, value, rows.dense((pattern,)), False)
+        found = union.attend(softmax.plain, query, key, value)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        slopes = [torch.autograd.grad((x * expected.detach().cos()).sum(), given) for x in (found, expected)]
+        torch.testing.assert_close(slopes[0], slopes[1], rtol=0, atol=1e-12)
+        twice = union._replace(far=union.far | torch.eye(4, dtype=torch.bool))
+        assert (twice.attend(softmax.plain, query, key, value) - expected).abs().max() > 1e-2, "the check itself"
 
 
 @pytest.mark.parametrize("attention", ["auto", "flash", "explicit"])
@@ -366,34 +394,3 @@ def test_turns_need_layers_and_halves_an_even_number_of_heads() -> None:
         small(layers=1, pattern={"kind": "fixed", "merge": "alternate"})
     with pytest.raises(ValueError, match="merge=heads gives half of the heads to each part, and heads=1 is odd"):
         small(heads=1, pattern={"kind": "fixed", "merge": "heads"})
-
-
-def loss_of_a_copy(pattern: dict[str, Any], distance: int, layers: int) -> float:
-    model = plain(pattern, layers=layers, width=32, context=32, positions="rotary").float().train()
-    return copied(model, torch.optim.AdamW(model.parameters(), lr=5e-3), distance, 300)
-
-
-def copied(model: TokenModel, optimizer: torch.optim.Optimizer, distance: int, steps: int) -> float:
-    """Nats a token, at the end, where each token is the one `distance` before it."""
-    generator, losses = torch.Generator().manual_seed(0), []
-    for step in range(steps):
-        text = torch.randint(VOCABULARY, (16, distance), generator=generator).repeat(1, 40 // distance + 1)[:, :33]
-        labels = text[:, 1:].clone()
-        labels[:, : distance - 1] = IGNORE
-        batch = Batch(text[:, :-1], labels, torch.arange(16), torch.tensor(step + 1), seed=0)
-        loss = model(batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return sum(losses[-20:]) / 20
-
-
-@pytest.mark.drill
-def test_a_window_copies_from_within_and_not_from_beyond() -> None:
-    """Two layers of a window of 5 reach 9 tokens."""
-    chance = math.log(VOCABULARY)
-    assert loss_of_a_copy({"kind": "window", "window": 8}, 8, layers=1) < 0.3 * chance
-    assert loss_of_a_copy({"kind": "window", "window": 7}, 8, layers=1) > 0.95 * chance
-    assert loss_of_a_copy({"kind": "window", "window": 5}, 8, layers=2) < 0.5 * chance
-    assert loss_of_a_copy({"kind": "strided", "stride": 7, "merge": "heads"}, 8, layers=1) < 0.5 * chance

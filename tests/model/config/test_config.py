@@ -75,6 +75,7 @@ def test_a_vocabulary_is_needed_to_build() -> None:
         ({"scores": {"kind": "synthesizer"}, "weights": {"kind": "entmax"}}, "is for scores of queries and keys"),
         ({"scores": {"kind": "synthesizer"}, "attention": "flash"}, "no kernel has scores.kind=synthesizer"),
         ({"scores": {"slots": 5}}, "scores.slots is for scores.kind=linformer, not dot"),
+        ({"scores": {"sharing": "none"}}, "scores.sharing is for scores.kind=linformer, not dot"),
         ({"scores": {"kind": "synthesizer", "rank": 5}}, "scores.rank is about the part factorised_random"),
         (
             {"scores": {"kind": "routing", "assign": "balanced"}},

@@ -53,8 +53,13 @@ def saved_bytes(model: TokenModel, batch: Batch, recomputed: bool = False) -> in
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: weakref.WeakSet[Kept] = weakref.WeakSet()
     inputs: list[Tensor] = []
+
+    def keep(_: object, given: tuple[object, ...]) -> None:
+        if torch.is_grad_enabled():
+            inputs.extend(x for x in given if isinstance(x, Tensor))
+
     for layer in layers(model) if recomputed else ():
-        layer.register_forward_pre_hook(lambda _, given: inputs.extend(x for x in given if isinstance(x, Tensor)))
+        layer.register_forward_pre_hook(keep)
 
     def pack(tensor: Tensor) -> Kept:
         kept = Kept(tensor)
@@ -181,6 +186,8 @@ SEEN: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("modern_decoder", {"kind": "fixed", "merge": "heads"}, {}),
     ("everywhere_embed", {"kind": "fixed"}, {}),
     ("t5_modern", {"kind": "fixed", "merge": "alternate"}, {}),
+    ("modern_decoder", {"kind": "strided", "stride": 4}, {"context": 98}),
+    ("bert", {"kind": "strided", "stride": 4}, {"context": 144}),
 ]
 
 

@@ -119,6 +119,11 @@ def test_published_size(shape: dict[str, Any], expected: int, total: int) -> Non
         ("decoder-760m", 50_257, 755_169_280, 760e6),
         ("parallel-1b3", 50_257, 1_271_952_384, 1.3e9),
         ("decoder-1b3", 50_257, 1_269_556_224, 1.3e9),
+        ("two-stream-4", 65, 804_352, None),
+        ("universal", 65, 214_145, None),
+        ("feedback", 65, 706_053, None),
+        ("draft-tiny", 65, 1_198_848, None),
+        ("refined-tiny", 65, 681_344, None),
     ],
 )
 def test_presets_of_known_shapes(name: str, vocabulary: int, expected: int, published: float | None) -> None:
@@ -164,6 +169,7 @@ def test_biases_are_counted() -> None:
         ({"cross_source": "layer_input"}, -(12 * 48**2 + 2 * 48)),
         ({"topology": "serial"}, 0),
         ({"learned_dropout": {"source": "elementwise", "sites": ["embed", "cross"]}}, 3 * 2 * 48),
+        ({"learned_dropout": {"source": "low_rank", "sites": ["embed", "cross"]}}, 3 * (2 * 12 * 48 + 48)),
         ({"learned_dropout": {"sites": ["embed", "cross"]}}, 3 * (3 * 48**2 + 48)),
         ({"learned_dropout": {"source": "embed", "sites": ["cross"]}}, 2 * (3 * 48**2 + 48) + 4 * 48**2),
         ({"l0": {"enabled": True, "sites": ["enc_sa", "embed"]}}, 3 * 48),

@@ -112,7 +112,7 @@ def test_statistics_of_a_mask() -> None:
         assert numbers == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("source", ["attention", "embed", "elementwise"])
+@pytest.mark.parametrize("source", ["attention", "embed", "low_rank", "elementwise"])
 def test_what_the_mask_comes_from(source: str) -> None:
     config = small(learned_dropout={"source": source, "eval_rounding": "none"})
     module = LearnedDropout(config, "dec_ff", 0)
@@ -120,8 +120,11 @@ def test_what_the_mask_comes_from(source: str) -> None:
     used = module(x, None, other)[0]
     assert torch.equal(used, module(x, None, -other)[0]) == (source != "embed")
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    weight = {"scale": (16,)} if source == "elementwise" else {"qkv.weight": (48, 16)}
-    assert shapes == weight | {"shift": (16,)}
+    weights: dict[str, dict[str, tuple[int, ...]]] = {
+        "elementwise": {"scale": (16,)},
+        "low_rank": {"down.weight": (4, 16), "up.weight": (16, 4)},
+    }
+    assert shapes == weights.get(source, {"qkv.weight": (48, 16)}) | {"shift": (16,)}
 
 
 @pytest.mark.parametrize(

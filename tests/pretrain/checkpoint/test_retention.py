@@ -11,7 +11,7 @@ from data_pipeline.errors import CheckpointError
 from pretrain.checkpoint import retention
 from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.checkpoint.retention import prune, reasons
-from pretrain.run.checkpoint_folder import complete, step_of, step_path
+from pretrain.run.checkpoint_folder import complete, hold, step_of, step_path
 
 
 def make(root: Path, step: int, loss: float | None = None) -> Path:
@@ -55,6 +55,21 @@ def test_the_newest_each_kth_and_the_best(tmp_path: Path) -> None:
     assert len(steps(tmp_path)) == 8
     prune(tmp_path, 2, 20)
     assert steps(tmp_path) == [20, 30, 40, 60, 70]
+
+
+def test_what_another_run_needs_stays_as_long_as_it_is_there(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make(tmp_path / "base", step)
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "run.json").touch()
+    for _ in range(2):
+        hold(step_path(tmp_path / "base", 1), tmp_path / "tuned")
+    prune(tmp_path / "base", 1, None)
+    assert steps(tmp_path / "base") == [1, 3]
+    assert reasons(tmp_path / "base", 1, None)[step_path(tmp_path / "base", 1)] == [f"needed by {tmp_path / 'tuned'}"]
+    (tmp_path / "tuned" / "run.json").unlink()
+    prune(tmp_path / "base", 1, None)
+    assert steps(tmp_path / "base") == [3]
 
 
 def test_the_newest_whole_one_stays_when_newer_ones_are_damaged(tmp_path: Path) -> None:

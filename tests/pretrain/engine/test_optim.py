@@ -10,7 +10,7 @@ from pretrain.engine.optim import parameter_groups, peak_rates
 from tests.runs import SMALL
 
 
-@pytest.mark.parametrize("source", ["attention", "elementwise", "embed"])
+@pytest.mark.parametrize("source", ["attention", "low_rank", "elementwise", "embed"])
 @pytest.mark.parametrize(("mask_lr", "peak"), [(1e-4, 1e-4), (1e-3, 1e-3), (1e-1, 1e-2), ("null", 1e-2)])
 def test_masks_have_the_lower_of_the_two_rates(source: str, mask_lr: object, peak: float) -> None:
     config = load(

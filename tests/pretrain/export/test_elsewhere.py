@@ -17,6 +17,8 @@ from data_pipeline.config import TokenizerConfig
 from data_pipeline.tokenize.fast_tokenizer import fast_tokenizer
 from data_pipeline.tokenize.tokenizer import JSON, Tokenizer, train_tokenizer
 from model.architectures.token_model import TokenModel
+from model.attention.linformer import Linformer
+from model.attention.visibility import CAUSAL
 from model.generation.generate import Generation
 from model.generation.sampling import Sampling
 from pretrain.export.hugging_face.folder import hugging_face_config, kind_of
@@ -215,6 +217,22 @@ def test_refined_vectors_are_no_keys_and_values() -> None:
     batch = replace(batch_of(prefix.config, 2), prefix_lengths=torch.tensor([3, 7]))
     found = wrapped(prefix, "prefix")(batch.input_ids, prefix_lengths=batch.prefix_lengths)
     assert torch.equal(found.logits, prefix.predict(batch.input_ids, None, batch))
+
+
+@torch.no_grad()
+def test_slots_of_all_layers_are_saved_once_and_shared_again(tmp_path: Path) -> None:
+    model = open_masks(build(variant("bert_linformer"))).eval()
+    theirs, ids = wrapped(model, "masked"), batch_of(model.config).input_ids
+    theirs.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as saved:
+        assert [name for name in saved.keys() if "slots" in name] == [n for n in model.state_dict() if "slots" in n]  # noqa: SIM118
+    again = type(theirs).from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).logits, model(ids))
+    [slots] = [weights for name, weights in again.model.named_parameters() if "slots" in name]
+    slots.zero_()
+    mixers = [module for module in again.model.modules() if isinstance(module, Linformer)]
+    assert len(mixers) == 2
+    assert not any(mixer.slots_of(torch.ones(1, 2, 3, 8), CAUSAL).any() for mixer in mixers)
 
 
 @torch.no_grad()

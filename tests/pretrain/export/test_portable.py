@@ -27,7 +27,7 @@ from pretrain.export.hugging_face.folder import rows_of
 from pretrain.export.use import evaluate_run, open_trained
 from pretrain.inference.continuation import Continuation, Settings
 from pretrain.inference.trained import find_checkpoint, read_model
-from pretrain.metric_names import BITS_PER_BYTE
+from pretrain.metric_names import BITS_PER_BYTE, VALIDATION
 from pretrain.run.checkpoint_folder import step_path
 from pretrain.run.journal import read, series
 from pretrain.run.run_folder import RunFolder
@@ -116,7 +116,10 @@ def test_run_checkpoint_and_export_are_the_same_model(run: Path, exported: Path)
 
 
 def test_rounded_to_bf16(run: Path, exported: Path, tmp_path: Path) -> None:
-    export(run, "--to", tmp_path / "half", "--dtype", "bf16")
+    said = export(run, "--to", tmp_path / "half", "--dtype", "bf16").splitlines()
+    before, after = next(line.split()[2::2] for line in said if line.startswith("validation loss: "))
+    assert before == f"{evaluate_run(run, None)[VALIDATION]:.6f}" != after
+    assert f"| validation loss | {float(after):.4f} nats" in (tmp_path / "half" / "README.md").read_text()
     whole = load_file(exported / "model.safetensors")
     half = load_file(tmp_path / "half" / "model.safetensors")
     assert all(torch.equal(half[name], values.to(torch.bfloat16)) for name, values in whole.items())

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.errors import CheckpointError, ConfigError, DataError
+from data_pipeline.tokenize.tokenizer import Tokenizer
+from pretrain.export import standard
 from pretrain.export.layouts import check_fits, to_theirs
 from pretrain.export.standard import import_model, write_standard
 from pretrain.export.use import open_trained
@@ -26,6 +28,17 @@ LLAMA = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "nu
 GPT2 = {"n_positions": 12, "n_embd": 16, "n_layer": 2, "n_head": 2}
 PLAIN = {"learned_dropout": {"enabled": False}}
 MODERN = {"positions": "rotary", "norm": "rmsnorm", "ff": "swiglu"}
+
+
+def byte_tokenizer() -> Any:
+    """As transformers has them, with one special piece."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet)
+    made.train_from_iterator([LICENSE], trainer)
+    return made
 
 
 def saved(folder: Path, kind: str, **changes: Any) -> Any:
@@ -43,13 +56,7 @@ def saved(folder: Path, kind: str, **changes: Any) -> Any:
         for values in model.parameters():  # biases and norms start at what they would be without
             values.add_(torch.randn_like(values), alpha=0.05)
     model.eval().save_pretrained(folder)
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet)
-    made.train_from_iterator([LICENSE], trainer)
-    made.save(str(folder / "tokenizer.json"))
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
     return model
 
 
@@ -77,7 +84,9 @@ def test_a_model_of_transformers_and_back(tmp_path: Path, kind: str, changes: di
 
 
 @torch.no_grad()
-def test_a_run_goes_out_in_a_layout_and_comes_back(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
+def test_a_run_goes_out_in_a_layout_and_comes_back(
+    ranks: Ranks, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     small_run = [option for option in SMALL if "learned_dropout" not in option]
@@ -89,7 +98,7 @@ def test_a_run_goes_out_in_a_layout_and_comes_back(ranks: Ranks, dataset: Path, 
         ranks("tests.distributed.cases:train_run", 1, args=args)
         checkpoint, config = find_checkpoint(run)
         folder = tmp_path / f"{kind}-exported"
-        write_standard(checkpoint, config, folder, kind, "fp32")
+        write_standard(checkpoint, config, folder, kind)
         theirs = AutoModelForCausalLM.from_pretrained(folder)
         ours = open_trained(run)
         ids = IDS % ours.tokenizer.vocab_size
@@ -101,6 +110,14 @@ def test_a_run_goes_out_in_a_layout_and_comes_back(ranks: Ranks, dataset: Path, 
         import_model(folder, tmp_path / f"{kind}-again")
         again = open_trained(tmp_path / f"{kind}-again").model
         torch.testing.assert_close(again(ids), ours.model(ids), rtol=0, atol=1e-6)
+    putting = byte_tokenizer()
+    putting.post_processor = tokenizers.processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 0)])
+    putting.save(str(tmp_path / "tokenizer.json"))
+    with_bos = (tmp_path / "tokenizer.json", Tokenizer.load(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(standard, "tokenizer_of", lambda *of: with_bos)  # as of a run that began with such a Llama
+    write_standard(checkpoint, config, tmp_path / "bare", "gpt2")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "bare")(text).input_ids
+    assert theirs == with_bos[1].encode([text])[0].tolist(), "the model saw no BOS"
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,20 @@ def test_a_random_order_is_one_of_spans_and_its_last_tokens_are_predicted(span: 
     assert joined == pytest.approx(1 / 25 if span == 1 else 0.645, abs=0.02)
 
 
-@pytest.mark.parametrize("name", ["span_corruption", "masked", "prefix", "permutation"])
+def test_the_chunk_behind_a_start_of_the_window_is_to_be_written() -> None:
+    tokens, positions = windows(500, 16)
+    tokens[7, 5:] = -1
+    made = objective("continuation", 16, PIECES, targets=4).arrays(tokens, positions, None, 0)
+    lengths = (~made["padding"]).sum(axis=1)
+    assert set(np.delete(lengths, 7).tolist()) == set(range(1, 14)) and lengths[7] == 1
+    for row, length in enumerate(lengths.tolist()):
+        read, wanted = made["input_ids"][row], tokens[row, length : length + 4]
+        assert read.tolist() == [*tokens[row, :length].tolist(), *[0] * (16 - length)]
+        assert made["labels"][row].tolist() == wanted.tolist()
+        assert made["decoder_input_ids"][row].tolist() == [PIECES.eos_id, *wanted[:-1].tolist()]
+
+
+@pytest.mark.parametrize("name", ["span_corruption", "masked", "prefix", "permutation", "continuation"])
 def test_what_is_random_depends_on_seed_and_position_alone(name: str) -> None:
     tokens, positions = windows(40, 50)
     made = objective(name, 50, PIECES, targets=5, target_span=2)

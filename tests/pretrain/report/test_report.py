@@ -57,7 +57,8 @@ def journal_steps(run_dir: Path, attempt: int, first: int, last: int, *, resumed
                 metrics[f"gate/entropy/{site}/{layer:02d}"] = step / 200 + layer / 10
                 metrics[f"gate/multiplier/{site}/{layer:02d}"] = step / 1000
         metrics |= {"loss/earlier_step": 3.0, "refine/change/01": 0.5, "ponder/steps": 2.5, "ponder/share/2": 0.5}
-        metrics |= {f"attention/{kind}/dec_sa/00/h0": 1.5 for kind in ("alpha", "span", "zeros", "fullest", "empty")}
+        of_heads = ("alpha", "span", "zeros", "fullest", "empty", "dropped")
+        metrics |= {f"attention/{kind}/dec_sa/00/h0": 1.5 for kind in of_heads}
         journal.metrics(step, metrics)
         if step % 20 == 0:
             losses = {

@@ -1,5 +1,6 @@
 """A run of an architecture of one's own: its source belongs to it, and is run by what builds the model alone."""
 
+import hashlib
 import json
 import os
 import re
@@ -74,6 +75,26 @@ def run(trained: Run, dataset: Path, tmp_path: Path) -> Run:
     shutil.copytree(trained.path, copy.path)
     shutil.copy(trained.file, copy.file)
     return copy
+
+
+def test_nodes_whose_files_differ_are_named_before_anything_is_trained(
+    ranks: Ranks, dataset: Path, tmp_path: Path
+) -> None:
+    text, files = documented_architecture(), [tmp_path / f"n{number}" / "gla.py" for number in range(2)]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(text)
+    args = [*TINY, f"data.path={dataset}", "train.steps=1"]
+    case, sources = "tests.distributed.life_cases:with_sources", list(map(str, files))
+    assert ranks(case, 2, args=[*args, f"run.dir={tmp_path / 'same'}"], sources=sources) == [0, 0], "wherever they lie"
+    files[1].write_text(text + "\n")
+    told = ranks(case, 2, args=[*args, f"run.dir={tmp_path / 'run'}"], sources=sources)
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files]
+    for error in told:
+        assert error.startswith("model.architecture: the source of GLA is not the same on all nodes")
+        for number in range(2):
+            assert re.search(rf"GLA {hashes[number]} on rank {number} on [\w.-]+[;,]", error)
+    assert not (tmp_path / "run" / "attempts").exists()
 
 
 def test_it_goes_on_on_another_number_of_ranks_and_stage(

@@ -21,7 +21,7 @@ from pretrain.config.schema import load
 from pretrain.run import lease as lease_module
 from pretrain.run.job_records import Failure, Heartbeat, JobFolder, Pulse
 from pretrain.run.journal import Journal
-from pretrain.run.lease import STALE_SECONDS, Lease, LeaseLost, latest_attempt, read_owner
+from pretrain.run.lease import GONE_SECONDS, Lease, LeaseLost, latest_attempt, read_owner
 from pretrain.run.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -129,9 +129,9 @@ def test_an_owner_elsewhere_is_gone_when_its_file_has_not_changed_for_a_while(
     clock, told = Clock(monkeypatch), list[str]()
     with Lease.acquire(elsewhere.parent.parent, told.append) as lease:
         assert lease.attempt == 2
-    assert STALE_SECONDS <= clock.now - 1000.0 < STALE_SECONDS + 1
+    assert GONE_SECONDS <= clock.now - 1000.0 < GONE_SECONDS + 1
     assert len(told) == 1
-    assert "attempt 1: " in told[0] and "60 s" in told[0]
+    assert "attempt 1: " in told[0] and "30 s" in told[0]
     assert ("job 6, process" in told[0] and "on n7" in told[0]) == (damage is None)
 
 
@@ -149,6 +149,29 @@ def test_an_owner_elsewhere_whose_heart_beats_is_left_alone(
     with pytest.raises(RunError, match=r"another start owns this run folder \(attempt 1"):
         Lease.acquire(elsewhere.parent.parent, lambda _: None)
     assert clock.now - 1000.0 < 6
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_while_the_file_system_does_not_answer_nobody_counts_as_gone(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, alive: bool
+) -> None:
+    """It fails over for 90 s, in which no heart can beat; 5 s later that of a live owner has."""
+    clock = Clock(monkeypatch)
+    paused = 1000 + GONE_SECONDS - 1
+
+    def between() -> None:
+        if paused <= clock.now < paused + 90:
+            clock.now += 90
+        if alive and clock.now > paused + 95:
+            os.utime(elsewhere)
+
+    clock.between = between
+    if alive:
+        with pytest.raises(RunError, match="another start owns this run folder"):
+            Lease.acquire(elsewhere.parent.parent, lambda _: None)
+    else:
+        with Lease.acquire(elsewhere.parent.parent, lambda _: None):
+            assert 2 * GONE_SECONDS + 88 < clock.now - 1000 < 2 * GONE_SECONDS + 91
 
 
 def test_an_owner_repairs_its_damaged_record(tmp_path: Path) -> None:
@@ -193,7 +216,7 @@ def test_no_bit_that_flips_in_an_attempt_or_heartbeat_is_taken_for_something_els
 
 
 def test_an_earlier_start_of_the_same_job_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the loss of a node: its heart seems to beat for STALE_SECONDS, but Slurm has requeued the job."""
+    """After the loss of a node: its heart seems to beat for GONE_SECONDS, but Slurm has requeued the job."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     lost = Lease.acquire(tmp_path)
     with pytest.raises(RunError, match="job 7"):

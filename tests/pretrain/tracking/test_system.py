@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from pretrain.run.journal import Record, read
+from pretrain.run.journal import Journal, Record, read
 from pretrain.tracking import system_metrics
-from pretrain.tracking.system_metrics import SystemSampler, journal_path, node_name
+from pretrain.tracking.system_metrics import AllNodes, SystemSampler, journal_path, mirrored_files, node_name
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +26,16 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_metrics, "JOIN_SECONDS", 120.0)
 
 
-def sample(logs: Path, until: Callable[[list[str]], object] = bool, attempt: int = 1, active: bool = True) -> list[str]:
+def sample(
+    logs: Path,
+    until: Callable[[list[str]], object] = bool,
+    attempt: int = 1,
+    active: bool = True,
+    of_nodes: int = 0,
+) -> list[str]:
     """Sample until something is so, by default that there is a warning; it is asked with all warnings."""
     warnings: list[str] = []
-    with SystemSampler(logs, attempt, step=5, active=active, warn=warnings.append) as sampler:
+    with SystemSampler(logs, attempt, step=5, active=active, warn=warnings.append, of_nodes=of_nodes) as sampler:
         end = time.monotonic() + 120
         while not until(warnings):
             assert time.monotonic() < end, "did not happen in time"
@@ -89,6 +95,45 @@ def test_a_later_attempt_appends(tmp_path: Path) -> None:
 def test_other_ranks_of_a_node_write_nothing(tmp_path: Path) -> None:
     sample(tmp_path / "logs", until=lambda _: "system-sampler" not in running(), active=False)
     assert not (tmp_path / "logs").exists()
+
+
+def test_of_many_nodes_least_mean_and_greatest_are_told_with_the_nodes_they_are_of(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    nodes = {f"n{number}": Journal(journal_path(logs, f"n{number}"), 1) for number in range(9)}
+    nodes["n0"].metrics(1, {"system/n0.memory_gib": 1e6})  # before
+    all_nodes = AllNodes(logs, 2)
+    for number, (node, journal) in enumerate(nodes.items()):
+        for load in (99.0, 10.0 * number):  # the newest counts
+            hot = {3: 50.0} if node == "n7" else {}
+            gpus = {f"system/{node}.gpu{gpu}_temp_c": 40.0 + gpu + hot.get(gpu, 0) for gpu in range(4)}
+            journal.metrics(5, {f"system/{node}.cpu_percent": load} | gpus)
+    all_nodes.sum_up(6)
+    nodes["n4"].metrics(6, {"system/n4.cpu_percent": 3.0})  # the others say nothing more
+    all_nodes.sum_up(7)
+    assert mirrored_files(tmp_path) == [logs / "nodes.jsonl"]
+    first, second = read(logs / "nodes.jsonl")
+    values = {name.removeprefix("system/nodes."): value for name, value in first.metrics.items()}
+    cpu = {"cpu_percent_min": 0, "cpu_percent_mean": 40, "cpu_percent_max": 80}
+    gpu = {"gpu_temp_c_min": 40, "gpu_temp_c_mean": pytest.approx(41.5 + 50 / 36), "gpu_temp_c_max": 93}
+    assert values == {"heard": 9} | cpu | gpu
+    where = first.fields["where"]
+    assert (where["cpu_percent_min"], where["cpu_percent_max"], where["gpu_temp_c_max"]) == ("n0", "n8", "n7.gpu3")
+    assert (second.metrics["system/nodes.heard"], second.metrics["system/nodes.cpu_percent_max"]) == (1, 3)
+    assert (first.step, first.attempt, second.step) == (6, 2, 7)
+
+
+@pytest.mark.parametrize(("before", "nodes", "summed_up"), [(False, 9, True), (True, 8, True), (False, 8, False)])
+def test_samples_of_many_nodes_are_summed_up_and_of_few_that_were_many(
+    tmp_path: Path, before: bool, nodes: int, summed_up: bool
+) -> None:
+    file = tmp_path / "nodes.jsonl"
+    if before:
+        file.touch()
+    sample(tmp_path, until=lambda _: samples(tmp_path), of_nodes=nodes)
+    found = [record.metrics["system/nodes.cpu_percent_mean"] for record in read(file)] if file.exists() else []
+    own = [record.metrics[f"system/{node_name()}.cpu_percent"] for record in samples(tmp_path)]
+    assert found == (own if summed_up else [])
 
 
 def test_a_disk_that_fails_is_told_once(tmp_path: Path) -> None:

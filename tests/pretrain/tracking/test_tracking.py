@@ -293,13 +293,15 @@ def test_if_asked_for_the_mirror_gets_least_mean_and_greatest_of_the_layers_as_t
     }
 
 
-def test_of_a_validation_the_mirror_gets_every_source() -> None:
+def test_of_a_validation_the_mirror_gets_every_source_and_of_heads_the_mean() -> None:
     values = {"loss/val": 2.0, "loss/val/web": 2.5, "loss/val_bits_per_byte/a/b (c)": 1.5}
+    values |= {"attention/dropped": 0.25, "attention/dropped/dec_sa/00/h1": 0.25}
     assert shipped(Record("metrics", 0, 3, 1, values, {})) == {
         "loss/val": 2.0,
         "loss/val.web": 2.5,
         "loss/val_bits_per_byte.a-x2f-b -x28-c-x29-": 1.5,
         "loss/val_perplexity": math.exp(2.0),
+        "attention/dropped": 0.25,
         ATTEMPT: 3.0,
     }
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import RunError
-from pretrain.run.journal import Journal
+from pretrain.run.journal import Journal, Record
 from pretrain.tracking import follower
 from pretrain.tracking.follower import Tracker, assign, sync, unsent
 from pretrain.tracking.mlflow_state import FORMAT, State, default_uri
-from pretrain.tracking.mlflow_store import connect
+from pretrain.tracking.mlflow_store import as_metrics, connect
 from pretrain.tracking.mlflow_sync import Mirror
 from tests.faults.tracked import assert_mirrors, run_of, until
 from tests.runs import new_store
@@ -98,6 +98,13 @@ def test_a_store_put_back_to_an_older_copy_gets_what_it_lacks(run: Run, tmp_path
     assert sync(run.path).num_metrics == 10 * 3 + 40
     assert assert_mirrors(run.path) == 50 * 3 + 10 * 2
     assert run_of(run.path).data.params["data.path"] == "d"
+
+
+def test_what_two_nodes_say_at_one_moment_is_sent_once() -> None:
+    records = [Record("metrics", 7, 1, 3, {}, {}) for _ in range(2)]
+    points = [(name, 1.0, record) for record in records for name in ("attempt", "load")]
+    sent = [(metric.key, metric.value, metric.timestamp, metric.step) for metric in as_metrics(points)]
+    assert sent == [("attempt", 1.0, 7, 3), ("load", 1.0, 7, 3)]
 
 
 @pytest.mark.usefixtures("quick")

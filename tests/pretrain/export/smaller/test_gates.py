@@ -72,9 +72,9 @@ def test_blocks_that_no_held_out_token_opens_go_and_the_loss_stays(gated: Path, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["l0", "everywhere_elementwise", "everywhere_embed", "parallel"])
+@pytest.mark.parametrize("name", ["l0", "everywhere_elementwise", "everywhere_embed", "parallel", "encoder_loss"])
 def test_channels_that_a_mask_always_closes_go(name: str) -> None:
-    """Exact where no other channel's mask reads them; the default, which attends to them, is another model."""
+    """Exact where no other channel's mask reads them; with the default, or a map of low rank, another model."""
     config = variant(name, bias=True)
     model, places = open_masks(build(config)).double().eval(), ["dec_ff/00", "enc_ff/01"]
     for mask in (module for module in model.modules() if getattr(module, "name", "") in places):
@@ -83,8 +83,8 @@ def test_channels_that_a_mask_always_closes_go(name: str) -> None:
             mask.log_alpha[2:7] = -9.0
         elif isinstance(mask, LearnedDropout):
             mask.shift[2:7] = torch.pi
-            for values in (mask.scale,) if mask.config.source == "elementwise" else (mask.qkv.weight[-16:],):
-                values[2:7] = 0.0
+            rows = {"elementwise": "scale", "low_rank": "up.weight"}.get(mask.config.source, "qkv.weight")
+            mask.get_parameter(rows)[-16:][2:7] = 0.0
     batch = batch_of(config)
     with watched(model) as used:
         before = model(batch)
@@ -95,4 +95,4 @@ def test_channels_that_a_mask_always_closes_go(name: str) -> None:
     smaller.load_state_dict(weights)
     assert model.num_parameters() - smaller.num_parameters() == sum(16 - len(kept) for kept in channels.values()) * 65
     difference = (smaller(batch).by_token - before.by_token).abs().max()
-    assert (difference > 1e-6) if name == "parallel" else (difference < 1e-12)
+    assert (difference > 1e-6) if name in ("parallel", "encoder_loss") else (difference < 1e-12)
