@@ -1,9 +1,9 @@
 """Configuration of the data pipeline. Free of heavy imports: login nodes read this."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
 from data_pipeline import may_change
 from data_pipeline.secret import WAY_ON, has_secret
@@ -59,6 +59,41 @@ class DuplicateConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=Fals
     """`near`: hash functions; more tell similar from dissimilar more sharply."""
 
 
+class LabelsConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """What is known of each text, for `data.objective=labels` (docs/labels.md)."""
+
+    kind: Annotated[Literal["none", "sequence", "token", "span"], may_change.BUILD] = "none"
+    """`sequence`: a label of each text; `token`: one of each of its words, or of stretches of it; `span`: where in a
+    text the answer to a question stands. JSON Lines hold it under the `label_key` of their source."""
+    names: Annotated[list[str], may_change.BUILD] = []
+    """All labels there are; of `token`, the first is that of what no stretch holds. None of `span`."""
+
+    @field_validator("names", mode="before")
+    @classmethod
+    def _numbers_are_names(cls, names: Any) -> Any:
+        whole = isinstance(names, list) and all(type(name) in (int, str) for name in names)
+        return [str(name) for name in names] if whole else names
+
+    @property
+    def values(self) -> int:
+        """Numbers of labels are below this: of `span` whether a token is in the answer; the last stands for none."""
+        return (2 if self.kind == "span" else len(self.names)) + 1
+
+    @model_validator(mode="after")
+    def _names_tell_labels_apart(self) -> Self:
+        if self.kind in ("none", "span"):
+            if self.names:
+                raise ValueError(f"names are labels of kind=sequence or token; with kind={self.kind} there are none")
+        elif len(self.names) < 2:
+            raise ValueError(
+                f"names: kind={self.kind} needs all labels there are, two at least, such as names=[good,bad]"
+            )
+        for number, name in enumerate(self.names):
+            if not name or _HALF.search(name) or name in self.names[:number]:
+                raise ValueError(f"names: {name!a} cannot be a label (empty, half a surrogate pair, or there twice)")
+        return self
+
+
 class SourceConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """One named body of text."""
 
@@ -77,6 +112,10 @@ class SourceConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Key of a conversation in a JSONL object, instead of `text_key`: a list of objects with `role` (system, user or
     assistant) and `content`. With one such source a dataset is for `data.objective=conversations`: pairs are questions
     with their answers then, and plain text is to be written whole."""
+    label_key: Annotated[str, may_change.BUILD] = "label"
+    """With `data.labels`: key of what is known of the text in a JSONL object."""
+    question_key: Annotated[str, may_change.BUILD] = "question"
+    """With `data.labels.kind=span`: key of the question; `text_key` is that of the text in which the answer stands."""
     filter: FilterConfig = FilterConfig()
     weight: Annotated[float | None, may_change.PHASE] = Field(default=None, gt=0.0)
     """Share of the training samples that come from this source, beside the weights of the others; what it has of tokens
@@ -153,6 +192,10 @@ class SplitConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """As `target_key` of a source, for `files`."""
     messages_key: Annotated[str | None, may_change.BUILD] = None
     """As `messages_key` of a source, for `files`."""
+    label_key: Annotated[str, may_change.BUILD] = "label"
+    """As `label_key` of a source, for `files`."""
+    question_key: Annotated[str, may_change.BUILD] = "question"
+    """As `question_key` of a source, for `files`."""
     prefix: Annotated[str | None, may_change.BUILD] = None
     """As `prefix` of a source, for `files`; where sources have one it has to be said, if only that there is none, since
     the texts in `files` begin with it."""
@@ -183,6 +226,7 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     tokenizer: TokenizerConfig = TokenizerConfig()
     split: SplitConfig = SplitConfig()
     duplicates: DuplicateConfig = DuplicateConfig()
+    labels: LabelsConfig = LabelsConfig()
     chat_template: Annotated[str, may_change.BUILD] = CHAT_TEMPLATE
     """How a message of a conversation is written: a text with `{role}` and, behind it, `{content}`. Directly behind the
     content stands a piece that no text gives, which ends a turn: `{eos}`, the tokenizer's end-of-text, or one of its
@@ -200,7 +244,8 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """What a model learns from the text: the next token; the same behind a prefix that is read both ways; tokens hidden
     by `<mask>` (BERT), which it needs among `tokenizer.user_defined_symbols`; spans cut out, each for a sentinel (T5),
     of `tokenizer.sentinels`; the target of a source, of a dataset built with `target_key`; what the assistant says, of
-    one built with `messages_key`. Each needs a `model.architecture` that fits."""
+    one built with `messages_key`; the labels of one built with `data.labels`. Each
+    needs a `model.architecture` that fits."""
     weights: Annotated[dict[str, float], may_change.PHASE] = {}
     """Shares of the training samples by source, instead of the sources' own `weight`, or of those that the dataset was
     built with; a source left out is not read."""
@@ -226,6 +271,23 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     def pairs(self) -> bool:
         """Whether the sources hold pairs of texts, and nothing else."""
         return not self.chat and any(source.target_key is not None for source in self.sources.values())
+
+    @property
+    def labelled(self) -> bool:
+        """Whether something is known of each text."""
+        return self.labels.kind != "none"
+
+    def stored_ids(self, vocab_size: int) -> int:
+        """What is stored of a token is below this: marks of conversations, and labels, lie above the vocabulary."""
+        return vocab_size * (1 + self.chat) + (self.labels.values if self.labelled else 0)
+
+    @model_validator(mode="after")
+    def _labels_are_of_texts(self) -> Self:
+        if self.labelled and (self.chat or self.pairs or self.split.target_key or self.split.messages_key):
+            raise ValueError("labels: they are of texts, and not of pairs or conversations: leave one of them out")
+        if self.labelled and self.split.rule == "tail":
+            raise ValueError("split.rule=tail cuts within a text, and its labels are of all of it; take hash or given")
+        return self
 
     @model_validator(mode="after")
     def _conversations_are_whole(self) -> Self:

@@ -213,6 +213,48 @@ def embed(
 
 
 @app.command()
+def classify(
+    run: RunArg,
+    text: Annotated[list[str] | None, typer.Option(help="Text to say labels of; may be given several times.")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="Of a model that answers questions: what is asked about each --text.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts, one on each line; or JSON Lines, by its name.")
+    ] = None,
+    text_key: Annotated[str, typer.Option(help="Key of the text in JSON Lines.")] = "text",
+    question_key: Annotated[str, typer.Option(help="Key of the question in JSON Lines.")] = "question",
+    batch: Annotated[int, typer.Option(min=1, help="Texts that are computed together.")] = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each text.")] = False,
+    step: StepOption = None,
+) -> None:
+    """Say the label of each text, of what is in it, or where in it an answer stands, each with its probability.
+
+    Examples: `duet classify runs/authors --text "It was a dark and stormy night."`,
+    `duet classify runs/names --file texts.txt --json`,
+    `duet classify runs/answers --question "Who wrote it?" --text "Middlemarch was written by George Eliot."`
+    """
+    import json
+
+    from launch.progress import counted
+    from pretrain.export.use import open_trained
+    from pretrain.inference.classification import Asked, Classifier, read_asked, shown
+
+    if not text and file is None:
+        raise ConfigError("give --text TEXT, or --file FILE with a text on each line")
+    if question is not None and not text:
+        raise ConfigError("--question is asked about --text; in a --file each text has its own, under --question-key")
+    classifier = Classifier(open_trained(run, step))
+    asked = [Asked(one, question or "") for one in text or []]
+    if file is not None:
+        asked += read_asked(file, text_key, question_key if classifier.kind == "span" else None)
+    with counted("classifying") as progress:
+        found = classifier.told(asked, batch, progress)
+    for one in found:
+        typer.echo(json.dumps(one, ensure_ascii=False) if as_json else shown(one))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders; several are compared.")],
     out: Annotated[

@@ -61,7 +61,8 @@ class Batch:
     input_ids: Tensor
     """[B, T] int64."""
     labels: Tensor
-    """[B, T] int64: the token to predict at each input, for a causal model the next one, or IGNORE."""
+    """[B, T] int64: the token to predict at each input, for a causal model the next one, or IGNORE. Of a model that
+    says labels of texts what `LabelModel` says."""
     samples: Tensor
     """[B] int64: global position of each sequence in the data order; keys the noise."""
     step: Tensor
@@ -129,3 +130,6 @@ class ModelOutput(NamedTuple):
     `telemetry.told` makes numbers. `cross_entropy` (nats, mean over labels that count) is always there."""
     by_token: Tensor | None = None
     """[B, T]: cross entropy of each label in nats, 0 where it is IGNORE; None while gradients are recorded."""
+    chosen: Tensor | None = None
+    """Of a model that says labels of texts: the likeliest in the place of each label, int64; None while gradients are
+    recorded."""

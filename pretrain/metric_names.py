@@ -74,6 +74,9 @@ VALIDATION_PART = Metric("loss/val_part", "nats per label")
 VALIDATION_PERPLEXITY = Metric("loss/val_perplexity", "perplexity")
 VALIDATION_DRAFT = Metric("loss/val_draft", "nats per hidden label")
 VALIDATION_IN_ORDER = Metric("loss/val_in_order", "nats per label")
+VALIDATION_ACCURACY = Metric("labels/val_accuracy", "share of labels")
+VALIDATION_F1 = Metric("labels/val_f1", "F1, mean over labels or answers")
+VALIDATION_EXACT = Metric("labels/val_exact", "share of answers")
 BITS_PER_BYTE = Metric("loss/val_bits_per_byte", "bits per byte")
 DENSITY = Metric("gate/density", "share of open gates", of_model="density", column=Column("density", 8))
 GATE_ENTROPY = Metric("gate/entropy", "bits")
@@ -146,6 +149,10 @@ def of_model(name: str) -> str:
 def epoch_of(source: str) -> str:
     """How often one of several sources has been read."""
     return f"{EPOCH}_{source}"
+
+
+LABEL_SCORES = {VALIDATION_ACCURACY: "accuracy", VALIDATION_EXACT: "exact", VALIDATION_F1: "F1"}
+"""How often labels are right, and how people say it."""
 
 
 def of_validation(gate: str) -> str:

@@ -51,11 +51,12 @@ def ignore(note: str) -> None:
 def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
     """What the dataset is made from. Content only: moving the files or the dataset changes nothing. Settings that came
     later are in it as in tokenizer_identity."""
+    first = {"rule", "fraction", "text_key"}
     identity: dict[str, Any] = {
         "tokenizer": tokenizer_identity(config.tokenizer),
         "split": {
-            **config.split.model_dump(exclude={"files", "target_key", "messages_key", "prefix"}),
-            **config.split.model_dump(include={"target_key", "messages_key"}, exclude_defaults=True),
+            **config.split.model_dump(include=first),
+            **config.split.model_dump(exclude={"files", "prefix", *first}, exclude_defaults=True),
         },
         "errors": config.errors,
         "seed": config.seed,
@@ -63,14 +64,16 @@ def make_identity(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
         "shard_tokens": config.shard_tokens,
         **config.model_dump(include={"duplicates", "shuffle"}, exclude_defaults=True),
         **({"chat_template": config.chat_template} if config.chat else {}),
+        **({"labels": config.labels.model_dump()} if config.labelled else {}),
         "sources": {},
     }
     for name, files in zip(source_names(config), inputs, strict=True):
         source = source_config(config, name)
         kept = filter_identity(source.filter, f"data.sources.{name}.filter")
+        later = {"target_key", "messages_key", "prefix", "label_key", "question_key"}
         identity["sources"][name] = {
             "text_key": source.text_key,
-            **source.model_dump(include={"target_key", "messages_key", "prefix"}, exclude_defaults=True),
+            **source.model_dump(include=later, exclude_defaults=True),
             **({"filter": kept} if kept else {}),
             "inputs (xxh3)": [f"{kind(path)} {digest}" for path, _, digest in files],
         }

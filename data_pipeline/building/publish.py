@@ -48,7 +48,8 @@ def describe(
     splits = {split: _split_facts(split, facts, shards) for split in SPLITS}
     for split, found in splits.items():
         if not found.documents:
-            few = "" if config.chat or config.pairs else "for few documents use data.split.rule=tail, else "
+            whole = config.chat or config.pairs or config.labelled
+            few = "" if whole else "for few documents use data.split.rule=tail, else "
             raise DataError(
                 f"no text fell into the {split} split (data.split.rule={config.split.rule}, "
                 f"fraction={config.split.fraction}, {sum(done.documents for done in facts)} documents): "
@@ -60,6 +61,8 @@ def describe(
         rule["pairs"] = True
     if config.chat:
         rule["chat_template"] = config.chat_template
+    if config.labelled:
+        rule["labels"] = config.labels.model_dump()
     return Manifest(
         fingerprint=fingerprint(made_by, assembly.dtype, rule, shards),
         identity=plan.identity,
@@ -77,6 +80,7 @@ def describe(
         splits=splits,
         pairs=config.pairs,
         chat_template=config.chat_template if config.chat else None,
+        labels=config.labels if config.labelled else None,
         **mixture(config),
     )
 

@@ -175,7 +175,7 @@ def plan_assembly(
             shuffled = config.shuffle and split == "train"
             bins = count_bins(work, split, rows, config.shard_tokens) if shuffled else None
             streams.append(Stream(work, source, split, rows, bins))
-    dtype = token_dtype(tokenizer.vocab_size * (1 + config.chat)).name
+    dtype = token_dtype(config.stored_ids(tokenizer.vocab_size)).name
     metadata = {
         "format": str(STREAMS),
         "dtype": dtype,

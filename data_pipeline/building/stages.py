@@ -25,6 +25,7 @@ from data_pipeline.ingest.sources import Unit, hash_file
 from data_pipeline.ingest.splits import SPLITS, Split, SplitPiece, UnitReader, source_config
 from data_pipeline.storage.shards import token_dtype
 from data_pipeline.tokenize.chat_template import ChatTemplate
+from data_pipeline.tokenize.label_tokens import LabelTokens
 from data_pipeline.tokenize.tokenizer import Reservoir, Segment, Tokenizer
 
 _GROUP_CHARACTERS = 2**20  # Text that is tokenized at once, for each thread: enough to keep it busy.
@@ -198,18 +199,24 @@ class _Stream:
         self.byte_counts = np.zeros(256, np.int64)
 
     def add(
-        self, piece: SplitPiece, ids: np.ndarray, unk_id: int, eos: np.ndarray, template: ChatTemplate | None
+        self,
+        piece: SplitPiece,
+        ids: np.ndarray,
+        unk_id: int,
+        eos: np.ndarray,
+        frame: ChatTemplate | LabelTokens | None,
     ) -> None:
         self.documents += piece.starts
         self.bytes += len(piece.data)
         self.unknown += int(np.count_nonzero(ids == unk_id))
         if piece.split == "validation":
             self.byte_counts += np.bincount(np.frombuffer(piece.data, np.uint8), minlength=256)
-        if template is not None:
-            self.writer.append(template.framed(ids, piece.turn, piece.ends), piece.starts, piece.key)
-            return
+        if isinstance(frame, ChatTemplate):
+            ids = frame.framed(ids, piece.turn, piece.ends)
+        elif frame is not None:
+            ids = frame.framed(ids, piece.labelled)
         self.writer.append(ids, piece.starts, piece.key)
-        if piece.ends:
+        if piece.ends and frame is None:
             self.writer.append(eos, False, piece.key)
 
     def facts(self) -> StreamFacts:
@@ -226,9 +233,8 @@ def tokenize(context: Context, unit: Unit, advance: Advance) -> UnitFacts:
     """Writes the unit's tokens and its journal. Raises DataError as the readers do, and when the disk refuses."""
     assert context.tokenizer is not None
     tokenizer = Tokenizer.of(context.tokenizer)
-    chat = context.config.chat
-    template = ChatTemplate(context.config.chat_template, tokenizer) if chat else None
-    dtype, eos = token_dtype(tokenizer.vocab_size * (1 + chat)), np.array([tokenizer.eos_id])
+    frame = _frame(context.config, tokenizer)
+    dtype, eos = token_dtype(context.config.stored_ids(tokenizer.vocab_size)), np.array([tokenizer.eos_id])
     reader = context.reader(unit, advance)
     streams = {
         split: _Stream(
@@ -240,7 +246,7 @@ def tokenize(context: Context, unit: Unit, advance: Advance) -> UnitFacts:
         for group in _groups(reader.pieces(), _GROUP_CHARACTERS * context.threads):
             encoded = tokenizer.encode([piece.text for piece in group], context.threads)
             for piece, ids in zip(group, encoded, strict=True):
-                streams[piece.split].add(piece, ids, tokenizer.unk_id, eos, template)
+                streams[piece.split].add(piece, ids, tokenizer.unk_id, eos, frame)
         for stream in streams.values():
             stream.writer.finish()
     finally:
@@ -262,6 +268,13 @@ def tokenize(context: Context, unit: Unit, advance: Advance) -> UnitFacts:
             write_atomic(dropped_file(context.work, unit), lines)
         write_atomic(_journal(context.work, unit), seal(facts.model_dump_json(indent=1)))
     return facts
+
+
+def _frame(config: DataConfig, tokenizer: Tokenizer) -> ChatTemplate | LabelTokens | None:
+    """What writes more than a text with its end-of-text."""
+    if config.labelled:
+        return LabelTokens(config.labels, tokenizer)
+    return ChatTemplate(config.chat_template, tokenizer) if config.chat else None
 
 
 def _groups(pieces: Iterator[SplitPiece], characters: int) -> Iterator[list[SplitPiece]]:

@@ -45,6 +45,27 @@ class Message(NamedTuple):
     content: str
 
 
+class Stretch(NamedTuple):
+    """Characters of a text that have a label."""
+
+    start: int
+    end: int
+    label: int
+    """Its number."""
+
+
+class Labelled(NamedTuple):
+    """A text and what is known of it."""
+
+    text: str
+    stretches: tuple[Stretch, ...]
+    """Of a label that the text has as a whole, all of it."""
+    elsewhere: int
+    """The label of what none of them holds."""
+    question: str = ""
+    """To which the answer stands in the text."""
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """A document that is about to be read."""
@@ -61,6 +82,8 @@ class Document:
     """Source and target, whose texts `chunks` gives one after the other."""
     messages: Sequence[Message] | None = None
     """Of a conversation, whose texts `chunks` gives one after the other."""
+    labelled: Labelled | None = None
+    """A text with labels; `chunks` gives the question before it, if there is one."""
 
 
 def document_of(place: int, number: int, texts: Sequence[str], record: Mapping[str, Any]) -> Document:
@@ -73,6 +96,12 @@ def document_of(place: int, number: int, texts: Sequence[str], record: Mapping[s
 def conversation_of(place: int, number: int, messages: Sequence[Message], record: Mapping[str, Any]) -> Document:
     """Of these messages; without any it counts as empty."""
     return Document(place, number, lambda _: iter([told.content for told in messages]), record, None, messages)
+
+
+def labelled_of(place: int, number: int, labelled: Labelled, record: Mapping[str, Any]) -> Document:
+    """Of a text with its labels; without a text it counts as empty."""
+    texts = [part for part in (labelled.question, labelled.text) if part] if labelled.text else []
+    return Document(place, number, lambda _: iter(texts), record, labelled=labelled)
 
 
 def decode(data: bytes, final: bool, errors: Errors, where: object, offset: int, counts: ReadCounts) -> tuple[str, int]:
@@ -128,12 +157,13 @@ def read_jsonl(
     end: int | None = None,
     target_key: str | None = None,
     messages_key: str | None = None,
+    labels: Callable[[Mapping[str, Any], object, ReadCounts], Labelled] | None = None,
 ) -> Iterator[Document]:
     """The objects of the lines that start at byte `begin` or behind and before byte `end`; blank lines are no objects.
 
     Raises DataError that names file and line: no JSON object, no string under `text_key` (or `target_key`), no
-    conversation under `messages_key`, which is read instead, not UTF-8, or a line above MAX_LINE_BYTES. These are held
-    in memory whole.
+    conversation under `messages_key` or nothing that `labels` can read, of which one is read instead, not UTF-8, or a
+    line above MAX_LINE_BYTES. These are held in memory whole.
     """
     with open_binary(name) as (file, raw):
         base, offset, number = counts.input_bytes, begin, 0
@@ -151,19 +181,25 @@ def read_jsonl(
             if text and not text.isspace():
                 record = _object(text, where)
                 if messages_key is not None:
-                    said = messages_of(record, messages_key, errors, where, counts)
-                    if said and all(told.role != "assistant" for told in said):
-                        raise DataError(
-                            f"{where}: no message of {messages_key!r} is the assistant's, so there is nothing to learn "
-                            f"from it; make {messages_key!r} null, which leaves the object out"
-                        )
-                    yield conversation_of(offset, number, said, record)
-                    offset += len(line)
-                    continue
-                keys = (text_key,) if target_key is None else (text_key, target_key)
-                texts = [_text_of(record, key, errors, where, counts) for key in keys]
-                yield document_of(offset, number, texts, record)
+                    yield conversation_of(offset, number, _said(record, messages_key, errors, where, counts), record)
+                elif labels is not None:
+                    yield labelled_of(offset, number, labels(record, where, counts), record)
+                else:
+                    keys = (text_key,) if target_key is None else (text_key, target_key)
+                    texts = [text_of(record, key, errors, where, counts) for key in keys]
+                    yield document_of(offset, number, texts, record)
             offset += len(line)
+
+
+def _said(record: Mapping[str, Any], key: str, errors: Errors, where: object, counts: ReadCounts) -> list[Message]:
+    """A conversation to learn from. Raises DataError as `messages_of`, and if the assistant says nothing in it."""
+    said = messages_of(record, key, errors, where, counts)
+    if said and all(told.role != "assistant" for told in said):
+        raise DataError(
+            f"{where}: no message of {key!r} is the assistant's, so there is nothing to learn from it; make {key!r} "
+            "null, which leaves the object out"
+        )
+    return said
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +246,7 @@ def _object(line: str, where: _Line) -> dict[str, Any]:
     return record
 
 
-def _text_of(record: Mapping[str, Any], text_key: str, errors: Errors, where: object, counts: ReadCounts) -> str:
+def text_of(record: Mapping[str, Any], text_key: str, errors: Errors, where: object, counts: ReadCounts) -> str:
     """The text in a JSON object; null is none, as in a table, so that the document is dropped and counted.
 
     Raises DataError if there is no such key, or no string under it, and for half a surrogate pair if `strict`."""
@@ -230,7 +266,7 @@ def _text_of(record: Mapping[str, Any], text_key: str, errors: Errors, where: ob
             "text_key (or target_key) of the source to one of them; or make the value a string, or null, which leaves "
             "the object out"
         )
-    return _whole(text, text_key, errors, where, counts)
+    return whole(text, text_key, errors, where, counts)
 
 
 def messages_of(
@@ -253,11 +289,11 @@ def messages_of(
                 f"{where}: message {number} of {key!r} is {item!r:.80}, and not an object with role ("
                 f"{', '.join(ROLES)}) and content, a string; mend it, or make {key!r} null, which leaves the object out"
             )
-        found.append(Message(role, _whole(content, key, errors, where, counts)))
+        found.append(Message(role, whole(content, key, errors, where, counts)))
     return found
 
 
-def _whole(text: str, key: str, errors: Errors, where: object, counts: ReadCounts) -> str:
+def whole(text: str, key: str, errors: Errors, where: object, counts: ReadCounts) -> str:
     """Text that is UTF-8. Raises DataError for half a surrogate pair if `strict`."""
     try:
         text.isascii() or text.encode()

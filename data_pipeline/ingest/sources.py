@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from data_pipeline.config import SourceConfig
+from data_pipeline.config import LabelsConfig, SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.files.filesystem import is_uri, open_raw, stamp
 from data_pipeline.files.formats import check_packing, kind, packing
+from data_pipeline.ingest.labels import LabelReader
 from data_pipeline.ingest.listing import Listing
-from data_pipeline.ingest.readers import Document, Errors, Message, ReadCounts, plain_document, read_jsonl
+from data_pipeline.ingest.readers import Document, Errors, Labelled, Message, ReadCounts, plain_document, read_jsonl
 
 CUT_RULE = "1 MiB, after the next newline or at 2 MiB"
 """How long documents are cut. Part of the fingerprint, since pieces are tokenized one by one."""
@@ -48,7 +49,10 @@ class Piece(NamedTuple):
     turn: Turn | None = None
     """Of a conversation."""
     known_by: bytes = b""
-    """Of the first piece of a conversation, or of a pair with a prefix: what tells it from others."""
+    """Of the first piece of a conversation, or of a pair with a prefix: what tells it from others. Of a question: the
+    text that it is about, so that a text with all its questions stands on one side of the split."""
+    labelled: Labelled | None = None
+    """Of a text with labels, which is one piece."""
 
 
 def cut(chunks: Iterable[str], after: int = CUT_AFTER, limit: int = CUT_LIMIT) -> Iterator[Piece]:
@@ -70,7 +74,9 @@ def pieces(document: Document, counts: ReadCounts, prefix: str = "", chat: bool 
     """A document in pieces; of a pair first the source, then the target. None of an empty one, or of half a pair.
 
     `prefix` stands before the source of a pair; `chat`: a pair is a question with its answer."""
-    if document.messages is not None:
+    if document.labelled is not None:
+        yield from _labelled(document.labelled)
+    elif document.messages is not None:
         known_by = b"\0".join(part.encode() for message in document.messages for part in message)
         yield from _turns(document.messages, known_by)
     elif document.pair is None:
@@ -85,6 +91,15 @@ def pieces(document: Document, counts: ReadCounts, prefix: str = "", chat: bool 
             yield piece._replace(continues=True, ends_source=not piece.continues, known_by=known_by)
             known_by = b""
         yield from cut([target])
+
+
+def _labelled(labelled: Labelled) -> Iterator[Piece]:
+    """The question, if there is one, and the text."""
+    text = labelled.text.encode()
+    if labelled.question:
+        yield Piece(labelled.question, labelled.question.encode(), True, ends_source=True, known_by=text)
+    if text:
+        yield Piece(labelled.text, text, False, labelled=labelled)
 
 
 def _turns(messages: Sequence[Message], known_by: bytes) -> Iterator[Piece]:
@@ -243,17 +258,22 @@ def _divide(name: str, number: int, recorded: tuple[int, int]) -> Iterator[Slice
     yield Slice(name, number, 0, None, size, recorded)
 
 
-def documents(part: Slice, config: SourceConfig, errors: Errors, counts: ReadCounts) -> Iterator[Document]:
+def documents(
+    part: Slice, config: SourceConfig, errors: Errors, counts: ReadCounts, labels: LabelsConfig
+) -> Iterator[Document]:
     """The documents of a slice, whose text is read when it is asked for. Raises DataError as the readers do."""
     match kind(part.name):
         case "plain" if config.target_key is not None:
             raise DataError(f"{part.name} is plain text, which holds no pairs: give JSONL, Parquet or Arrow")
         case other if config.messages_key is not None and other != "jsonl":
             raise DataError(f"{part.name}: conversations are read from JSON Lines: write one object a line")
+        case other if labels.kind != "none" and other != "jsonl":
+            raise DataError(f"{part.name}: texts with labels are read from JSON Lines: write one object a line")
         case "plain":
             yield plain_document(part.name, errors, config.text_key)
         case "jsonl":
-            more = (config.target_key, config.messages_key)
+            reader = None if labels.kind == "none" else LabelReader(labels, config, errors)
+            more = (config.target_key, config.messages_key, reader)
             yield from read_jsonl(part.name, config.text_key, errors, counts, part.begin, part.end, *more)
         case table:
             from data_pipeline.ingest.table_readers import Columns, read_arrow, read_parquet

@@ -11,7 +11,7 @@ import xxhash
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.files.formats import is_utf8
-from data_pipeline.ingest.readers import Document, ReadCounts
+from data_pipeline.ingest.readers import Document, Labelled, ReadCounts
 from data_pipeline.ingest.sources import Piece, Slice, Source, Turn, Unit, check_unchanged, documents, pieces
 
 Split = Literal["train", "validation"]
@@ -42,6 +42,8 @@ class SplitPiece(NamedTuple):
     """Where the document comes in a shuffle: uniform in 0 to 2^64 - 1, from its place in the source and the seed."""
     turn: Turn | None = None
     """Of a conversation."""
+    labelled: Labelled | None = None
+    """Of a text with labels; its question, if it has one, is a piece before."""
 
 
 class Dropped(NamedTuple):
@@ -92,13 +94,8 @@ def source_names(config: DataConfig) -> list[str]:
 def given_source(config: DataConfig) -> SourceConfig:
     """The held-out files as a source."""
     split = config.split
-    return SourceConfig(
-        paths=split.files,
-        text_key=split.text_key,
-        target_key=split.target_key,
-        messages_key=split.messages_key,
-        prefix=split.prefix or "",
-    )
+    keys = split.model_dump(include={"text_key", "target_key", "messages_key", "label_key", "question_key"})
+    return SourceConfig(paths=split.files, prefix=split.prefix or "", **keys)
 
 
 def source_config(config: DataConfig, name: str) -> SourceConfig:
@@ -142,7 +139,7 @@ class UnitReader:
         for part in self._unit.slices:
             self.numbers.append(0)
             self.kept.append(0)
-            for document in documents(part, source, self._config.errors, self.counts):
+            for document in documents(part, source, self._config.errors, self.counts, self._config.labels):
                 self.numbers[-1] = document.number
                 yield part, document
                 now = min(self.counts.input_bytes, done + part.bytes)
@@ -189,7 +186,7 @@ def _label(pieces: Iterable[tuple[Piece, int]], split: Split) -> Iterator[SplitP
     starts = True
     for piece, key in pieces:
         ends = not piece.continues or piece.ends_source
-        yield SplitPiece(split, piece.text, piece.data, starts, ends, key, piece.turn)
+        yield SplitPiece(split, piece.text, piece.data, starts, ends, key, piece.turn, piece.labelled)
         starts = not piece.continues
 
 
@@ -201,7 +198,7 @@ def _split_hash(pieces: Iterable[tuple[Piece, int]], seed: int, threshold: int) 
         if starts:
             split = SPLITS[xxhash.xxh3_64_intdigest(piece.known_by or piece.data, seed=seed) < threshold]
         ends = not piece.continues or piece.ends_source
-        yield SplitPiece(split, piece.text, piece.data, starts, ends, key, piece.turn)
+        yield SplitPiece(split, piece.text, piece.data, starts, ends, key, piece.turn, piece.labelled)
         starts = not piece.continues
 
 

@@ -117,7 +117,7 @@ def _carried(name: str, now: Phase, wanted: Phase, count: int) -> int:
     otherwise, begins anew."""
     if now.streams.get(name) != wanted.streams[name]:
         return 0
-    if now.packing == wanted.packing == "pairs":  # which are the same whatever the context
+    if now.packing == wanted.packing and now.packing in ("pairs", "labels"):  # which are the same whatever the context
         return count
     if _divides(wanted, now) and count * now.context % wanted.context == 0:
         return count * now.context // wanted.context

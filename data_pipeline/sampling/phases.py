@@ -30,7 +30,7 @@ class Phase(BaseModel, frozen=True, extra="forbid"):
     unit: int
     """Tokens of the windows that the order permutes: the context at which this way of counting began."""
     order: Literal["global", "block"] = "global"
-    packing: Literal["plain", "best_fit", "pairs"] = "plain"
+    packing: Literal["plain", "best_fit", "pairs", "labels"] = "plain"
     """What a window holds: text as it comes, documents that share it, or a pair of source and target."""
     streams: dict[str, str]
     """Fingerprint of each source's tokens, and of how they are packed: keys their order."""

@@ -29,7 +29,7 @@ def wanted_phase(dataset: Dataset, config: DataConfig, context: int, recorded: b
     """
     sources = dataset.sources()
     kind = kind_of(dataset, config)
-    if kind == "pairs":
+    if kind in ("pairs", "labels"):
         windows = {name: source.split_documents["train"] for name, source in sources.items()}
     elif kind == "best_fit":
         windows = {name: len(PackedWindows.of(dataset, "train", context, name)) for name in sources}

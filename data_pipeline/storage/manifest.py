@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from pydantic import BaseModel
 
+from data_pipeline.config import LabelsConfig
 from data_pipeline.errors import DataError
 from data_pipeline.files.atomic import disk_errors, write_atomic
 from data_pipeline.files.filesystem import is_uri, join, open_raw
@@ -139,6 +140,9 @@ class Manifest(BaseModel, frozen=True):
     chat_template: str | None = None
     """How messages were written; None: no source holds conversations. With it tokens that are to be written, and not
     only read, are stored as their id plus the size of the vocabulary: they are marked."""
+    labels: LabelsConfig | None = None
+    """Of texts with labels; None: there are none. A document is its tokens, and behind them its labels, whose numbers
+    are added to the size of the vocabulary: one of the whole text, or one of each of its last tokens."""
     weights: dict[str, float] | None = None
     """Shares of the training samples by source, of the configuration it was built with; None: it gave none."""
     repeats: dict[str, float] = {}
@@ -184,19 +188,22 @@ class Manifest(BaseModel, frozen=True):
     def save(self, folder: Path) -> None:
         """Publishes the dataset."""
         with disk_errors(folder / MANIFEST):
-            unused = {"chat_template"} if self.chat_template is None else None  # as if it had never come
+            unused = {key for key in ("chat_template", "labels") if getattr(self, key) is None}  # as if never there
             write_atomic(folder / MANIFEST, seal(self.model_dump_json(indent=1, exclude=unused)))
 
     @property
     def stored_ids(self) -> int:
         """What is stored of a token is below this."""
-        return self.tokenizer.vocab_size * (2 if self.chat_template is not None else 1)
+        labels = 0 if self.labels is None else self.labels.values
+        return self.tokenizer.vocab_size * (2 if self.chat_template is not None else 1) + labels
 
     def plain(self, tokens: "np.ndarray") -> "np.ndarray":
-        """Ids of stored tokens, whether they are marked or not; -1 stays."""
+        """Ids of stored tokens, whether they are marked or not; -1 stays. Of labels end-of-text, which is no text."""
+        vocab_size = self.tokenizer.vocab_size
+        if self.labels is not None:
+            return tokens.clip(max=vocab_size) - (tokens >= vocab_size) * (vocab_size - self.tokenizer.eos_id)
         if self.chat_template is None:
             return tokens
-        vocab_size = self.tokenizer.vocab_size
         return tokens - vocab_size * (tokens >= vocab_size)
 
     def shards_of(self, split: Split, source: str | None = None) -> list[ShardFacts]:

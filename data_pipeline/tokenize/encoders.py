@@ -48,6 +48,18 @@ class SentencePieceEncoder:
                 encoded[index] = np.concatenate(joined[1:])
         return encoded
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """First character of each token, and the one behind its last."""
+        found: list[tuple[int, int]] = []
+        start = 0
+        for number, part in enumerate(text.split(SPACE_MARK)):
+            if number:
+                found += [(start - 1, start)] * len(self._space_mark)
+            for begin, end in self._processor.encode_as_offset_mapping(part)["offsets"]:
+                found.append((start + begin, start + end))
+            start += len(part) + 1
+        return found
+
     @cached_property
     def _words(self) -> WordEncoder | None:
         return WordEncoder.of(self._processor)
@@ -113,6 +125,11 @@ class HuggingFaceEncoder:
         os.environ["TOKENIZERS_PARALLELISM"] = "true" if num_threads > 1 else "false"
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(item.ids, np.int32) for item in encoded]
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """First character of each token, and the one behind its last."""
+        found: list[tuple[int, int]] = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return found
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`."""

@@ -190,6 +190,13 @@ class Tokenizer:
         """Ids of each text, int32 [tokens], without EOS. The number of threads makes no difference to them."""
         return self._encoder.encode(texts, num_threads)
 
+    def offsets(self, text: str) -> np.ndarray:
+        """Which characters of `text` its tokens are of, where they begin and end, int64 [tokens, 2], both ascending; of
+        the bytes that spell a character together, each is of it."""
+        found = np.array(self._encoder.offsets(text), np.int64).reshape(-1, 2)
+        found[:, 1] = np.maximum(found[:, 1], np.minimum(found[:, 0] + 1, len(text)))
+        return found
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`; EOS and sentinels have none, an unknown character reads ' \u2047 ', cut-off bytes
         U+FFFD."""

@@ -11,6 +11,8 @@ from launch.completion import complete_configs
 from launch.progress import megabytes, progress_line
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from data_pipeline.config import DataConfig
     from data_pipeline.storage.dataset import Dataset
     from data_pipeline.storage.manifest import Manifest
@@ -252,6 +254,9 @@ def inspect(
         typer.echo("documents    pairs of source and target")
     if facts.chat_template is not None:
         typer.echo(f"documents    conversations, each message as {facts.chat_template!r}")
+    if facts.labels is not None:
+        names = f": {', '.join(facts.labels.names)}" if facts.labels.names else ""
+        typer.echo(f"documents    texts with labels, {facts.labels.kind}{names}")
     typer.echo(f"tokenizer    {facts.tokenizer.type}, {facts.tokenizer.vocab_size} pieces, tokens as {facts.dtype}")
     for source in facts.sources:
         dropped = ", ".join(f"{count} {reason}" for reason, count in source.dropped.items()) or "none"
@@ -354,11 +359,20 @@ def _samples(dataset: "Dataset", samples: int) -> None:
     for source in dataset.sources():
         for number, rows in enumerate(islice(documents(dataset, "train", source), samples)):
             length = sum(map(len, rows))
+            labels = [] if dataset.manifest.labels is None else _labels(dataset, np.concatenate(rows))
             rows = [dataset.manifest.plain(row) for row in rows]
             texts = [rows[0]]
             if dataset.manifest.pairs:
                 ends = rows[0] == tokenizer.eos_id
                 texts = [part for part in np.split(rows[0], [int(ends.argmax()) + 1]) if len(part)]
-            shown = "\n⟶ ".join(tokenizer.decode(text[:_SAMPLE_TOKENS]) for text in texts)
+            shown = "\n⟶ ".join([*(tokenizer.decode(text[:_SAMPLE_TOKENS]) for text in texts), *labels])
             more = " …" if any(len(text) > _SAMPLE_TOKENS for text in texts) or len(rows) > 1 else ""
             typer.echo(f"\n{source}: train document {number}, {length} tokens:\n{shown}{more}")
+
+
+def _labels(dataset: "Dataset", stored: "np.ndarray") -> list[str]:
+    """What is known of a text, in a line: labels of the first tokens, or of the text."""
+    labels, vocab_size = dataset.manifest.labels, dataset.manifest.tokenizer.vocab_size
+    assert labels is not None
+    names = [*(labels.names or ("outside", "answer")), "none"]
+    return [" ".join(names[token - vocab_size] for token in stored[stored >= vocab_size][:_SAMPLE_TOKENS].tolist())]

@@ -66,6 +66,7 @@ def locate(
 
 def plan_lines(config: "Config", tokens: int | None) -> Iterator[str]:
     """How often a run reads each source. Raises DataError when the dataset cannot be read as `config` says."""
+    from data_pipeline.sampling.label_windows import LabelWindows
     from data_pipeline.sampling.packed_windows import PackedWindows
     from data_pipeline.sampling.pair_windows import PairWindows
     from data_pipeline.sampling.sample_plan import Plan, told_cut, told_shares, wanted_phase
@@ -91,7 +92,10 @@ def plan_lines(config: "Config", tokens: int | None) -> Iterator[str]:
             f"{counts[name] * context:>16,} tokens read  {counts[name] / len(windows):10.2f} epochs{cap}{padding}"
         )
     for name, windows in plan.windows.items():
-        if isinstance(windows, PairWindows):
+        if isinstance(windows, LabelWindows):
+            long = sum(int((texts > context).sum()) for texts, _ in windows.lengths())
+            yield f"{name:<16} {len(windows):,} texts, {long:,} of them longer than the context: cut"
+        elif isinstance(windows, PairWindows):
             yield f"{name:<16} {_cut_pairs(windows, config.model.traits.two_sequences)}"
     yield from told_cut(dataset, phase)
     for name in phase.base_counts:

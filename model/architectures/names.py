@@ -8,6 +8,7 @@ _OUTER = {
     "mask_source",
     "target_dropout",
     "draft_dropout",
+    "head",
     "backbone",
 }
 """What stands beside the backbone."""

@@ -57,6 +57,8 @@ _GONE: dict[str, tuple[Any, str]] = {
     "streams": ("plain", "streams=batched was never faster, and is gone; leave model.streams out"),
 }
 """Keys that older configurations hold: their old default, which is passed over, and what is said of another value."""
+_ONLY = {"head": "labels are said by an encoder that reads a text both ways, model.architecture=encoder_only"}
+"""Keys that one architecture alone has, and why."""
 
 
 def class_of(architecture: str, sources: Iterable[Path] | None = None) -> tuple[str, type[ModelConfig]]:
@@ -165,6 +167,8 @@ def _is_foreign(key: str, value: Any, chosen: type[ModelConfig], name: str) -> b
         at_default = TypeAdapter(kind).validate_python(value) == field.default
     except ValidationError:
         at_default = False
+    if not at_default and key in _ONLY:
+        raise ValueError(f"{key}: {_ONLY[key]}; leave it out")
     if not at_default:
         raise ValueError(f"{key}: {name.partition('@')[0]} {chosen.traits.lacks}; leave it out")
     return True

@@ -67,13 +67,19 @@ class TokenModel(Cached):
             raise ValueError("model.document_mask is on, and the batch does not say where documents are")
         self._compute_open_blocks(inputs.step)
         found = self.learning(inputs, keys)
-        smoothing, z_weight = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
-        count = None if inputs.counts is None else inputs.counts.labels
-        tokens = self.token_embed(found.x, inputs.labels, smoothing, z_weight, count)
-        earlier = None
-        if found.earlier is not None:
-            earlier = self.token_embed(found.earlier.x, inputs.labels, smoothing, z_weight, count)
+        tokens = self.token_loss(found.x, inputs)
+        earlier = None if found.earlier is None else self.token_loss(found.earlier.x, inputs)
         return self._output(tokens, found, inputs.step, earlier)
+
+    def token_loss(self, x: Tensor, inputs: Batch) -> TokenLoss:
+        """Of a batch's labels, by what the head reads, x [B, T, C]."""
+        return self.token_embed(x, inputs.labels, *self.loss_weights(inputs))
+
+    def loss_weights(self, inputs: Batch) -> tuple[float, float, Tensor | None]:
+        """Label smoothing and weight of the z-loss, which are for training, and what sums over labels are divided
+        by."""
+        smoothing, z_weight = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
+        return smoothing, z_weight, None if inputs.counts is None else inputs.counts.labels
 
     def learning(self, batch: Batch, keys: Tensor | None) -> Hidden:
         """`hidden` of a batch in training or validation, with what the architecture's own losses are."""
@@ -178,7 +184,9 @@ class TokenModel(Cached):
         if found.auxiliary is not None:
             loss = loss + found.auxiliary
         metrics["loss"] = loss
-        return ModelOutput(loss, {name: value.detach() for name, value in metrics.items()}, tokens.by_token)
+        return ModelOutput(
+            loss, {name: value.detach() for name, value in metrics.items()}, tokens.by_token, tokens.chosen
+        )
 
     def with_positions(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, T, C] with their positions, and the position vectors one further where they are used.

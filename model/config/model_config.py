@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from model.config.head_config import HeadConfig
 from model.config.mask_config import Site
 from model.config.pattern_config import FULL, Patterns
 
@@ -162,6 +163,11 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     def uses_next_position(self) -> bool:
         """The position vector of the token to predict is used, so the table has a row more."""
         return False
+
+    @property
+    def label_head(self) -> HeadConfig | None:
+        """What it says of a text, where these are labels; None where it predicts tokens."""
+        return None
 
     @property
     def target_span(self) -> int:

@@ -196,7 +196,8 @@ def loss_bytes(shape: Shape) -> tuple[int, int]:
     """What the loss keeps, and what is there beside it for a moment (model/layers/chunked_loss.py)."""
     config = shape.config
     assert config.vocab_size is not None
-    count, vocabulary, width = shape.held(shape.targets), config.vocab_size, config.width
+    count, width = shape.held(shape.targets), config.width
+    vocabulary = config.vocab_size if config.label_head is None else config.label_head.outputs
     chunk = chunk_tokens(count, vocabulary, width)
     table = vocabulary * width
     kept = shape.vectors(shape.targets) + table * (shape.size if chunk == count else _FP32)

@@ -24,6 +24,8 @@ class TokenLoss(NamedTuple):
     """Mean of log² Z without its weight; without gradient."""
     by_token: Tensor | None = None
     """[B, T]: cross entropy of each label, 0 where it is IGNORE; None while gradients are recorded."""
+    chosen: Tensor | None = None
+    """As in `model.batch.ModelOutput`."""
 
 
 def token_loss(

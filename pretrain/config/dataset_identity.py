@@ -3,6 +3,7 @@
 Free of torch and pyarrow.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +33,7 @@ def complete(config: Config, dataset: HasManifest) -> Config:
     """The configuration with the dataset's vocabulary, and with its place as an absolute path.
 
     Raises:
-        RunError: the configuration asks for another vocabulary.
+        RunError: the configuration asks for another vocabulary, or for other labels.
     """
     vocabulary = dataset.manifest.tokenizer.vocab_size
     if config.model.vocab_size not in (None, vocabulary):
@@ -41,10 +42,27 @@ def complete(config: Config, dataset: HasManifest) -> Config:
             "pieces: another dataset. A run goes on with data of its own tokenizer only, as a new phase (data.phase); "
             "for these data start a new run: run.name=NEW model.vocab_size=null"
         )
-    model = config.model.model_copy(update={"vocab_size": vocabulary})
+    model = config.model.model_copy(update={"vocab_size": vocabulary} | _labels(config, dataset.manifest))
     path = config.data.path
     data = config.data.model_copy(update={"path": path if is_uri(path) else str(Path(path).resolve())})
     return config.model_copy(update={"model": model, "data": data})
+
+
+def _labels(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """Of a model that says labels, its head with those that the dataset holds."""
+    head, told = config.model.label_head, manifest.labels
+    if head is None or told is None:  # `Objective.check` says so
+        return {}
+    if head.kind != told.kind or (head.labels is not None and list(head.labels) != told.names):
+        raise RunError(
+            f"model.head says {_told(head.kind, head.labels)}, and {config.data.path} holds "
+            f"{_told(told.kind, told.names)}; give model.head.kind={told.kind} model.head.labels=null"
+        )
+    return {"head": head.model_copy(update={"labels": tuple(told.names) or None})}
+
+
+def _told(kind: str, names: Iterable[str] | None) -> str:
+    return " ".join([kind, *([f"({', '.join(names)})"] if names else [])])
 
 
 def identity(config: Config, dataset: HasManifest) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Batches:
             DataError: the objective is not for what the dataset holds, or its tokenizer lacks pieces that it needs.
         """
         config.objective.check(dataset)
+        head = config.model.label_head
         setting = Setting(
             config.model.context,
             dataset.tokenizer,
@@ -48,6 +49,8 @@ class Batches:
             two_sequences=config.model.traits.two_sequences,
             targets=config.model.lengths[1],
             target_span=config.model.target_span,
+            label_kind=head.kind if head else "none",
+            labels=(head and head.labels) or (),
         )
         return cls(device, config.objective(setting), exchange)
 

@@ -19,6 +19,7 @@ from model.masks.telemetry import KEPT
 from pretrain.config.schema import Config
 from pretrain.engine.distributed import Ranks
 from pretrain.evaluation.batches import Batches
+from pretrain.evaluation.labels import label_scores, label_sums
 from pretrain.evaluation.part import HeldOutPart
 from pretrain.metric_names import (
     BITS_PER_BYTE,
@@ -68,18 +69,18 @@ def evaluate(
     Args:
         text_bytes: UTF-8 bytes of that text by source, for bits per byte.
         batch: windows of a forward pass on each rank, or on ranks that share rows.
-        edge: called before each batch, as often on every rank, with the number of batches that are done and of all;
-            may raise to break off.
+        edge: called before each batch on every rank, with how many are done and of how many; may raise to break off.
         part: what is predicted instead, if not the `whole` text; else what is told of beside it.
 
     Returns:
         `loss/val` (nats a label), `loss/val_bits_per_byte` if every token is predicted, `loss/val_draft` (nats a hidden
         label) of a model that drafts, and the gates' means under evaluation rounding as `gate/val_…`;
-        `ponder/val_steps` where tokens halt; where the model learns from other orders than the text's,
-        `loss/val_in_order`, of which bits per byte are then. Where the text is of several sources, of each that has
-        labels, too: `loss/val/NAME` and `loss/val_bits_per_byte/NAME`, of which the first two are the means, weighted
-        by labels and by bytes. A part's bytes are those that its labels would have if they were of the mean length in
-        their source. `loss/val_part`, the loss of `part`, beside that of the whole text.
+        `ponder/val_steps` where tokens halt; `loss/val_in_order` where the model learns from other orders than the
+        text's, of which bits per byte are then; `labels/val_…`, how often labels of texts are right. Where the text is
+        of several sources, of each that has labels, too: `loss/val/NAME` and `loss/val_bits_per_byte/NAME`, of which
+        the first two are the means, weighted by labels and by bytes. A part's bytes are those that its labels would
+        have if they were of the mean length in their source. `loss/val_part`, the loss of `part`, beside that of the
+        whole text.
 
     Raises:
         DataError: there is nothing to predict.
@@ -115,6 +116,8 @@ def _of_batch(
     output: ModelOutput = model(inputs)
     tokens = int(inputs.num_tokens()) if len(indices) else 0  # a row that counts for nothing
     found = _sums(output.metrics, int((inputs.labels != IGNORE).sum()), tokens)
+    if output.chosen is not None:
+        found |= label_sums(output.chosen, inputs.labels, batches.objective.setting.labels)
     if len(indices) and len(windows.sources) > 1:
         found |= _by_source(output, inputs, windows.sources, batches.sources_of_labels(windows, indices, inputs))
     if len(indices) and rows is not None:
@@ -177,6 +180,7 @@ def _means(
         result[VALIDATION_PART] = float(of_part[0] / of_part[1])
     if not (batches.in_order or batches).objective.predicts_every_token:
         text_bytes = {}
+    result |= label_scores(whole)
     if text_bytes:
         nats, labels = whole[spelt]
         result[BITS_PER_BYTE] = _bits(float(nats / labels) * float(labels)) / sum(text_bytes.values())

@@ -59,7 +59,7 @@ NOTE = """\
 A model trained with Duet: run {run}, step {step}.
 Weights in {dtype} (model.safetensors), configuration (config.json), tokenizer ({tokenizer}).
 
-README.md says how it is used; Duet itself: duet generate FOLDER --prompt "..."
+README.md says how it is used, by Duet itself, too.
 """
 
 

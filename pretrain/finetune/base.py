@@ -12,6 +12,7 @@ from torch import Tensor
 from data_pipeline.errors import CheckpointError, DataError, RunError
 from data_pipeline.places import EXPORT, kind_of
 from data_pipeline.tokenize.tokenizer import JSON, MODEL
+from model.architectures.encoder_only.labels import HEAD
 from model.architectures.names import current_name
 from model.architectures.token_model import TokenModel
 from model.layers.int8 import restored
@@ -20,12 +21,13 @@ from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.config.schema import Config
 from pretrain.finetune.lora import adapt, merged
 from pretrain.run.checkpoint_folder import hold, step_path
-from pretrain.run.origin import WEIGHTS, base_hash, parse
+from pretrain.run.origin import WEIGHTS, base_hash, model_of, parse
 from pretrain.run.run_folder import RunFolder
 
 
 def prepare(model: TokenModel, config: Config, *, begun: bool) -> None:
-    """Give a fresh model the weights that its run begins with, and adapters if these are what is trained.
+    """Give a fresh model the weights that its run begins with, and adapters if these are what is trained. A head of
+    labels stays fresh, unless the weights have one of the same labels.
 
     Args:
         begun: the run has checkpoints of its own, which hold all that is trained.
@@ -36,8 +38,9 @@ def prepare(model: TokenModel, config: Config, *, begun: bool) -> None:
     """
     if config.finetune.kind == "none" or (config.finetune.kind == "full" and begun):
         return
+    fresh = {name: values for name, values in model.state_dict().items() if name.startswith(HEAD)}
     try:
-        model.load_state_dict(_base(config))
+        model.load_state_dict(fresh | _base(config))
     except RuntimeError as error:
         raise CheckpointError(f"{config.run.start_from}: of another model: {error}") from None
     if config.finetune.kind == "lora":
@@ -120,9 +123,13 @@ def hold_base(config: Config, warn: Callable[[str], None]) -> None:
 
 
 def _base(config: Config) -> dict[str, Tensor]:
-    """Parameters and buffers that a run of this (resolved) configuration begins with, in fp32."""
+    """Parameters and buffers that a run of this (resolved) configuration begins with, in fp32; a head of other labels
+    is left out."""
     path, step = _unchanged(config)
-    return _of_export(path) if kind_of(path) == EXPORT else _of_run(path, step)
+    found = _of_export(path) if kind_of(path) == EXPORT else _of_run(path, step)
+    if model_of(path).label_head == config.model.label_head:
+        return found
+    return {name: values for name, values in found.items() if not name.startswith(HEAD)}
 
 
 def _unchanged(config: Config) -> tuple[Path, int | None]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.errors import ConfigError
+from model.architectures.encoder_only.labels import HEAD
 from model.architectures.token_model import TokenModel
 from model.batch import Batch
 from model.layers.dropout import dropout, noise_site
@@ -63,7 +64,8 @@ class AdaptedLinear(nn.Linear):
 
 
 def adapt(model: TokenModel, config: FinetuneConfig, seed: int) -> None:
-    """Freeze a model, and put adapters beside those of its linear maps that `config.targets` means.
+    """Freeze a model, but for a head of labels, and put adapters beside those of its linear maps that
+    `config.targets` means.
 
     The adapters start alike on every rank.
 
@@ -72,7 +74,8 @@ def adapt(model: TokenModel, config: FinetuneConfig, seed: int) -> None:
     """
     maps = dict(linear_maps(model))
     check_targets(model, config)
-    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(HEAD))
     torch.manual_seed(seed)
     noise = Noise()
     for name, (base, of_mask) in maps.items():
@@ -98,10 +101,11 @@ def merged(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: fl
     """Weights [outputs, inputs] with their adapters added: W + scale B A; others as they are.
 
     Args:
-        adapters: A [r, inputs] and B [outputs, r], by the names that `AdaptedLinear` gives them.
+        adapters: A [r, inputs] and B [outputs, r], by the names that `AdaptedLinear` gives them; and a head, which is
+            taken as it is.
         scale: alpha / r.
     """
-    found = dict(base)
+    found = dict(base) | {name: values for name, values in adapters.items() if name.startswith(HEAD)}
     for name in (name.removesuffix(f".{A}") for name in adapters if name.endswith(f".{A}")):
         found[f"{name}.weight"] = base[f"{name}.weight"] + scale * (adapters[f"{name}.{B}"] @ adapters[f"{name}.{A}"])
     return found

@@ -38,6 +38,10 @@ class Setting:
     """The model reads one sequence and writes another."""
     targets: int = 0
     """Tokens that it writes of a window, at most; or that it predicts."""
+    label_kind: str = "none"
+    """What labels are of, as `model.head.kind` has it."""
+    labels: tuple[str, ...] = ()
+    """Their names; of places none."""
     target_span: int = 1
     """Neighbours that are predicted together, at most."""
 
@@ -52,6 +56,8 @@ class Objective(ABC):
     """It reads pairs of source and target, else windows of text."""
     of_conversations: ClassVar[bool] = False
     """It reads conversations, in packed windows of stored tokens, which may be marked."""
+    of_labels: ClassVar[bool] = False
+    """It reads texts with labels."""
     whole_windows: ClassVar[bool] = False
     """It can make nothing of a window that the text does not fill."""
     takes_packed: ClassVar[bool] = False
@@ -123,6 +129,14 @@ class Objective(ABC):
             raise DataError(
                 f"data.objective={cls.name} needs conversations, and {dataset.path} holds none; build a dataset with "
                 "data.sources.NAME.messages_key"
+            )
+        if (dataset.manifest.labels is not None) != cls.of_labels:
+            raise DataError(
+                f"data.objective={cls.name} needs texts with labels, and {dataset.path} holds none; build a dataset "
+                "with data.labels"
+                if cls.of_labels
+                else f"{dataset.path} holds texts with labels, which data.objective={cls.name} is not for; take "
+                "data.objective=labels with model.head.kind, or build the text without data.labels"
             )
         if pairs and not cls.of_pairs:
             raise DataError(

@@ -7,6 +7,7 @@ from pydantic import AfterValidator
 from pretrain.objectives.causal import Causal
 from pretrain.objectives.continuation import NextChunk
 from pretrain.objectives.conversations import Conversations
+from pretrain.objectives.labels import Labels
 from pretrain.objectives.masked import Masked
 from pretrain.objectives.objective import Objective
 from pretrain.objectives.pairs import Pairs
@@ -15,7 +16,7 @@ from pretrain.objectives.prefix import Prefix
 from pretrain.objectives.span_corruption import SpanCorruption
 
 _ALL: tuple[type[Objective], ...] = (
-    *(Causal, Prefix, Masked, SpanCorruption, Pairs, NextChunk, Conversations, RandomOrder),
+    *(Causal, Prefix, Masked, SpanCorruption, Pairs, NextChunk, Conversations, RandomOrder, Labels),
 )
 OBJECTIVES = {objective.name: objective for objective in _ALL}
 

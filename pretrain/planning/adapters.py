@@ -11,7 +11,7 @@ class Adapters(NamedTuple):
     """Of a model."""
 
     parameters: int
-    """Of all adapters: (inputs + outputs) r for each."""
+    """Of all adapters, (inputs + outputs) r for each; and of a head of labels, which is trained beside them."""
     maps: int
     """Linear maps that have one."""
 
@@ -47,6 +47,7 @@ def _count(key: _Key) -> Adapters:
         import torch
 
         from model.architectures import registry
+        from model.architectures.encoder_only.labels import HEAD
         from pretrain.finetune.lora import check_targets, is_adapted, linear_maps
     except ModuleNotFoundError as error:
         if error.name != "torch":
@@ -58,4 +59,5 @@ def _count(key: _Key) -> Adapters:
     maps = linear_maps(model)
     adapted = [base for name, (base, of_mask) in maps if is_adapted(name, of_mask, key.config.finetune)]
     sizes = sum(base.in_features + base.out_features for base in adapted)
-    return Adapters(sizes * key.config.finetune.rank, len(adapted))
+    head = sum(values.numel() for name, values in model.named_parameters() if name.startswith(HEAD))
+    return Adapters(sizes * key.config.finetune.rank + head, len(adapted))

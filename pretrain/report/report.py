@@ -7,7 +7,7 @@ from pathlib import Path
 from data_pipeline.errors import RunError
 from data_pipeline.files.atomic import disk_errors, write_atomic
 from data_pipeline.secret import redact
-from pretrain.metric_names import BITS_PER_BYTE, LOSS, MFU, TOKENS_PER_SECOND, TOKENS_SEEN, VALIDATION
+from pretrain.metric_names import BITS_PER_BYTE, LABEL_SCORES, LOSS, MFU, TOKENS_PER_SECOND, TOKENS_SEEN, VALIDATION
 from pretrain.report import compare, html
 from pretrain.report.charts import data_of, script
 from pretrain.report.plots import overview_png, panel_png, panels
@@ -180,6 +180,7 @@ def _tiles(run: RunData) -> list[tuple[str, str]]:
     values = [
         ("training loss, nats/token", run.last(LOSS)),
         ("validation, bits/byte", run.last(BITS_PER_BYTE)),
+        *((f"validation, {said}", run.last(metric)) for metric, said in LABEL_SCORES.items()),
         ("tokens per second", run.last(TOKENS_PER_SECOND)),
         ("model FLOPs utilisation", run.last(MFU)),
         ("tokens seen", run.last(TOKENS_SEEN)),

@@ -10,6 +10,7 @@ from data_pipeline.errors import ConfigError, RunError
 from data_pipeline.places import EXPORT, RUN, kind_of
 from model.architectures.external import is_external
 from model.architectures.registry import configure
+from model.config.model_config import ModelConfig
 from pretrain.config.changes import refused_in_fork, told
 from pretrain.config.schedule import decay_start
 from pretrain.config.schema import Config
@@ -157,21 +158,24 @@ def check(config: Config, dataset: dict[str, Any]) -> None:
         )
 
 
+def model_of(path: Path) -> ModelConfig:
+    """That of an export, or of a run folder, whose weights a run begins with. Raises RunError."""
+    if kind_of(path) != EXPORT:
+        return RunFolder(path).config().model
+    try:
+        return configure(json.loads((path / "config.json").read_text())["duet"]["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path / 'config.json'}: missing, damaged, or not of an export of Duet: {error!r}") from None
+
+
 def check_model(path: Path, config: Config) -> None:
-    """Whether a run may begin with these weights: its model is theirs. Raises RunError."""
-    if kind_of(path) == EXPORT:
-        try:
-            shape = json.loads((path / "config.json").read_text())["duet"]["model"]
-            theirs = config.model_copy(update={"model": configure(shape)})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{path / 'config.json'}: missing, damaged, or not of an export of Duet: {error!r}"
-            ) from None
-    else:
-        theirs = RunFolder(path).config()
+    """Whether a run may begin with these weights: its model is theirs, but for what it says of labels, which may be
+    new. Raises RunError."""
+    theirs = config.model_copy(update={"model": model_of(path)})
     if is_external(theirs.model.architecture) and is_external(config.model.architecture):
         return  # whether the weights fit is seen when they are read
-    different = {key: values for key, values in refused_in_fork(theirs, config).items() if key.startswith("model.")}
+    refused = refused_in_fork(theirs, config)
+    different = {key: refused[key] for key in refused if key.startswith("model.") and not key.startswith("model.head.")}
     if different:
         raise RunError(f"{path}: weights of another model:\n{told(different)}\ngive the values of their training")
 

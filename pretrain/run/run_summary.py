@@ -10,7 +10,7 @@ from data_pipeline.errors import RunError
 from data_pipeline.files.sealed import unseal
 from data_pipeline.places import RUN, mistaken
 from data_pipeline.secret import redact
-from pretrain.metric_names import BITS_PER_BYTE, LOSS, VALIDATION
+from pretrain.metric_names import BITS_PER_BYTE, LABEL_SCORES, LOSS, VALIDATION
 from pretrain.run.journal import HEALTH, Point, Record, noting, read, series, told_damaged
 from pretrain.run.run_listing import run_state
 
@@ -143,13 +143,21 @@ def _validation(run: RunData) -> str:
     bits, order0 = run.last(BITS_PER_BYTE), run.order0_entropy
     if bits is None:
         loss = run.last(VALIDATION)
-        return "It was never validated." if loss is None else f"Validation: {loss:.4f} nats per label."
+        if loss is None:
+            return "It was never validated."
+        return f"Validation: {', '.join(filter(None, [f'{loss:.4f} nats per label', label_scores_told(run)]))}."
     if order0 is None:
         return f"Validation: {bits:.4f} bits per byte."
     said = f"Validation: {bits:.4f} bits per byte"
     if bits < order0:
         return f"{said}, {1 - bits / order0:.0%} below the {order0:.4f} of byte frequencies alone."
     return f"{said}, not below the {order0:.4f} of byte frequencies alone: it has not learned more than those."
+
+
+def label_scores_told(run: RunData) -> str:
+    """How often labels were right at the last validation; nothing of a model that says none."""
+    told = {said: run.last(metric) for metric, said in LABEL_SCORES.items()}
+    return ", ".join(f"{said} {value:.4f}" for said, value in told.items() if value is not None)
 
 
 def _bytes(path: Path) -> bytes:

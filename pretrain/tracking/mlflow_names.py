@@ -73,7 +73,7 @@ ADDED = {ENCODER_LOSS, Z_LOSS}
 """What the total loss holds beside the cross entropy and penalties."""
 A_LAYER = re.compile(r"(gate|attention)/(\w+)/(\w+)/\d+(?:/h\d+)?")
 """Or a head of it."""
-PART_OF = re.compile(r"(loss/val|loss/val_bits_per_byte|ponder/share|refine/change)/(.+)", re.DOTALL)
+PART_OF = re.compile(r"(loss/val|loss/val_bits_per_byte|labels/val_f1|ponder/share|refine/change)/(.+)", re.DOTALL)
 ESCAPED = re.compile(r"[^\w .:-]|-(?=x[0-9a-f])|^\.\.|^\.$")
 """In a part of a name. Slashes, too: MLflow's page makes sections of them. `-x` and a digit would read as an escape."""
 

@@ -37,7 +37,7 @@ from pretrain.run.job_records import JobFolder, this_job
 from pretrain.run.journal import Journal
 from pretrain.run.lease import LeaseLost
 from pretrain.run.run_folder import RunFolder
-from pretrain.run.run_summary import RunData, load
+from pretrain.run.run_summary import RunData, label_scores_told, load
 from pretrain.run.signals import BrokenOff, StopRequest, exit_code, told
 from pretrain.tracking.console import Console
 from pretrain.tracking.follower import Follows, Tracker, assign, unsent
@@ -307,6 +307,8 @@ class Recorder:
             rows.append(("validation", f"{bits[-1].value:.4f} bits/byte{beside}"))
         elif loss := points.get(VALIDATION):
             rows.append(("validation", f"{loss[-1].value:.4f} nats/label"))
+        if scores := label_scores_told(data):
+            rows.append(("labels", scores))
         steps = step - self._first_step
         if steps:
             rate = points[TOKENS_PER_SECOND][-1].value

@@ -1,5 +1,6 @@
 """The files that an export has for transformers, beside weights and `config.json`'s facts for Duet."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.config.schema import Config
 from pretrain.export.hugging_face.card import LOSSES, CardFacts, card, told_of_data, told_of_training
 from pretrain.export.hugging_face.chat import chat_settings
-from pretrain.export.hugging_face.sources import ENTRY, TOKENIZATION, sources
+from pretrain.export.hugging_face.sources import ENTRY, LABELS, TOKENIZATION, sources
 from pretrain.objectives.registry import objective_of
 
 COMPARED = 2**20
@@ -29,14 +30,26 @@ class Kind(NamedTuple):
     """A class of transformers."""
 
     name: str
-    """Of a class in `modeling_duet.py`."""
+    """Of a class in `module`."""
     auto: str
     task: str
     generates: bool = False
+    module: str = ENTRY
+
+
+_LABELS = {
+    "sequence": ("SequenceClassification", "text-classification"),
+    "token": ("TokenClassification", "token-classification"),
+    "span": ("QuestionAnswering", "question-answering"),
+}
+"""What the classes of models of labels are called, and what they do."""
 
 
 def kind_of(model: ModelConfig, objective: str) -> Kind:
     """The class of transformers that a model becomes."""
+    if model.label_head is not None:
+        name, task = _LABELS[model.label_head.kind]
+        return Kind(f"DuetFor{name}", f"AutoModelFor{name}", task, module=LABELS)
     if model.traits.two_sequences:
         return Kind("DuetForSeq2SeqLM", "AutoModelForSeq2SeqLM", "text2text-generation")
     if not model.causal:
@@ -52,7 +65,7 @@ def hugging_face_config(model: ModelConfig, objective: str, dtype: str, eos_id: 
     found: dict[str, Any] = {
         "model_type": "duet",
         "architectures": [kind.name],
-        "auto_map": {"AutoConfig": f"{ENTRY}.DuetConfig", kind.auto: f"{ENTRY}.{kind.name}"},
+        "auto_map": {"AutoConfig": f"{ENTRY}.DuetConfig", kind.auto: f"{kind.module}.{kind.name}"},
         "dtype": dtype,
         "vocab_size": model.vocab_size,
         "hidden_size": model.width,
@@ -65,6 +78,9 @@ def hugging_face_config(model: ModelConfig, objective: str, dtype: str, eos_id: 
         "eos_token_id": eos_id,
         "pad_token_id": eos_id,
     }
+    if model.label_head is not None and model.label_head.labels:
+        found["id2label"] = {str(number): name for number, name in enumerate(model.label_head.labels)}
+        found["label2id"] = {name: number for number, name in enumerate(model.label_head.labels)}
     if model.traits.two_sequences:
         found["decoder_start_token_id"] = eos_id
     if isinstance(model, TransformerConfig):
@@ -99,7 +115,7 @@ def write_for_transformers(new: Path, about: About) -> None:
     """
     kind = kind_of(about.model, about.objective)
     fast, why = write_tokenizer(new, about)
-    code = sources(about.model, (ENTRY,) if fast else (ENTRY, TOKENIZATION))
+    code = sources(about.model, (kind.module,) if fast else (kind.module, TOKENIZATION))
     for name, text in code.files.items():
         write_atomic(new / name, text.encode())
     write_card(new, about, kind, [*_notes(code.needs, why, kind, about.model, about.chat_template is not None)])
@@ -110,6 +126,8 @@ def write_tokenizer(new: Path, about: About) -> tuple[bool, str]:
     kind, tokenizer = kind_of(about.model, about.objective), about.tokenizer
     write_atomic(new / model_name(about.content), about.content)
     fast, why = _fast(about)
+    if fast and kind.task == "question-answering" and model_name(about.content) != JSON:
+        fast = _ending_questions(fast, tokenizer)
     if fast:
         write_atomic(new / JSON, fast)
     settings, ends = _tokenizer_config(about.model, kind, tokenizer, fast is not None), [tokenizer.eos_id]
@@ -122,6 +140,19 @@ def write_tokenizer(new: Path, about: About) -> tuple[bool, str]:
         ids = {"eos_token_id": ends if ends[1:] else ends[0], "pad_token_id": tokenizer.eos_id}
         write_json(new / "generation_config.json", ids | {"use_cache": about.model.traits.cached})
     return fast is not None, why
+
+
+def _ending_questions(fast: bytes, tokenizer: Tokenizer) -> bytes:
+    """A tokenizer.json that puts end-of-text between the texts of a pair."""
+    end, number = tokenizer.piece(tokenizer.eos_id), tokenizer.eos_id
+    first, second = ({"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB"))
+    post = {
+        "type": "TemplateProcessing",
+        "single": [first],
+        "pair": [first, {"SpecialToken": {"id": end, "type_id": 0}}, second],
+        "special_tokens": {end: {"id": end, "ids": [number], "tokens": [end]}},
+    }
+    return json.dumps(json.loads(fast) | {"post_processor": post}, ensure_ascii=False, indent=2).encode()
 
 
 def write_card(new: Path, about: About, kind: Kind, notes: Sequence[str], *, standard: bool = False) -> None:
@@ -188,13 +219,16 @@ def _notes(needs: tuple[str, ...], why: str, kind: Kind, model: ModelConfig, cha
     """What a user of the model has to know; of a `chat` it says in `why` what special tokens are."""
     yield f"A text has {model.context} tokens at most, what is generated included."
     yield "Nothing is put before or behind a text" + ("." if chat else ", and no text gives a special token.")
+    if kind.task == "question-answering":
+        yield "It reads a question, the end-of-text token, and the text in which the answer stands."
     if not kind.generates:
         yield "The model does not continue texts: it has no `generate`."
     if why:
         yield why
     if needs:
         yield f"It needs these packages beside torch and transformers: {', '.join(needs)}."
-    yield f"Duet reads this folder itself, too: `duet generate FOLDER{' --chat TEXT' if chat else ''}`."
+    use = "classify FOLDER --text TEXT" if model.label_head else f"generate FOLDER{' --chat TEXT' if chat else ''}"
+    yield f"Duet reads this folder itself, too: `duet {use}`."
 
 
 def dataset_of(checkpoint: Checkpoint, config: Config) -> Dataset | DataError:

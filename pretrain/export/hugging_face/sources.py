@@ -23,7 +23,7 @@ from model.config.model_config import ModelConfig
 from pretrain.export.hugging_face import plain_pydantic
 
 HERE = __name__.rpartition(".")[0]
-ENTRY, TOKENIZATION = "modeling_duet", "tokenization_duet"
+ENTRY, LABELS, TOKENIZATION = "modeling_duet", "modeling_labels", "tokenization_duet"
 _OURS = ("data_pipeline", "model", "pretrain")
 _PLAIN = "plain_pydantic"
 _REGISTRY = "model.architectures.registry"

@@ -64,6 +64,7 @@ def journal_steps(run_dir: Path, attempt: int, first: int, last: int, *, resumed
             losses = {
                 "loss/val": 2.25 - attempt / 8,
                 "loss/val_in_order": 2.5,
+                **{f"labels/val_{score}": 0.5 for score in ("accuracy", "exact", "f1")},
                 "loss/val_bits_per_byte": 1.75 - attempt / 8,
             }
             for number in range(9):
