@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from data_pipeline.errors import ConfigError
+from model.config.head_config import NO_LABELS
 from model.config.model_config import NO_VOCABULARY, ModelConfig
 from model.costs.parts import Costs, Part, Priced, Shape, loss_bytes
 
@@ -149,6 +150,8 @@ def shape_of(
     """The shape of a micro-batch; see `activations`. Raises ConfigError without a vocabulary."""
     if config.vocab_size is None:
         raise ConfigError(NO_VOCABULARY)
+    if config.label_head is not None and not config.label_head.outputs:
+        raise ConfigError(NO_LABELS)
     two_full = pairs and config.traits.two_sequences
     inputs, targets = (config.context, config.context) if two_full else config.lengths
     return Shape(config, inputs, targets, rows, size, dense_mask, in_blocks, config.patterns[0])

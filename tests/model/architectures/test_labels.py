@@ -91,3 +91,5 @@ def test_what_a_head_costs(kind: str) -> None:
 def test_labels_have_to_be_known() -> None:
     with pytest.raises(ConfigError, match=r"model\.head\.labels are not set"):
         build(small("encoder_only", head={"kind": "token"}))
+    with pytest.raises(ConfigError, match=r"model\.head\.labels are not set"):
+        num_parameters(small("encoder_only", head={"kind": "sequence"}))
