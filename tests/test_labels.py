@@ -187,7 +187,7 @@ def test_classify_says_labels_tokens_and_answers(root: Path) -> None:
     assert exact >= scores(root / "span-run")["labels/val_exact"] - 1e-9
     for args, why in (
         (["sequence-run"], "give --text TEXT"),
-        (["sequence-run", "--text", "a", "--question", "b"], "the model answers none"),
+        (["sequence-run", "--text", "a", "--question", "b"], "the model answers no questions"),
         (["span-run", "--text", "a"], "give --question"),
         (["encoder", "--text", "a"], "not with labels"),
         (["sequence-run", "--text", ""], "text 1 is empty"),
