@@ -250,7 +250,7 @@ def _lines(config: "Config", found: "RunCosts", gpus: int, name: str, board: Gpu
         f"gpus        {gpus} x {name}: {board.memory_gb} GB, {board.peak_flops / 1e12:g} dense bf16 TFLOP/s",
         f"batch       {config.batch.tokens:,} tokens = {_readers(config, gpus)} x {found.accumulation} x "
         f"{found.micro_batch} sequences of {config.model.context}",
-        f"step        {_flops(found)}, {found.step_seconds:.3g} s at MFU {mfu:g}",
+        f"step        {_flops(found)}, {found.step_seconds:.3g} s at MFU {mfu:g}{_far(config)}",
         f"speed       {found.tokens_per_second:,.0f} tokens/s",
         f"run         {steps:,} steps, {steps * config.batch.tokens:,} tokens: {duration(found.run_seconds)}, "
         f"{found.run_seconds * gpus / 3600:,.1f} GPU hours",
@@ -295,6 +295,12 @@ def _goodput(config: "Config", ahead: "Outlook", found: "RunCosts") -> list[str]
         "a second    less of each is worth, at your interval: "
         + ", ".join(f"{name} {gain:.3%}" for name, gain in own.by_second.items() if gain > worth / 1e3),
     ]
+
+
+def _far(config: "Config") -> str:
+    if not config.model.traits.in_turn:
+        return ""
+    return f", which {config.model.context} tokens one after the other are far from (--mfu)"
 
 
 def _flops(found: "RunCosts") -> str:

@@ -46,6 +46,8 @@ class Traits:
     positions (`engine.sequence_parallel`)."""
     recurrent: bool = False
     """Its layers can be applied several times (`recurrence`)."""
+    in_turn: bool = False
+    """It reads the tokens of a text one after the other in training, too, and so keeps no device busy."""
     two_sequences: bool = False
     """It reads one sequence and writes another."""
     writes_targets: bool = False

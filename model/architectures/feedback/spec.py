@@ -36,6 +36,7 @@ class FeedbackConfig(TransformerConfig, frozen=True):
         because="writes a memory of each token before it reads the next",
         sites=("dec_ff", "dec_sa", "embed"),
         cached=True,
+        in_turn=True,
         lacks="writes one memory after the other",
     )
 
