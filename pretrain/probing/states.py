@@ -26,7 +26,7 @@ class LayerState(NamedTuple):
     """As the model calls the list of its layers: `encoder`, `decoder`, `layers`; `embedded` before all of them;
     `queries` of a `two_stream`."""
     depth: int
-    """Layers passed, each counted as often as it is passed."""
+    """Layers passed, each counted as often as it is passed, also where a token has halted before."""
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ CASES = "tests.model.device_cases:"
 AGAIN = {
     *("strided", "sinks_alone", "fixed_alternate", "bert_window", "bert_globals", "t5_strided", "t5_fixed"),
     *("feedback", "feedback_dropout", "entmax_fixed", "span_sinks", "dense", "random", "routing_window"),
-    *("t5_entmax", "t5_span", "bert_entmax", "bert_linformer", "bert_routing"),
+    *("t5_entmax", "t5_span", "bert_entmax", "bert_linformer", "bert_routing", "bert_random", "bert_sinks"),
+    *("routing_near", "fixed_heads", "feedback_window"),
 }
 """Options that another one has, too."""
 

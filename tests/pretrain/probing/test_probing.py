@@ -18,7 +18,7 @@ from data_pipeline.tokenize.tokenizer import Tokenizer
 from pretrain.probing.examine import apart
 from pretrain.probing.features import WordPlace, answers
 from pretrain.probing.linear import entropy, likeness, probe
-from pretrain.probing.states import LayerState, states
+from pretrain.probing.states import states
 from pretrain.probing.text import choose
 from tests.model.helpers import batch_of, build, variant
 from tests.runs import SMALL, duet
@@ -96,8 +96,7 @@ def test_states_are_those_that_the_head_is_computed_from_and_see_nothing_to_come
     batch.input_ids[:, -1] = (batch.input_ids[:, -1] + 1) % 17
     for state, x in states(model, batch).items():
         torch.testing.assert_close(x[:, :-1], found[state][:, :-1], atol=1e-6, rtol=0)
-        if state != LayerState("queries", 0):
-            assert not torch.equal(x[:, -1], found[state][:, -1])
+        assert not torch.equal(x[:, -1], found[state][:, -1])
 
 
 def test_what_is_asked_of_words_and_sentences(dataset: Path) -> None:
