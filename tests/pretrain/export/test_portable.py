@@ -28,9 +28,9 @@ from pretrain.export.use import evaluate_run, open_trained
 from pretrain.inference.continuation import Continuation, Settings
 from pretrain.inference.trained import find_checkpoint, read_model
 from pretrain.metric_names import BITS_PER_BYTE, VALIDATION
+from pretrain.probing.examine import examine
 from pretrain.run.checkpoint_folder import step_path
 from pretrain.run.journal import read, series
-from pretrain.probing.examine import examine
 from pretrain.run.run_folder import RunFolder
 from tests.runs import CHARACTERS, ROOT
 
