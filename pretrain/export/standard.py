@@ -57,8 +57,9 @@ def import_model(folder: Path, to: Path) -> DecoderOnlyConfig:
     if to.exists():
         raise CheckpointError(f"{to}: is there already; name a new folder")
     if kind_of_folder(folder) == EXPORT:
-        begins = f"duet train --from {shlex.quote(str(folder))}"
-        raise CheckpointError(f"{folder}: this is an export already; `{begins}` begins with it")
+        raise CheckpointError(
+            f"{folder}: this is an export already; `duet train --from {shlex.quote(str(folder))}` begins with it"
+        )
     name, config, weights, template = _read(folder)
     file = next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
     if file is None:
