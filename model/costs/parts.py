@@ -33,14 +33,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from model.config.mask_config import Site
 from model.config.model_config import ModelConfig
 from model.config.pattern_config import FULL, Patterns, keys_seen
 from model.config.transformer import TransformerConfig, TwoStreamConfig
-from model.costs.kernels import Attended, Kept, kept_by, kept_by_streams
-from model.costs.mixers import formed_bytes, mixed
+from model.costs.attention_bytes import attention_bytes, in_layers
+from model.costs.mixers import mixed
 from model.layers.chunks import chunk_tokens
 
 _FP32 = 4
@@ -116,7 +116,7 @@ class Shape:
 
     def by_pattern(self, layers: int) -> list[tuple[int, "Shape"]]:
         """The shapes of a stream's layers, and so many layers of each."""
-        config = _transformer(self)
+        config = self.transformer
         alike = not config.shrunk
         numbered = ((layer, config.pattern.of_layer(layer, config.context)) for layer in range(layers))
         found = Counter((0 if alike else layer, patterns) for layer, patterns in numbered)
@@ -124,7 +124,7 @@ class Shape:
 
     def inner(self, site: Site) -> int:
         """Channels of the heads that an attention of the layer has."""
-        config = _transformer(self)
+        config = self.transformer
         return config.width * config.heads_at(site, self.layer) // config.heads_of(site)
 
     def of_width(self, width: int) -> "Shape":
@@ -134,6 +134,12 @@ class Shape:
     def scores(self, tokens: int, causal: bool) -> int:
         """FLOPs of q k^T and of the weights times v, in self attention."""
         return round(4 * tokens * keys_seen(self.patterns, tokens - self.asking, causal) * self.config.width)
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        """The configuration, of a model that has layers of attention."""
+        assert isinstance(self.config, TransformerConfig)
+        return self.config
 
     @property
     def post(self) -> bool:
@@ -244,7 +250,7 @@ def last_output(shape: Shape, tokens: int) -> list[Part]:
 
 def one_stream(shape: Shape, tokens: int, sites: tuple[Site, Site], *, stream: str = "layers") -> list[Part]:
     """A layer of self attention and feed forward; `sites` of the two, `stream` as its parts are called."""
-    config = _transformer(shape)
+    config = shape.transformer
     norms = [norm(shape, tokens, both_ways=not config.causal), Part(saved=shape.vectors(tokens))] * 2
     own = self_attention(shape, tokens, f"{stream}: attention", sites[0], causal=config.causal)
     masks = chain.from_iterable(site(shape, name, tokens, config.causal) for name in sites)
@@ -265,7 +271,7 @@ def cross_layer(
 
     `sites` of self attention, cross attention and feed forward; `stream` as its parts are called.
     """
-    config = _transformer(shape)
+    config = shape.transformer
     assert isinstance(config, TwoStreamConfig)
     parts = [norm(shape, tokens), Part(saved=shape.vectors(tokens))] * 3
     if not shape.post:
@@ -286,7 +292,7 @@ def cross_layer(
         causal=config.causal,
         cross=True,
         aligned=aligned,
-        **_in_layers(config),
+        **in_layers(config),
     )
     parts.append(Part(f"{stream}: cross attention", weights, flops, saved, mixed=2 * (width + keys)))
     parts.append(feed_forward(shape, tokens, f"{stream}: feed forward", sites[-1]))
@@ -295,7 +301,7 @@ def cross_layer(
 
 def self_attention(shape: Shape, tokens: int, name: str, site: Site, *, causal: bool) -> Part:
     """With its maps; of the heads that are there in the shape's layer."""
-    config = _transformer(shape)
+    config = shape.transformer
     width, heads, inner = config.width, config.heads_at(site, shape.layer), shape.inner(site)
     mapped = (sum(config.score_channels) + width // config.queries_per_kv_head) * heads // config.heads
     weights = linear_weights(config, width, mapped) + linear_weights(config, inner, width)
@@ -305,14 +311,14 @@ def self_attention(shape: Shape, tokens: int, name: str, site: Site, *, causal: 
         return Part(name, weights + other.parameters, flops + other.flops, other.saved)
     narrow = shape.of_width(inner)
     flops += narrow.scores(tokens, causal)
-    saved = attention_bytes(narrow, tokens, tokens, heads, causal=causal, **_in_layers(config))
+    saved = attention_bytes(narrow, tokens, tokens, heads, causal=causal, **in_layers(config))
     keys = width // config.queries_per_kv_head * heads // config.heads
     return Part(name, weights, flops, saved, mixed=2 * (inner + keys))
 
 
 def feed_forward(shape: Shape, tokens: int, name: str, site: Site | None = None) -> Part:
     """C -> F -> C; where its `site` has block gates, of the blocks that are there in the shape's layer."""
-    config = _transformer(shape)
+    config = shape.transformer
     width, outputs, gates = config.width, 2 if config.ff == "swiglu" else 1, config.block_gates
     gated = site is not None and site in config.gate_sites
     blocks = config.blocks_at(site, shape.layer) if site and gated else 1
@@ -335,7 +341,7 @@ def feed_forward(shape: Shape, tokens: int, name: str, site: Site | None = None)
 
 def site(shape: Shape, name: Site, tokens: int, causal: bool) -> list[Part]:
     """A mask with what it is computed from, and ordinary dropout."""
-    config, exact = _transformer(shape), shape.size == _FP32
+    config, exact = shape.transformer, shape.size == _FP32
     width = config.width
     parts = [Part(saved=shape.vectors(tokens))] if config.dropout else []
     if name in config.l0_sites:
@@ -360,65 +366,3 @@ def site(shape: Shape, name: Site, tokens: int, causal: bool) -> list[Part]:
     used = 0 if exact and (rounding == "sigmoid" or (rounding == "none" and squared)) else 1
     saved += in_fp32 * shape.vectors(tokens, _FP32) + used * shape.vectors(tokens)
     return [*parts, Part("masks", weights, flops, saved, mixed=mixed)]
-
-
-def attention_bytes(
-    shape: Shape,
-    queries: int,
-    keys: int,
-    heads: int,
-    *,
-    causal: bool,
-    group: int = 1,
-    rate: float = 0.0,
-    cross: bool = False,
-    aligned: bool = True,
-    read: bool = True,
-    in_layer: bool = False,
-) -> int:
-    """Saved from the projections to the result; `read`: by a linear map, which keeps it; `in_layer`: not of a mask."""
-    config, rows, size, shared = _transformer(shape), shape.rows, shape.size, shape.sharing > 1
-    heads //= shape.sharing
-    turned = config.positions == "rotary" and aligned
-    total = shape.vectors(queries) if read else 0
-    patterns = shape.patterns if aligned and not shape.in_blocks else (FULL,)
-    formed = in_layer and config.weights.shapes(aligned=aligned)
-    seen = keys - shape.asking
-    if formed or config.attention == "explicit" or rate:
-        total += shape.vectors(queries) + 2 * shape.vectors(seen)
-        if formed and config.weights.kind == "adaptive_span":
-            total += (rows if shape.dense_mask else 1) * (queries + keys) * 8  # positions
-        total += formed_bytes(shape, queries, seen, heads, rate)
-    else:
-        kept = Kept(rows * heads * queries * 4 + (rows * queries * keys * size if shape.dense_mask else 0))
-        if aligned:
-            dense = config.needs_weights
-            of = Attended(rows, keys, config.width // shape.sharing, heads, size, causal, shape.dense_mask, dense)
-            kept = kept_by_streams(of, shape.asking) if shape.asking else kept_by(patterns, of)
-        # Where ranks share rows, what is read is a copy of the result.
-        total += kept.saved + (0 if (read and not shared) or kept.result else shape.vectors(queries))
-        # Kernels read views of the projections, or turned and repeated copies beside them; of what came from other
-        # ranks, turned before it went, they read views, too.
-        if kept.views:
-            total += shape.vectors(queries) + 2 * shape.vectors(keys if group == 1 else seen)
-        if kept.views and shared:
-            total += 2 * shape.vectors(keys) // group if group > 1 else 0
-        elif kept.views and turned and group == 1:
-            total += shape.vectors(keys) + (0 if cross else shape.vectors(queries))
-        elif kept.views and not turned and not cross and group > 1:
-            total += 2 * shape.vectors(keys) // group
-    if turned:
-        half = config.width // (heads * shape.sharing) // 2
-        apart = config.document_mask or shared or shape.asking
-        total += (shape.held(queries + keys) if apart else queries + keys) * half * 2 * _FP32
-    return total
-
-
-def _transformer(shape: Shape) -> TransformerConfig:
-    assert isinstance(shape.config, TransformerConfig)
-    return shape.config
-
-
-def _in_layers(config: TransformerConfig) -> dict[str, Any]:
-    """Of the attentions in layers; those of masks have neither."""
-    return {"group": config.queries_per_kv_head, "rate": config.attention_rate, "in_layer": True}

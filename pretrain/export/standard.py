@@ -1,6 +1,7 @@
 """Models in layouts that others know (`layouts.py`): written from a checkpoint, and read to begin a run with."""
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Event
@@ -56,7 +57,9 @@ def import_model(folder: Path, to: Path) -> DecoderOnlyConfig:
     if to.exists():
         raise CheckpointError(f"{to}: is there already; name a new folder")
     if kind_of_folder(folder) == EXPORT:
-        raise CheckpointError(f"{folder}: this is an export already; `duet train --from {folder}` begins with it")
+        raise CheckpointError(
+            f"{folder}: this is an export already; `duet train --from {shlex.quote(str(folder))}` begins with it"
+        )
     name, config, weights, template = _read(folder)
     file = next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
     if file is None:
