@@ -107,7 +107,10 @@ def probe(
     Examples: `duet study probe runs/first`,
     `duet study probe runs/parallel runs/decoder --to what-they-know --tokens 100000`
     """
-    from data_pipeline.files.atomic import write_atomic
+    from data_pipeline.files.atomic import check_writable, write_atomic
+    from pretrain.probing.findings import FILE
+
+    check_writable(to / FILE)  # before minutes are spent
     from pretrain.probing.examine import examine
     from pretrain.probing.page import pictures, table
 

@@ -88,8 +88,8 @@ class AdaptiveSpan(Softmax):
         return share * self._most
 
     def reach(self) -> int:
-        """Tokens that the widest head sees, its own included."""
-        return math.ceil(self.spans().max().item() + self._ramp)
+        """Tokens that the widest head sees, its own included; of a span that is no number all."""
+        return math.ceil(self.spans().nan_to_num(self._most).max().item() + self._ramp)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, visible: Visible) -> Tensor:
         """See `Softmax.forward`."""

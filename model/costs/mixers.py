@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from model.config.mask_config import Site
 from model.config.pattern_config import keys_seen
 from model.config.scores_config import factors
 from model.config.transformer import TransformerConfig
@@ -21,14 +22,14 @@ class Mixed(NamedTuple):
     saved: int
 
 
-def mixed(shape: "Shape", config: TransformerConfig, tokens: int, *, causal: bool) -> Mixed | None:
-    """Of a layer; None where scores are q k^T."""
+def mixed(shape: "Shape", config: TransformerConfig, tokens: int, site: Site, *, causal: bool) -> Mixed | None:
+    """Of a layer; None where scores are q k^T, as a decoder's are beside an encoder that sums its keys."""
     kind = config.scores.kind
     if kind == "synthesizer":
         return _synthesized(shape, config, tokens, causal=causal)
     if kind == "routing":
         return _within_clusters(shape, config, tokens, causal=causal)
-    return _over_slots(shape, config, tokens) if kind == "linformer" and not causal else None
+    return _over_slots(shape, config, tokens) if kind == "linformer" and site == "enc_sa" else None
 
 
 def formed_bytes(shape: "Shape", queries: int, keys: int, heads: int, rate: float) -> int:

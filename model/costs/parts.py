@@ -307,7 +307,7 @@ def self_attention(shape: Shape, tokens: int, name: str, site: Site, *, causal: 
     weights = linear_weights(config, width, mapped) + linear_weights(config, inner, width)
     weights += config.weights.learned * heads
     flops = tokens * 2 * width * (mapped + inner)
-    if (other := mixed(shape, config, tokens, causal=causal)) is not None:
+    if (other := mixed(shape, config, tokens, site, causal=causal)) is not None:
         return Part(name, weights + other.parameters, flops + other.flops, other.saved)
     narrow = shape.of_width(inner)
     flops += narrow.scores(tokens, causal)

@@ -81,6 +81,21 @@ def validating(
 ) -> Iterator[Callable[[TokenModel], dict[str, float]]]:
     """What validates models over the held-out text of a checkpoint's run, as `evaluate_run` does, and raises as it."""
     own_caches()
+    dataset = opened_dataset(checkpoint, config)
+    windows = held_out(dataset, config)
+    with join(config.engine.timeout_minutes) as ranks:
+        batch = max(1, 8192 // config.model.context)
+        batches = Batches.of(config, dataset, ranks.device)
+        sizes = held_out_bytes(dataset)
+        yield lambda model: evaluate(model.to(ranks.device), windows, sizes, batch, ranks, batches, progress)
+
+
+def opened_dataset(checkpoint: Checkpoint, config: Config) -> Dataset:
+    """That of a checkpoint's run, whose held-out text is read; where it is another one now, standard error says so.
+
+    Raises:
+        DataError: it is damaged, or its tokenizer another one than the model was trained with.
+    """
     tokenizer_of(checkpoint, config)  # as many pieces may be others
     dataset = Dataset.of(config.data)
     trained_on = checkpoint.manifest.state.get("data", {}).get("fingerprint", dataset.manifest.fingerprint)
@@ -90,12 +105,7 @@ def validating(
             f"trained on {trained_on[:12]}: its held-out text may be another, and may have been trained on",
             file=sys.stderr,
         )
-    windows = held_out(dataset, config)
-    with join(config.engine.timeout_minutes) as ranks:
-        batch = max(1, 8192 // config.model.context)
-        batches = Batches.of(config, dataset, ranks.device)
-        sizes = held_out_bytes(dataset)
-        yield lambda model: evaluate(model.to(ranks.device), windows, sizes, batch, ranks, batches, progress)
+    return dataset
 
 
 def _changed(trained: Trained, changes: Sequence[str]) -> Trained:

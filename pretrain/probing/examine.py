@@ -19,7 +19,8 @@ from pretrain.config.schema import Config
 from pretrain.engine.caches import own_caches
 from pretrain.evaluation.batches import Batches
 from pretrain.export.portable import is_export
-from pretrain.inference.trained import check_next_token, find_checkpoint, read_model, tokenizer_of
+from pretrain.export.use import opened_dataset
+from pretrain.inference.trained import check_next_token, find_checkpoint, read_model
 from pretrain.probing.features import NOT_ASKED, QUESTIONS, answers, common_tokens
 from pretrain.probing.findings import Answer, Findings, Probed, Question
 from pretrain.probing.linear import Score, entropy, likeness, probe
@@ -115,8 +116,7 @@ def _open(path: Path) -> _Opened:
             f"{path} was trained with data.objective={config.data.objective}; what its streams know is asked of models "
             "of plain text, in its own order"
         )
-    tokenizer_of(checkpoint, config)
-    return _Opened(checkpoint, config, Dataset.of(config.data))
+    return _Opened(checkpoint, config, opened_dataset(checkpoint, config))
 
 
 def _names(opened: Sequence[_Opened]) -> list[str]:

@@ -20,7 +20,7 @@ import xxhash
 from data_pipeline.errors import CheckpointError
 from data_pipeline.files.atomic import sync_folder, write_atomic
 from data_pipeline.files.sealed import unseal
-from data_pipeline.places import DATASET, RUN, kind_of
+from data_pipeline.places import DATASET, kind_of
 
 MANIFEST = "manifest.json"
 FORMAT = 4
@@ -140,16 +140,25 @@ def hold(path: Path, run: Path) -> None:
 
 
 def needed_by(path: Path) -> list[str]:
-    """Folders of the runs that need a checkpoint, and are there; a note that cannot be read counts for one."""
+    """Folders of the runs that need a checkpoint, and are there; what cannot be read, or looked at, counts as there."""
     found = []
     for note in sorted(path.glob(f"{_NEEDED_BY}*")):
         try:
             run = note.read_text(encoding="utf-8").removesuffix("\n")
         except (OSError, UnicodeDecodeError):
             run = str(note)
-        if kind_of(Path(run)) == RUN or run == str(note):
+        if run == str(note) or _may_be_run(Path(run)):
             found.append(run)
     return found
+
+
+def _may_be_run(path: Path) -> bool:
+    """Whether a run folder is there, or may be, as one of somebody else's that is closed."""
+    try:
+        (path / "run.json").stat()
+    except OSError as error:
+        return error.errno not in _NOTHING_THERE
+    return True
 
 
 def make_room(path: Path, warn: Callable[[str], None]) -> None:

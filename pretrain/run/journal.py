@@ -27,7 +27,7 @@ MOST_TORN = 4096
 """Bytes of a torn line that are kept: a power loss may leave a block of zeros of any size."""
 MOST_RECORDS = 4000
 """Of a kind in `series`: a picture has fewer columns."""
-HEALTH = ("skipped", "spike", "straggler", "hang", "growth", "lead")
+HEALTH = ("skipped", "spike", "straggler", "closed", "hang", "growth", "lead")
 """Kinds of what a run noticed about itself; each has a `text`, as `warning` and `rollback` do."""
 ENVELOPE = ("format", "kind", "time", "attempt", "step", "metrics")
 DIVERGED = "the run has diverged"

@@ -249,6 +249,17 @@ def test_keys_that_no_span_reaches_change_nothing(architecture: str, monkeypatch
     assert (computed(1)[0] - expected[0]).abs().max() > 1e-3, "the check itself"
 
 
+def test_a_span_that_is_no_number_makes_a_loss_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As any such weight does: a step that is skipped, and told of."""
+    monkeypatch.setattr(weights, "TRIM", 2)
+    model = plain({}, weights={"kind": "adaptive_span", "ramp": 1, "span_init": 0.0})
+    assert model(batch_of(model.config)).loss.isfinite()
+    for module in model.modules():
+        if isinstance(module, AdaptiveSpan):
+            torch.nn.init.constant_(module.share, torch.nan)
+    assert model(batch_of(model.config)).loss.isnan()
+
+
 def test_a_prediction_depends_on_what_lies_within_the_span_and_the_ramp() -> None:
     """Of heads with z = 0 and z = 2, through two layers: at distances of less than 3 + 2 each."""
     weights = {"kind": "adaptive_span", "ramp": 3}

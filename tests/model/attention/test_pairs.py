@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model.attention.routing import routings
+from model.costs.totals import num_parameters
 from pretrain.engine.layer_transforms import checkpoint_activations
 from tests.model.attention import test_causality
 from tests.model.attention.test_causality import leak
@@ -67,6 +68,7 @@ BOTH_WAYS: dict[str, dict[str, Any]] = {
 def test_every_parameter_learns_alike_when_layers_are_recomputed(name: str) -> None:
     options = {"layers": 1} | (CAUSAL | BOTH_WAYS)[name]
     plain, recomputed = (opened(build(small(**options))) for _ in range(2))
+    assert plain.num_parameters() == num_parameters(plain.config)
     expected = gradients(plain)
     assert set(expected) == {"loss", *(n for n, _ in plain.named_parameters())}
     assert all(gradient.isfinite().all() and gradient.any() for gradient in expected.values())

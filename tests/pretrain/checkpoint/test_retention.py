@@ -64,6 +64,10 @@ def test_what_another_run_needs_stays_as_long_as_it_is_there(tmp_path: Path) -> 
     (tmp_path / "tuned" / "run.json").touch()
     for _ in range(2):
         hold(step_path(tmp_path / "base", 1), tmp_path / "tuned")
+    make(tmp_path / "other", 1)
+    hold(step_path(tmp_path / "other", 1), tmp_path / ("x" * 256))  # whether it is there, the system does not say
+    make(tmp_path / "other", 2)
+    assert prune(tmp_path / "other", 1, None) == []
     prune(tmp_path / "base", 1, None)
     assert steps(tmp_path / "base") == [1, 3]
     assert reasons(tmp_path / "base", 1, None)[step_path(tmp_path / "base", 1)] == [f"needed by {tmp_path / 'tuned'}"]

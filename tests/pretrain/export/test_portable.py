@@ -28,6 +28,7 @@ from pretrain.export.use import evaluate_run, open_trained
 from pretrain.inference.continuation import Continuation, Settings
 from pretrain.inference.trained import find_checkpoint, read_model
 from pretrain.metric_names import BITS_PER_BYTE, VALIDATION
+from pretrain.probing.examine import examine
 from pretrain.run.checkpoint_folder import step_path
 from pretrain.run.journal import read, series
 from pretrain.run.run_folder import RunFolder
@@ -272,6 +273,9 @@ def test_a_run_is_evaluated_on_its_own_dataset(
     duet("data", "build", CHARACTERS, tokenizer, f"data.sources.text.paths=[{ROOT / 'README.md'}]", f"data.path={data}")
     capsys.readouterr()
     evaluate_run(moved, None)
+    assert "its held-out text may be another" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="two of the runs"):
+        examine([moved, moved], 1, 0)
     assert "its held-out text may be another" in capsys.readouterr().err
     model_file(data / TOKENIZER).write_bytes(train_tokenizer(["other text"], TokenizerConfig(type="char"), 0))
     with pytest.raises(DataError, match="wrong tokenizer"):

@@ -1,6 +1,7 @@
 """The judgements a run makes about itself, as functions of numbers."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError
+from duet_pretrain import SOURCE
 from pretrain.config.schema import load
 from pretrain.config.sections import HealthConfig
 from pretrain.health import trends
@@ -16,7 +18,7 @@ from pretrain.health.rollback import read_past
 from pretrain.health.spikes import Spikes, StepLoss
 from pretrain.health.trends import Closed, Growth, Straggler
 from pretrain.run.goodput import earlier_goodput
-from pretrain.run.journal import Journal, Record, read, series
+from pretrain.run.journal import HEALTH, Journal, Record, read, series
 from pretrain.tracking.metrics import Slowest
 
 WINDOW = 100
@@ -210,3 +212,6 @@ def test_a_record_of_health_is_a_warning_of_the_report(tmp_path: Path) -> None:
     run = load_run(tmp_path)
     assert [(w.kind, w.fields["text"]) for w in run.warnings] == [("spike", "a spike"), ("rollback", "back")]
     assert isinstance(run.warnings[0], Record)
+    sources = "".join(file.read_text() for file in SOURCE.glob("pretrain/**/*.py"))
+    written = set(re.findall(r'\.health\("(\w+)"', sources))
+    assert written - {"rollback"} == set(HEALTH), "what a run notices about itself is in its report"

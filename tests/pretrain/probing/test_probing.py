@@ -184,6 +184,7 @@ def test_runs_are_probed_and_a_study_shows_it(run: Path, exported: Path, dataset
         ([exported], "is an export, and does not say where its held-out text lies"),
         ([run, run], "two of the runs are called"),
         (["gone"], "gone: not a run folder"),
+        ([run, "--to", "/proc/probes"], "cannot write /proc/probes/probes.json"),
     ):
         refused = duet("study", "probe", *map(str, runs), cwd=tmp_path)
         assert refused.returncode == 2 and said in refused.stderr, refused.stderr
