@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Fast
+from tokenizers import models
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -17,9 +19,11 @@ from transformers import (
 
 from data_pipeline.building.api import build
 from data_pipeline.errors import ConfigError, UserError
+from data_pipeline.tokenize.tokenizer import Tokenizer
 from model.architectures import registry
 from model.architectures.encoder_only.labels import LabelModel
 from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.export.hugging_face.folder import About, write_tokenizer
 from pretrain.export.portable import write_export
 from pretrain.export.use import evaluate_run, open_trained
 from pretrain.finetune.base import prepare
@@ -30,6 +34,7 @@ from pretrain.run.journal import read, series
 from pretrain.run.origin import base_hash, check_model
 from pretrain.run.run_folder import RunFolder
 from tests.data_pipeline.conftest import config
+from tests.model.helpers import small
 from tests.runs import SMALL, duet
 
 Ranks = Callable[..., list[Any]]
@@ -172,6 +177,17 @@ def test_transformers_says_the_same(root: Path, kind: str) -> None:
     torch.testing.assert_close(said.logits[:1], logits[:, 0] if kind == "sequence" else logits)
     labels = torch.tensor([1, 0]) if kind == "sequence" else (batch["attention_mask"] - 1) * 100
     assert theirs(**batch, labels=labels).loss > 0
+
+
+def test_who_uses_a_given_tokenizer_json_is_told_to_join_question_and_text(tmp_path: Path) -> None:
+    fast = Fast(models.WordLevel({"</s>": 0, "<unk>": 1, "a": 2}, unk_token="<unk>"))
+    fast.add_special_tokens(["</s>"])
+    content, span = fast.to_str().encode(), small("encoder_only", head={"kind": "span"})
+    about = About(span, "labels", "run", 1, {}, Tokenizer(content), content, ["a"])
+    fits, why = write_tokenizer(tmp_path, about)
+    assert fits
+    assert why == "Its tokenizer puts no end-of-text between the texts of a pair: do it yourself."
+    assert (tmp_path / "tokenizer.json").read_bytes() == content
 
 
 def test_classify_says_labels_tokens_and_answers(root: Path) -> None:

@@ -128,6 +128,8 @@ def write_tokenizer(new: Path, about: About) -> tuple[bool, str]:
     fast, why = _fast(about)
     if fast and kind.task == "question-answering" and model_name(about.content) != JSON:
         fast = _ending_questions(fast, tokenizer)
+    elif kind.task == "question-answering":  # a tokenizer.json is known by its bytes to those who train further
+        why = f"{why} Its tokenizer puts no end-of-text between the texts of a pair: do it yourself.".lstrip()
     if fast:
         write_atomic(new / JSON, fast)
     settings, ends = _tokenizer_config(about.model, kind, tokenizer, fast is not None), [tokenizer.eos_id]
