@@ -299,6 +299,8 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             raise ValueError("labels: they are of texts, and not of pairs or conversations: leave one of them out")
         if self.labelled and self.split.rule == "tail":
             raise ValueError("split.rule=tail cuts within a text, and its labels are of all of it; take hash or given")
+        if self.labels.kind == "span" and self.duplicates.rule == "near":
+            raise ValueError("duplicates.rule=near takes questions about the same text for copies; take exact or keep")
         return self
 
     @model_validator(mode="after")
