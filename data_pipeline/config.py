@@ -1,6 +1,8 @@
 """Configuration of the data pipeline. Free of heavy imports: login nodes read this."""
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
@@ -59,6 +61,12 @@ class DuplicateConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=Fals
     """`near`: hash functions; more tell similar from dissimilar more sharply."""
 
 
+def told_names(names: Sequence[str], most: int = 20) -> str:
+    """Names of labels for a message, of many the first."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
 class LabelsConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """What is known of each text, for `data.objective=labels` (docs/labels.md)."""
 
@@ -71,6 +79,10 @@ class LabelsConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     @field_validator("names", mode="before")
     @classmethod
     def _numbers_are_names(cls, names: Any) -> Any:
+        if isinstance(names, list) and (truths := [name for name in names if isinstance(name, bool)]):
+            raise ValueError(
+                f"YAML reads {truths[0]} there, and not a name; quote names such as yes: names=['yes','no']"
+            )
         whole = isinstance(names, list) and all(type(name) in (int, str) for name in names)
         return [str(name) for name in names] if whole else names
 
@@ -88,8 +100,8 @@ class LabelsConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             raise ValueError(
                 f"names: kind={self.kind} needs all labels there are, two at least, such as names=[good,bad]"
             )
-        for number, name in enumerate(self.names):
-            if not name or _HALF.search(name) or name in self.names[:number]:
+        for name, times in Counter(self.names).items():
+            if not name or _HALF.search(name) or times > 1:
                 raise ValueError(f"names: {name!a} cannot be a label (empty, half a surrogate pair, or there twice)")
         return self
 
@@ -244,8 +256,8 @@ class DataConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """What a model learns from the text: the next token; the same behind a prefix that is read both ways; tokens hidden
     by `<mask>` (BERT), which it needs among `tokenizer.user_defined_symbols`; spans cut out, each for a sentinel (T5),
     of `tokenizer.sentinels`; the target of a source, of a dataset built with `target_key`; what the assistant says, of
-    one built with `messages_key`; the labels of one built with `data.labels`. Each
-    needs a `model.architecture` that fits."""
+    one built with `messages_key`; the labels of one built with `data.labels`. Each needs a `model.architecture` that
+    fits."""
     weights: Annotated[dict[str, float], may_change.PHASE] = {}
     """Shares of the training samples by source, instead of the sources' own `weight`, or of those that the dataset was
     built with; a source left out is not read."""

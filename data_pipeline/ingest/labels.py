@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipeline.config import LabelsConfig, SourceConfig
+from data_pipeline.config import LabelsConfig, SourceConfig, told_names
 from data_pipeline.errors import DataError
 from data_pipeline.ingest.readers import Errors, Labelled, ReadCounts, Stretch, text_of, whole
 
@@ -56,7 +56,8 @@ class LabelReader:
         if not isinstance(name, str) or name not in self._names:
             raise DataError(
                 f"{where}: {told!r:.80} under {self._label_key!r} is none of data.labels.names: "
-                f"{', '.join(self._names)}; add it there, mend the line, or make it null, which leaves the object out"
+                f"{told_names([*self._names])}; add it there, mend the line, or make it null, which leaves the object "
+                "out"
             )
         return self._names[name]
 
@@ -98,15 +99,9 @@ class LabelReader:
 
     def _answer(self, text: str, told: Any, where: object) -> Stretch:
         """An object with start and text; also `answer_start` and lists, of which the first counts (SQuAD)."""
-        answer, start = (
-            (told.get("text"), told.get("start", told.get("answer_start")))
-            if isinstance(told, dict)
-            else (
-                None,
-                None,
-            )
-        )
-        answer, start = (value[0] if isinstance(value, list) and value else value for value in (answer, start))
+        found = told if isinstance(told, dict) else {}
+        given = found.get("text"), found.get("start", found.get("answer_start"))
+        answer, start = (value[0] if isinstance(value, list) and value else value for value in given)
         if not (isinstance(answer, str) and answer.strip() and type(start) is int and start >= 0):
             raise DataError(
                 f"{where}: {told!r:.80} under {self._label_key!r} is no answer, an object with start (a character of "

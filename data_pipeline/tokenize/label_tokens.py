@@ -10,18 +10,20 @@ from data_pipeline.tokenize.tokenizer import Tokenizer
 class LabelTokens:
     """Writes texts with labels. A document is its tokens, a question with an end-of-text before the text, and behind
     them its labels, whose numbers are added to the size of the vocabulary: one of the whole text, or one of each of the
-    text's tokens."""
+    text's tokens. A text of which the tokenizer leaves nothing is an end-of-text without a label."""
 
     def __init__(self, labels: LabelsConfig, tokenizer: Tokenizer) -> None:
         """`labels`: as `data.labels`."""
-        self._whole = labels.kind == "sequence"
+        self._whole, self._none = labels.kind == "sequence", labels.values - 1
         self._tokenizer = tokenizer
 
     def framed(self, ids: np.ndarray, labelled: Labelled | None) -> np.ndarray:
         """Tokens, int64 [n], of a text with its labels behind them; of a question (None) with end-of-text."""
         if labelled is None:
             return np.append(ids, self._tokenizer.eos_id).astype(np.int64)
-        if self._whole:
+        if not len(ids):
+            ids, labels = np.array([self._tokenizer.eos_id]), np.array([self._none])
+        elif self._whole:
             labels = np.array([stretch.label for stretch in labelled.stretches])
         else:
             labels = labels_of_tokens(self._tokenizer.offsets(labelled.text), labelled)

@@ -245,6 +245,7 @@ def inspect(
 
     Example: `duet data inspect data/python-docs --samples 5`
     """
+    from data_pipeline.config import told_names
     from data_pipeline.storage.dataset import Dataset
 
     opened = Dataset.open(dataset)
@@ -255,7 +256,7 @@ def inspect(
     if facts.chat_template is not None:
         typer.echo(f"documents    conversations, each message as {facts.chat_template!r}")
     if facts.labels is not None:
-        names = f": {', '.join(facts.labels.names)}" if facts.labels.names else ""
+        names = f": {told_names(facts.labels.names)}" if facts.labels.names else ""
         typer.echo(f"documents    texts with labels, {facts.labels.kind}{names}")
     typer.echo(f"tokenizer    {facts.tokenizer.type}, {facts.tokenizer.vocab_size} pieces, tokens as {facts.dtype}")
     for source in facts.sources:

@@ -3,11 +3,12 @@
 Free of torch and pyarrow.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_pipeline.config import told_names
 from data_pipeline.errors import RunError
 from data_pipeline.files.filesystem import is_uri
 from data_pipeline.storage.manifest import Manifest
@@ -61,8 +62,8 @@ def _labels(config: Config, manifest: Manifest) -> dict[str, Any]:
     return {"head": head.model_copy(update={"labels": tuple(told.names) or None})}
 
 
-def _told(kind: str, names: Iterable[str] | None) -> str:
-    return " ".join([kind, *([f"({', '.join(names)})"] if names else [])])
+def _told(kind: str, names: Sequence[str] | None) -> str:
+    return f"{kind} ({told_names(names)})" if names else kind
 
 
 def identity(config: Config, dataset: HasManifest) -> dict[str, Any]:

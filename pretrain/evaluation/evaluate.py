@@ -171,7 +171,10 @@ def _means(
     """What `evaluate` returns, of sums and numbers, [2] each, over all ranks; no bits per byte without bytes."""
     nats, labels = whole[VALIDATION]
     if not labels:
-        raise DataError("the held-out text is too short: nothing in it is to be predicted; hold out more")
+        raise DataError(
+            "nothing in the held-out text is to be predicted: hold out more; of answers, none stands whole within "
+            "model.context"
+        )
     sources, spelt = _of_sources(whole, VALIDATION), VALIDATION if batches.in_order is None else VALIDATION_IN_ORDER
     of_text = _of_sources(whole, spelt)
     text_bytes = _bytes_of(text, of_text or {"": whole[spelt]}) if isinstance(text, HeldOutPart) else text

@@ -80,8 +80,8 @@ class Classifier:
             ConfigError: questions are missing, or the model answers none.
         """
         if any((self.kind == "span") != bool(of.question) for of in asked):
-            need = "the model answers questions: give --question" if self.kind == "span" else "the model answers none"
-            raise ConfigError(f"{need}; its labels are of kind {self.kind}")
+            need = "questions: give --question" if self.kind == "span" else "no questions"
+            raise ConfigError(f"the model answers {need} (model.head.kind={self.kind})")
         ids = self._tokenizer.encode([of.text for of in asked])
         rows = [row for number, of in enumerate(asked) for row in self._rows(number, of, ids[number])]
         rows.sort(key=lambda row: -len(row.ids))  # the longest pass comes first, and shows whether memory is enough

@@ -99,7 +99,7 @@ def read_texts(path: Path, text_key: str) -> list[str]:
         raise ConfigError(f"{path}: texts are read from lines or from JSON Lines; write the table as such")
     for number, text in found:
         if not text:
-            raise DataError(f"{path}, line {number}: no text to make a vector of; leave the line out")
+            raise DataError(f"{path}, line {number}: no text; leave the line out")
     if not found:
         raise ConfigError(f"{path}: no text in it; write one on each line")
     return [text for _, text in found]

@@ -57,11 +57,10 @@ def best_places(logits: Tensor, allowed: Tensor) -> Tensor:
     Args:
         allowed: [B, T] bool, where it may stand; somewhere in each row.
     """
-    scores = logits.float().masked_fill(~allowed[..., None], -torch.inf)
-    both = scores[:, :, None, 0] + scores[:, None, :, 1]
-    behind = torch.ones(both.shape[1:], dtype=torch.bool, device=both.device).tril(-1)  # ends before it begins
-    best = both.masked_fill(behind, -torch.inf).flatten(1).argmax(1)
-    return torch.stack([best // both.shape[1], best % both.shape[1]], dim=1)
+    begins, ends = logits.float().masked_fill(~allowed[..., None], -torch.inf).unbind(-1)
+    begins, first = begins.cummax(1)  # up to each place, where an answer that ends there may begin
+    last = (begins + ends).argmax(1, keepdim=True)
+    return torch.cat([first.gather(1, last), last], dim=1)
 
 
 def _of_places(logits: Tensor, inputs: Batch) -> TokenLoss:

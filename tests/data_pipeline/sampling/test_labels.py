@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Fast
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from data_pipeline.building.api import build
+from data_pipeline.config import told_names
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.ingest.splits import Split
 from data_pipeline.sampling.kinds import open_windows
@@ -88,6 +89,7 @@ def bytewise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer.json with bytes for tokens, as GPT-2's has."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     fast = Fast(models.BPE({piece: number for number, piece in enumerate(["</s>", *alphabet])}, []))
+    fast.normalizer = normalizers.Replace("#", "")
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     fast.add_special_tokens(["</s>"])
     file = tmp_path_factory.mktemp("bytes") / JSON
@@ -110,6 +112,26 @@ def test_a_label_is_of_the_characters_it_was_given_for(kind: str, of: str, bytew
     assert sum(counts) == 120
     assert dataset.manifest.splits["train"].documents == counts[0]
     assert [source.dropped for source in dataset.manifest.sources] == [{"empty": 1}]
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_text_of_which_a_tokenizer_leaves_nothing_has_no_label(kind: str, bytewise: Path, tmp_path: Path) -> None:
+    label: Any = {"start": 0, "end": 1, "label": "PER", "text": "#"}
+    label = {"sequence": "bad", "token": [label], "span": label}[kind]
+    file = tmp_path / "told.jsonl"
+    objects = [told(kind, 0), {"text": "#", "question": "#", "label": label}, told(kind, 2)]
+    file.write_text("\n".join(map(json.dumps, objects)))
+    sources, names = {"told": {"paths": [str(file)]}}, {"kind": kind, "names": NAMES[kind]}
+    given = {"rule": "given", "files": [str(file)]}
+    tokenizer = {"model": str(bytewise)}
+    build(config(tmp_path / "dataset", sources=sources, labels=names, split=given, tokenizer=tokenizer))
+    dataset = Dataset.open(tmp_path / "dataset")
+    windows = open_windows(dataset, "labels", "train", CONTEXT)
+    assert len(windows) == dataset.manifest.splits["train"].documents == 3
+    texts, labels = np.split(windows.read(np.arange(3)), 2, axis=1)
+    assert set(texts[1].tolist()) == {-1, dataset.tokenizer().eos_id}
+    assert (labels[1] == -1).all()
+    assert (labels[[0, 2]] >= 0).any(axis=1).all()
 
 
 def _compared(dataset: Dataset, kind: str, split: Split, known: dict[str, dict[str, Any]]) -> int:
@@ -163,6 +185,11 @@ def _label(characters: list[int], labels: list[int]) -> int:
     told = [labels[place] for place in characters]
     marked = [label for label in told if label > 0] or [label for label in told if label >= 0]
     return marked[0] if marked else IGNORE
+
+
+def test_of_many_names_a_message_has_the_first() -> None:
+    assert told_names(["a", "b"]) == "a, b"
+    assert told_names([*"abc"], most=2) == "a, b and 1 more"
 
 
 BAD = {
@@ -233,6 +260,7 @@ def test_what_labels_do_not_go_with_is_said() -> None:
     refused("over a table of labels", encoder, "model.head.kind=span", "data.objective=labels", "model.z_loss=1")
     refused("two at least", "data.labels.kind=token", "data.labels.names=[a]")
     refused("there twice", "data.labels.kind=token", "data.labels.names=[a,a]")
+    refused("quote names such as yes", "data.labels.kind=token", "data.labels.names=[yes,no]")
     refused("there are none", "data.labels.names=[a,b]")
     refused("cuts within a text", "data.labels.kind=span", "data.split.rule=tail")
     refused("and not of pairs", "data.labels.kind=span", "data.sources.a={paths: [x], target_key: y}")
