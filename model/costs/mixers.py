@@ -20,6 +20,7 @@ class Mixed(NamedTuple):
     parameters: int
     flops: int
     saved: int
+    forward_only: int = 0
 
 
 def mixed(shape: "Shape", config: TransformerConfig, tokens: int, site: Site, *, causal: bool) -> Mixed | None:
@@ -58,7 +59,8 @@ def _within_clusters(shape: "Shape", config: TransformerConfig, tokens: int, *, 
     kept = sum(config.score_channels) + config.width + 2 * config.scores.routed_heads_of(heads)
     saved = 4 * shape.vectors(tokens) + rows * tokens * kept * shape.size + rows * heads * tokens**2
     saved += formed_bytes(shape, tokens, tokens, heads, rate)
-    return Mixed(0, shape.scores(tokens, causal) + _routing_flops(config, tokens, causal=causal), saved)
+    found = _routing_flops(config, tokens, causal=causal)
+    return Mixed(0, shape.scores(tokens, causal) + found, saved, found)
 
 
 def _by_cluster(shape: "Shape", config: TransformerConfig, tokens: int, *, causal: bool) -> Mixed:
@@ -75,7 +77,8 @@ def _by_cluster(shape: "Shape", config: TransformerConfig, tokens: int, *, causa
         of = Attended(shape.rows, tokens, count * size, count, shape.size, causal, documents=shape.dense_mask)
         masks = shape.rows * count if block == scores.cluster_window or shape.dense_mask else 1
         saved += in_blocks(of, block, (1 + sides) * block, masks)
-    return Mixed(0, tokens * 4 * seen * size + _routing_flops(config, tokens, causal=causal), saved)
+    found = _routing_flops(config, tokens, causal=causal)
+    return Mixed(0, tokens * 4 * seen * size + found, saved, found)
 
 
 def _over_slots(shape: "Shape", config: TransformerConfig, tokens: int) -> Mixed:

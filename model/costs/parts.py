@@ -308,7 +308,8 @@ def self_attention(shape: Shape, tokens: int, name: str, site: Site, *, causal: 
     weights += config.weights.learned * heads
     flops = tokens * 2 * width * (mapped + inner)
     if (other := mixed(shape, config, tokens, site, causal=causal)) is not None:
-        return Part(name, weights + other.parameters, flops + other.flops, other.saved)
+        flops, once = flops + other.flops, other.forward_only
+        return Part(name, weights + other.parameters, flops, other.saved, forward_only=once)
     narrow = shape.of_width(inner)
     flops += narrow.scores(tokens, causal)
     saved = attention_bytes(narrow, tokens, tokens, heads, causal=causal, **in_layers(config))

@@ -15,8 +15,7 @@ def repeated(config: TransformerConfig, layers: Layers) -> Layers:
 
 def recurrence(shape: Shape, tokens: int, streams: int = 1) -> list[Part]:
     """The vectors of the steps, and the halting unit after each step but the last, 2 C FLOPs a token."""
-    config = shape.config
-    assert isinstance(config, TransformerConfig)
+    config = shape.transformer
     options, width = config.recurrence, config.width
     if options.steps == 1:
         return []

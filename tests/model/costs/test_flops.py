@@ -65,8 +65,6 @@ def test_the_formula_knows_every_option(name: str) -> None:
         forward -= config.layers * 2 * config.heads * config.context**2 * config.scores.rank
     assert counted(config, 2, backward=False) == forward
     assert 2 * forward_flops(config) == pytest.approx(forward_flops_per_token(config) * tokens)
-    if config.scores.kind == "routing":  # no gradient goes through the finding of clusters
-        return
     training = round(training_flops_per_token(config) * tokens) - 3 * (2 * forward_flops(config) - forward)
     if config.learned_dropout.detach_embed:  # no gradient with respect to the one input of its first map
         training -= 2 * 3 * config.width**2 * tokens
