@@ -7,7 +7,7 @@ from pydantic import BaseModel
 NO_LABELS = "model.head.labels are not set: take them from the dataset, or give them, such as model.head.labels=[a,b]"
 
 
-class HeadConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class HeadConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A map from what the layers give to labels, in the place of the token table (docs/labels.md)."""
 
     kind: Literal["none", "sequence", "token", "span"] = "none"
