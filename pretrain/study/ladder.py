@@ -179,6 +179,8 @@ class Ladder(BaseModel, extra="forbid", frozen=True):
     def loaded(self, size: str, arm: str) -> Config:
         """Of an arm at a size, but for steps and learning rate."""
         config = load([*self.config, *self.arms[arm].config, *self.sizes[size].config])
+        if config.model.vocab_size is not None:  # so that a page is written without the dataset, too
+            return config
         return complete(config, Built(Manifest.load(config.data.path)))
 
 
@@ -205,7 +207,7 @@ def load_ladder(path: Path) -> Ladder | None:
 
     Raises:
         ConfigError: as `load_study`.
-        DataError: there is no dataset, by which FLOPs are counted.
+        DataError: there is no dataset, by whose vocabulary FLOPs are counted unless model.vocab_size is given.
     """
     content = read_yaml(path)
     if not isinstance(content, dict) or "sizes" not in content:
