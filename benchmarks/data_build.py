@@ -226,7 +226,8 @@ def clock(folder: Path, texts: list[str], stack: ExitStack) -> dict[str, Any]:
         for count, way in ways.items():
             seconds[count].append(way.time()[1])
     one, two = (statistics.median(found) for found in seconds.values())
-    return {"name": "2 processes / 1 with 2 threads, by the clock", "ratio": one / two, "target": 0.95}  # a tie: both take the same CPU time
+    # A tie, since both take the same CPU time.
+    return {"name": "2 processes / 1 with 2 threads, by the clock", "ratio": one / two, "target": 0.95}
 
 
 def datatrove() -> str | None:
