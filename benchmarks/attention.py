@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -127,7 +128,7 @@ def routing() -> list[dict[str, Any]]:
         attention = SelfAttention(config, "dec_sa/00", std=0.02)
         x = torch.randn(TOKENS // length, length, SHAPE["width"], requires_grad=True)
         keys = torch.zeros(len(x), dtype=torch.int64)
-        run = lambda: attention(x, keys).sum().backward()  # noqa: B023, E731
+        run = partial(through, attention, x, keys)
         fast, slow = in_turn(run, ScoresConfig, "sorts", (lambda *_: True, lambda *_: False))
         name = f"routing, T {length:,}: dense ({1e3 * slow:.1f} ms) / sorted ({1e3 * fast:.1f} ms)"
         rows.append({"name": name, "ratio": slow / fast, "target": target})
@@ -147,7 +148,7 @@ def spans() -> list[dict[str, Any]]:
             DecoderOnlyConfig.model_validate(SHAPE | {"context": length, "weights": options}), HEADS, ""
         )
         given = [torch.randn(TOKENS // length, HEADS, length, CHANNELS, requires_grad=True) for _ in range(3)]
-        fast, slow = in_turn(lambda: attend(mixer, given, None, True), weights, "TRIM", (weights.TRIM, ALL))  # noqa: B023
+        fast, slow = in_turn(partial(attend, mixer, given, None, True), weights, "TRIM", (weights.TRIM, ALL))
         name = f"spans of {reach}, T {length:,}: all keys ({1e3 * slow:.1f} ms) / in reach ({1e3 * fast:.1f} ms)"
         rows.append({"name": name, "ratio": slow / fast, "target": 0.75 * length / (2 * reach)})
     return rows
@@ -172,6 +173,11 @@ def in_turn(
             with patch.object(owner, name, value):
                 found.append(seconds(run))
     return statistics.median(times[0]), statistics.median(times[1])
+
+
+def through(attention: SelfAttention, x: Tensor, keys: Tensor) -> None:
+    """Forward and backward."""
+    attention(x, keys).sum().backward()
 
 
 def attend(mixer: Softmax, given: list[Tensor], mask: forms.Mask, backward: bool) -> None:

@@ -319,7 +319,7 @@ class DuetForMaskedLM(DuetPreTrainedModel):
             x = self.model.hidden(input_ids, None, self._batch(input_ids, attention_mask)).x
         logits = self.model.token_embed(x)
         told = (*states[:-1], x) if output_hidden_states else None
-        found = MaskedLMOutput(_loss(logits, labels), logits, hidden_states=told)
+        found = MaskedLMOutput(mean_loss(logits, labels), logits, hidden_states=told)
         return found if return_dict else found.to_tuple()
 
 
@@ -348,7 +348,7 @@ class DuetForSeq2SeqLM(DuetPreTrainedModel):
             input_ids, None, self._batch(input_ids, attention_mask, decoder_input_ids=decoder_input_ids)
         ).x
         logits = self.model.token_embed(x)
-        found = Seq2SeqLMOutput(_loss(logits, labels), logits)
+        found = Seq2SeqLMOutput(mean_loss(logits, labels), logits)
         return found if return_dict else found.to_tuple()
 
 
@@ -397,7 +397,7 @@ def _behind(states: list[Tensor], x: Tensor) -> list[Tensor]:
     return [of[:, -x.shape[1] :] for of in states]
 
 
-def _loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
+def mean_loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
     """Mean cross entropy of labels [B, T] by logits [B, T, V] of the same places."""
     if labels is None:
         return None

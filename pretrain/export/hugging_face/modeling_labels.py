@@ -12,7 +12,7 @@ from transformers.modeling_outputs import (
 )
 
 from model.batch import IGNORE
-from pretrain.export.hugging_face.modeling_duet import DuetPreTrainedModel, check_positions, layers_recorded
+from pretrain.export.hugging_face.modeling_duet import DuetPreTrainedModel, check_positions, layers_recorded, mean_loss
 
 
 class _Labels(DuetPreTrainedModel):
@@ -67,10 +67,7 @@ class DuetForTokenClassification(_Labels):
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Logits [B, T, labels] of input_ids [B, T]; labels [B, T] int64, -100 for none."""
         logits, states = self._said(input_ids, attention_mask, position_ids, output_hidden_states)
-        loss = None
-        if labels is not None:
-            loss = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
-        found = TokenClassifierOutput(loss, logits, hidden_states=states)
+        found = TokenClassifierOutput(mean_loss(logits, labels), logits, hidden_states=states)
         return found if return_dict else found.to_tuple()
 
 
