@@ -19,7 +19,8 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -283,16 +284,12 @@ def tracking(folder: Path, ranks: int) -> dict[str, tuple[float, str, bool]]:
     sample(1)
     mirror.ship()
     run = mirror._open()
-    mirror._open = partial(_as_it_is, run)  # type: ignore[method-assign]  # else a new client each time
-    summed, sent = zip(*((sample(step), ms(mirror.ship, 1)) for step in range(2, 7)), strict=True)
+    with patch.object(mirror, "_open", lambda: run):  # else a new client each time
+        summed, sent = zip(*((sample(step), ms(mirror.ship, 1)) for step in range(2, 7)), strict=True)
     return {
         "system metrics: sum up a sample of each node": (min(summed), "ms", True),
         "MLflow: a sample of all nodes, to an sqlite file": (min(sent), "ms", False),
     }
-
-
-def _as_it_is(run: Any) -> Any:
-    return run
 
 
 if __name__ == "__main__":

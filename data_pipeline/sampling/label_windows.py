@@ -41,8 +41,9 @@ class LabelWindows(PairWindows):
         """
         for batch in range(self._stream.num_batches):
             starts = self._stream.bounds(batch).tolist()
-            sizes = [[len(part) for part in self._pair(batch, offset)] for offset in starts]
-            yield tuple(np.array(sizes, np.int64).reshape(-1, 2).T)  # type: ignore[misc]
+            pairs = [[len(part) for part in self._pair(batch, offset)] for offset in starts]
+            sizes = np.array(pairs, np.int64).reshape(-1, 2)
+            yield sizes[:, 0], sizes[:, 1]
 
     def _pair(self, batch: int, offset: int) -> tuple[np.ndarray, np.ndarray]:
         """The text's tokens, and its labels: one, or one of each token."""
