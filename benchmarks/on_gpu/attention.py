@@ -1,0 +1,44 @@
+"""Attention that sees less than all keys, beside attention to all."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from model.architectures.registry import configure
+from model.attention.forms import Gathered
+from model.attention.rule import Rows
+from model.attention.softmax import Softmax
+from model.attention.visibility import Visible
+from model.config.pattern_config import FULL, Pattern
+from tests.gpu.setting import Row, Setting
+
+from .timing import medians
+
+
+def window(setting: Setting) -> Iterator[Row]:
+    """Causal attention of 8,192 tokens over windows: gathered, and FlexAttention, beside all keys by flash."""
+    length, windows = (256, (64,)) if setting.tiny else (8192, (256, 1024))
+    heads, channels = (2, 16) if setting.tiny else (16, 64)
+    mixer = Softmax(configure({"layers": 1, "width": heads * channels, "heads": heads, "vocab_size": 64}))  # type: ignore[arg-type]
+    inputs = torch.randn(4, 2, heads, length, channels, device=setting.device, dtype=torch.bfloat16)
+    rows = Rows(torch.Size((2, length)), torch.device(setting.device))
+
+    def run(mask: Any) -> None:
+        leaves = [x.detach().requires_grad_(not setting.tiny) for x in inputs[:3]]
+        out = mixer(*leaves, None, Visible(mask=mask))
+        if out.requires_grad:
+            out.backward(inputs[3])
+
+    works: dict[str, Callable[[], object]] = {"all keys": partial(run, None)}
+    for size in windows:
+        works[f"window of {size}, gathered"] = partial(run, Gathered.of(rows, Pattern(window=size)))
+        works[f"window of {size}, FlexAttention"] = partial(run, rows.blocks(Pattern(window=size)))
+    works["all keys, FlexAttention"] = partial(run, rows.blocks(FULL))
+    took = medians(works, setting)
+    for name in list(works)[1:]:
+        note = f"{1e3 * took['all keys']:.2f} ms / {1e3 * took[name]:.2f} ms"
+        yield Row(
+            f"{length:,} tokens, forward and backward: all keys / {name}", took["all keys"] / took[name], note=note
+        )
