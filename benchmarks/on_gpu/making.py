@@ -1,6 +1,7 @@
 """Models, engines and batches that are timed: of a real size on a GPU, tiny in a rehearsal."""
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from pretrain.config.schema import Config, load
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
 from pretrain.engine.layer_transforms import compile_layers
+from pretrain.finetune.lora import adapt
 from pretrain.planning.memory import memory
-from tests.gpu.setting import Setting
+from tests.gpu.setting import Row, Setting
 
 OFF = {"learned_dropout": {"enabled": False}}
 SEQUENCE = 2048
@@ -47,6 +49,8 @@ def engine_of(config: Config, ranks: Ranks) -> Engine:
         torch.cuda.reset_peak_memory_stats()
     with ranks.device:
         model = registry.build(config.model)
+        if config.finetune.kind == "lora":
+            adapt(model, config.finetune, seed=0)
     return Engine(model, config, ranks)
 
 
@@ -67,12 +71,31 @@ def model_of(fields: dict[str, Any], setting: Setting, *, compiled: bool = False
 
 
 def rows_of(model: TokenModel, number: int, device: str) -> Batch:
+    """Rows of random tokens; of a model that reads them in a random order, each in an order of its own."""
     config = model.config
     assert config.vocab_size is not None
-    ids = torch.randint(config.vocab_size, (number, config.context + 1), device=device)
-    return Batch(ids[:, :-1], ids[:, 1:], torch.arange(number, device=device), torch.tensor(1500, device=device), 0)
+    inputs, targets = config.lengths
+    ids = torch.randint(config.vocab_size, (number, inputs + 1), device=device)
+    samples, step = torch.arange(number, device=device), torch.tensor(1500, device=device)
+    batch = Batch(ids[:, :-1], ids[:, -targets:], samples, step, 0)
+    if config.architecture != "two_stream":
+        return batch
+    order = torch.rand(ids.shape, device=device).argsort(1)
+    return replace(batch, position_ids=order[:, :-1], query_positions=order[:, -targets:])
 
 
 def step_of(model: TokenModel, batch: Batch) -> None:
     model(batch).loss.backward()
     model.zero_grad(set_to_none=True)
+
+
+def allocated(setting: Setting) -> int:
+    """Bytes that are in tensors now; a CPU does not tell."""
+    return 0 if setting.tiny else torch.cuda.memory_allocated()
+
+
+def beside_planner(name: str, config: Config, peak: int) -> Row:
+    """The planner's count of a step beside the allocator's peak, in bytes, less what was there before the engine."""
+    counted = memory(config, 1).total
+    sizes = f"counted {counted / 2**30:.1f} GiB, measured {peak / 2**30:.1f} GiB"
+    return Row(f"{name}: the planner's count is off by", abs(counted / peak - 1), 0.1, note=sizes)

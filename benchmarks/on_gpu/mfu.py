@@ -9,10 +9,9 @@ from model.costs.flops import training_flops_per_token
 from model.gpus import peak_flops
 from pretrain.engine.distributed import Ranks, join
 from pretrain.engine.layer_transforms import compile_layers
-from pretrain.planning.memory import memory
 from tests.gpu.setting import Row, Setting, each
 
-from .making import batch_of, config_of, engine_of
+from .making import allocated, batch_of, beside_planner, config_of, engine_of
 from .timing import seconds
 
 AIM = 0.5
@@ -34,7 +33,7 @@ mfu_125m = partial(mfu, size="125m")
 
 def _mfu(setting: Setting, ranks: Ranks, preset: str) -> Iterator[Row]:
     config = config_of(setting, preset)
-    before = torch.cuda.memory_allocated() if not setting.tiny else 0
+    before = allocated(setting)
     engine = engine_of(config, ranks)
     batch = batch_of(config, setting.device)
     tokens = config.batch.tokens
@@ -48,9 +47,7 @@ def _mfu(setting: Setting, ranks: Ranks, preset: str) -> Iterator[Row]:
         share = training_flops_per_token(config.model) * tokens / took / _peak(setting)
         yield Row(f"{name}, {way}: MFU", share, setting.aim(AIM) if aimed else None, at_least=True, note=told)
         if way == "eager" and not setting.tiny:
-            counted, measured = memory(config, 1).total, torch.cuda.max_memory_allocated() - before
-            sizes = f"counted {counted / 2**30:.1f} GiB, measured {measured / 2**30:.1f} GiB"
-            yield Row(f"{name}: the planner's count is off by", abs(counted / measured - 1), 0.1, note=sizes)
+            yield beside_planner(name, config, torch.cuda.max_memory_allocated() - before)
 
 
 def _peak(setting: Setting) -> float:

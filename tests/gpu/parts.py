@@ -32,7 +32,7 @@ PARTS = (
     Entry("texts", "a", "tests.gpu.models:texts", 45),
     Entry("preflight", "a", "tests.gpu.engines:preflight", 30),
     Entry("mfu-1b3", "b", "benchmarks.on_gpu.mfu:mfu_1b3", 110),
-    Entry("masks", "b", "benchmarks.on_gpu.masks:masks", 75),
+    Entry("masks", "b", "benchmarks.on_gpu.masks:masks", 110),
     Entry("bare", "b", "benchmarks.on_gpu.bare:bare", 60),
     Entry("gates", "b", "benchmarks.on_gpu.masks:gates", 45),
     Entry("window", "b", "benchmarks.on_gpu.attention:window", 60),
@@ -40,4 +40,7 @@ PARTS = (
     Entry("generation", "b", "benchmarks.on_gpu.use:generation", 60),
     Entry("mfu-350m", "b", "benchmarks.on_gpu.mfu:mfu_350m", 75),
     Entry("mfu-125m", "b", "benchmarks.on_gpu.mfu:mfu_125m", 75),
+    Entry("adapters", "b", "benchmarks.on_gpu.beside:adapters", 60),
+    Entry("two-stream", "b", "benchmarks.on_gpu.beside:two_stream", 60),
+    Entry("routing", "b", "benchmarks.on_gpu.attention:routing", 45),
 )
