@@ -246,8 +246,8 @@ def _form(rows: Rows, pattern: Pattern) -> Mask:
     return _FORMS[form](rows, pattern) if form in _FORMS else rows.dense((pattern,))
 
 
-_shared = lru_cache(maxsize=8)(_made)
-"""Of rows that are alike, for all batches of that length."""
+_shared = lru_cache(maxsize=8)(torch.inference_mode(False)(_made))
+"""Of rows that are alike, for all batches of that length; never made in inference mode: no backward pass takes that."""
 
 
 def hidden(mask: Tensor, dtype: torch.dtype) -> Tensor:

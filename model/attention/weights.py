@@ -19,8 +19,8 @@ TRIM = 64
 """Keys that no span of a layer reaches are left out in steps of so many."""
 _FEWEST = 4
 """Steps of a text from which on this pays (benchmarks/attention.md)."""
-_blocks = lru_cache(maxsize=8)(Gathered.of)
-"""For all batches of that length."""
+_blocks = lru_cache(maxsize=8)(torch.inference_mode(False)(Gathered.of))
+"""For all batches of that length; never made in inference mode: no backward pass takes that."""
 
 
 def mixer_of(config: TransformerConfig, heads: int, name: str, *, aligned: bool = True) -> Softmax:

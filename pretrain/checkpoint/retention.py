@@ -14,9 +14,10 @@ def reasons(
     """Why each complete checkpoint stays, newest first; one with no reason may go.
 
     The newest `keep`; those of steps that are a multiple of `every`; the one with the lowest validation loss among
-    those that were saved at a step with a validation; those that adapters of other runs change. These stay, too, and do
-    not count: one that cannot be read (it may be of a newer version, or its disk may be away), one of another run than
-    `run`, and one of a step after `upto`, which a run that saves at `upto` has passed over as damaged.
+    those that were saved at a step with a validation; those that other runs need, whose adapters change them or which
+    have yet to begin with them. These stay, too, and do not count: one that cannot be read (it may be of a newer
+    version, or its disk may be away), one of another run than `run`, and one of a step after `upto`, which a run that
+    saves at `upto` has passed over as damaged.
     """
     found: dict[Path, list[str]] = {}
     losses: dict[Path, float] = {}

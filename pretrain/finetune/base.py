@@ -101,24 +101,25 @@ def verify_base(checkpoint: Checkpoint) -> None:
 
 
 def hold_base(config: Config, warn: Callable[[str], None]) -> None:
-    """Have the checkpoint that adapters change stay where it is, if it is a run's, which removes its older ones.
+    """Have the checkpoint that a run begins with stay where it is, if it is another run's, which removes its older
+    ones: as long as adapters change it, else until the run has a checkpoint of its own.
 
     Args:
-        config: of the run that trains the adapters, whose folder is there.
+        config: of the run that begins so, whose folder is there.
         warn: hears where nothing can be noted in the checkpoint.
     """
-    if config.finetune.kind != "lora":
-        return
-    assert config.run.start_from is not None
-    path, step = parse(config.run.start_from)
-    if step is None:
+    path, step = parse(config.run.start_from or "")
+    to_begin = config.finetune.kind != "lora"
+    if step is None or (to_begin and RunFolder(config.run_dir).saved_steps()):
         return
     try:
-        hold(step_path(RunFolder(path).checkpoints, step), config.run_dir.resolve())
+        hold(step_path(RunFolder(path).checkpoints, step), config.run_dir.resolve(), to_begin=to_begin)
     except (OSError, DataError) as error:
+        how_long = "until it has one of its own" if to_begin else "as long as it is used"
+        other_way = "" if config.finetune.kind == "none" else ", or begin with an export of it"
         warn(
-            f"{config.run.start_from}: this run needs the checkpoint as long as it is used, and could not note that in "
-            f"it: {error}; see that train.keep_checkpoints does not remove it, or begin with an export of it"
+            f"{config.run.start_from}: this run needs the checkpoint {how_long}, and could not note that in it: "
+            f"{error}; see that train.keep_checkpoints does not remove it{other_way}"
         )
 
 

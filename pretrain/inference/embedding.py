@@ -16,7 +16,6 @@ from model.attention.visibility import visible_both_ways
 from pretrain.inference.trained import Trained
 
 
-@torch.inference_mode()
 def vectors(
     trained: Trained,
     texts: Sequence[str],
@@ -64,6 +63,7 @@ def vectors(
     return found.float().numpy()
 
 
+@torch.inference_mode()
 def _states(model: TokenModel, ids: Tensor) -> Tensor:
     """Of each token of ids [B, T], [B, T, C]."""
     if not model.config.traits.two_sequences:

@@ -29,8 +29,8 @@ OLDEST_FORMAT = 1
 """Which had AdamW only and did not name the states."""
 UNSEALED_FORMATS = (1, 2, 3)
 
-_NEEDED_BY = "needed-by-"
-"""Files in a checkpoint that begin so name a run each."""
+_NEEDED_BY, _TO_BEGIN = "needed-by-", "-to-begin"
+"""Files in a checkpoint that begin with the first name a run each, which needs it to begin only if they end so, too."""
 _NAME = re.compile(r"step-([0-9]{9,})")
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
@@ -130,35 +130,39 @@ def remove(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def hold(path: Path, run: Path) -> None:
-    """Note in a checkpoint that it is needed as long as the folder of a run is there.
+def hold(path: Path, run: Path, *, to_begin: bool = False) -> None:
+    """Note in a checkpoint that it is needed as long as the folder of a run is there, or, `to_begin`, is there without
+    a checkpoint of its own.
 
     Raises:
         OSError, DataError: it cannot be noted.
     """
-    write_atomic(path / f"{_NEEDED_BY}{xxhash.xxh3_64_hexdigest(os.fsencode(run))}", f"{run}\n")
+    name = f"{_NEEDED_BY}{xxhash.xxh3_64_hexdigest(os.fsencode(run))}{_TO_BEGIN if to_begin else ''}"
+    write_atomic(path / name, f"{run}\n")
 
 
 def needed_by(path: Path) -> list[str]:
-    """Folders of the runs that need a checkpoint, and are there; what cannot be read, or looked at, counts as there."""
+    """Folders of the runs that need a checkpoint; one that cannot be read, or looked at, counts as in need."""
     found = []
     for note in sorted(path.glob(f"{_NEEDED_BY}*")):
         try:
             run = note.read_text(encoding="utf-8").removesuffix("\n")
         except (OSError, UnicodeDecodeError):
             run = str(note)
-        if run == str(note) or _may_be_run(Path(run)):
+        if run == str(note) or _may_need(Path(run), to_begin=note.name.endswith(_TO_BEGIN)):
             found.append(run)
     return found
 
 
-def _may_be_run(path: Path) -> bool:
-    """Whether a run folder is there, or may be, as one of somebody else's that is closed."""
+def _may_need(run: Path, *, to_begin: bool) -> bool:
+    """Whether a run folder is there, or may be, as one of somebody else's that is closed; and has still to begin."""
     try:
-        (path / "run.json").stat()
+        (run / "run.json").stat()
+        return not (to_begin and complete(run / "checkpoints"))
+    except CheckpointError:
+        return True
     except OSError as error:
         return error.errno not in _NOTHING_THERE
-    return True
 
 
 def make_room(path: Path, warn: Callable[[str], None]) -> None:

@@ -12,6 +12,7 @@ from data_pipeline.errors import UserError
 from launch.cli import app
 from pretrain.config.schema import load
 from pretrain.run import origin
+from pretrain.run.checkpoint_folder import needed_by
 from pretrain.run.journal import read
 from pretrain.run.run_folder import RunFolder
 from tests.checkpoints import age
@@ -107,6 +108,7 @@ def test_without_a_step_it_is_the_newest_and_stays_it(ranks: Ranks, stable: Path
     args = begin(stable, tmp_path / "new", "engine.zero_stage=3", "schedule.cooldown=2", "train.steps=18", at=None)
     with pytest.raises(RanksFailed, match="-9"):
         ranks(TRAIN, 2, args=args, die_at=18)
+    assert needed_by(stable / "checkpoints" / "step-000000016") == [str(tmp_path / "new")]
     (stable / "checkpoints" / "step-000000016").rename(tmp_path / "hidden")
     try:
         with pytest.raises(RanksFailed, match=f"{stable}: no complete checkpoint of step 16; there are: 1, 4, 8, 12"):
@@ -115,6 +117,7 @@ def test_without_a_step_it_is_the_newest_and_stays_it(ranks: Ranks, stable: Path
         (tmp_path / "hidden").rename(stable / "checkpoints" / "step-000000016")
     ranks(TRAIN, 1, args=args)
     assert sorted(losses(tmp_path / "new")) == [17, 18]
+    assert needed_by(stable / "checkpoints" / "step-000000016") == [], "it has checkpoints of its own"
     assert load([str(tmp_path / "new" / "config.yaml")]).run.start_from == f"{stable}@16"
 
 

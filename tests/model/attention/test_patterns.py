@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._pytree import tree_leaves
 
 from model.architectures.token_model import TokenModel
-from model.attention import forms, softmax, visibility
+from model.attention import forms, softmax, visibility, weights
 from model.attention.cache import Cache
 from model.attention.ring import Ring
 from model.attention.rule import Rows, Rule
@@ -115,6 +117,23 @@ def test_every_form_gives_the_same(name: str, form: str, monkeypatch: pytest.Mon
     for kind, batch in made.items():
         for found, wanted in zip(computed(batch), expected[kind], strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12, msg=lambda text: f"{kind}: {text}")  # noqa: B023
+
+
+def test_a_model_that_was_used_can_be_trained() -> None:
+    """No backward pass takes tensors that inference mode made, such as masks for all batches."""
+    model = plain({"kind": "fixed", "stride": 3})
+    batch = batch_of(model.config)
+    rows = Rows(torch.Size((2, 12)), torch.device("cpu"), causal=False)
+    sparse = [Pattern(window=3), Pattern(block=3, summary=1, period=3), Pattern(stride=3), Pattern(window=3, stride=3)]
+    with torch.inference_mode():
+        model(batch)
+        masks: list[Any] = [forms.mask_of(rows, (pattern,), in_blocks=False, dense=False) for pattern in sparse]
+        blocks = forms.mask_of(rows, (Pattern(window=4),), in_blocks=True, dense=False)
+        masks.append(weights._blocks(rows, Pattern(window=3)))
+    model(batch).loss.backward()
+    assert isinstance(blocks, BlockMask)
+    made = [x for x in tree_leaves([masks, blocks.as_tuple()]) if isinstance(x, Tensor)]
+    assert len(made) > 12 and not any(x.is_inference() for x in made)
 
 
 def test_each_form_is_taken_where_it_is_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:

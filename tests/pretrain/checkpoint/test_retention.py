@@ -76,6 +76,25 @@ def test_what_another_run_needs_stays_as_long_as_it_is_there(tmp_path: Path) -> 
     assert steps(tmp_path / "base") == [3]
 
 
+def test_what_another_run_begins_with_stays_until_it_has_a_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2):
+        make(tmp_path / "base", step)
+    new, base = tmp_path / "new", step_path(tmp_path / "base", 1)
+    make(new / "checkpoints", 5)
+    (new / "run.json").touch()
+    (step_path(new / "checkpoints", 5) / "manifest.json").rename(tmp_path / "manifest.json")  # it is being saved
+    hold(base, new, to_begin=True)
+    prune(tmp_path / "base", 1, None)
+    assert reasons(tmp_path / "base", 1, None)[base] == [f"needed by {new}"]
+    hold(base, new)
+    (tmp_path / "manifest.json").rename(step_path(new / "checkpoints", 5) / "manifest.json")
+    assert reasons(tmp_path / "base", 1, None)[base] == [f"needed by {new}"], "its adapters change it"
+    hold(step_path(tmp_path / "base", 2), new, to_begin=True)
+    make(tmp_path / "base", 3)
+    prune(tmp_path / "base", 1, None)
+    assert steps(tmp_path / "base") == [1, 3]
+
+
 def test_the_newest_whole_one_stays_when_newer_ones_are_damaged(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         make(tmp_path, step)
