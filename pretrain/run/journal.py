@@ -171,6 +171,17 @@ def read_from(path: Path, offset: int) -> Iterator[tuple[Record, int]]:
             yield record, offset
 
 
+def is_behind_a_line(path: Path, offset: int) -> bool:
+    """Whether an offset that was kept still is where a line ends: a node that loses power may lose lines of a journal
+    that a follower has read, and what is appended then has other ends."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, offset - 1))
+            return offset == 0 or file.read(1) == b"\n"
+    except FileNotFoundError:
+        return False
+
+
 def noting(records: Iterable[Record], damaged: list[str]) -> Iterator[Record]:
     """The records; of those that are damaged, the text goes into the list."""
     for record in records:

@@ -1,8 +1,8 @@
 """A run in MLflow, brought up to date with the run's folder.
 
 The journal is the queue. What the server has said yes to is an offset into each of its files, kept in `tracking.json`
-beside a receipt, which is a tag of the run: both come from one call. A store with another receipt was put back to an
-older copy, or made anew: then it is compared with the files, point by point. Sending a record twice changes nothing.
+beside a receipt, which is a tag of the run: both come from one call. Where the store has another receipt (it was put
+back or made anew), or a file no line's end there (it lost lines), all is compared. To send twice changes nothing.
 """
 
 import shlex
@@ -14,7 +14,7 @@ from typing import Any
 from data_pipeline.errors import RunError
 from data_pipeline.places import RUN, mistaken
 from data_pipeline.secret import redact
-from pretrain.run.journal import Record, read_from
+from pretrain.run.journal import Record, is_behind_a_line, read_from
 from pretrain.run.run_summary import load, verdict
 from pretrain.tracking.mlflow_names import Names, about_start, description, drift_tag, flat, shipped, text
 from pretrain.tracking.mlflow_state import JOURNAL, SQLITE, State, default_uri, identity
@@ -119,7 +119,7 @@ class Mirror:
         try:
             if self._failed:  # another process may have mended it
                 self._state = State.load(self._run_dir) or self._state
-            if not self._stands_where_noted():
+            if not self._stands_where_noted() or not all(is_behind_a_line(f, self._offset(f)) for f in files):
                 self.compare()
             self._follow(files)
         except Exception:

@@ -17,7 +17,7 @@ from typing import Any
 
 from data_pipeline.errors import ConfigError, RunError
 from data_pipeline.files.atomic import disk_errors, write_atomic
-from pretrain.run.journal import Record, read_from
+from pretrain.run.journal import Record, is_behind_a_line, read_from
 from pretrain.tracking.mlflow_names import Names, shipped
 from pretrain.tracking.system_metrics import mirrored_files
 
@@ -51,9 +51,9 @@ class EventFiles:
                 file.unlink(missing_ok=True)
         with suppress(FileNotFoundError, ValueError):
             noted = json.loads((self._folder / NOTES).read_bytes())
-            # Lost or damaged: all is written anew, and replaces what is there.
+            # Lost or damaged, as are lines of the journal: all is written anew, and replaces what is there.
             if isinstance(noted, dict) and all(isinstance(v, int) and v >= 0 for v in noted.values()):
-                self._offsets = noted
+                self._offsets = {name: v for name, v in noted.items() if is_behind_a_line(run_dir / name, v)}
 
     @property
     def called(self) -> str:

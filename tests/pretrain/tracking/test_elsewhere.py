@@ -150,7 +150,8 @@ def test_tensorboard_shows_what_counts_after_kills_and_rollbacks(tmp_path: Path)
     journal.event("rollback", step=18, resumed_from=15, data=None, text="back")
     steps(16, 24, 3.0, mirror)
     journal.event("sample", step=24, text="Once")
-    for damaged in ("[]", '{"metrics.jsonl": null}', '{"metrics.jsonl": -5}', "{"):
+    lost = [json.dumps({"metrics.jsonl": offset}) for offset in (7, (tmp_path / "metrics.jsonl").stat().st_size + 7)]
+    for damaged in ("[]", '{"metrics.jsonl": null}', '{"metrics.jsonl": -5}', "{", *lost):
         (tmp_path / "tensorboard" / NOTES).write_text(damaged)
         assert not EventFiles(tmp_path)._offsets, "all is written anew"
     mirror = EventFiles(tmp_path, all_masks=True)

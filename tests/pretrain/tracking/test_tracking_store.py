@@ -1,6 +1,7 @@
 """What MLflow has is what counts: a store that was put back or emptied, and a run that was deleted or copied."""
 
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -105,6 +106,25 @@ def test_what_two_nodes_say_at_one_moment_is_sent_once() -> None:
     points = [(name, 1.0, record) for record in records for name in ("attempt", "load")]
     sent = [(metric.key, metric.value, metric.timestamp, metric.step) for metric in as_metrics(points)]
     assert sent == [("attempt", 1.0, 7, 3), ("load", 1.0, 7, 3)]
+
+
+@pytest.mark.parametrize("more", [2, 15], ids=["still shorter", "longer again"])
+def test_a_journal_that_lost_lines_which_were_sent_is_mirrored_from_there(run: Run, more: int) -> None:
+    """As when a node loses power: what was noted is on disk, the journal's last lines were not yet."""
+    sync(run.steps(20).path)
+    kept = (run.path / "metrics.jsonl").stat().st_size
+    sync(run.steps(10).path)
+    os.truncate(run.path / "metrics.jsonl", kept - 1)
+    run.journal = Journal(run.path / "metrics.jsonl", 2)
+    run.journal.event("start", resumed_from=20, config={}, tags={"git/commit": "c2"})
+    run.step = 20
+    mirror = Mirror(run.steps(more).path, print)
+    mirror.bring(last=False)
+    assert mirror.num_metrics == more * 3
+    assert sync(run.path).num_metrics == 0, "MLflow had it all"
+    assert run_of(run.path).data.tags["git/commit"] == "c2"
+    mirror.bring(last=False)
+    assert (mirror.num_metrics, shipped(run)) == (more * 3, True)
 
 
 @pytest.mark.usefixtures("quick")
