@@ -77,6 +77,7 @@ class Routing(Softmax, Cached):
             x.split([self._local, self.routed_heads], dim=1) for x in (query, key, value)
         )
         own, _ = self._clusters(query, visible.padding, _learns(keys))
+        self._in_text(own)  # kept, where there is a cache
         found = [self._sorted(query, value, own, self._nearest, visible)]
         if self._local:
             rows = Rows(torch.Size((len(query), query.shape[2])), query.device, visible.causal)

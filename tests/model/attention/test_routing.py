@@ -19,7 +19,7 @@ from tests.model.attention import test_causality
 from tests.model.attention.test_cache import cached
 from tests.model.attention.test_causality import leak
 from tests.model.attention.test_documents import packed
-from tests.model.attention.test_mixers import gradients, model_of, opened
+from tests.model.attention.test_mixers import check_padded, gradients, model_of, opened
 from tests.model.helpers import batch_of, build, small, variant
 
 
@@ -102,6 +102,13 @@ def test_a_cache_keeps_the_cluster_of_each_token(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Routing, "_likeness", likeness)
     cached(model, batch_of(model.config).input_ids, [5, 4, 1, 2])
     assert asked == [5] * 4 + [4] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("padding", [[0, 0], [0, 3]])
+def test_a_prompt_that_is_sorted_is_kept_as_well(padding: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScoresConfig, "sorts", lambda _, queries, keys, context: queries == keys)
+    model = model_of("routing_near").eval()
+    check_padded(model, batch_of(model.config, sequences=2).input_ids, [5, 4, 1, 2], padding)
 
 
 def test_balanced_clusters_would_leak_and_are_for_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
