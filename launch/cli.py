@@ -19,6 +19,7 @@ from data_pipeline.secret import WAY_ON, argument_of_secret
 from launch.commands import checkpoint, data, jobs, plan, preflight, runs, status, study, submit
 from launch.commands.generate import generate
 from launch.completion import complete_changes, complete_configs, complete_runs, shipped
+from launch.config_keys import dashed_key
 from pretrain import status_line
 from pretrain.run.provenance import check_code
 
@@ -350,6 +351,8 @@ def main() -> None:
             check_code()
             if argument := argument_of_secret(sys.argv[1:], FREE_TEXT):
                 raise ConfigError(f"command line: {argument}: {WAY_ON}")
+            if key := dashed_key(sys.argv[1:]):
+                raise ConfigError(f"command line: --{key}: write a key without dashes: {key}=VALUE")
             app()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Keys of a configuration and their values, from the JSON schema that is shipped: quicker than asking the classes."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from duet_pretrain import SOURCE
@@ -32,6 +32,10 @@ class ConfigKeys:
         written = (one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in listed + default)
         return list(dict.fromkeys(written))
 
+    def known(self, key: str) -> bool:
+        """Whether there is such a key."""
+        return bool(self._at(key.split(".")))
+
     def _at(self, path: list[str]) -> list[Node]:
         """All that the schema says of a key."""
         forms = list(self._forms(self._schema))
@@ -47,6 +51,12 @@ class ConfigKeys:
             yield from self._forms(self._schema["$defs"][node["$ref"].rpartition("/")[2]])
         for other in node.get("anyOf", ()):
             yield from self._forms(other)
+
+
+def dashed_key(words: Sequence[str]) -> str | None:
+    """The first of the words that is a dotted key of ours behind two dashes, without them; None if none is."""
+    names = (word[2:].partition("=")[0] for word in words if word.startswith("--"))
+    return next((name for name in names if "." in name and ConfigKeys().known(name)), None)
 
 
 def _child(form: Node, name: str) -> Node | None:

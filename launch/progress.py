@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from data_pipeline.ingest.splits import Progress
 
 _LINE_SECONDS = 10.0
-_AT_ONCE = {"train"}
-"""Stages whose end is all that is known of how far they are."""
+_AT_ONCE = {"train": "training the tokenizer"}
+"""Stages whose end is all that is known of how far they are, and what they are called."""
 _NOTHING_TO_DO = "already built from this text and these settings: nothing to do"
 
 
@@ -56,7 +56,8 @@ def progress_line() -> "Iterator[Progress]":
             for task, size in at_once.items():
                 bars.update(task, total=size, completed=size)
             at_once.clear()
-            tasks[stage] = bars.add_task(stage, total=None if stage in _AT_ONCE else total, completed=done)
+            name, known = _AT_ONCE.get(stage, stage), None if stage in _AT_ONCE else total
+            tasks[stage] = bars.add_task(name, total=known, completed=done)
             if stage in _AT_ONCE:
                 at_once[tasks[stage]] = total
 
@@ -74,7 +75,7 @@ def _plain_lines() -> Callable[[str, int, int], None]:
             if stage == "unchanged":
                 typer.echo(_NOTHING_TO_DO, err=True)
             if stage in _AT_ONCE:
-                typer.echo(f"{stage}: {megabytes(total)}, which may take minutes", err=True)
+                typer.echo(f"{_AT_ONCE[stage]} on {megabytes(total)}, which may take minutes", err=True)
         elif now - told >= _LINE_SECONDS:
             told = now
             speed = max(done - first, 1) / (now - began)

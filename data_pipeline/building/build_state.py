@@ -13,8 +13,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.files.atomic import disk_errors, open_lock, write_atomic
 from data_pipeline.files.sealed import unseal, write_sealed
 from data_pipeline.ingest.sources import Unit
+from data_pipeline.storage.manifest import WORK
 
-WORK = "_work"
 _PLAN = "plan.json"
 _PREPARED = "prepared"
 _LOCK = ".lock"

@@ -48,13 +48,7 @@ def describe(
     splits = {split: _split_facts(split, facts, shards) for split in SPLITS}
     for split, found in splits.items():
         if not found.documents:
-            whole = config.chat or config.pairs or config.labelled
-            few = "" if whole else "for few documents use data.split.rule=tail, else "
-            raise DataError(
-                f"no text fell into the {split} split (data.split.rule={config.split.rule}, "
-                f"fraction={config.split.fraction}, {sum(done.documents for done in facts)} documents): "
-                f"{few}take another fraction"
-            )
+            raise DataError(_why_empty(split, config, sum(done.documents for done in facts)))
     made_by = tokenizer_facts(tokenizer, config.tokenizer)
     rule = {**config.split.model_dump(include={"rule", "fraction"}), "seed": config.seed, "cut": CUT_RULE}
     if config.pairs:
@@ -82,6 +76,20 @@ def describe(
         chat_template=config.chat_template if config.chat else None,
         labels=config.labels if config.labelled else None,
         **mixture(config),
+    )
+
+
+def _why_empty(split: Split, config: DataConfig, documents: int) -> str:
+    """What is said of a split without a document, of so many in all."""
+    rule, fraction = config.split.rule, config.split.fraction
+    if rule == "given":
+        source = "data.sources" if split == "train" else "data.split.files"
+        return f"no text is in the {split} split: all documents of {source} are empty or left out"
+    whole = rule == "tail" or config.chat or config.pairs or config.labelled
+    few = "" if whole else "for few documents use data.split.rule=tail, else "
+    return (
+        f"no text fell into the {split} split (data.split.rule={rule}, fraction={fraction}, {documents} documents): "
+        f"{few}take a {'smaller' if split == 'train' else 'larger'} data.split.fraction"
     )
 
 

@@ -1,8 +1,10 @@
 """All text of a configuration with its split: which piece is for training, which is held out."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from math import ceil
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -60,7 +62,8 @@ class Corpus:
     """The sources of a configuration, in its order, and the units of work they make."""
 
     def __init__(self, config: DataConfig) -> None:
-        """Raises DataError if there are no sources, a path is missing, or the task of held-out pairs is not said."""
+        """Raises DataError if there are no sources, a path is missing, the dataset would lie among what is read, or the
+        task of held-out pairs is not said."""
         if not config.sources:
             raise DataError("data.sources is empty: name at least one, such as data.sources.text.paths=[FILE]")
         for name in config.sources:
@@ -79,11 +82,26 @@ class Corpus:
         if config.split.rule == "given":
             self.sources.append(Source(GIVEN, "data.split.files", given_source(config)))
         self.input_bytes = sum(source.input_bytes for source in self.sources)
+        for source in self.sources:
+            _check_apart(config.path, source)
 
     def units(self) -> list[Unit]:
         """All units, in the order of their text. Raises DataError for a file whose footer cannot be read."""
         parts = ((source.name, tuple(slices)) for source in self.sources for slices in source.slices())
         return [Unit(number, name, slices) for number, (name, slices) in enumerate(parts)]
+
+
+def _check_apart(built: str, source: Source) -> None:
+    """Raises DataError if the dataset would lie in a folder that is read whole, as text of the next build."""
+    place = Path(built).resolve()
+    for path in source.config.paths:
+        folder = Path(os.path.expanduser(path)).resolve()  # noqa: PTH111 (a name may begin with ~)
+        inner = place.relative_to(folder).parts if place.is_relative_to(folder) else (".",)
+        if not any(part.startswith(".") for part in inner):
+            raise DataError(
+                f"data.path={built} lies in {path}, all of which is read as text: the next build would read what "
+                "this one writes; take a data.path elsewhere"
+            )
 
 
 def source_names(config: DataConfig) -> list[str]:

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 MANIFEST = "manifest.json"
+WORK = "_work"
+"""What a build has finished, until the manifest is written."""
 FORMAT: Final = 4
 """Of manifests that carry a hash of their own, and the weights of the sources."""
 STREAMS: Final = 2
@@ -160,10 +163,7 @@ class Manifest(BaseModel, frozen=True):
             with open_raw(path) if isinstance(path, str) else open(path, "rb") as file:
                 content = file.read()
         except (FileNotFoundError, NotADirectoryError):
-            raise DataError(
-                f"{folder} is not a dataset: it has no {MANIFEST}. `duet data build` makes one there "
-                "(after an interrupted build, run it again)"
-            ) from None
+            raise DataError(f"{folder} is not a dataset: {_instead(folder)}") from None
         except (IsADirectoryError, PermissionError) as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
         try:
@@ -209,6 +209,19 @@ class Manifest(BaseModel, frozen=True):
     def shards_of(self, split: Split, source: str | None = None) -> list[ShardFacts]:
         """The shards of a split in stream order: of one source, or of all in the order of `sources`."""
         return [shard for shard in self.shards if shard.split == split and source in (None, shard.source)]
+
+
+def _instead(folder: Path | str) -> str:
+    """What a place without a manifest is, and the way on."""
+    place = Path(folder)
+    if is_uri(str(folder)):
+        return f"it has no {MANIFEST}; `duet data upload` copies one there"
+    if not place.exists():
+        return f"there is no such folder (from {Path.cwd()}); `duet data build` makes one"
+    if (place / WORK).is_dir():
+        return "its build has not ended; the same `duet data build` goes on with it"
+    source = shlex.quote(f"data.sources.mine.paths=[{folder}]")
+    return f"it has no {MANIFEST}. If it is your text, `duet data build {source} data.path=NEW` makes one of it"
 
 
 def _as_of_today(data: dict[str, Any]) -> dict[str, Any]:

@@ -48,13 +48,19 @@ def _expected(location: list[str], error: str, keys: Keys) -> str | None:
         return "expected a value, or several in brackets, such as [a, b]"
     if error == "int_parsing":
         return f"expected {FORMS}"
+    if error == "string_pattern_mismatch" and location == ["run", "name"]:
+        return "expected letters, digits, `.`, `_` and `-`, the first a letter or digit; run.dir takes a path"
     if error in ("model_type", "dict_type") and keys_of(kind):
         return f"a section, and no value: its keys are {', '.join(f'{location[-1]}.{key}' for key in keys_of(kind))}"
     return None
 
 
 def _way_on(location: list[str], given: Any, keys: Keys) -> str:
-    """Our key for what another trainer calls so, the key of that name elsewhere, or the nearest one."""
+    """How a dotted key is written in a file, our key for what another trainer calls so, the key of that name elsewhere,
+    or the nearest one."""
+    sections = location[-1].split(".")
+    if len(sections) > 1 and keys.at([*location[:-1], *sections]) is not None:
+        return f"; in a file it is `{': {'.join(sections)}: …{'}' * (len(sections) - 1)}`"
     found = [_ours(word) for word in _words(location[-1], given) if word in OURS]
     if found:
         return "".join(found)

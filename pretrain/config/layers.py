@@ -1,6 +1,7 @@
 """What a configuration is stacked from: YAML files and presets, in the order given, then overrides. Each is a layer."""
 
 import difflib
+import json
 from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
@@ -177,6 +178,9 @@ def _missing(arg: str) -> str:
         return "a folder, and a YAML file, a preset or KEY=VALUE is wanted"
     if near := _near_presets(arg):
         return f"no such file or preset; did you mean {', '.join(near)}?"
+    sections = json.loads((SOURCE / "configs" / "schema.json").read_bytes())["properties"]
+    if "." in arg and arg.partition(".")[0] in sections:
+        return f"no such file or preset; a key and its value are one word: {arg}=VALUE"
     return "no such file or preset, and no KEY=VALUE; `duet config presets` lists the presets"
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError
-from data_pipeline.places import DATASET, mistaken
+from data_pipeline.places import DATASET, RUN, mistaken
 from data_pipeline.secret import WAY_ON, argument_of_secret, key_of_secret
 from model.architectures import external
 from model.architectures.registry import DEFAULT, SOURCES, AnyModelConfig, class_of, configure
@@ -345,6 +345,9 @@ def load(args: list[str]) -> Config:
         raise ConfigError("\n".join(explain(detail, stack, keys) for detail in error.errors())) from error
     if told := mistaken(Path(config.data.path), DATASET):
         raise ConfigError(f"{origin(['data', 'path'], stack)}: data.path={config.data.path}: {told}")
+    told = "this is a file, and a folder is wanted" if config.run_dir.is_file() else mistaken(config.run_dir, RUN)
+    if told:
+        raise ConfigError(f"{origin(['run', 'dir'], stack)}: run.dir={config.run_dir}: {told}")
     return config
 
 

@@ -168,7 +168,8 @@ def _checkpoint_of(run: Path, step: int | None) -> Path:
     folder = RunFolder(run)
     if not folder.run_file.is_file():
         told = mistaken(run, f"run folder{' or checkpoint' if kind_of(run) == EXPORT else ', checkpoint or export'}")
-        raise RunError(f"{run}: {told or 'not a run folder (no run.json), and not a checkpoint or an export either'}")
+        none = "not a run folder (no run.json), and not a checkpoint or an export either"
+        raise RunError(f"{run}: {told or (none if run.exists() else 'no such folder; expected one of a run')}")
     found = complete(folder.checkpoints, lambda text: print(f"warning: {text}", file=sys.stderr))
     if not found:
         raise CheckpointError(f"{run}: no complete checkpoint yet")

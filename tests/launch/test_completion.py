@@ -12,8 +12,9 @@ import typer
 
 from launch.cli import app
 from launch.completion import complete_changes, complete_configs
+from launch.config_keys import dashed_key
 from pretrain.config.schema import Config
-from tests.runs import ROOT
+from tests.runs import ROOT, duet
 from tests.test_docs import key_exists
 
 
@@ -49,6 +50,13 @@ def test_every_key_that_is_offered_exists() -> None:
                 seen += 1
                 assert key_exists(name[:-1]), name
     assert seen > 150
+
+
+def test_a_key_behind_dashes_is_known() -> None:
+    assert dashed_key(["--ranks", "2", "--optimizer.lr=3e-4"]) == dashed_key(["--optimizer.lr", "3"]) == "optimizer.lr"
+    assert dashed_key(["--prompt", "--optimizer.", "--a.b", "optimizer.lr=3e-4", "--run"]) is None
+    said = duet("config", "show", "--optimizer.lr", "3e-4").stderr
+    assert said == "error: command line: --optimizer.lr: write a key without dashes: optimizer.lr=VALUE\n"
 
 
 def test_values() -> None:

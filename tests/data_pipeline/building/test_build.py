@@ -322,6 +322,20 @@ def test_unusable_settings_are_explained(tmp_path: Path, settings: dict[str, Any
         build(config(tmp_path / "d", file, **settings))
 
 
+def test_the_held_out_files_hold_text_and_the_dataset_lies_outside_of_what_is_read(tmp_path: Path) -> None:
+    text, held_out = tmp_path / "text" / "a.txt", tmp_path / "held-out.txt"
+    text.parent.mkdir()
+    text.write_text(prose(3000))
+    held_out.touch()
+    given = config(tmp_path / "d", text, split={"rule": "given", "files": [str(held_out)]})
+    with pytest.raises(DataError, match="all documents of data.split.files are empty"):
+        build(given)
+    for inside in (text.parent, text.parent / "d"):
+        with pytest.raises(DataError, match=r"data.path=.* lies in .*, all of which is read as text"):
+            build(config(inside, text.parent))
+    assert [file.name for file in text.parent.iterdir()] == ["a.txt"]
+
+
 def test_an_empty_corpus_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(DataError, match="no text to train a tokenizer on"):

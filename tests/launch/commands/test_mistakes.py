@@ -47,6 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     (made / "llama" / "model.safetensors").touch()
     (made / "text" / "a.txt").write_text((ROOT / "LICENSE").read_text())
     (made / "broken.model").write_bytes(bytes(range(256)))
+    (made / "dotted.yaml").write_text("train.steps: 4\n")
     return made
 
 
@@ -77,6 +78,9 @@ def typed(*words: str) -> tuple[int, str]:
         (("train", "data"), "did you mean data.path=data?"),
         (("train", "runs/first/checkpoints/step-000000004"), "did you mean runs/first/config.yaml?"),
         (("train", "model/tiny", "data.path=runs/first"), "data.path=runs/first: this is a run folder, and a dataset"),
+        (("train", "model/tiny", "run.dir=data"), "run.dir=data: this is a dataset, and a run folder is wanted"),
+        (("train", "model/tiny", "run.dir=broken.model"), "run.dir=broken.model: this is a file, and a folder is"),
+        (("eval", "runs/second"), "runs/second: no such folder; expected one of a run"),
         (("checkpoint", "ls", "data"), "data: this is a dataset, and a run folder is wanted"),
         (("checkpoint", "ls", "exported"), "this is an export, and a run folder is wanted; `duet generate exported`"),
         (("checkpoint", "verify", "data"), "this is a dataset, and a checkpoint or run folder is wanted"),
@@ -120,6 +124,9 @@ def typed(*words: str) -> tuple[int, str]:
         (("train", "tiny"), "did you mean model/tiny?"),
         (("train", "model/tiny", "optimizer.lr", "=", "1e-3"), "no spaces around `=`: write optimizer.lr=VALUE"),
         (("train", "model/tiny", "optimizer.lr=", "1e-3"), "no spaces around `=`: write optimizer.lr=VALUE"),
+        (("train", "model/tiny", "optimizer.lr", "1e-3"), "a key and its value are one word: optimizer.lr=VALUE"),
+        (("config", "show", "run.name=a/b"), "run.name: expected letters, digits, "),
+        (("config", "show", "dotted.yaml"), "key train.steps; in a file it is `train: {steps: …}`"),
         ((*RESUME, "run.name=b", "engine.precision=fp16"), "engine.precision=fp16 needs CUDA; on cpu use"),
         (("config", "show", "batch.tokens=2Q"), "batch.tokens: expected a number such as 5000, 300M, 1.5B"),
         (
