@@ -265,4 +265,4 @@ def test_what_labels_do_not_go_with_is_said() -> None:
     refused("cuts within a text", "data.labels.kind=span", "data.split.rule=tail")
     refused("for copies; take exact", "data.labels.kind=span", "data.duplicates.rule=near")
     refused("and not of pairs", "data.labels.kind=span", "data.sources.a={paths: [x], target_key: y}")
-    assert load(["data.labels.kind=token", "data.labels.names=[0,1]"]).data.labels.names == ["0", "1"]
+    assert load(["data.labels.kind=token", "data.labels.names=[0,01]"]).data.labels.names == ["0", "01"]

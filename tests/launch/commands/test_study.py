@@ -147,6 +147,7 @@ def test_mistakes_in_a_study_are_told_with_their_place(tmp_path: Path, place: st
         (b"a: " + b"[" * 5000, "recursion"),
     ],
 )
+        ("sections.core.seeds", [True], "sections.core.seeds.0: Input should be a valid integer"),
 def test_a_file_that_is_no_study_is_told(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "bad.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=f"bad.yaml: cannot be read as YAML: (.|\n)*{said}"):
