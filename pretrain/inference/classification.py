@@ -169,7 +169,7 @@ class Classifier:
     def _characters(self, text: str) -> list[tuple[int, int]]:
         """Where the characters of each token begin and end, without white space around them."""
         found = []
-        for start, end in self._tokenizer.offsets(text).tolist():
+        for start, end in self._tokenizer.encode_with_offsets(text)[1].tolist():
             part = text[start:end]
             begin = start + len(part) - len(part.lstrip())
             found.append((begin, max(begin, end - len(part) + len(part.rstrip()))))
