@@ -235,8 +235,6 @@ def classify(
     `duet classify runs/names --file texts.txt --json`,
     `duet classify runs/answers --question "Who wrote it?" --text "Middlemarch was written by George Eliot."`
     """
-    import json
-
     from launch.progress import counted
     from pretrain.export.use import open_trained
     from pretrain.inference.classification import Asked, Classifier, read_asked, shown
@@ -252,7 +250,7 @@ def classify(
     with counted("classifying") as progress:
         found = classifier.told(asked, batch, progress)
     for one in found:
-        typer.echo(json.dumps(one, ensure_ascii=False) if as_json else shown(one))
+        typer.echo(shown(one, as_json))
 
 
 @app.command()

@@ -19,6 +19,7 @@ USUAL_WIDTH = 80
 _WORDS = re.compile(r" *(?:\S*`[^`]*`\S*|\S+)")
 _LABEL = re.compile(r" *\S+(?: \S+)* {2,}")
 JSON = ('{"', "[{", '["')
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -118,6 +119,16 @@ def _fit_line(line: str, width: int, end: str) -> str:
         else:
             now += word
     return "\n".join([*lines, now])
+
+
+def harmless(text: str) -> str:
+    """A text that does not steer a terminal: its control characters, but tabs and newlines, as JSON has them."""
+    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Print a text that is not ours: to a terminal as `harmless`, elsewhere as it is."""
+    print(harmless(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 _line: StatusLine | None = None

@@ -202,6 +202,7 @@ class _Stream:
         self,
         piece: SplitPiece,
         ids: np.ndarray,
+        offsets: np.ndarray | None,
         unk_id: int,
         eos: np.ndarray,
         frame: ChatTemplate | LabelTokens | None,
@@ -214,7 +215,7 @@ class _Stream:
         if isinstance(frame, ChatTemplate):
             ids = frame.framed(ids, piece.turn, piece.ends)
         elif frame is not None:
-            ids = frame.framed(ids, piece.labelled)
+            ids = frame.framed(ids, piece.labelled, offsets)
         self.writer.append(ids, piece.starts, piece.key)
         if piece.ends and frame is None:
             self.writer.append(eos, False, piece.key)
@@ -244,9 +245,9 @@ def tokenize(context: Context, unit: Unit, advance: Advance) -> UnitFacts:
     }
     try:
         for group in _groups(reader.pieces(), _GROUP_CHARACTERS * context.threads):
-            encoded = tokenizer.encode([piece.text for piece in group], context.threads)
-            for piece, ids in zip(group, encoded, strict=True):
-                streams[piece.split].add(piece, ids, tokenizer.unk_id, eos, frame)
+            encoded = _encoded([piece.text for piece in group], tokenizer, frame, context.threads)
+            for piece, (ids, offsets) in zip(group, encoded, strict=True):
+                streams[piece.split].add(piece, ids, offsets, tokenizer.unk_id, eos, frame)
         for stream in streams.values():
             stream.writer.finish()
     finally:
@@ -275,6 +276,15 @@ def _frame(config: DataConfig, tokenizer: Tokenizer) -> ChatTemplate | LabelToke
     if config.labelled:
         return LabelTokens(config.labels, tokenizer)
     return ChatTemplate(config.chat_template, tokenizer) if config.chat else None
+
+
+def _encoded(
+    texts: list[str], tokenizer: Tokenizer, frame: ChatTemplate | LabelTokens | None, threads: int
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Ids of each text; with offsets where labels are of tokens, or there would be two passes over it."""
+    if isinstance(frame, LabelTokens) and frame.by_token:
+        return map(tokenizer.encode_with_offsets, texts)
+    return ((ids, None) for ids in tokenizer.encode(texts, threads))
 
 
 def _groups(pieces: Iterator[SplitPiece], characters: int) -> Iterator[list[SplitPiece]]:

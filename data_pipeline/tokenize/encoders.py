@@ -48,17 +48,20 @@ class SentencePieceEncoder:
                 encoded[index] = np.concatenate(joined[1:])
         return encoded
 
-    def offsets(self, text: str) -> list[tuple[int, int]]:
-        """First character of each token, and the one behind its last."""
-        found: list[tuple[int, int]] = []
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the first character of each token and the one behind its last."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
         start = 0
         for number, part in enumerate(text.split(SPACE_MARK)):
             if number:
-                found += [(start - 1, start)] * len(self._space_mark)
-            for begin, end in self._processor.encode_as_offset_mapping(part)["offsets"]:
-                found.append((start + begin, start + end))
+                ids += self._space_mark.tolist()
+                offsets += [(start - 1, start)] * len(self._space_mark)
+            found = self._processor.encode_as_offset_mapping(part)
+            ids += found["ids"]
+            offsets += [(start + begin, start + end) for begin, end in found["offsets"]]
             start += len(part) + 1
-        return found
+        return ids, offsets
 
     @cached_property
     def _words(self) -> WordEncoder | None:
@@ -126,10 +129,10 @@ class HuggingFaceEncoder:
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(item.ids, np.int32) for item in encoded]
 
-    def offsets(self, text: str) -> list[tuple[int, int]]:
-        """First character of each token, and the one behind its last."""
-        found: list[tuple[int, int]] = self._tokenizer.encode(text, add_special_tokens=False).offsets
-        return found
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the first character of each token and the one behind its last."""
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`."""

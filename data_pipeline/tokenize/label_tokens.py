@@ -14,20 +14,23 @@ class LabelTokens:
 
     def __init__(self, labels: LabelsConfig, tokenizer: Tokenizer) -> None:
         """`labels`: as `data.labels`."""
-        self._whole, self._none = labels.kind == "sequence", labels.values - 1
+        self.by_token, self._none = labels.kind != "sequence", labels.values - 1
         self._tokenizer = tokenizer
 
-    def framed(self, ids: np.ndarray, labelled: Labelled | None) -> np.ndarray:
-        """Tokens, int64 [n], of a text with its labels behind them; of a question (None) with end-of-text."""
+    def framed(self, ids: np.ndarray, labelled: Labelled | None, offsets: np.ndarray | None) -> np.ndarray:
+        """Tokens, int64 [n], of a text with its labels behind them; of a question (None) with end-of-text.
+
+        Args:
+            offsets: of the text's tokens, as `Tokenizer.encode_with_offsets` gives them, if labels are `by_token`.
+        """
         if labelled is None:
             return np.append(ids, self._tokenizer.eos_id).astype(np.int64)
         if not len(ids):
             ids, labels = np.array([self._tokenizer.eos_id]), np.array([self._none])
-        elif self._whole:
-            labels = np.array([stretch.label for stretch in labelled.stretches])
+        elif offsets is not None:
+            labels = labels_of_tokens(offsets, labelled)
         else:
-            labels = labels_of_tokens(self._tokenizer.offsets(labelled.text), labelled)
-            assert len(labels) == len(ids)
+            labels = np.array([stretch.label for stretch in labelled.stretches])
         return np.concatenate([ids, labels + self._tokenizer.vocab_size]).astype(np.int64)
 
 

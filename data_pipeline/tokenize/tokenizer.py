@@ -190,12 +190,13 @@ class Tokenizer:
         """Ids of each text, int32 [tokens], without EOS. The number of threads makes no difference to them."""
         return self._encoder.encode(texts, num_threads)
 
-    def offsets(self, text: str) -> np.ndarray:
-        """Which characters of `text` its tokens are of, where they begin and end, int64 [tokens, 2], both ascending; of
-        the bytes that spell a character together, each is of it."""
-        found = np.array(self._encoder.offsets(text), np.int64).reshape(-1, 2)
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids as `encode` gives them, and which characters of `text` the tokens are of, where they begin and end, int64
+        [tokens, 2], both ascending; of the bytes that spell a character together, each is of it."""
+        ids, offsets = self._encoder.encode_with_offsets(text)
+        found = np.array(offsets, np.int64).reshape(-1, 2)
         found[:, 1] = np.maximum(found[:, 1], np.minimum(found[:, 0] + 1, len(text)))
-        return found
+        return np.array(ids, np.int32), found
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`; EOS and sentinels have none, an unknown character reads ' \u2047 ', cut-off bytes

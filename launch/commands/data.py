@@ -9,6 +9,7 @@ import typer
 from launch.commands.data_plan import locate, plan
 from launch.completion import complete_configs
 from launch.progress import megabytes, progress_line
+from pretrain import status_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -368,7 +369,7 @@ def _samples(dataset: "Dataset", samples: int) -> None:
                 texts = [part for part in np.split(rows[0], [int(ends.argmax()) + 1]) if len(part)]
             shown = "\n⟶ ".join([*(tokenizer.decode(text[:_SAMPLE_TOKENS]) for text in texts), *labels])
             more = " …" if any(len(text) > _SAMPLE_TOKENS for text in texts) or len(rows) > 1 else ""
-            typer.echo(f"\n{source}: train document {number}, {length} tokens:\n{shown}{more}")
+            status_line.show(f"\n{source}: train document {number}, {length} tokens:\n{shown}{more}")
 
 
 def _labels(dataset: "Dataset", stored: "np.ndarray") -> list[str]:

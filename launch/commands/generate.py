@@ -145,7 +145,7 @@ def _fill(texts: list[str], trained: "Trained", settings: "Settings", as_json: b
         if as_json:
             typer.echo(json.dumps(text.told(trained.tokenizer), allow_nan=False))
         else:
-            typer.echo((f"== {number} of {len(found)} ==\n" if len(found) > 1 else "") + text.text)
+            status_line.show((f"== {number} of {len(found)} ==\n" if len(found) > 1 else "") + text.text)
 
 
 def _continue(
@@ -185,15 +185,15 @@ def _show(prompts: list[str], pieces: Iterable[tuple[int, str]]) -> None:
     later = list(prompts)
     if len(prompts) > 1:
         typer.echo(f"== 1 of {len(prompts)} ==")
-    typer.echo(prompts[0], nl=False)
+    status_line.show(prompts[0], end="")
     for number, piece in pieces:
         if number:
             later[number] += piece
         else:
-            typer.echo(piece, nl=False)
+            status_line.show(piece, end="")
     typer.echo()
     for number, text in enumerate(later[1:], 2):
-        typer.echo(f"== {number} of {len(prompts)} ==\n{text}")
+        status_line.show(f"== {number} of {len(prompts)} ==\n{text}")
 
 
 def _between(continuation: "Continuation") -> str:
@@ -267,9 +267,9 @@ def ask(trained: "Trained", settings: "Settings") -> None:
             continue
         try:
             continuation = Continuation(trained, [line], settings)
-            typer.echo(line + _between(continuation), nl=False)
+            status_line.show(line + _between(continuation), end="")
             for _, piece in continuation.pieces():
-                typer.echo(piece, nl=False)
+                status_line.show(piece, end="")
         except KeyboardInterrupt:
             pass  # the reader has seen enough
         typer.echo()

@@ -13,6 +13,8 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.secret import HIDDEN, has_secret, is_secret_name, key_of_secret
 from duet_pretrain import SOURCE
 from pretrain.config import yaml_files
+from pretrain.config.keys import Keys
+from pretrain.config.layers import spelt_out
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIMES = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
@@ -47,7 +49,7 @@ class Cluster(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Quality of service."""
     constraint: Word | None = None
     """Features that the nodes must have."""
-    time: str = "24:00:00"
+    time: str = Field(default="24:00:00", coerce_numbers_to_str=True)
     """Time limit of a job, in one of Slurm's forms: minutes, H:M:S, D-H, D-H:M:S."""
     nodes: str = Field(default="1", coerce_numbers_to_str=True)
     """Nodes of a job, or a range such as `2-8`."""
@@ -93,13 +95,6 @@ class Cluster(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     @classmethod
     def _a_time_of_slurm(cls, value: str) -> str:
         seconds(value)
-        return value
-
-    @field_validator("time", mode="before")
-    @classmethod
-    def _yaml_reads_times_as_numbers(cls, value: Any) -> Any:
-        if isinstance(value, int):
-            raise ValueError('write the time in quotes, such as "24:00:00": YAML takes it for a number')
         return value
 
     @field_validator("nodes")
@@ -233,7 +228,7 @@ def parse(tree: Any, where: str) -> Cluster:
     if key := key_of_secret({name: value for name, value in tree.items() if name != "environment"}):
         raise ConfigError(f"{where}: {key}: a password, key or token belongs into `environment`, or into the job's own")
     try:
-        return Cluster.model_validate(tree)
+        return Cluster.model_validate(spelt_out(tree, Cluster, Keys(Cluster, Cluster)))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(detail, where) for detail in error.errors())) from error
 

@@ -152,12 +152,16 @@ def _parse(arg: str) -> dict[str, Any]:
         if is_file(arg):
             text = path.read_text(encoding="utf-8")
         elif "=" in arg:
-            return OmegaConf.to_container(OmegaConf.from_dotlist([arg]))  # type: ignore[return-value]
+            key, _, text = arg.partition("=")
+            said = OmegaConf.create()
+            OmegaConf.update(said, key, yaml_files.parse(text))
+            return OmegaConf.to_container(said)  # type: ignore[return-value]
         elif arg in presets():
             text = (SOURCE / "configs" / f"{arg}.yaml").read_text(encoding="utf-8")
         else:
             raise ConfigError(f"{arg}: {_missing(arg)}")
-        tree = OmegaConf.to_container(OmegaConf.create(text)) if isinstance(yaml_files.parse(text), dict) else None
+        parsed = yaml_files.parse(text)
+        tree = OmegaConf.to_container(OmegaConf.create(parsed)) if isinstance(parsed, dict) else None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:
         raise ConfigError(f"{arg}: cannot be read as YAML: {error}") from error
     if not isinstance(tree, dict):

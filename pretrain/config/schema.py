@@ -367,7 +367,17 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _model_class(merged: dict[str, Any], sources: list[Path]) -> type[ModelConfig]:
+def model_from(raw: Any) -> ModelConfig:
+    """The configuration of a model that another file than a run's holds, as strictly as `load` takes one.
+
+    Raises:
+        ValueError: as `configure`.
+    """
+    tree = {"model": raw}
+    return configure(layers.spelt_out(tree, Config, Keys(Config, _model_class(tree, None)))["model"])
+
+
+def _model_class(merged: dict[str, Any], sources: list[Path] | None) -> type[ModelConfig]:
     """That of the architecture which is named; of the default one where it is not known, which validation says."""
     model = merged.get("model")
     named = str(model.get("architecture", DEFAULT)) if isinstance(model, dict) else DEFAULT

@@ -1,5 +1,6 @@
 """What YAML says, without what it may do to a reader."""
 
+import re
 from typing import Any
 
 import yaml
@@ -8,8 +9,14 @@ MOST_VALUES = 1_000_000
 """Aliases can make a gigabyte of a line."""
 
 
+_INT, _FLOAT, _TIME = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
+
+
 class _Loader(yaml.SafeLoader):
-    """Of two equal keys YAML's own loader would take the second, silently."""
+    """YAML's own would take the second of two equal keys, silently, 1e-3 for a text, and 010 for 8.
+
+    A whole number has one spelling here, so that none is lost where a name is wanted: 01 and 12:30 are texts.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -19,6 +26,18 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag not in (_INT, _FLOAT, _TIME)]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_FLOATS = r"""
+    [-+]?(?: [0-9][0-9_]*\.[0-9_]*(?:e[-+]?[0-9]+)? | \.[0-9][0-9_]*(?:e[-+]?[0-9]+)? | [0-9][0-9_]*e[-+]?[0-9]+ )$
+    | [-+]?\.inf$ | \.nan$
+"""
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(_FLOAT, re.compile(_FLOATS, re.VERBOSE | re.IGNORECASE), list("-+0123456789."))
 
 
 def parse(text: str) -> Any:

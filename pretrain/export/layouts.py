@@ -309,8 +309,8 @@ def read_shape(raw: dict[str, Any], folder: object) -> tuple[str, dict[str, Any]
         raise CheckpointError(f"{folder}: config.json has no {error.args[0]}") from None
     except TypeError:
         raise CheckpointError(f"{folder}: config.json has a size that is no number") from None
-    for key in ("heads", "width", "ff_width"):
-        if not isinstance(shape[key], int):  # None means something else to our models
+    for key in ("layers", "heads", "width", "ff_width", "context", "vocab_size"):
+        if type(shape[key]) is not int:  # None means something else to our models, and true is no size
             raise CheckpointError(f"{folder}: config.json has {shape[key]!r} where {key} is an integer of ours")
     head_dim = raw.get("head_dim")
     if head_dim is not None and head_dim * shape["heads"] != shape["width"]:

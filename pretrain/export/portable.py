@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,7 +33,7 @@ from model.layers.int8 import in_int8, restored
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.checkpoint.shard_file import write_tensors
 from pretrain.config.architecture import keep
-from pretrain.config.schema import Config
+from pretrain.config.schema import Config, model_from
 from pretrain.export.hugging_face.folder import (
     About,
     dataset_of,
@@ -70,7 +70,7 @@ class ExportFacts(BaseModel, extra="forbid", frozen=True):
     model: AnyModelConfig
     objective: ObjectiveName
     run: str
-    step: int
+    step: int = Field(strict=True)
     commit: str | None
     """Of the program that trained it."""
     dataset: str | None
@@ -228,8 +228,8 @@ def read_facts(folder: Path) -> ExportFacts:
     if found not in (1, FORMAT):
         raise CheckpointError(f"{file}: format {found} is not known here; this version reads 1 and {FORMAT}")
     try:
-        return ExportFacts.model_validate(raw)
-    except ValidationError as error:
+        return ExportFacts.model_validate(raw | {"model": model_from(raw.get("model"))})
+    except ValueError as error:
         raise CheckpointError(f"{file}: damaged: {error}") from None
 
 

@@ -1,5 +1,6 @@
 """Labels of texts, of what is in them, or answers to questions about them, by a model that learned them."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from model.architectures.encoder_only.labels import LabelModel, best_places
 from model.batch import Batch
 from pretrain.inference.embedding import read_texts
 from pretrain.inference.trained import Trained
+from pretrain.status_line import harmless
 
 _SHOWN = 60
 """Characters of a text on a terminal."""
@@ -167,7 +169,7 @@ class Classifier:
     def _characters(self, text: str) -> list[tuple[int, int]]:
         """Where the characters of each token begin and end, without white space around them."""
         found = []
-        for start, end in self._tokenizer.offsets(text).tolist():
+        for start, end in self._tokenizer.encode_with_offsets(text)[1].tolist():
             part = text[start:end]
             begin = start + len(part) - len(part.lstrip())
             found.append((begin, max(begin, end - len(part) + len(part.rstrip()))))
@@ -205,8 +207,12 @@ def read_asked(path: Path, text_key: str, question_key: str | None) -> list[Aske
     return found
 
 
-def shown(told: Mapping[str, Any]) -> str:
-    """What was said of a text, for a terminal: a line, or one for each stretch of tokens."""
+def shown(told: Mapping[str, Any], as_json: bool = False) -> str:
+    """What was said of a text, as a line of JSON, or for a reader: a line, or one for each stretch of tokens."""
+    return harmless(json.dumps(told, ensure_ascii=False) if as_json else _lines(told))
+
+
+def _lines(told: Mapping[str, Any]) -> str:
     if "tokens" in told:
         width = max((len(of["label"]) for of in told["tokens"]), default=0)
         lines = [f"{of['label']:<{width}}  {of['probability']:.4f}  {of['text']}" for of in told["tokens"]]

@@ -299,9 +299,12 @@ def _parse(line: bytes, path: Path) -> Record:
     return Record(
         kind=kind,
         time=moment,
+    metrics = content.get("metrics", {})
+    if not whole and bool in map(type, metrics.values()):
+        raise TypeError("a metric is no number")
         attempt=attempt,
         step=step,
-        metrics={name: float(value) for name, value in content.get("metrics", {}).items()},
+        metrics={name: float(value) for name, value in metrics.items()},
         fields={name: value for name, value in content.items() if name not in ENVELOPE},
     )
 

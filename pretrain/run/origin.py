@@ -9,11 +9,10 @@ import xxhash
 from data_pipeline.errors import ConfigError, RunError
 from data_pipeline.places import EXPORT, RUN, kind_of
 from model.architectures.external import is_external
-from model.architectures.registry import configure
 from model.config.model_config import ModelConfig
 from pretrain.config.changes import refused_in_fork, told
 from pretrain.config.schedule import decay_start
-from pretrain.config.schema import Config
+from pretrain.config.schema import Config, model_from
 from pretrain.run.checkpoint_folder import MANIFEST, step_path
 from pretrain.run.run_folder import RunFolder
 
@@ -163,7 +162,7 @@ def model_of(path: Path) -> ModelConfig:
     if kind_of(path) != EXPORT:
         return RunFolder(path).config().model
     try:
-        return configure(json.loads((path / "config.json").read_text())["duet"]["model"])
+        return model_from(json.loads((path / "config.json").read_text())["duet"]["model"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path / 'config.json'}: missing, damaged, or not of an export of Duet: {error!r}") from None
 

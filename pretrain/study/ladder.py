@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from data_pipeline.counts import count
 from data_pipeline.errors import ConfigError
 from data_pipeline.storage.manifest import Manifest
 from model.costs.flops import executed_flops_per_token
@@ -43,11 +42,6 @@ class Size(BaseModel, extra="forbid", frozen=True):
     """That the baseline trains on; the others train as many FLOPs."""
     seeds: Seeds | None = None
     """Instead of the ladder's."""
-
-    @field_validator("tokens", mode="before")
-    @classmethod
-    def _as_people_write_it(cls, value: object) -> object:
-        return (count(value) or value) if isinstance(value, str) else value
 
 
 class Ladder(BaseModel, extra="forbid", frozen=True):

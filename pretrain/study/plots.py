@@ -18,6 +18,10 @@ MASKS = {
     NEAR_ZERO: NEAR_ZERO.unit,
     NEAR_ONE: NEAR_ONE.unit,
 }
+INSIDE = 16
+"""So many arms at most are named within a picture."""
+STYLES = ("o-", "s--", "^:", "D-.")
+"""The lines of as many arms as there are colours, then of as many more; all of them differ."""
 HEAT = {DENSITY.family: ("open in training", 1.0), GATE_ENTROPY.family: ("entropy, bits", None)}
 
 
@@ -46,9 +50,8 @@ def _validation(arms: dict[str, list[Result]], unit: str) -> bytes:
     figure = Figure(figsize=(11.0, 4.2), facecolor="white", layout="constrained")
     whole, end = figure.subplots(1, 2)
     for index, (arm, runs) in enumerate(arms.items()):
-        metric = runs[0].metric
         for axes in (whole, end):
-            _band(axes, runs, metric, COLOURS[index % len(COLOURS)], arm, "o-" if index < len(COLOURS) else "s--")
+            _band(axes, runs, runs[0].metric, *_look(index), arm)
     for axes, title in ((whole, "Validation"), (end, "Its second half")):
         _plain(axes, title)
         axes.set_ylabel(unit)
@@ -59,7 +62,12 @@ def _validation(arms: dict[str, list[Result]], unit: str) -> bytes:
     end.set_xlim(steps / 2, steps)
     if margin:
         end.set_ylim(min(late) - margin, max(late) + margin)
-    end.legend(fontsize=7, frameon=False)
+    if len(arms) > INSIDE:
+        names = end.get_legend_handles_labels()
+        columns = math.ceil(len(arms) / INSIDE)
+        figure.legend(*names, loc="outside right upper", fontsize=7, frameon=False, ncols=columns)
+    else:
+        end.legend(fontsize=7, frameon=False)
     return png(figure, dpi=100)
 
 
@@ -69,8 +77,8 @@ def _masks(arms: dict[str, list[Result]]) -> bytes:
     figure = Figure(figsize=(13.0, 3.6), facecolor="white", layout="constrained")
     for axes, (metric, title) in zip(figure.subplots(1, len(MASKS)), MASKS.items(), strict=True):
         for index, (arm, runs) in enumerate(arms.items()):
-            style = "-" if index < len(COLOURS) else "--"
-            _band(axes, runs, metric, COLOURS[index % len(COLOURS)], arm, style)
+            colour, style = _look(index)
+            _band(axes, runs, metric, colour, style[1:], arm)
         _plain(axes, title)
         axes.set_ylim(-0.02, 1.02)
     axes.legend(fontsize=7, frameon=False)
@@ -96,7 +104,13 @@ def _sites(arms: dict[str, list[Result]]) -> bytes:
     return png(figure, dpi=90)
 
 
-def _band(axes: "Axes", runs: list[Result], metric: str, colour: str, label: str, style: str) -> None:
+def _look(index: int) -> tuple[str, str]:
+    """Colour and style of an arm."""
+    lap, colour = divmod(index, len(COLOURS))
+    return COLOURS[colour], STYLES[lap % len(STYLES)]
+
+
+def _band(axes: "Axes", runs: list[Result], metric: str, colour: str, style: str, label: str) -> None:
     by_step: dict[int, list[float]] = {}
     for run in runs:
         for point in run.points.get(metric, []):

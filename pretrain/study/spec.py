@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, model_validator
@@ -11,6 +11,8 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints, Valida
 from data_pipeline.errors import ConfigError
 from data_pipeline.secret import WAY_ON, key_of_secret
 from pretrain.config import yaml_files
+from pretrain.config.keys import Keys
+from pretrain.config.layers import spelt_out
 from pretrain.config.schema import Config, load
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -228,7 +230,11 @@ def parsed(form: type[Form], content: object, path: Path) -> Form:
         ConfigError: something in it is wrong; names the place.
     """
     try:
-        return form.model_validate(content)
+        return form.model_validate(spelt_out(content, form, Keys(form, form)))
     except ValidationError as error:
-        lines = (f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError("\n".join(lines)) from error
+        raise ConfigError("\n".join(_explained(path, detail) for detail in error.errors())) from error
+
+
+def _explained(path: Path, detail: Any) -> str:
+    given = f" (given: {detail['input']!r})" if isinstance(detail["input"], str | int | float) else ""
+    return f"{path}: {'.'.join(map(str, detail['loc']))}: {detail['msg']}{given}"

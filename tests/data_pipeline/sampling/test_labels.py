@@ -99,17 +99,33 @@ def bytewise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("of", ["char", "unigram", "json"])
-def test_a_label_is_of_the_characters_it_was_given_for(kind: str, of: str, bytewise: Path, tmp_path: Path) -> None:
+def test_a_label_is_of_the_characters_it_was_given_for(
+    kind: str, of: str, bytewise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a text is tokenized once, to the ids that it has anywhere."""
+    encode, texts = Tokenizer.encode, list[str]()
+
+    def seen(self: Tokenizer, given: list[str], *more: Any) -> list[np.ndarray]:
+        texts.extend(given)
+        return encode(self, given, *more)
+
     tokenizers: dict[str, dict[str, Any]] = {
         "char": {"type": "char", "vocab_size": 80, "user_defined_symbols": ["\n", *"</>"]},
         "unigram": {"vocab_size": 288, "character_coverage": 0.99},
         "json": {"model": str(bytewise)},
     }
-    dataset = built(tmp_path, kind, tokenizers[of])
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", seen)
+        dataset = built(tmp_path, kind, tokenizers[of])
     known = {labels_of(kind, told(kind, number))[0]: told(kind, number) for number in range(120)}
     sides: list[Split] = ["train", "validation"]
     counts = [_compared(dataset, kind, split, known) for split in sides]
     assert sum(counts) == 120
+    known_texts = {text.rpartition("\0")[2] for text in known}
+    assert sum(text in known_texts for text in texts) == (120 if kind == "sequence" else 0)
+    for text in known_texts:
+        [ids] = encode(dataset.tokenizer(), [text])
+        assert np.array_equal(dataset.tokenizer().encode_with_offsets(text)[0], ids)
     assert dataset.manifest.splits["train"].documents == counts[0]
     assert [source.dropped for source in dataset.manifest.sources] == [{"empty": 1}]
 
@@ -265,4 +281,4 @@ def test_what_labels_do_not_go_with_is_said() -> None:
     refused("cuts within a text", "data.labels.kind=span", "data.split.rule=tail")
     refused("for copies; take exact", "data.labels.kind=span", "data.duplicates.rule=near")
     refused("and not of pairs", "data.labels.kind=span", "data.sources.a={paths: [x], target_key: y}")
-    assert load(["data.labels.kind=token", "data.labels.names=[0,1]"]).data.labels.names == ["0", "1"]
+    assert load(["data.labels.kind=token", "data.labels.names=[0,01]"]).data.labels.names == ["0", "01"]

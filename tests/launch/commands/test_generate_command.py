@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 from data_pipeline.errors import ConfigError
 from launch.cli import app
+from launch.commands.generate import _show
+from pretrain.inference.classification import shown
 from tests.runs import SMALL, duet
 
 Ranks = Callable[..., list[Any]]
@@ -101,6 +103,23 @@ class Terminal:
             assert select.select([self._screen], [], [], max(0.0, end - time.monotonic()))[0], seen
             seen += os.read(self._screen, 4096).decode()
         return seen
+
+
+def test_no_text_steers_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    steering = "\x1b]0;title\x07\r\x9b2J\x7f"
+    controls = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+    _show([steering, "a\tb "], [(0, steering), (1, steering)])
+    assert capsys.readouterr().out.count(steering) == 3, "a file has what was written"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _show([steering, "a\tb "], [(0, steering), (1, steering)])
+    seen = capsys.readouterr().out
+    assert not controls.search(seen)
+    assert "a\tb \\u001b]0;title\\u0007\\u000d\\u009b2J\\u007f\n" in seen
+    stretch = {"text": steering, "label": steering, "probability": 0.5}
+    for told in (stretch, {"text": steering, "tokens": [stretch]}, {"answer": steering, "probability": 0.5}):
+        for as_json in (False, True):
+            assert not controls.search(shown(told, as_json))
+        assert json.loads(shown(told, as_json=True)) == told
 
 
 def test_prompts_are_typed_at_a_terminal(run_dir: Path) -> None:

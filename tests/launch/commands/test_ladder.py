@@ -22,7 +22,7 @@ from pretrain.study.ladder import Ladder, load_ladder, training_flops, vertex
 from pretrain.study.page import Page
 from pretrain.study.power_law import Trial, fit, tell
 from pretrain.study.results import JOURNAL, Results, keep
-from pretrain.study.spec import StudyRun
+from pretrain.study.spec import StudyRun, parsed
 from tests.runs import CHARACTERS, SMALL, build_dataset, duet
 
 LADDER: dict[str, Any] = {
@@ -156,7 +156,8 @@ def journalled(run: StudyRun, config: Config, rate: float) -> None:
 
 
 def test_a_rate_at_which_a_run_diverges_loses_and_the_page_says_so(folder: Path) -> None:
-    ladder, kept = Ladder.model_validate(LADDER | {"rates": [0.003, 1.0]}), Path("rungs/journals")
+    given = LADDER | {"rates": [0.003, 1.0]}
+    ladder, kept = parsed(Ladder, given, Path("rungs.yaml")), Path("rungs/journals")
     search = ladder.search()
     for run in search.runs():
         config = complete(run.config(), Built(Manifest.load("data")))

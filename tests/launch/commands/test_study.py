@@ -12,9 +12,12 @@ import pytest
 import yaml
 
 from data_pipeline.errors import ConfigError, RunError
-from pretrain.run.journal import read
-from pretrain.study.results import Results
-from pretrain.study.spec import load_study
+from pretrain.config.schema import load
+from pretrain.metric_names import VALIDATION
+from pretrain.run.journal import Point, read
+from pretrain.study import plots
+from pretrain.study.results import Result, Results
+from pretrain.study.spec import Study, load_study
 from tests.runs import CHARACTERS, ROOT, SMALL, build_dataset, duet, start_duet, wait_for_step
 
 MASKS = ["model.learned_dropout.enabled=true", "model.learned_dropout.entropy.ramp_steps=0"]
@@ -115,6 +118,25 @@ def test_a_study_is_stopped_and_goes_on_and_its_page_follows_from_what_it_kept(f
     assert untold.returncode == 2 and "train.steps: 60 in the run, 61 in the study" in untold.stderr
 
 
+def test_thirty_two_arms_look_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = {f"arm-{number}": {"about": "a", "config": []} for number in range(32)}
+    study = Study.model_validate(changed("sections", {"many": {"title": "Many", "seeds": [1], "arms": arms}}))
+    config = load([])
+    points: dict[str, list[Point]] = {VALIDATION: [Point(step, float(step), 1, 0) for step in (0, config.train.steps)]}
+    results = {run.arm: [Result(run, points, config, 1, {})] for run in study.runs()}
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "png", lambda figure, **_: figures.append(figure))
+    plots._validation(results, "nats per token")
+    [figure] = figures
+    for axes in figure.axes:
+        lines = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.lines}
+        assert len(lines) == 32
+    figure.draw_without_rendering()
+    [legend] = figure.legends
+    named, drawn = legend.get_window_extent(), figure.axes[1].get_window_extent()
+    assert named.x0 >= drawn.x1 and named.y0 >= 0, "all names stand beside the curves"
+
+
 def loss(folder: Path, place: str) -> float:
     """Validation loss after the last step, from the run's own journal."""
     journal = read(folder / "runs" / "small" / place / "metrics.jsonl")
@@ -125,6 +147,7 @@ def loss(folder: Path, place: str) -> float:
     ("place", "value", "said"),
     [
         ("name", "Not a folder", "name: String should match"),
+        ("sections.core.seeds", [True], "sections.core.seeds.0: Input should be a valid integer"),
         ("sections.core.seed", 1, "sections.core.seed: Extra inputs are not permitted"),
         ("sections.core.baseline", "core/of", "there is no core/of; there are core/masks, core/off, gpu/large"),
         ("sections.rates.arms_of", "gone", "gone has no arms"),

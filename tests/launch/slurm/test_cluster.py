@@ -21,7 +21,8 @@ def test_a_path_then_the_users_own_then_the_shipped(tmp_path: Path, monkeypatch:
     assert load("local").partition == "main"
     own = tmp_path / "duet" / "cluster"
     own.mkdir(parents=True)
-    (own / "local.yaml").write_text("partition: mine\n")
+    (own / "local.yaml").write_text("partition: mine\ntime: 12:30:00\n")
+    assert load("local").time == "12:30:00", "no number of seconds"
     assert load("local").partition == load("cluster/local").partition == "mine"
     assert load(str(own / "local.yaml")).partition == "mine"
     with pytest.raises(ConfigError, match=r"--cluster locla: no such .* did you mean local\? there are: gpu, local; "):
@@ -38,7 +39,6 @@ def test_a_path_then_the_users_own_then_the_shipped(tmp_path: Path, monkeypatch:
         ("setup: |\n  a\n  b\n", "setup: expected one line"),
         ("nodes: 8-2", "nodes: '8-2' is not a number of nodes"),
         ("nodes: 0", "nodes: '0' is not a number of nodes"),
-        ("time: 24:00:00", 'time: write the time in quotes, such as "24:00:00"'),
         ("time: soon", "time: 'soon' is not a time limit"),
         ("time: '0'", "time: '0' is no time at all"),
         ("time: '4'", "signal_lead: 300 s is the whole time: 4 or more"),
@@ -48,6 +48,7 @@ def test_a_path_then_the_users_own_then_the_shipped(tmp_path: Path, monkeypatch:
         ("{container: a, apptainer: b}", "a job runs in one of them"),
         ("mounts: [/a]", "mounts are for a container"),
         ("gpus_per_node: many", "gpus_per_node: Input should be a valid integer"),
+        ("gpus_per_node: true", "gpus_per_node: Input should be a valid integer"),
         ("[1]", "expected keys and values"),
         ("a: [", "cannot be read as YAML"),
     ],

@@ -213,6 +213,7 @@ def test_a_damaged_export_is_named(exported: Path, tmp_path: Path) -> None:
     newer = config | {"duet": config["duet"] | {"format": 3}}
     other = config | {"duet": config["duet"] | {"model": config["duet"]["model"] | {"layers": 2}}}
     odd = config | {"duet": config["duet"] | {"objective": "none"}}
+    true = config | {"duet": config["duet"] | {"model": config["duet"]["model"] | {"layers": True}}}
     for name, change, message in (
         ("model.safetensors", lambda file: file.write_bytes(file.read_bytes()[:-1]), "model.safetensors: missing, dam"),
         ("model.safetensors", Path.unlink, "model.safetensors: missing"),
@@ -223,6 +224,7 @@ def test_a_damaged_export_is_named(exported: Path, tmp_path: Path) -> None:
         ("config.json", lambda file: file.write_text(json.dumps(newer)), "format 3 is not known here"),
         ("config.json", lambda file: file.write_text(json.dumps(other)), "of another model: .*Missing key"),
         ("config.json", lambda file: file.write_text(json.dumps(odd)), "config.json: damaged"),
+        ("config.json", lambda file: file.write_text(json.dumps(true)), "config.json: damaged: .*layers.*'true'"),
     ):
         with pytest.raises(CheckpointError, match=f"(?s){message}"):
             open_trained(broken(name, change))

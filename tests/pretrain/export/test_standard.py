@@ -164,6 +164,7 @@ def test_what_does_not_come_in_is_named(tmp_path: Path) -> None:
     refused("llama", "tie_word_embeddings=False does not fit", tie_word_embeddings=False)
     refused("llama", "head_dim=8 does not fit", head_dim=8)
     refused("llama", "None where heads is an integer", num_attention_heads=None)
+    refused("llama", "True where layers is an integer", num_hidden_layers=True)
     refused("llama", "None where ff_width is an integer", intermediate_size=None)
     refused("gpt2", "a size that is no number", n_embd=None)
     up = "model.layers.0.mlp.up_proj.weight"

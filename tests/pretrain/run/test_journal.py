@@ -187,6 +187,7 @@ def test_a_broken_line_in_the_middle_is_named_and_passed_over(path: Path, broken
         ("metrics", 1),
         ("damaged", None),
         ("metrics", 2),
+    b'{"format": 1, "kind": "metrics", "time": 1, "attempt": 1, "step": 2, "metrics": {"a": true}}',
     ]
     assert len(damaged) == 1
     assert damaged[0].startswith("metrics.jsonl:3: ")
