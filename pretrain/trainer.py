@@ -102,7 +102,9 @@ class Loop:
             self._wait_for_data()
             life.agreed_request(saver)
             if owed := self._owes_validation():
-                owed = self._validate() is None
+                if (loss := self._validate()) is not None:
+                    saver.validated(self.step, loss)
+                owed = loss is None
                 health.beat()
                 meter.resume_clock()
             while self.step < config.steps and not life.request:

@@ -24,7 +24,7 @@ from pretrain.checkpoint.rng import rng_states
 from pretrain.checkpoint.shard_file import write_error, write_tensors
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
-from pretrain.run.checkpoint_folder import MANIFEST, make_room, step_path
+from pretrain.run.checkpoint_folder import FORMAT, MANIFEST, is_checkpoint, make_room, step_path
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ class Saver:
             CheckpointError: on every rank, when one could not write.
         """
         self.join()
+        self._losses = {}  # of this very step, too, if the run was rolled back: another checkpoint had it
         since = time.perf_counter()
         path = step_path(self._root, step)
         self._ranks.together(lambda: self._prepare(path), only_first=True)
@@ -140,7 +141,8 @@ class Saver:
         self._save = _Save(path, content, self._thread.submit(write), since, time.perf_counter() - since)
 
     def validated(self, step: int, loss: float) -> None:
-        """Add its validation loss to the checkpoint of a step, in flight or published; on every rank."""
+        """Add its validation loss to the checkpoint of a step, in flight, published, or an earlier start's; on every
+        rank."""
         self._adding = self._thread.submit(self._add_loss, step, loss)
 
     def poll(self, writing: bool) -> None:
@@ -206,9 +208,11 @@ class Saver:
     def _add_loss(self, step: int, loss: float) -> None:
         if not self._ranks.is_first:
             return
-        self._losses = {step: loss}
-        if self._newest and self._newest.step == step:
-            self._write(self._newest.model_copy(update={"validation_loss": loss}), step_path(self._root, step))
+        self._losses, path = {step: loss}, step_path(self._root, step)
+        if self._newest is None and is_checkpoint(path):  # a validation that was broken off is made up for
+            self._newest = CheckpointManifest.load(path)
+        if self._newest and self._newest.step == step and self._newest.format == FORMAT:
+            self._write(self._newest.model_copy(update={"validation_loss": loss}), path)
 
     def _write(self, manifest: CheckpointManifest, path: Path) -> None:
         """Seal the checkpoint, and let go of those that need not stay beside it."""

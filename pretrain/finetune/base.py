@@ -138,7 +138,7 @@ def _unchanged(config: Config) -> tuple[Path, int | None]:
     assert config.run.start_from is not None
     path, step = parse(config.run.start_from)
     try:
-        found = base_hash(path, step)
+        found = base_hash(path, step, config.finetune.base)
     except RunError as error:
         raise CheckpointError(f"{error}; what is trained are changes to these weights") from None
     if found != config.finetune.base:

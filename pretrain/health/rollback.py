@@ -13,7 +13,7 @@ from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
 from pretrain.health.spikes import Spikes, StepLoss
 from pretrain.metric_names import LOSS, SKIPPED, STEP_MS
-from pretrain.run.checkpoint_folder import complete, remove
+from pretrain.run.checkpoint_folder import complete, needed_by, remove, set_aside
 from pretrain.run.journal import Record
 from pretrain.run.run_folder import RunFolder
 
@@ -58,8 +58,8 @@ def read_past(records: Iterable[Record], step: int, config: HealthConfig) -> Pas
 def load_older(folder: RunFolder, back: int, engine: Engine, ranks: Ranks, warn: Callable[[str], None]) -> int | None:
     """Load the checkpoint `back` places from the newest (1), or the oldest, into a live engine; a collective.
 
-    Those after it are removed, since they lead to where the run must not go again. A damaged one is passed over, and
-    one of another run.
+    Those after it are removed, since they lead to where the run must not go again; what adapters of another run change
+    gets another name. A damaged one is passed over, and one of another run.
 
     Returns:
         the step of the checkpoint; None when there is no whole one, and nothing has changed then.
@@ -81,7 +81,10 @@ def load_older(folder: RunFolder, back: int, engine: Engine, ranks: Ranks, warn:
             continue
         for newer in paths[: paths.index(path)] if ranks.is_first else []:
             try:
-                remove(newer)
+                if others := needed_by(newer):
+                    warn(f"{newer}: needed by {', '.join(others)}; the run goes on without it: now {set_aside(newer)}")
+                else:
+                    remove(newer)
             except OSError as error:
                 warn(f"{newer}: could not be removed: {error}; remove it, since a start would go on from there")
         return step

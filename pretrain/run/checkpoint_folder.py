@@ -186,9 +186,14 @@ def make_room(path: Path, warn: Callable[[str], None]) -> None:
             return
         except OSError as error:
             why = f"cannot be removed: {error.strerror}"
+    warn(f"{path}: stood where the step is saved ({why}); it is now {set_aside(path)}")
+
+
+def set_aside(path: Path) -> Path:
+    """Give a checkpoint another name, under which it is none of the run's. Returns that; raises OSError."""
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
     path.rename(aside)
-    warn(f"{path}: stood where the step is saved ({why}); it is now {aside}")
+    return aside
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -294,14 +294,14 @@ def _parse(line: bytes, path: Path) -> Record:
     kind, moment, attempt, step = content["kind"], content["time"], content["attempt"], content.get("step")
     if not (isinstance(kind, str) and type(moment) is type(attempt) is int and (step is None or type(step) is int)):
         raise TypeError("kind, time, attempt or step is of a wrong type")
+    metrics = content.get("metrics", {})
+    if not whole and bool in map(type, metrics.values()):
+        raise TypeError("a metric is no number")
     if kind in NEEDED and NEEDED[kind] not in content:
         raise KeyError(NEEDED[kind])
     return Record(
         kind=kind,
         time=moment,
-    metrics = content.get("metrics", {})
-    if not whole and bool in map(type, metrics.values()):
-        raise TypeError("a metric is no number")
         attempt=attempt,
         step=step,
         metrics={name: float(value) for name, value in metrics.items()},

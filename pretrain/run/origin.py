@@ -7,6 +7,7 @@ from typing import Any
 import xxhash
 
 from data_pipeline.errors import ConfigError, RunError
+from data_pipeline.files.sealed import unseal
 from data_pipeline.places import EXPORT, RUN, kind_of
 from model.architectures.external import is_external
 from model.config.model_config import ModelConfig
@@ -74,16 +75,21 @@ def _begun(config: Config, path: Path, step: int | None) -> Config:
     """The configuration with its origin, and the hash of the weights in it if these are all that is taken."""
     run = config.run.model_copy(update={"start_from": f"{path}" if step is None else f"{path}@{step}"})
     kind, folder, base = config.finetune.kind, RunFolder(config.run_dir), None
-    if kind == "full" and folder.has_trained():  # its checkpoints hold all of it
-        base = folder.config().finetune.base
+    noted = folder.config().finetune.base if kind != "none" and folder.has_trained() else None
+    if kind == "full" and noted:  # its checkpoints hold all of it
+        base = noted
     elif kind != "none":
-        base = base_hash(path, step)
+        base = base_hash(path, step, noted)
     tuned = config.finetune.model_copy(update={"base": base})
     return config.model_copy(update={"run": run, "finetune": tuned})
 
 
-def base_hash(path: Path, step: int | None) -> str:
-    """Of the weights of an export, or of the manifest of a run's checkpoint, which holds those of its shards.
+def base_hash(path: Path, step: int | None, noted: str | None = None) -> str:
+    """Of the weights of an export, or of the manifest of a run's checkpoint, which holds those of its shards: without
+    the validation loss, which may be added later.
+
+    Args:
+        noted: what a run has noted of them. Older versions took the whole manifest; it is returned where that is so.
 
     Raises:
         RunError: there are none.
@@ -94,9 +100,15 @@ def base_hash(path: Path, step: int | None) -> str:
         with open(file, "rb") as opened:
             while block := opened.read(2**23):
                 digest.update(block)
+        if step is None or digest.hexdigest() == noted:
+            return digest.hexdigest()
+        content = unseal(file.read_bytes(), formats=())
     except OSError as error:
         raise RunError(f"{file}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
+    except ValueError as error:
+        raise RunError(f"{file}: damaged: {error}") from None
+    content.pop("validation_loss", None)
+    return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
 
 
 def folder(config: Config) -> RunFolder:

@@ -22,9 +22,12 @@ from pretrain.checkpoint import checkpoint, retention, saver, shard_file
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
+from pretrain.health.rollback import load_older
 from pretrain.inference.trained import saved_config
-from pretrain.run.checkpoint_folder import complete, step_path
+from pretrain.run.checkpoint_folder import complete, hold, step_path
 from pretrain.run.lease import LeaseLost
+from pretrain.run.run_folder import RunFolder
+from tests.checkpoints import manifest_of
 from tests.distributed.cases import a_saver, digest, make_engine, save, small_config, train_steps
 
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
@@ -226,6 +229,28 @@ def clean_up_fails(ranks: Ranks, root: str) -> dict[str, Any]:
             subject.start(step, {})
             subject.join()
     return {"warnings": warnings, "complete": len(complete(Path(root)))}
+
+
+def back_and_again(ranks: Ranks, root: str) -> dict[str, Any]:
+    """Two saves, the second validated and needed by another run; back behind it, and on to the same step."""
+    folder, other = RunFolder(Path(root)), Path(root) / "other"
+    other.mkdir()
+    (other / "run.json").touch()
+    config = small_config(1, "fp32")
+    folder.claim(config, {"fingerprint": "f", "path": "p"})
+    engine = make_engine(ranks, config)
+    warnings: list[str] = []
+    with a_saver(engine, folder.checkpoints, ranks) as subject:
+        subject.start(1, {})
+        subject.start(2, {})
+        subject.validated(2, 1.5)
+        subject.join()
+        hold(step_path(folder.checkpoints, 2), other)
+        step = load_older(folder, 2, engine, ranks, warnings.append)
+        subject.start(2, {})
+        subject.join()
+    found = {path.name: manifest_of(path)["validation_loss"] for path in folder.checkpoints.iterdir()}
+    return {"step": step, "warnings": warnings, "losses": found}
 
 
 PHASES = ["no save", "before the shards", "in a shard", "between shards", "before the manifest", "after the manifest"]

@@ -111,6 +111,17 @@ def test_random_number_generators_go_on_where_they_were(ranks: Ranks, tmp_path: 
     assert other != drawn[0], "of another number of ranks they are left alone"
 
 
+def test_a_rollback_keeps_what_another_run_needs_and_forgets_the_loss_of_what_it_went_back_behind(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    [result] = ranks(f"{HERE}back_and_again", 1, root=str(tmp_path))
+    assert result["step"] == 1
+    [warning] = result["warnings"]
+    aside = warning.rpartition("now ")[2]
+    assert f"needed by {tmp_path / 'other'}" in warning
+    assert result["losses"] == {"step-000000001": None, "step-000000002": None, Path(aside).name: 1.5}
+
+
 def test_training_goes_on_during_a_save_and_the_file_holds_the_snapshot(ranks: Ranks, tmp_path: Path) -> None:
     for result in ranks(f"{HERE}snapshots", 2, root=str(tmp_path)):
         assert result["polls"] == [[1, False]] * 3, "the first save is held up"

@@ -71,6 +71,8 @@ def test_the_planned_signal_breaks_off_a_validation_that_is_made_up_for(
     assert (wish.step, wish.trained) == (step, step)
     assert ranks(f"{CASES}run", 2, args=args) == [0, 0]
     assert validations(run_dir)[0][:2] == (2, step)
+    manifest = manifest_of(step_path(run_dir / "checkpoints", step))
+    assert manifest["validation_loss"] == validations(run_dir)[0][2], "as of any that was validated"
     if step == 6:
         check_whole(run_dir, reference)
     assert ranks(f"{CASES}run", 2, args=args) == [0, 0], "once more"

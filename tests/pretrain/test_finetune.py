@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from data_pipeline.errors import CheckpointError, ConfigError, UserError
 from launch.cli import app
 from model.architectures.registry import ARCHITECTURES, configure
 from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.checkpoint.retention import reasons
 from pretrain.config.sections import FinetuneConfig
 from pretrain.export.portable import write_export
@@ -23,8 +25,10 @@ from pretrain.export.use import evaluate_run, open_trained
 from pretrain.finetune.base import verify_base
 from pretrain.finetune.lora import AdaptedLinear, adapt, merged
 from pretrain.inference.trained import find_checkpoint
-from pretrain.run.checkpoint_folder import step_path
+from pretrain.run import origin
+from pretrain.run.checkpoint_folder import MANIFEST, step_path
 from pretrain.run.journal import read, series
+from pretrain.run.origin import base_hash
 from tests.conftest import RanksFailed
 from tests.model.helpers import VOCABULARY, batch_of, build, one_of, open_masks, small
 from tests.runs import CHARACTERS, SMALL, documented_architecture, duet
@@ -154,6 +158,23 @@ def test_what_was_tuned_is_used_exported_and_tuned_again(
     assert first == pytest.approx(last, abs=0.3), "it began where the adapters had come to"
     whole = tuned["whole"] / "checkpoints"
     assert reasons(whole, 1, None)[step_path(whole, 4)] == ["newest", f"needed by {tuned['again']}", "best"]
+
+
+def test_a_base_may_be_validated_after_adapters_have_begun_with_it(tuned: dict[str, Path]) -> None:
+    """Its loss is added to its manifest then. An older version's run has noted a hash that includes it."""
+    base = step_path(tuned["whole"] / "checkpoints", 4)
+    checkpoint, config = find_checkpoint(tuned["again"])
+    manifest = CheckpointManifest.load(base)
+    (base / MANIFEST).write_text(manifest.model_copy(update={"validation_loss": 9.0}).sealed())
+    verify_base(checkpoint)
+    noted = config.finetune.base
+    assert noted == origin.resolve(config).finetune.base == base_hash(tuned["whole"], 4)
+    former = xxhash.xxh3_128_hexdigest((base / MANIFEST).read_bytes())
+    assert base_hash(tuned["whole"], 4, former) == former != noted
+    (base / MANIFEST).write_text(manifest.model_copy(update={"optimizer_steps": 3}).sealed())
+    with pytest.raises(CheckpointError, match="changed since the run has begun with it"):
+        verify_base(checkpoint)
+    (base / MANIFEST).write_text(manifest.sealed())
 
 
 def test_what_a_run_cannot_begin_with_is_said(
