@@ -3,6 +3,7 @@
 import time
 import traceback
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from data_pipeline.errors import RunError
 from data_pipeline.files.atomic import disk_errors
 from data_pipeline.files.mapped import explained, told
 from data_pipeline.loading.loader import Loader, Reader
+from data_pipeline.sampling.data_state import DataState
 from data_pipeline.sampling.sample_plan import Plan
 from pretrain import begin, status_line
 from pretrain.config.schedule import learning_rate
@@ -150,7 +152,7 @@ class Loop:
         self._profile.after(self.step)
         parts.health.after_step(self.step, batches, lr, applied)
         parts.system.step = self.step
-        parts.meter.add(self.step, metrics, self._progress(lr, grad_norm, applied))
+        parts.meter.add(self.step, metrics, partial(self._progress, self._data, lr, grad_norm, applied))
         engine.stopwatch.start()
         self._wait_for_data()
         engine.stopwatch.lap("data")
@@ -160,12 +162,12 @@ class Loop:
         if self.step < self._claim.config.train.steps:
             self._loader.wait(lambda: self._parts.life.requested)
 
-    def _progress(self, lr: float, grad_norm: Tensor, applied: bool) -> dict[str, Any]:
-        """What is known of a step beside the model's metrics."""
-        epoch, of_sources = self._plan.epochs(self._data.samples_seen)
+    def _progress(self, data: DataState, lr: float, grad_norm: Tensor, applied: bool) -> dict[str, Any]:
+        """What is known of a step, after which the data stand there, beside the model's metrics."""
+        epoch, of_sources = self._plan.epochs(data.samples_seen)
         return {
-            TOKENS_SEEN: self._data.tokens_seen,
-            SAMPLES_SEEN: self._data.samples_seen,
+            TOKENS_SEEN: data.tokens_seen,
+            SAMPLES_SEEN: data.samples_seen,
             EPOCH: epoch,
             **{epoch_of(name): value for name, value in of_sources.items()},
             LEARNING_RATE: lr,

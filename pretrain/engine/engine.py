@@ -26,7 +26,7 @@ from pretrain.engine.adamw8bit import SIGNED
 from pretrain.engine.buffers import Buffers, Centroids, Multipliers
 from pretrain.engine.caches import own_caches
 from pretrain.engine.distributed import Ranks
-from pretrain.engine.fragments import Fragment, Kept
+from pretrain.engine.fragments import Fragment, Kept, in_chunks
 from pretrain.engine.hardware import check_hardware, keep_freed_memory
 from pretrain.engine.layer_transforms import checkpoint_activations, compile_layers
 from pretrain.engine.optim import (
@@ -246,15 +246,17 @@ class Engine:
         Of what this rank owns: the sums over the ranks are ‖θ‖² and ‖Δθ‖². The update is 0 for a step that applied
         none, and None under Muon and AdamW in 8 bits, whose update cannot be found from what they keep.
         """
-        norms, update_norms = [], []
+        norms, update_norms = list[Tensor](), list[Tensor]()
         knows_update = self._optimizer.kind == "adamw"
         states = self.states if knows_update else dict.fromkeys(self.states, ("fp32",))
-        for fragment in self._owned(states, self._inner.state):
-            norms += [torch.linalg.vector_norm(part) for part in fragment.states["fp32"].split(CHUNK)]
-            if self._applied and knows_update:
-                decay = self._optimizer.weight_decay if len(self.shapes[fragment.name]) >= 2 else 0.0
-                lr = self._lr * (self._peaks[fragment.name] / self._optimizer.lr)
-                update_norms += adamw_update_norms(fragment.states, lr, decay, self.optimizer_steps, self._optimizer)
+        moved = self._applied and knows_update
+        steps = self.optimizer_steps if moved else 0  # once: a GPU is waited for
+        for parts in in_chunks(self._owned(states, self._inner.state), CHUNK):
+            norms += torch._foreach_norm([part.states["fp32"] for part in parts])
+            if moved:
+                decays = [self._optimizer.weight_decay if len(self.shapes[x.name]) >= 2 else 0.0 for x in parts]
+                rates = [self._lr * (self._peaks[x.name] / self._optimizer.lr) for x in parts]
+                update_norms += adamw_update_norms([x.states for x in parts], rates, decays, steps, self._optimizer)
         return _sum_of_squares(norms), _sum_of_squares(update_norms) if knows_update else None
 
     @property

@@ -5,7 +5,7 @@ Reads private attributes of the pinned version and imports nothing of it; the ma
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,21 @@ class Fragment:
         """`numel` elements of it, from its own `start`."""
         views = {state: view.narrow(0, start, numel) for state, view in self.states.items()}
         return Fragment(self.name, self.start + start, numel, views)
+
+
+def in_chunks(fragments: Iterable[Fragment], most: int) -> Iterator[list[Fragment]]:
+    """All of them, cut where they are longer, in lists of at most so many elements."""
+    held, size = list[Fragment](), 0
+    for fragment in fragments:
+        for start in range(0, fragment.numel, most):
+            part = fragment.part(start, min(most, fragment.numel - start))
+            if held and size + part.numel > most:
+                yield held
+                held, size = [], 0
+            held.append(part)
+            size += part.numel
+    if held:
+        yield held
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Which parameter gets which update, in torch's own terms. DeepSpeed's Muon is named here and built by the engine."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,9 +80,13 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float, config: Optim
 
 
 def adamw_update_norms(
-    states: dict[str, Tensor], lr: float, weight_decay: float, steps: int, config: OptimizerConfig
+    states: Sequence[Mapping[str, Tensor]],
+    rates: Sequence[float],
+    decays: Sequence[float],
+    steps: int,
+    config: OptimizerConfig,
 ) -> list[Tensor]:
-    """Norms (0-d), over parts of a tensor, of the last update that AdamW made to it.
+    """Norms (0-d) of the last update that AdamW made to each of some tensors.
 
     The update is found from the parameter θ and the moments m, v after step t ("Decoupled Weight Decay
     Regularization", arXiv:1711.05101, algorithm 2):
@@ -93,15 +97,17 @@ def adamw_update_norms(
     since θ = (1 - lr · λ) θ_before - a, with weight decay λ.
 
     Args:
-        states: by ADAM_STATES, each [n].
-        lr: of that step, with its `weight_decay`.
+        states: of each, by ADAM_STATES, [n].
+        rates: lr of each at that step.
+        decays: λ of each.
         steps: t.
     """
     beta_1, beta_2 = config.betas
-    decay = lr * weight_decay
-    norms = []
-    for theta, m, v in zip(*(states[state].split(CHUNK) for state in ADAM_STATES), strict=True):
-        root = v.sqrt().div_((1 - beta_2**steps) ** 0.5).add_(config.eps)
-        update = torch.addcdiv(theta * decay, m, root, value=lr / (1 - beta_1**steps))
-        norms.append(torch.linalg.vector_norm(update) / (1 - decay))
-    return norms
+    thetas, m, v = ([of_one[state] for of_one in states] for state in ADAM_STATES)
+    shares = [lr * decay for lr, decay in zip(rates, decays, strict=True)]
+    roots = torch._foreach_sqrt(v)
+    torch._foreach_div_(roots, (1 - beta_2**steps) ** 0.5)
+    torch._foreach_add_(roots, config.eps)
+    updates = torch._foreach_mul(thetas, shares)
+    torch._foreach_addcdiv_(updates, m, roots, [lr / (1 - beta_1**steps) for lr in rates])
+    return list(torch._foreach_div(torch._foreach_norm(updates), [1 - share for share in shares]))

@@ -3,7 +3,7 @@
 import platform
 import resource
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,11 +85,12 @@ class Meter:
         self._gated_share = gated_share(config.model, config.objective.of_pairs) if sparse else 0.0
         self._hosts = ranks.gather(platform.node())
         self._shapes: dict[str, torch.Size] = {}
-        self._steps: list[tuple[int, Tensor, Mapping[str, Any]]] = []
+        self._steps: list[tuple[int, Tensor, Callable[[], Mapping[str, Any]]]] = []
         self._since = time.perf_counter()
 
-    def add(self, step: int, micro_batches: list[dict[str, Tensor]], known: Mapping[str, Any]) -> None:
-        """Take one step: the model's metrics of each micro-batch, and numbers (or 0-d tensors) that all ranks share.
+    def add(self, step: int, micro_batches: list[dict[str, Tensor]], known: Callable[[], Mapping[str, Any]]) -> None:
+        """Take one step: the model's metrics of each micro-batch, and, asked for by `flush`, numbers (or 0-d tensors)
+        that all ranks share.
 
         The model gives what is a mean over the step once it is averaged over micro-batches and ranks; `told` makes
         numbers of the moments among it, which are in float64.
@@ -99,7 +100,10 @@ class Meter:
         self._shapes = {name: micro_batches[0][name].shape for name in (*numbers, *moments)}
         table = torch.stack([metrics[name].float() for name in numbers for metrics in micro_batches])
         means = [table.view(len(numbers), -1).mean(dim=-1).double()]
-        means += [torch.stack([metrics[name] for metrics in micro_batches]).mean(dim=0) for name in moments]
+        if moments:
+            means.append(
+                torch.stack([torch.cat([of_one[name] for name in moments]) for of_one in micro_batches]).mean(0)
+            )
         self._steps.append((step, torch.cat(means), known))
 
     def flush(self) -> list[StepMetrics]:
@@ -118,7 +122,7 @@ class Meter:
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         lines = [
-            StepMetrics(step, _named(row, of_a_mask=False) | {name: float(value) for name, value in known.items()})
+            StepMetrics(step, _named(row, of_a_mask=False) | {name: float(value) for name, value in known().items()})
             for (step, _, known), row in zip(self._steps, _rows(found, table), strict=True)
         ]
         [masks] = _rows(found, table.mean(dim=0, keepdim=True))

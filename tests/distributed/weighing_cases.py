@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -80,7 +81,7 @@ def learned(ranks: Ranks, args: list[str]) -> dict[str, float]:
         engine.stopwatch.lap("data")
         metrics, norm, applied = engine.train_step(made, lr=1e-3)
         assert applied
-        meter.add(step, metrics, {"optim/grad_norm": norm})
+        meter.add(step, metrics, partial(dict, {"optim/grad_norm": norm}))
     found = {f"{line.step} {name}": value for line in meter.flush() for name, value in line.values.items()}
     of_text = evaluate(engine.module, windows, held_out_bytes(dataset), micro_batch, ranks, batches)
     found |= {f"validation {name}": value for name, value in of_text.items()}
