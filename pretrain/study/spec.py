@@ -1,9 +1,10 @@
 """A study: runs that differ in what is compared, as one YAML file describes them. Free of torch."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, model_validator
@@ -11,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints, Valida
 from data_pipeline.errors import ConfigError
 from data_pipeline.secret import WAY_ON, key_of_secret
 from pretrain.config import yaml_files
+from pretrain.config.keys import Keys, keys_of
 from pretrain.config.schema import Config, load
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -195,7 +197,10 @@ def load_study(path: Path) -> Study:
     Raises:
         ConfigError: it is not there, or something in it is wrong; names the place.
     """
-    study = parsed(Study, read_yaml(path), path)
+    content = read_yaml(path)
+    if isinstance(content, dict) and "sizes" in content:
+        raise ConfigError(f"{path}: a study has no sizes; this is a ladder: duet study ladder {shlex.quote(str(path))}")
+    study = parsed(Study, content, path)
     for run in study.runs(list(study.sections)):
         try:
             run.config()
@@ -230,5 +235,18 @@ def parsed(form: type[Form], content: object, path: Path) -> Form:
     try:
         return form.model_validate(content)
     except ValidationError as error:
-        lines = (f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError("\n".join(lines)) from error
+        told = (_told(detail, Keys(form, form)) for detail in error.errors())
+        raise ConfigError("\n".join(f"{path}: {line}" for line in told)) from error
+
+
+def _told(detail: Any, keys: Keys) -> str:
+    """One of pydantic's errors: where, and what is wrong."""
+    location = list(map(str, detail["loc"]))
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        message = f"unknown key; there are {', '.join(keys_of(keys.at(location[:-1])))}"
+    elif detail["type"] == "missing":
+        message = "is missing"
+    elif detail["type"] == "string_pattern_mismatch":
+        message = f"{detail['input']!r} is no name here: small letters, digits, `.` and `-`, the first no `.` or `-`"
+    return ": ".join(filter(None, [".".join(location), message]))
