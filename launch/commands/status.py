@@ -138,6 +138,7 @@ def _block(one: "Status", now: float) -> list[str]:
     saved = ""
     if one.checkpoint is not None and one.checkpoint_time is not None:
         saved = f"step {one.checkpoint}, {_duration(now - one.checkpoint_time)} ago"
+    requeued = f", this job was requeued {one.restarts} times" if one.job else ""
     rows = [
         ("run", one.run),
         ("state", f"{one.state}{f' ({one.why})' if one.why else ''}"),
@@ -149,7 +150,7 @@ def _block(one: "Status", now: float) -> list[str]:
         ("loss", "" if one.loss is None else f"{one.loss:.4f}"),
         ("tokens/s", "" if one.tokens_per_second is None else f"{one.tokens_per_second:,.0f}"),
         ("checkpoint", saved),
-        ("attempts", f"{one.attempts}, this job was requeued {one.restarts} times" if one.attempts else ""),
+        ("attempts", f"{one.attempts}{requeued}" if one.attempts else ""),
         ("job ends", f"{_moment(one.job_ends, now)}{left}" if one.job_ends else ""),
         ("run ends", f"{_moment(one.run_ends, now)} at this speed" if one.run_ends else ""),
         ("decided", _decision(one, now)),

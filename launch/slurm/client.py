@@ -147,7 +147,8 @@ def test_only(script: Path, options: Sequence[str] = (), arguments: Sequence[str
         SlurmError: it would refuse.
     """
     done = _checked("sbatch", "--test-only", *options, str(script), *arguments, without=overruled(script.read_text()))
-    return "\n".join(_said(done.stderr + done.stdout))
+    # The number is one that no job gets.
+    return "\n".join(re.sub(r"^Job \d+ ", "", line) for line in _said(done.stderr + done.stdout))
 
 
 def overruled(script: str) -> list[str]:

@@ -3,6 +3,7 @@
 Without Slurm, or when it does not answer, the folders alone must do.
 """
 
+import shlex
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -199,10 +200,15 @@ def _state(files: RunFiles, job: Job | None, asked: bool, now: float) -> tuple[s
         )
     failure = files.failures[-1:] if run.state in ("failed", "dead") else []
     if run.state == "killed":
-        return "stopped", "saved at a signal; `duet resume` goes on"
+        return "stopped", f"saved at a signal; {_again(files)} goes on"
     if run.state == "dead":
-        return "dead", told(failure[0]) if failure else "its process is gone and said nothing; `duet resume` goes on"
+        return "dead", told(failure[0]) if failure else f"its process is gone and said nothing; {_again(files)} goes on"
     return run.state, told(failure[0]) if failure else ""
+
+
+def _again(files: RunFiles) -> str:
+    """The command with which a run goes on: where it has trained so far."""
+    return "`duet resume`" if files.jobs else f"`duet train {shlex.quote(str(files.path / 'config.yaml'))}`"
 
 
 def _queued(job: Job) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """A study: runs that differ in what is compared, as one YAML file describes them. Free of torch."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints, Valida
 from data_pipeline.errors import ConfigError
 from data_pipeline.secret import WAY_ON, key_of_secret
 from pretrain.config import yaml_files
-from pretrain.config.keys import Keys
+from pretrain.config.keys import Keys, keys_of
 from pretrain.config.layers import spelt_out
 from pretrain.config.schema import Config, load
 
@@ -197,7 +198,10 @@ def load_study(path: Path) -> Study:
     Raises:
         ConfigError: it is not there, or something in it is wrong; names the place.
     """
-    study = parsed(Study, read_yaml(path), path)
+    content = read_yaml(path)
+    if isinstance(content, dict) and "sizes" in content:
+        raise ConfigError(f"{path}: a study has no sizes; this is a ladder: duet study ladder {shlex.quote(str(path))}")
+    study = parsed(Study, content, path)
     for run in study.runs(list(study.sections)):
         try:
             run.config()
@@ -232,9 +236,19 @@ def parsed(form: type[Form], content: object, path: Path) -> Form:
     try:
         return form.model_validate(spelt_out(content, form, Keys(form, form)))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explained(path, detail) for detail in error.errors())) from error
+        told = (_told(detail, Keys(form, form)) for detail in error.errors())
+        raise ConfigError("\n".join(f"{path}: {line}" for line in told)) from error
 
 
-def _explained(path: Path, detail: Any) -> str:
+def _told(detail: Any, keys: Keys) -> str:
+    """One of pydantic's errors: where, and what is wrong."""
+    location = list(map(str, detail["loc"]))
     given = f" (given: {detail['input']!r})" if isinstance(detail["input"], str | int | float) else ""
-    return f"{path}: {'.'.join(map(str, detail['loc']))}: {detail['msg']}{given}"
+    message = detail["msg"].removeprefix("Value error, ") + given
+    if detail["type"] == "extra_forbidden":
+        message = f"unknown key; there are {', '.join(keys_of(keys.at(location[:-1])))}"
+    elif detail["type"] == "missing":
+        message = "is missing"
+    elif detail["type"] == "string_pattern_mismatch":
+        message = f"{detail['input']!r} is no name here: small letters, digits, `.` and `-`, the first no `.` or `-`"
+    return ": ".join(filter(None, [".".join(location), message]))

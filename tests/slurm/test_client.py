@@ -37,7 +37,7 @@ def wait(job_id: str, *states: str) -> client.Job:
 
 def test_the_life_of_a_job(cluster: Cluster) -> None:
     said = client.test_only(Path("job.sh"), ["-N2"])
-    assert "to start at" in said and "n[1-2]" in said
+    assert said.startswith("to start at") and "n[1-2]" in said, said
     began = time.time()
     job_id = client.submit(Path("job.sh"), ["-N2", "--time=1-00:00:00", "--partition=high"], ["3"])
     job = wait(job_id, "RUNNING")

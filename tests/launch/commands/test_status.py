@@ -166,6 +166,10 @@ def test_the_job_that_runs_comes_before_those_that_wait_and_those_that_ended(tmp
 
 def test_why_it_failed_is_what_the_policy_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended(tmp_path, None)
+    local = tmp_path / "local"
+    ended(local, None, job=None)
+    for run, way_on in ((tmp_path, "duet resume"), (local, f"duet train {local}/config.yaml")):
+        assert join(read_files(run), [], asked=True).why.endswith(f"said nothing; `{way_on}` goes on")
     folder = JobFolder(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     folder.failed(Failure("7", 0, 9, "Killed \x1b[2J\nand more", step=12, rank=3, host="n2"))

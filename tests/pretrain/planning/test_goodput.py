@@ -63,6 +63,7 @@ def test_an_outlook_takes_what_is_given_and_the_published_rate_else() -> None:
     assert ahead.times.load == 33.0 and ahead.times.save == pytest.approx(found.checkpoint_bytes / 64 / 5e9)
     assert ahead.own.interval == config.train.checkpoint_every * found.step_seconds
     assert ahead.best.share >= ahead.own.share
+    assert ahead.best_steps == config.train.steps, "a longer interval than the run there is none"
     assert outlook(config, found, 64, 3.0, {"save": 0.0}).best_steps == 1
     assert parse_times(["load=33", "save=0"]) == {"load": 33.0, "save": 0.0}
     for wrong in ("load", "load=-1", "load=nan", "sleep=3", "load=soon", "load=inf"):
