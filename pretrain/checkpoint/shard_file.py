@@ -35,7 +35,7 @@ DTYPES = {
 def write_tensors(
     file: Path, tensors: dict[str, Tensor], abandoned: Event, metadata: dict[str, str] | None = None
 ) -> tuple[int, str]:
-    """Write contiguous host tensors, flushed to disk. A file that could not be written whole is removed.
+    """Write contiguous host tensors into a new file, flushed to disk. One that could not be written whole is removed.
 
     The same content gives the same bytes, which safetensors' own writer does not promise: it shuffles `metadata`.
 
@@ -43,9 +43,14 @@ def write_tensors(
         bytes and hash of the file.
 
     Raises:
-        CheckpointError: the disk refuses, or `abandoned` was set in the meantime.
+        CheckpointError: the disk refuses, `abandoned` was set in the meantime, or there is such a file: this run has
+            stood still, and another start owns the folder by now.
     """
     digest = xxhash.xxh3_128()
+    try:
+        file.touch(exist_ok=False)
+    except OSError as error:
+        raise write_error(file, error) from error
     try:
         with open(file, "wb") as written:
             for block in _blocks(tensors, metadata):

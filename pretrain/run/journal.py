@@ -148,6 +148,9 @@ def read(path: Path) -> Iterator[Record]:
 def read_from(path: Path, offset: int) -> Iterator[tuple[Record, int]]:
     """Records from a byte offset on, each with the offset behind it: what a follower keeps to go on from.
 
+    What an attempt wrote behind lines of a later one that are read, too, is left out: it had stood still, and lost the
+    run meanwhile.
+
     Raises:
         RunError: there is no journal, or it was written by a newer version.
     """
@@ -165,6 +168,9 @@ def read_from(path: Path, offset: int) -> Iterator[tuple[Record, int]]:
                 first = first or _line_number(path, offset) - number
                 text = f"{path.name}:{first + number}: a damaged line of the journal was passed over: {error!r}"
                 record = Record("damaged", course.time, course.attempt, None, {}, {"text": text})
+            if record.attempt < course.attempt:
+                offset += len(line)
+                continue
             if (lost := course.lost_before(record)) is not None:
                 yield lost, offset
             offset += len(line)

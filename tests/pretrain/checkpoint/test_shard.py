@@ -31,6 +31,7 @@ def test_the_library_reads_what_is_written(
         name: (torch.randn(numel, generator=generator) * 100).to(dtype) for name, (dtype, numel) in shapes.items()
     }
     file = tmp_path / "shard.safetensors"
+    file.unlink(missing_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shard_file, "BLOCK", 1000)
         size, digest = shard_file.write_tensors(file, tensors, Event())
@@ -48,3 +49,10 @@ def test_a_run_that_ends_does_not_wait_for_the_rest(tmp_path: Path) -> None:
     abandoned.set()
     with pytest.raises(CheckpointError, match="abandoned"):
         shard_file.write_tensors(tmp_path / "shard", {"a": torch.zeros(10)}, abandoned)
+
+
+def test_a_run_that_stood_still_does_not_write_over_what_another_start_saved(tmp_path: Path) -> None:
+    (tmp_path / "shard").write_bytes(b"of another start")
+    with pytest.raises(CheckpointError, match="File exists"):
+        shard_file.write_tensors(tmp_path / "shard", {"a": torch.zeros(10)}, Event())
+    assert (tmp_path / "shard").read_bytes() == b"of another start"

@@ -71,6 +71,22 @@ def test_a_line_torn_at_any_byte_is_taken_out_and_all_before_it_stays(tmp_path: 
         assert [r.fields["torn"] for r in notices] == ([content[last_line:cut].decode()] if cut > last_line else [])
 
 
+def test_what_an_attempt_that_stood_still_wrote_when_the_next_had_begun_does_not_count(path: Path) -> None:
+    write(path, 1, range(1, 6))
+    stood_still = Journal(path, 1)
+    write(path, 2, range(3, 4), resumed_from=2)
+    stood_still.metrics(6, {"loss/train": 1.06})
+    stood_still.event("end", status="FAILED", reason="")
+    write(path, 3, range(4, 5), resumed_from=3)
+    assert [(r.kind, r.attempt) for r in read(path)][6:] == [
+        ("start", 2),
+        ("metrics", 2),
+        ("start", 3),
+        ("metrics", 3),
+    ]
+    assert [point.value for point in series(read(path))["loss/train"]] == [1.01, 1.02, 2.03, 3.04]
+
+
 def test_a_journal_that_is_one_long_torn_line(path: Path) -> None:
     path.write_bytes(b'{"format": 1, "x": "' + b"\0\xff" * 100_000)
     Journal(path, 1).metrics(1, {"a": 1.0})
@@ -171,6 +187,7 @@ BROKEN = (
     b'{"format": 1, "kind": "metrics", "time": 1, "attempt": 1, "step": "2", "metrics": {}}',
     b'{"format": 1, "kind": "metrics", "time": 1, "attempt": 1, "step": 2, "metrics": []}',
     b'{"format": 1, "kind": "metrics", "time": 1, "attempt": 1, "step": 2, "metrics": {"a": 1' + b"0" * 400 + b"}}",
+    b'{"format": 1, "kind": "metrics", "time": 1, "attempt": 1, "step": 2, "metrics": {"a": true}}',
     b'{"format": 1, "kind": "end", "time": 1, "attempt": 1}',
     b'{"format": 2, "kind": "metrics", "time": 1, "attempt": 1, "step": 2, "metrics": {}}',
 )
@@ -187,7 +204,6 @@ def test_a_broken_line_in_the_middle_is_named_and_passed_over(path: Path, broken
         ("metrics", 1),
         ("damaged", None),
         ("metrics", 2),
-    b'{"format": 1, "kind": "metrics", "time": 1, "attempt": 1, "step": 2, "metrics": {"a": true}}',
     ]
     assert len(damaged) == 1
     assert damaged[0].startswith("metrics.jsonl:3: ")
