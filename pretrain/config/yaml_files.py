@@ -15,7 +15,8 @@ _INT, _FLOAT, _TIME = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", 
 class _Loader(yaml.SafeLoader):
     """YAML's own would take the second of two equal keys, silently, 1e-3 for a text, and 010 for 8.
 
-    A whole number has one spelling here, so that none is lost where a name is wanted: 01 and 12:30 are texts.
+    A whole number has one spelling here, so that none is lost where a name is wanted: 01 and 12:30 are texts. So is
+    every key: 1e-2 and yes are names as they stand.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -25,6 +26,7 @@ class _Loader(yaml.SafeLoader):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
                 seen.add(key.value)
+                key.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
 
 
