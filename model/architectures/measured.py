@@ -167,18 +167,25 @@ class Saved:
 def fused() -> Iterator[None]:
     """Have attention keep meanwhile what kernels keep: the meta device has none, and keeps T x T weights."""
     import torch
+    from torch import Tensor
     from torch.nn import functional
     from torch.overrides import TorchFunctionMode
 
     class Fused(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            if func is not functional.scaled_dot_product_attention:
-                return func(*args, **kwargs)
-            mask = kwargs["attn_mask"]
-            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            mask = None if mask is None else mask.to(args[0].dtype)
-            return kernel(*args, 0.0, kwargs["is_causal"], attn_mask=mask)[0]
+            if func is functional.scaled_dot_product_attention and (*args, *kwargs.values())[0].dim() == 4:
+                return kept_by_kernel(*args, **kwargs)
+            return func(*args, **kwargs)
+
+    def kept_by_kernel(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        """The result, and a mask in the type of the scores; its values are none, so nothing else matters."""
+        mask = None if attn_mask is None else attn_mask.to(query.dtype)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        found: Tensor = kernel(query, key, value, attn_mask=mask)[0]
+        return found
 
     with Fused():
         yield

@@ -81,7 +81,7 @@ def _shares(key: _Key, exact: bool) -> _Shares:
         adapt(adapted, key.config.finetune, seed=0)
     both = [model.to(torch.float32 if exact else torch.bfloat16).train() for model in (adapted, _model(key))]
     try:
-        with fused():
+        with fused(), torch.random.fork_rng(devices=[]):
             ours, whole = (saved(model, *model.config.lengths) for model in both)
     except (NotImplementedError, RuntimeError):  # values are asked for, which the meta device has none of
         return _Shares(1.0, 1.0, 1.0)  # as if all were trained: the most that is kept
