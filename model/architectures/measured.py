@@ -1,7 +1,10 @@
-"""What a model costs whose architecture does not say: measured on torch's meta device, which computes nothing."""
+"""What a model costs, measured on torch's meta device, which computes nothing: where its architecture does not say, and
+where adapters are trained."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_pipeline.errors import ConfigError
 from model.config.model_config import ModelConfig
@@ -76,7 +79,7 @@ def _measure(key: _Key, inputs: int, targets: int, size: int) -> _Found:
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model = build(key.config).to(torch.float32 if size == 4 else torch.bfloat16).train()
-            return _run(model, key.config, inputs, targets)
+            return _run(model, inputs, targets)
     except ConfigError:
         raise
     except Exception as error:
@@ -86,27 +89,12 @@ def _measure(key: _Key, inputs: int, targets: int, size: int) -> _Found:
         ) from error
 
 
-def _run(model: "TokenModel", config: ModelConfig, inputs: int, targets: int) -> _Found:
+def _run(model: "TokenModel", inputs: int, targets: int) -> _Found:
     """One sample, forward, up to the head."""
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from model.batch import Batch
-
-    ids = torch.zeros(1, inputs, dtype=torch.int64)
-    written = torch.zeros(1, targets, dtype=torch.int64)
-    two = config.traits.two_sequences
-    batch = Batch(
-        ids,
-        written if two else ids,
-        samples=torch.zeros(1, dtype=torch.int64),
-        step=torch.ones((), dtype=torch.int64),
-        seed=0,
-        decoder_input_ids=written if two else None,
-    )
-    kept = _Saved(model)
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
-        model.hidden(ids, torch.zeros(1, dtype=torch.int64), batch)
+    with FlopCounterMode(display=False) as counter:
+        kept = saved(model, inputs, targets)
     parameters = {
         _NAMES.get(name, name): sum(parameter.numel() for parameter in child.parameters())
         for name, child in model.named_children()
@@ -115,7 +103,31 @@ def _run(model: "TokenModel", config: ModelConfig, inputs: int, targets: int) ->
     return _Found(parameters, counter.get_total_flops(), kept.of_layers, kept.outside)
 
 
-class _Saved:
+def saved(model: "TokenModel", inputs: int, targets: int) -> "Saved":
+    """What autograd saves of one sample of so many tokens, forward, up to the head, of a model on the meta device."""
+    import torch
+
+    from model.batch import Batch
+
+    two = model.config.traits.two_sequences
+    with torch.device("meta"):
+        ids = torch.zeros(1, inputs, dtype=torch.int64)
+        written = torch.zeros(1, targets, dtype=torch.int64)
+        batch = Batch(
+            ids,
+            written if two else ids,
+            samples=torch.zeros(1, dtype=torch.int64),
+            step=torch.ones((), dtype=torch.int64),
+            seed=0,
+            decoder_input_ids=written if two else None,
+        )
+        kept = Saved(model)
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
+            model.hidden(ids, torch.zeros(1, dtype=torch.int64), batch)
+    return kept
+
+
+class Saved:
     """Counts what autograd saves, each storage once and where it is first met, without parameters."""
 
     def __init__(self, model: "TokenModel") -> None:
@@ -149,3 +161,31 @@ class _Saved:
 
     def _leave(self, layer: "nn.Module", given: object, found: object) -> None:
         self._inside = False
+
+
+@contextmanager
+def fused() -> Iterator[None]:
+    """Have attention keep meanwhile what kernels keep: the meta device has none, and keeps T x T weights."""
+    import torch
+    from torch import Tensor
+    from torch.nn import functional
+    from torch.overrides import TorchFunctionMode
+
+    class Fused(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is functional.scaled_dot_product_attention and (*args, *kwargs.values())[0].dim() == 4:
+                return kept_by_kernel(*args, **kwargs)
+            return func(*args, **kwargs)
+
+    def kept_by_kernel(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        """The result, and a mask in the type of the scores; its values are none, so nothing else matters."""
+        mask = None if attn_mask is None else attn_mask.to(query.dtype)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        found: Tensor = kernel(query, key, value, attn_mask=mask)[0]
+        return found
+
+    with Fused():
+        yield

@@ -113,6 +113,8 @@ class Shape:
     """Its number in its stream, where blocks were taken out of single feed forwards; else 0."""
     sharing: int = 1
     """Ranks that hold an equal part of the positions of each row; bytes are those of one of them."""
+    table_stays: bool = False
+    """The table that is the head is not trained."""
 
     def by_pattern(self, layers: int) -> list[tuple[int, "Shape"]]:
         """The shapes of a stream's layers, and so many layers of each."""
@@ -205,7 +207,7 @@ def loss_bytes(shape: Shape) -> tuple[int, int]:
     count, width = shape.held(shape.targets), config.width
     vocabulary = config.vocab_size if config.label_head is None else config.label_head.outputs
     chunk = chunk_tokens(count, vocabulary, width)
-    table = vocabulary * width
+    table = 0 if shape.table_stays else vocabulary * width
     kept = shape.vectors(shape.targets) + table * (shape.size if chunk == count else _FP32)
     # In 16 bits there are two of the logits, and each chunk's gradient of the table is a tensor of its own.
     low = shape.size if shape.size < _FP32 else 0

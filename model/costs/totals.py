@@ -104,6 +104,7 @@ def activations(
     pairs: bool = False,
     dense_mask: bool = False,
     in_blocks: bool = False,
+    table_stays: bool = False,
 ) -> Activations:
     """Count for a micro-batch of `rows` samples.
 
@@ -114,12 +115,13 @@ def activations(
         dense_mask: attention gets a mask [B, 1, T, T] (`model.attention.visibility`), not blocks and not only the
             order.
         in_blocks: patterns go to FlexAttention.
+        table_stays: the table that is the head is not trained; the layers are counted as if all of them were.
 
     Raises:
         ConfigError: `vocab_size` is not known yet.
     """
     shape = shape_of(config, rows, size, pairs=pairs, dense_mask=dense_mask, in_blocks=in_blocks)
-    shape = replace(shape, sharing=sharing)
+    shape = replace(shape, sharing=sharing, table_stays=table_stays)
     found = _priced(config).costs(shape)
     of_layer = [(count, _saved(parts)) for count, parts in found.layers]
     loss, logits = loss_bytes(shape)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from model.costs.totals import Activations, activations, num_parameters
 from pretrain.config.schema import Config
-from pretrain.planning.adapters import adapters_of
+from pretrain.planning.adapters import adapters_of, kept_beside
 
 _MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "muon": 4.0}
 """Bytes a parameter; Muon's of the matrices, which are nearly all, in fp32."""
@@ -92,8 +92,7 @@ def memory(config: Config, world_size: int, device: Device = "cuda") -> Memory:
         reduction        all gradients, and what DeepSpeed sends them in
         optimizer step   all state, and temporary tensors: none with AdamW on CUDA, which is one kernel
 
-    With adapters activations are counted as if all were trained, which is the most that is kept: of maps without an
-    adapter nothing is.
+    With adapters activations are those that these need (`kept_beside`).
 
     Args:
         device: a CPU's buffers are as large as what was written to them, and its AdamW needs 8 bytes a parameter.
@@ -105,9 +104,8 @@ def memory(config: Config, world_size: int, device: Device = "cuda") -> Memory:
     trained = adapters.parameters if adapters else parameters
     micro_batch, accumulation = config.micro_batches(world_size)
     kept = _activations(config, micro_batch, device)
-    if adapters:  # what B reads; what A reads is kept where all is trained, too
-        low = adapters.maps * micro_batch * config.model.context * config.finetune.rank * element_size(config)
-        kept = kept._replace(layers=kept.layers + low, largest_layer=kept.largest_layer + low)
+    if adapters:
+        kept = kept_beside(config, kept)
     engine, size = config.engine, element_size(config)
     weights, gradients, optimizer = state(config, parameters, world_size)
     always, bucket, reduction = _buffers(config, trained, device)
@@ -157,6 +155,7 @@ def _activations(config: Config, micro_batch: int, device: Device) -> Activation
         pairs=objective.of_pairs,
         dense_mask=masked and not in_blocks,
         in_blocks=in_blocks,
+        table_stays=config.finetune.kind == "lora" and model.label_head is None,
     )
 
 

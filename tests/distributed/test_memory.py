@@ -50,6 +50,7 @@ MORE = [
     ("t5", 2, 1, "fp32", 8, 1, []),
     ("t5", 2, 1, "bf16", 16, 2, [AGAIN]),
     ("t5", 2, 3, "bf16", 16, 1, []),
+    ("decoder", 1, 1, "bf16", 8, 2, [*LORA, "finetune.targets=[qkv]"]),
 ]
 RunRanks = Callable[..., list[Any]]
 Case = tuple[str, int, int, str, int, int, list[str]]

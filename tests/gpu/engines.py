@@ -1,5 +1,6 @@
 """Engines with each option: what they learn, what a save gives back; memory beside the planner's; preflight."""
 
+import gc
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -138,10 +139,12 @@ def _peak(setting: Setting, ranks: Ranks, case: Case) -> Iterator[Row]:
 def allocated(ranks: Ranks, args: list[str]) -> tuple[float, float, str]:
     """Counted bytes, the allocator's, and the moment that was counted for.
 
-    A small engine has made a step before, so that the libraries have allocated what is theirs.
+    A small engine has made a step before, so that the libraries have allocated what is theirs; engines of before are
+    collected, so that none goes while this one is measured.
     """
     config, device = load(args), ranks.device
     losses(make_engine(ranks, load(PLAIN)), load(PLAIN), device.type)
+    gc.collect()
     before = torch.cuda.memory_allocated(device)
     engine = make_engine(ranks, config)
     micro_batch, accumulation = config.micro_batches(1)

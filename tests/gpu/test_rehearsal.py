@@ -40,7 +40,7 @@ def test_every_part_is_there_and_all_can_be_named(capsys: pytest.CaptureFixture[
         module, _, function = part.target.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
     assert [part.section for part in gpu.chosen(["a", "mfu-760m"])].count("b") == 1
-    with pytest.raises(gpu.UserError, match="--only nothing: expected of a, attention, b, bare"):
+    with pytest.raises(gpu.UserError, match="--only nothing: expected of a, adapters, attention, b, bare"):
         gpu.chosen(["nothing"])
 
 

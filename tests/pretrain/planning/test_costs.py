@@ -5,12 +5,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.errors import ConfigError
 from model.costs.flops import training_flops_per_token
-from model.costs.totals import num_parameters
+from model.costs.totals import activations, num_parameters
 from model.gpus import GPUS
 from pretrain.config.schema import Config, load
 from pretrain.finetune.lora import adapt
+from pretrain.planning.adapters import kept_beside
 from pretrain.planning.costs import changed, costs, largest_micro_batch
 from pretrain.planning.memory import memory, state
+from tests.model.costs.test_activations import TYPES, saved_bytes
 from tests.model.helpers import batch_of, build
 
 GPU = GPUS["h100"]
@@ -158,6 +160,31 @@ def test_a_dense_mask_counts_where_the_model_makes_one(args: list[str], dense: b
     config = load([*args, "model.width=64", "model.vocab_size=500", "engine.zero_stage=0", "engine.precision=fp32"])
     on = {device: memory(config, 1, device).activations for device in ("cuda", "cpu")}
     assert (on["cuda"] == on["cpu"]) == dense
+
+
+@pytest.mark.parametrize(
+    ("preset", "targets", "size"),
+    [
+        ("decoder-4", ["qkv"], 2),
+        ("tiny", ["down"], 2),
+        ("encoder-decoder-tiny", ["up"], 4),
+        ("two-stream-4", ["out"], 2),
+        ("tiny", None, 4),
+    ],
+)
+def test_adapters_keep_what_torch_saves(preset: str, targets: list[str] | None, size: int) -> None:
+    """Of what maps without one read, nothing is kept."""
+    precision = f"engine.precision={'bf16' if size == 2 else 'fp32'}"
+    lora = ["finetune.kind=lora", "run.start_from=elsewhere"]
+    lora += [] if targets is None else [f"finetune.targets=[{','.join(targets)}]"]
+    config = load([f"model/{preset}", "model.vocab_size=67", "batch.tokens=256", precision, *lora])
+    model = build(config.model)
+    adapt(model, config.finetune, seed=0)
+    measured = saved_bytes(model.to(TYPES[size]).train(), batch_of(config.model, 3))
+    whole = activations(config.model, 3, size, table_stays=True)
+    counted = kept_beside(config, whole)
+    assert counted.kept(checkpointing=False) + counted.loss == pytest.approx(measured, rel=0.02)
+    assert targets is None or whole.kept(checkpointing=False) + whole.loss > 1.2 * measured
 
 
 @pytest.mark.parametrize("targets", [None, ["qkv"]])
