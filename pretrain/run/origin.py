@@ -104,7 +104,9 @@ def base_hash(path: Path, step: int | None, noted: str | None = None) -> str:
             return digest.hexdigest()
         content = unseal(file.read_bytes(), formats=())
     except OSError as error:
-        raise RunError(f"{file}: cannot be read: {error.strerror}") from None
+        saved = RunFolder(path).saved_steps() if step is not None else []
+        way = f"there are checkpoints of steps {', '.join(map(str, saved))}" if saved else "bring it back"
+        raise RunError(f"{file}: cannot be read: {error.strerror}; {way}") from None
     except ValueError as error:
         raise RunError(f"{file}: damaged: {error}") from None
     content.pop("validation_loss", None)

@@ -7,6 +7,7 @@ in between costs nothing.
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -128,8 +129,10 @@ class _Writer:
 
         self._event, self._summary = event_pb2, summary_pb2
         now = time.time()
-        # TensorBoard reads them in the order of their names.
-        path = folder / f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{time.time_ns()}.{os.getpid()}"
+        # TensorBoard reads them in the order of their names: behind what a clock that was ahead has made, too.
+        made = (re.search(r"tfevents\.(\d+)", file.name) for file in folder.glob(EVENTS))
+        stamp = max([int(now), *(int(found[1]) + 1 for found in made if found)])
+        path = folder / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{time.time_ns()}.{os.getpid()}"
         self.step = 0
         """The last one that was written."""
         self._records = RecordWriter(open(path, "xb"))  # noqa: SIM115 - for the life of the mirror

@@ -205,6 +205,8 @@ def test_what_a_run_cannot_begin_with_is_said(
         from pretrain.config.schema import load
 
         load(["finetune.kind=lora"])
+    with pytest.raises(UserError, match=r"step-000000003.*cannot be read: No such file.*; there are .* of steps 1, 4$"):
+        base_hash(tuned["whole"], 3)
     # What adapters were trained beside has to stay.
     lora = Path(shutil.copytree(tuned["whole"], tmp_path / "lora"))
     checkpoint, config = find_checkpoint(lora)

@@ -170,6 +170,20 @@ def test_tensorboard_shows_what_counts_after_kills_and_rollbacks(tmp_path: Path)
     assert duet("track", "export", str(tmp_path), "--to", "paper").returncode == 2
 
 
+def test_tensorboard_shows_the_newest_attempt_whatever_its_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node of the second one is an hour behind."""
+    journal, now = Journal(tmp_path / "metrics.jsonl", 1), time.time()
+    for behind, resumed_from in ((0, None), (3600, 3)):
+        monkeypatch.setattr(time, "time", lambda behind=behind: now - behind)
+        journal.event("start", resumed_from=resumed_from)
+        for step in range((resumed_from or 0) + 1, 6):
+            journal.metrics(step, {"loss/train": 1.0 * step + behind})
+        EventFiles(tmp_path).bring(last=True)
+    assert shown(tmp_path / "tensorboard")["loss/train"] == of_journal(tmp_path, "loss/train")
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_webhook_hears_every_change_once_from_a_receiver_that_hangs_fails_and_dies(
     receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
