@@ -108,6 +108,7 @@ def typed(*words: str) -> tuple[int, str]:
             "llama: this is a model as transformers saves it, and an export is wanted; `duet",
         ),
         (("train", "--from", "llama", "run.name=a"), "`duet checkpoint import llama --to NEW` makes an export of it"),
+        (("train", "--from", "runs/nix", "run.name=a"), "runs/nix: no such folder; a run folder is what `duet train`"),
         (("checkpoint", "import", "exported", "--to", "new"), "`duet train --from exported` begins with it"),
         (
             ("checkpoint", "shrink", "exported", "--gates", "--to", "new"),
