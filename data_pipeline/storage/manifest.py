@@ -220,8 +220,8 @@ def _instead(folder: Path | str) -> str:
         return f"there is no such folder (from {Path.cwd()}); `duet data build` makes one"
     if (place / WORK).is_dir():
         return "its build has not ended; the same `duet data build` goes on with it"
-    source = shlex.quote(f"data.sources.mine.paths=[{folder}]")
-    return f"it has no {MANIFEST}. If it is your text, `duet data build {source} data.path=NEW` makes one of it"
+    source = f"data.sources.mine.paths=[{folder}]"
+    return f"it has no {MANIFEST}. If it is your text, `duet data build {shlex.quote(source)} data.path=NEW` makes one"
 
 
 def _as_of_today(data: dict[str, Any]) -> dict[str, Any]:
