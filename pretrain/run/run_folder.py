@@ -173,8 +173,8 @@ class RunFolder:
                 raise RunError(f"{self.path}: {told}")
             if lost:
                 raise RunError(f"{self.path}: run.json is missing; restore it from a copy, or take another run.name")
-            what = "not a run folder (no run.json)" if self.path.exists() else "no such folder"
-            raise RunError(f"{self.path}: {what}; a run folder is what `duet train` makes")
+            why = "no run.json" if self.path.exists() else "there is no such folder"
+            raise RunError(f"{self.path}: not a run folder ({why}); `duet train` makes one")
         try:
             content = unseal(self.run_file.read_bytes(), formats=(FORMAT,))
             version = content.get("format")
