@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 HIDDEN = "***"
 WAY_ON = (
-    "a password, key or token does not belong into a URI, which is written into files and shown; give it by the "
+    "a password, key or token does not belong in a URI, which is written into files and shown; give it by the "
     "environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://, MLFLOW_TRACKING_TOKEN, or "
     "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, for MLflow"
 )

@@ -24,7 +24,7 @@ SYMBOL = re.compile(r"`([\w/]+\.py)`: `(\w+)`|`(\w+)` in `([\w/]+\.py)`")
 WAYS = {"sample": 14, "configuration key": 4, "metric": 8, "checkpoint": 8}
 """Files that each passes."""
 BEGINNINGS = (
-    *("an architecture", "an attention pattern", "an objective", "a metric", "a configuration key"),
+    *("an architecture", "an attention pattern", "a mask", "an objective", "a metric", "a configuration key"),
     *("an input format", "a field of a checkpoint", "a command", "a check of preflight", "a plot of the report"),
 )
 WORDS = (

@@ -220,8 +220,8 @@ def _instead(folder: Path | str) -> str:
         return f"there is no such folder (from {Path.cwd()}); `duet data build` makes one"
     if (place / WORK).is_dir():
         return "its build has not ended; the same `duet data build` goes on with it"
-    paths = f"data.sources.mine.paths=[{folder}]"
-    return f"it has no {MANIFEST}. Of your text `duet data build {shlex.quote(paths)} data.path=NEW` makes one"
+    source = f"data.sources.mine.paths=[{folder}]"
+    return f"it has no {MANIFEST}. If it is your text, `duet data build {shlex.quote(source)} data.path=NEW` makes one"
 
 
 def _as_of_today(data: dict[str, Any]) -> dict[str, Any]:

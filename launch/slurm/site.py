@@ -226,7 +226,7 @@ def parse(tree: Any, where: str) -> Cluster:
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: expected keys and values, such as `partition: gpu`")
     if key := key_of_secret({name: value for name, value in tree.items() if name != "environment"}):
-        raise ConfigError(f"{where}: {key}: a password, key or token belongs into `environment`, or into the job's own")
+        raise ConfigError(f"{where}: {key}: a password, key or token belongs in `environment`, or in the job's own")
     try:
         return Cluster.model_validate(spelt_out(tree, Cluster, Keys(Cluster, Cluster)))
     except ValidationError as error:

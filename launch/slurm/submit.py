@@ -261,7 +261,7 @@ def _ends_at_once(config: Config) -> list[str]:
     return [
         f"[ ! -e {finished} ] || {{ echo 'the run is finished: nothing is left for this link of the chain'; exit 0; }}",
         f"tail -n +{known + 1} {failed} 2>/dev/null | grep -q '\"mistake\": true' &&",
-        "    { echo 'an earlier link failed of what another try cannot mend: see slurm/failures.jsonl'; exit 1; }",
+        "    { echo 'an earlier link failed, and another try cannot mend that: see slurm/failures.jsonl'; exit 1; }",
     ]
 
 

@@ -150,7 +150,7 @@ class PatternConfig(BaseModel, extra="forbid", frozen=True):
     """
 
     kind: Literal["full", "window", "strided", "fixed"] = "full"
-    """Everything; a window; a window and every so manyth token before; the own block and the ends of those before."""
+    """Everything; a window; a window and every `stride`th token before; the own block and the ends of those before."""
     window: int | None = Field(default=None, ge=1, le=_MOST)
     """For `window`: so many tokens, the query's own included; to either side where a text is read both ways."""
     windows: list[int] = []
@@ -160,7 +160,7 @@ class PatternConfig(BaseModel, extra="forbid", frozen=True):
     globals: list[int] = []
     """For `window`: positions from 0 that see everything and are seen by all, as far as causality allows."""
     full_every: int = Field(default=0, ge=0)
-    """Every so manyth layer sees everything; none unless given."""
+    """Layers n, 2 n, …, counted from 1, see everything; none unless given."""
     stride: int | None = Field(default=None, ge=2, le=_MOST)
     """For `strided` and `fixed`: length of the window or block; a power of two near √context unless given."""
     summary: int | None = Field(default=None, ge=1, le=_MOST)

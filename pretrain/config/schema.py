@@ -345,8 +345,8 @@ def load(args: list[str]) -> Config:
         raise ConfigError("\n".join(explain(detail, stack, keys) for detail in error.errors())) from error
     if told := mistaken(Path(config.data.path), DATASET):
         raise ConfigError(f"{origin(['data', 'path'], stack)}: data.path={config.data.path}: {told}")
-    told = "this is a file, and a folder is wanted" if config.run_dir.is_file() else mistaken(config.run_dir, RUN)
-    if told:
+    in_the_way = "this is a file, and a folder is wanted" if layers.is_file(str(config.run_dir)) else None
+    if told := in_the_way or mistaken(config.run_dir, RUN):
         raise ConfigError(f"{origin(['run', 'dir'], stack)}: run.dir={config.run_dir}: {told}")
     return config
 

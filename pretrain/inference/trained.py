@@ -168,8 +168,8 @@ def _checkpoint_of(run: Path, step: int | None) -> Path:
     folder = RunFolder(run)
     if not folder.run_file.is_file():
         told = mistaken(run, f"run folder{' or checkpoint' if kind_of(run) == EXPORT else ', checkpoint or export'}")
-        none = "not a run folder (no run.json), and not a checkpoint or an export either"
-        raise RunError(f"{run}: {told or (none if run.exists() else 'no such folder; expected one of a run')}")
+        why = "no run.json" if run.exists() else "there is no such folder"
+        raise RunError(f"{run}: {told or f'not a run folder ({why}), and not a checkpoint or an export either'}")
     found = complete(folder.checkpoints, lambda text: print(f"warning: {text}", file=sys.stderr))
     if not found:
         raise CheckpointError(f"{run}: no complete checkpoint yet")

@@ -171,8 +171,10 @@ class RunFolder:
             lost = self.journal.exists() or bool(self.saved_steps())
             if not lost and (told := mistaken(self.path, RUN)):
                 raise RunError(f"{self.path}: {told}")
-            what = "run.json is missing; restore it from a copy" if lost else "not a run folder (no run.json)"
-            raise RunError(f"{self.path}: {what}, or start a new run: `duet train` makes one")
+            if lost:
+                raise RunError(f"{self.path}: run.json is missing; restore it from a copy, or take another run.name")
+            why = "no run.json" if self.path.exists() else "there is no such folder"
+            raise RunError(f"{self.path}: not a run folder ({why}); `duet train` makes one")
         try:
             content = unseal(self.run_file.read_bytes(), formats=(FORMAT,))
             version = content.get("format")

@@ -80,7 +80,7 @@ def typed(*words: str) -> tuple[int, str]:
         (("train", "model/tiny", "data.path=runs/first"), "data.path=runs/first: this is a run folder, and a dataset"),
         (("train", "model/tiny", "run.dir=data"), "run.dir=data: this is a dataset, and a run folder is wanted"),
         (("train", "model/tiny", "run.dir=broken.model"), "run.dir=broken.model: this is a file, and a folder is"),
-        (("eval", "runs/second"), "runs/second: no such folder; expected one of a run"),
+        (("eval", "runs/second"), "runs/second: not a run folder (there is no such folder), and not a"),
         (("checkpoint", "ls", "data"), "data: this is a dataset, and a run folder is wanted"),
         (("checkpoint", "ls", "exported"), "this is an export, and a run folder is wanted; `duet generate exported`"),
         (("checkpoint", "verify", "data"), "this is a dataset, and a checkpoint or run folder is wanted"),
@@ -108,6 +108,10 @@ def typed(*words: str) -> tuple[int, str]:
             "llama: this is a model as transformers saves it, and an export is wanted; `duet",
         ),
         (("train", "--from", "llama", "run.name=a"), "`duet checkpoint import llama --to NEW` makes an export of it"),
+        (
+            ("train", "--from", "runs/nix", "run.name=a"),
+            "runs/nix: not a run folder (there is no such folder); `duet train`",
+        ),
         (("checkpoint", "import", "exported", "--to", "new"), "`duet train --from exported` begins with it"),
         (
             ("checkpoint", "shrink", "exported", "--gates", "--to", "new"),
