@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline.errors import CheckpointError, DataError
+from data_pipeline.errors import CheckpointError, ConfigError, DataError
 from data_pipeline.files.atomic import write_json
 from data_pipeline.places import EXPORT
 from data_pipeline.places import kind_of as kind_of_folder
@@ -36,6 +36,7 @@ from pretrain.export.layouts import LAYOUTS, check_fits, read_shape, to_ours, to
 from pretrain.export.portable import CONFIG, DTYPES, Dtype, ExportFacts, new_folder, type_name, write_folder
 from pretrain.finetune.base import weights_of
 from pretrain.inference.trained import chat_template_of, tokenizer_of
+from pretrain.objectives.registry import objective_of
 from pretrain.run.origin import WEIGHTS
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -109,6 +110,17 @@ def _read(folder: Path) -> tuple[str, DecoderOnlyConfig, dict[str, Tensor], str 
     return name, config, weights, raw.get(TEMPLATE)
 
 
+def check_layout(config: Config, name: str) -> DecoderOnlyConfig:
+    """Raises ConfigError that names the first key of a run that a layout cannot have."""
+    fits = check_fits(config.model, name)
+    if not objective_of(config.data.objective).continues_text:
+        raise ConfigError(
+            f"data.objective={config.data.objective} does not fit --layout {name}: the model reads a prefix both ways, "
+            "and that layout reads none so; leave --layout out"
+        )
+    return fits
+
+
 def write_standard(
     checkpoint: Checkpoint, config: Config, folder: Path, name: str, dtype: Dtype = "fp32", loss: float | None = None
 ) -> None:
@@ -118,7 +130,7 @@ def write_standard(
         ConfigError: it does not fit; names the first key that does not.
         CheckpointError, DataError: as `write_export`.
     """
-    fits = check_fits(config.model, name)
+    fits = check_layout(config, name)
     if folder.exists():
         raise CheckpointError(f"{folder}: is there already; name a new folder")
     file, tokenizer = tokenizer_of(checkpoint, config)

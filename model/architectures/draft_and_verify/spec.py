@@ -190,6 +190,11 @@ class DraftAndVerifyConfig(TwoStreamConfig, frozen=True):
             raise ValueError(
                 f"draft.share=true has no stack of its own for drafts, and so no site {own[0]}; name dec_ff"
             )
+        if self.pattern.windows and self.num_draft_layers > self.layers:
+            raise ValueError(
+                f"pattern.windows has a width for each of layers={self.layers}, and draft.layers={draft.layers} are "
+                "more: take pattern.window, or fewer layers of the draft"
+            )
         if draft.chunk is not None and draft.chunk >= self.context:
             raise ValueError(
                 f"draft.chunk={draft.chunk} leaves nothing of a window of context={self.context} tokens to be read; "

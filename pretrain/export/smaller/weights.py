@@ -7,10 +7,10 @@ from data_pipeline.errors import ConfigError
 from model.layers.int8 import in_int8, restored
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.config.schema import Config
-from pretrain.export.layouts import Name, check_fits
+from pretrain.export.layouts import Name
 from pretrain.export.portable import DTYPES, write_export
 from pretrain.export.smaller.comparison import Shrunk, check_new, comparing, size_of
-from pretrain.export.standard import write_standard
+from pretrain.export.standard import check_layout, write_standard
 from pretrain.finetune.lora import linear_maps
 from pretrain.inference.trained import read_model
 
@@ -28,7 +28,7 @@ def round_weights(
         RunError, DataError: as `evaluate_run`.
     """
     if layout:
-        check_fits(config.model, layout)
+        check_layout(config, layout)
     check_new(folder)
     model, other = (read_model(checkpoint, config) for _ in range(2))
     maps = [name for name, (_, of_mask) in linear_maps(model) if not of_mask]

@@ -5,6 +5,8 @@ Exact on every text: beyond its span and the ramp a key has a weight of 0 (docs/
 
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from data_pipeline.errors import ConfigError
 from model.architectures.token_model import TokenModel
 from model.attention.weights import AdaptiveSpan
@@ -29,9 +31,7 @@ def take_windows(path: Path, step: int | None, folder: Path) -> Shrunk:
     check_new(folder)
     model = read_model(checkpoint, config)
     windows = _windows(shape, model)
-    seen = shape.pattern
-    pattern = {"kind": "window", "windows": windows, "sinks": seen.sinks, "globals": seen.globals}
-    smaller = config.model_copy(update={"model": type(shape).model_validate(shape.model_dump() | {"pattern": pattern})})
+    smaller = config.model_copy(update={"model": _narrowed(shape, windows)})
     with comparing(checkpoint, config) as text:
         before = text.loss(model)
         measured = export_smaller(checkpoint, smaller, model.state_dict(), folder, (model, before), text)
@@ -48,6 +48,17 @@ def _check(shape: TransformerConfig) -> None:
             "less, and the masks would be others; train with model.learned_dropout.enabled=false, or "
             "source=low_rank or elementwise"
         )
+    _narrowed(shape, [1] * shape.layers)
+
+
+def _narrowed(shape: TransformerConfig, windows: list[int]) -> TransformerConfig:
+    """With a window for each layer. Raises ConfigError where the architecture has none."""
+    seen = shape.pattern
+    pattern = {"kind": "window", "windows": windows, "sinks": seen.sinks, "globals": seen.globals}
+    try:
+        return type(shape).model_validate(shape.model_dump() | {"pattern": pattern})
+    except ValidationError as error:
+        raise ConfigError(f"--spans: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
 def _windows(shape: TransformerConfig, model: TokenModel) -> list[int]:

@@ -110,6 +110,9 @@ def test_a_run_goes_out_in_a_layout_and_comes_back(
         import_model(folder, tmp_path / f"{kind}-again")
         again = open_trained(tmp_path / f"{kind}-again").model
         torch.testing.assert_close(again(ids), ours.model(ids), rtol=0, atol=1e-6)
+    prefixes = config.model_copy(update={"data": config.data.model_copy(update={"objective": "prefix"})})
+    with pytest.raises(ConfigError, match="data.objective=prefix does not fit --layout gpt2"):
+        write_standard(checkpoint, prefixes, tmp_path / "prefixes", "gpt2")
     putting = byte_tokenizer()
     putting.post_processor = tokenizers.processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 0)])
     putting.save(str(tmp_path / "tokenizer.json"))

@@ -9,10 +9,12 @@ import torch
 
 from data_pipeline.errors import ConfigError
 from model.attention.cache import Cache
+from pretrain.export.smaller.windows import _check
 from pretrain.export.use import evaluate_run, open_trained
 from pretrain.metric_names import SPAN, VALIDATION
 from pretrain.run import journal
 from pretrain.run.run_folder import RunFolder
+from tests.model.helpers import small
 from tests.pretrain.export.smaller.test_gates import shrink
 from tests.runs import SMALL
 
@@ -49,3 +51,16 @@ def test_learned_spans_become_windows_that_change_nothing(
         shrink(tmp_path / "masks", "--spans", "--to", tmp_path / "other")
     with pytest.raises(ConfigError, match="there are no spans"):
         shrink(run, "--spans", "--to", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"architecture": "refined", "refine": {"chunk": 4}}, "the decoder reads whole chunks"),
+        ({"architecture": "draft_and_verify", "draft": {"layers": 3}}, "draft.layers=3 are more"),
+    ],
+)
+def test_spans_stay_where_windows_cannot_stand(changes: dict[str, Any], why: str) -> None:
+    shape = small(**changes, weights={"kind": "adaptive_span"}, learned_dropout={"enabled": False})
+    with pytest.raises(ConfigError, match=why):
+        _check(shape)
