@@ -15,7 +15,7 @@ import xxhash
 from data_pipeline.errors import DataError
 from data_pipeline.files.atomic import disk_errors
 from data_pipeline.files.mapped import remember
-from data_pipeline.storage.shards import check_inside
+from data_pipeline.storage.shards import arrow, check_inside
 
 CHUNK_TOKENS = 2**20
 _MEND = "remove its folder and build again"
@@ -106,8 +106,8 @@ class RowWriter:
             values = np.concatenate([values[bounds[row] : bounds[row + 1]] for row in order])
             bounds = np.concatenate([np.zeros(1, np.int32), np.cumsum(np.diff(bounds)[order], dtype=np.int32)])
             starts, keys = starts[order], keys[order]
-        tokens = pa.ListArray.from_arrays(pa.array(bounds), pa.array(values))
-        batch = pa.record_batch({"tokens": tokens, "starts": pa.array(starts), "key": pa.array(keys)})
+        tokens = pa.ListArray.from_arrays(arrow(bounds), arrow(values))
+        batch = pa.record_batch({"tokens": tokens, "starts": arrow(starts), "key": arrow(keys)})
         with disk_errors(self._path):
             if self._writer is None:
                 self._file = pa.OSFile(str(self._temporary), "wb")
@@ -149,11 +149,13 @@ class RowFile:
             for column in range(batch.num_columns):
                 check_inside(batch, self._bytes, column)
             tokens, starts, keys = batch.columns
-            chunk = Chunk(
-                tokens.values.to_numpy(),
-                tokens.offsets.to_numpy(),
-                starts.to_numpy(zero_copy_only=False),
-                keys.to_numpy(),
+            rows, (_, bounds, _, values) = batch.num_rows, tokens.buffers()
+            bits = np.frombuffer(starts.buffers()[1], np.uint8)
+            chunk = Chunk(  # by hand: `to_numpy` imports pandas, as `pa.array` does
+                np.frombuffer(values, str(tokens.type.value_type), len(tokens.values)),
+                np.frombuffer(bounds, np.int32, rows + 1),
+                np.unpackbits(bits, count=rows, bitorder="little").view(np.bool_),
+                np.frombuffer(keys.buffers()[1], np.uint64, rows),
             )
             damaged = check and facts[b"xxh3"].decode() != _hash(*chunk)
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
