@@ -85,7 +85,7 @@ FILE_ENDINGS = {"json", "yaml", "md", "py", "safetensors"}
 def scripts(document: Path, done: Collection[str] = ()) -> list[str]:
     """What is to be run of each bash block."""
     blocks = [text for kind, text in FENCE.findall(document.read_text()) if kind == "bash"]
-    skipped = RUN_ELSEWHERE.keys() | set(done)
+    skipped = RUN_ELSEWHERE.keys() | {line for line in done if line.startswith("duet ")}  # no line of a program's text
     kept = ("\n".join(line for line in text.splitlines() if line not in skipped) for text in blocks)
     return [script for script in kept if script.strip()]
 
