@@ -8,7 +8,7 @@ import numpy as np
 from pretrain.report.axes import INK
 from pretrain.report.plots import COLOURS, png
 from pretrain.study.ladder import FIT, Ladder, training_flops
-from pretrain.study.power_law import Interval, Told, Trial, tell
+from pretrain.study.power_law import EXPONENTS, Interval, Told, Trial, tell
 from pretrain.study.results import Results, mean
 
 FEWEST = 3
@@ -41,6 +41,11 @@ def _lines(ladder: Ladder, told: Told) -> Iterator[str]:
         f"Loss = a + b (F / {told.fit.scale:.3g})^-c, F in training FLOPs that are computed; c is "
         f"{_interval(told.exponent, 3)} for all arms."
     )
+    if told.exponent.value == EXPONENTS[0]:
+        yield (
+            "That is the smallest that is tried: losses fall evenly with the logarithm of F, and **these sizes show no "
+            "floor**, so that a and b say nothing by themselves."
+        )
     if math.isfinite(told.p):
         yield (
             f"Seeds of one cell differ by {told.noise:.4f} (standard deviation). Noise of that size makes exponents of "

@@ -19,6 +19,7 @@ from pretrain.metric_names import BITS_PER_BYTE, LOSS, TOKENS_PER_SECOND, VALIDA
 from pretrain.run.journal import Journal
 from pretrain.run.run_folder import RunFolder
 from pretrain.study.ladder import Ladder, load_ladder, training_flops, vertex
+from pretrain.study.ladder_page import fit_of
 from pretrain.study.page import Page
 from pretrain.study.power_law import Trial, fit, tell
 from pretrain.study.results import JOURNAL, Results, keep
@@ -85,6 +86,14 @@ def test_one_exponent_is_given_up_where_it_does_not_fit() -> None:
     assert np.isnan(one_seed.p) and np.isnan(one_seed.exponent.low)
     with pytest.raises(ValueError, match="plain has 2 budgets; a curve of three numbers needs three"):
         fit(runs(0.0, 0.0)[:12], shared=True)
+
+
+def test_a_curve_without_a_floor_is_said_to_have_none(folder: Path) -> None:
+    ladder = load_ladder(Path("rungs.yaml"))
+    assert ladder
+    even = [Trial(arm, flops, 9 - 0.5 * np.log10(flops)) for arm in ladder.arms for flops in BUDGETS]
+    bent = [point._replace(loss=1 + (point.flops / 1e13) ** -0.3) for point in even]
+    assert ["no floor" in "\n".join(fit_of(ladder, points)[0]) for points in (even, bent)] == [True, False]
 
 
 def test_the_best_rate_is_between_those_that_were_tried() -> None:
