@@ -17,8 +17,6 @@ from model.config.transformer import TransformerConfig
 from model.layers.dropout import noise_site, weight_dropout
 
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-SHORT = 256
-"""Keys up to which torch's backward pass on a CPU is no faster in bf16 than in fp32 (benchmarks/masks.md)."""
 
 
 class Softmax(nn.Module):
@@ -113,45 +111,7 @@ class Softmax(nn.Module):
 
 def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """torch's attention: a `Kernel` (model/attention/forms.py)."""
-    if _is_short_in_bf16(query, key, value):
-        added = None if mask is None else hidden(mask, query.dtype)
-        found: Tensor = _BackInFp32.apply(query, key, value, added, causal)
-        return found
     return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
-
-
-def _is_short_in_bf16(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether a backward pass follows that is better computed in fp32."""
-    if query.dtype != torch.bfloat16 or query.device.type != "cpu" or not torch.is_grad_enabled():
-        return False
-    fits = query.numel() > 0 and query.shape[3] == value.shape[3]  # else torch's kernel is not taken
-    return fits and 0 < key.shape[2] <= SHORT
-
-
-class _BackInFp32(torch.autograd.Function):
-    """torch's attention in bf16 on a CPU, whose backward pass is computed in fp32; what is added to scores has none."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, causal: bool) -> Tensor:
-        found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=added
-        )
-        ctx.save_for_backward(query, key, value, found, sums, added)
-        ctx.causal = causal
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *vectors, sums, added = ctx.saved_tensors
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient.float(),
-            *(x.float() for x in vectors),
-            sums,
-            0.0,
-            ctx.causal,
-            attn_mask=None if added is None else added.float(),
-        )
-        return *(x.to(gradient.dtype) for x in gradients), None, None
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
