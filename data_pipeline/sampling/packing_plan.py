@@ -26,7 +26,7 @@ from data_pipeline.files.mapped import remember
 from data_pipeline.ingest.splits import Split
 from data_pipeline.sampling.best_fit import Packed, pack
 from data_pipeline.storage.dataset import Dataset
-from data_pipeline.storage.shards import check_inside
+from data_pipeline.storage.shards import arrow, check_inside
 from data_pipeline.storage.token_stream import TokenStream
 
 FOLDER = "packing"
@@ -380,9 +380,9 @@ def whole_turns(stream: TokenStream, starts: np.ndarray, lengths: np.ndarray, wi
 
 def _add(writer: Any, schema: pa.Schema, part: _Part, number: int, last: bool) -> None:
     values = pa.StructArray.from_arrays(
-        [pa.array(part.view.starts), pa.array(part.view.lengths)], fields=list(schema.field(0).type.value_type)
+        [arrow(part.view.starts), arrow(part.view.lengths)], fields=list(schema.field(0).type.value_type)
     )
-    column = pa.ListArray.from_arrays(pa.array(part.view.bounds), values, type=schema.field(0).type)
+    column = pa.ListArray.from_arrays(arrow(part.view.bounds), values, type=schema.field(0).type)
     record = pa.record_batch([column], schema=schema)
     custom = {key: str(value) for key, value in part.share.items()}
     custom |= {"xxh3": _hash(part.view), "last": str(int(last))}

@@ -92,3 +92,14 @@ def test_login_nodes_need_no_heavy_imports() -> None:
     program += "print({'torch', 'pyarrow', 'mlflow', 'numpy', 'sentencepiece'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_build_does_not_import_pandas(tmp_path: Path) -> None:
+    """pyarrow's own ways from and to numpy do, which takes each process as long as some MB of text."""
+    built = tmp_path / "built"
+    words = ["data/characters", f"data.sources.text.paths=[{REPOSITORY / 'LICENSE'}]", f"data.path={built}"]
+    program = f"import sys\nsys.argv = {['duet', 'data', 'build', *words, '--processes', '1']}\n"
+    program += "from launch.cli import main\ntry:\n    main()\nfinally:\n    print('pandas' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (built / "manifest.json").is_file(), done.stderr
+    assert done.stdout.splitlines()[-1] == "False", done.stdout
