@@ -42,9 +42,6 @@ def run(
     fault = (faults or {}).get(str(ranks.rank))
     if fault == "absent":
         return None
-    if fault == "killed" and (child := os.fork()):
-        os.waitpid(child, 0)
-        return None
     store = store or dist.TCPStore("127.0.0.1", port, wait_for_workers=False)
     stores.append(store.clone())  # type: ignore[attr-defined]
     if fault:
