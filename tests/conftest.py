@@ -51,9 +51,9 @@ class RanksFailed(AssertionError):
 
 @pytest.fixture(scope="session")
 def ranks() -> Callable[..., list[Any]]:
-    """ranks("tests.distributed.cases:name", world, **args) -> the JSON result of each rank, None of one that `dies`."""
+    """ranks("tests.distributed.cases:name", world, **args) -> the JSON result of each rank, None if it is `killed`."""
 
-    def run(target: str, world: int, timeout: float = 240, dies: int | None = None, **args: Any) -> list[Any]:
+    def run(target: str, world: int, timeout: float = 240, killed: int | None = None, **args: Any) -> list[Any]:
         with tempfile.TemporaryDirectory(prefix="ranks-") as name, contextlib.ExitStack() as stack:
             results = [Path(name, f"{rank}.json") for rank in range(world)]
             logs = [stack.enter_context(open(Path(name, f"{rank}.log"), "w+b")) for rank in range(world)]
@@ -70,15 +70,15 @@ def ranks() -> Callable[..., list[Any]]:
                 )
                 for rank, (result, log) in enumerate(zip(results, logs, strict=True))
             ]
-            if dies is not None:
-                stack.enter_context(programs.pop(dies))
-                results.pop(dies)
+            if killed is not None:
+                stack.enter_context(programs.pop(killed))
+                results.pop(killed)
             codes = _codes(programs, timeout)
             if any(codes):
                 said = (Path(log.name).read_text(errors="replace") for log in logs)
                 raise RanksFailed(f"exit codes {codes}\n" + "\n".join(said))
             found = [json.loads(result.read_text()) for result in results]
-            return found if dies is None else [*found[:dies], None, *found[dies:]]
+            return found if killed is None else [*found[:killed], None, *found[killed:]]
 
     return run
 

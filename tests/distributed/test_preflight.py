@@ -100,7 +100,7 @@ def test_a_rank_that_is_missing_or_stuck_is_named(
 
 def test_ranks_that_are_stopped_or_killed_in_the_middle_are_named(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:
     faults = {"1": "stopped", "2": "killed"}
-    verdict = ranks(CASE, 4, dies=2, args=arguments(dataset, tmp_path, 4), faults=faults, **LIMITS)[0]
+    verdict = ranks(CASE, 4, killed=2, args=arguments(dataset, tmp_path, 4), faults=faults, **LIMITS)[0]
     told = "does not answer any more, since the exchange with the others"
     assert verdict["bad"] == {"n1": [f"rank 1 {told}"], "n2": [f"rank 2 {told}"]}
 
