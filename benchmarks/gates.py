@@ -1,7 +1,7 @@
 """How much faster a feed forward in gated blocks is than a dense one of the same size, and a whole model with it.
 
-Eight blocks of which two are open (`top`), gates included; one thread, seconds of processor time, both in turns. Rows
-without a target show where it does not pay. Exits with 1 when a target is missed.
+Eight blocks of which two are open (`top`), gates included; fp32 unless a row says otherwise; one thread, seconds of
+processor time, both in turns. Rows without a target show where it does not pay. Exits with 1 when a target is missed.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> int:
     as_json = parser.parse_args().json
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = [row for width in DECODE for row in sublayers(width)] + whole(1024)
+    rows = [row for width in DECODE for row in sublayers(width)] + [in_16_bits(512), in_16_bits(1024)] + whole(1024)
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
@@ -75,6 +75,28 @@ def sublayers(width: int) -> list[dict[str, Any]]:
     training = (lambda: one().backward()), (lambda: other().backward())
     rows.append(row(f"{TOKENS} tokens in training, width {width}", *training, BATCH[width]))
     return rows
+
+
+def in_16_bits(width: int) -> dict[str, Any]:
+    """Training on other tokens each time, which have something in common: blocks are opened by other numbers of them."""
+    config = configured(width, gated=True)
+    dense = nn.ModuleList(FeedForward(config, 0.02) for _ in range(LAYERS)).bfloat16()
+    gated = nn.ModuleList(BlockFeedForward(config, "dec_ff", 0, 0.02) for _ in range(LAYERS)).bfloat16()
+    keys = sample_keys(0, torch.tensor(1), torch.arange(1))
+
+    def tokens() -> Tensor:
+        return (torch.randn(1, TOKENS, width) + torch.randn(width)).bfloat16().requires_grad_()
+
+    def train_dense() -> None:
+        x = tokens()
+        torch.stack([ff(x) for ff in dense]).sum().backward()
+
+    def train_gated() -> None:
+        x = tokens()
+        torch.stack([ff(x, keys)[0] for ff in gated]).sum().backward()
+
+    name = f"{TOKENS} tokens in training, others each time, bf16, width {width}"
+    return row(name, train_dense, train_gated, BATCH[width])
 
 
 def whole(width: int) -> list[dict[str, Any]]:

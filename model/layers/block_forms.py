@@ -42,9 +42,12 @@ def all_blocks(x: Tensor, weights: Tensor, blocks: Blocks) -> Tensor:
 def open_blocks(x: Tensor, weights: Tensor, opened: Tensor, blocks: Blocks) -> Tensor:
     """Tokens grouped by the blocks that they open, however many: x [N, C], weights and opened bool [N, G] -> [N, C].
 
-    No token is dropped and none is padded. The numbers of tokens go to the host. A block that nobody opens has a
-    gradient of 0, so that every parameter has one on every rank.
+    No token is dropped. The numbers of tokens go to the host. A block that nobody opens has a gradient of 0, so that
+    every parameter has one on every rank.
     """
+    rows = len(x)
+    if x.device.type == "cpu" and x.itemsize < torch.float32.itemsize:
+        x, weights, opened = _in_few_sizes(x, weights, opened)
     sizes = opened.sum(0).tolist()
     of_block, row = opened.t().nonzero(as_tuple=True)  # sorted by block
     grouped = x.index_select(0, row).split(sizes)
@@ -57,7 +60,19 @@ def open_blocks(x: Tensor, weights: Tensor, opened: Tensor, blocks: Blocks) -> T
         if size or torch.is_grad_enabled()
     ]
     empty = torch.zeros_like(x)
-    return empty.index_add(0, row, torch.cat(updates)) if updates else empty
+    return empty.index_add(0, row, torch.cat(updates))[:rows] if updates else empty
+
+
+def _in_few_sizes(x: Tensor, weights: Tensor, opened: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With tokens of zeros that weigh 0, so that each block is opened by a multiple of a 64th of the tokens.
+
+    For each size that it has not met, oneDNN compiles its products in 16 bits anew (benchmarks/gates.md).
+    """
+    step = max(1, len(x) // 64)
+    missing = -opened.sum(0) % step
+    added = torch.arange(step - 1)[:, None] < missing
+    more = (0, 0, 0, step - 1)
+    return functional.pad(x, more), functional.pad(weights, more), torch.cat([opened, added])
 
 
 def blocks_of_one(x: Tensor, weights: Tensor, opened: Tensor, blocks: Blocks) -> Tensor:

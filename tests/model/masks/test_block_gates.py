@@ -78,6 +78,29 @@ def test_the_forms_give_the_same_with_any_number_of_open_blocks(share: float, ac
         torch.testing.assert_close(torch.cat(one_by_one), expected, rtol=0, atol=1e-12)
 
 
+def test_in_16_bits_on_a_cpu_blocks_see_few_numbers_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number that oneDNN has not met costs more than the product. What is added weighs nothing."""
+    opened = torch.rand(640, 4) < torch.tensor([0.0, 0.2, 0.5, 1.0])
+    x, weights, blocks = blocks_with(opened, "gelu")
+    assert blocks.up_bias is not None
+    inputs = (x, weights, blocks.up, blocks.up_bias, blocks.down)
+    wanted = torch.autograd.grad(all_blocks(x, weights, blocks).square().sum(), inputs)
+    low = Blocks(blocks.up.bfloat16(), blocks.up_bias.bfloat16(), blocks.down.bfloat16(), "gelu")
+    sizes, linear = [], torch.nn.functional.linear
+
+    def noting(x: Tensor, *maps: Any) -> Tensor:
+        sizes.append(len(x))
+        return linear(x, *maps)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", noting)
+    found = open_blocks(x.bfloat16(), weights.bfloat16(), opened, low)
+    assert found.shape == x.shape
+    assert sizes == [-(-number // 10) * 10 for number in opened.sum(0).tolist()]
+    for one, other in zip(torch.autograd.grad(found.square().sum(), inputs), wanted, strict=True):
+        told = other * opened if one.shape == opened.shape else other
+        assert (one - told).norm() < 0.02 * told.norm()
+
+
 @pytest.mark.parametrize("ff", ["gelu", "swiglu"])
 def test_with_all_gates_open_it_is_the_plain_feed_forward(ff: str) -> None:
     gated = feed_forward("top", ff, density=1.0, blocks=4).double()
