@@ -78,7 +78,7 @@ def sublayers(width: int) -> list[dict[str, Any]]:
 
 
 def in_16_bits(width: int) -> dict[str, Any]:
-    """Training on other tokens each time, which have something in common: blocks are opened by other numbers of them."""
+    """Training on other tokens each time, alike among themselves: each block is opened by other numbers of them."""
     config = configured(width, gated=True)
     dense = nn.ModuleList(FeedForward(config, 0.02) for _ in range(LAYERS)).bfloat16()
     gated = nn.ModuleList(BlockFeedForward(config, "dec_ff", 0, 0.02) for _ in range(LAYERS)).bfloat16()
