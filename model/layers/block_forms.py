@@ -59,8 +59,10 @@ def open_blocks(x: Tensor, weights: Tensor, opened: Tensor, blocks: Blocks) -> T
         for tokens, factor, up, bias, down, size in maps
         if size or torch.is_grad_enabled()
     ]
-    empty = torch.zeros_like(x)
-    return empty.index_add(0, row, torch.cat(updates))[:rows] if updates else empty
+    found = torch.zeros_like(x)
+    if updates:
+        found = found.index_add(0, row, torch.cat(updates))
+    return found[:rows]
 
 
 def _in_few_sizes(x: Tensor, weights: Tensor, opened: Tensor) -> tuple[Tensor, Tensor, Tensor]:
