@@ -132,9 +132,10 @@ def open_parts(claim: Claim, stop: StopRequest, started: float, stack: ExitStack
     engine = Engine(model, config, ranks)
     recorder = ranks.together(lambda: stack.enter_context(Recorder(config, folder, ranks, claim.attempt)))
     stack.enter_context(told(lambda error: recorder.__exit__(type(error), error, None)))
-    step, data = _restore(claim, engine, recorder.warning)
+    found = _newest(claim, recorder.warning)
+    step = found.manifest.step if found else 0
     goodput, past, damaged = ranks.together(lambda: _earlier(claim, step, started), only_first=True)
-    data = DataState.model_validate(past.data) if past.data else data
+    data = _restore(claim, engine, found, past, recorder.warning)
     facts = _facts(claim, parameters) | {"started": started}
     ranks.together(lambda: recorder.start(step, facts, past.num_rollbacks))
     if ranks.is_first:
@@ -219,33 +220,45 @@ def _tie(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     return config
 
 
-def _restore(claim: Claim, engine: Engine, warn: Callable[[str], None]) -> tuple[int, DataState]:
-    """Load the newest checkpoint: the step it was made at and where the data stand. Step 0 when there never was one.
-
-    A run without one begins with that of `run.start_from`, if it has an origin.
+def _newest(claim: Claim, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint, or that of `run.start_from` for a run without one that has an origin; None: from scratch.
 
     Raises:
         CheckpointError: none is whole, or those that the journal tells of are gone.
-        DataError: it was trained on other data, or they do not last until the end.
         RunError: labels weighed otherwise when it was trained.
     """
-    config, ranks, folder, dataset = claim.config, claim.ranks, claim.folder, claim.dataset
-    found, owner = checkpoint.newest(folder.checkpoints, ranks, warn), folder
+    config, ranks, folder = claim.config, claim.ranks, claim.folder
+    found = checkpoint.newest(folder.checkpoints, ranks, warn)
     if found:
         _check_weighing(found.manifest, config, folder)
-    else:
-        ranks.together(folder.check_never_saved)
-        if config.run.start_from is not None and config.finetune.kind == "none":
-            owner = origin.folder(config)
-            found = ranks.together(lambda: checkpoint.Checkpoint(origin.checkpoint_folder(config)))
-            ranks.together(lambda: found.verify(ranks.rank, ranks.world_size))
+        return found
+    ranks.together(folder.check_never_saved)
+    if config.run.start_from is None or config.finetune.kind != "none":
+        return None
+    begun = ranks.together(lambda: checkpoint.Checkpoint(origin.checkpoint_folder(config)))
+    ranks.together(lambda: begun.verify(ranks.rank, ranks.world_size))
+    return begun
+
+
+def _restore(
+    claim: Claim, engine: Engine, found: checkpoint.Checkpoint | None, past: Past, warn: Callable[[str], None]
+) -> DataState:
+    """Load what `_newest` has found: where the data stand.
+
+    Raises:
+        CheckpointError: it is another run's, or does not fit.
+        DataError: it was trained on other data, or they do not last until the end.
+    """
+    config, ranks, folder, dataset = claim.config, claim.ranks, claim.folder, claim.dataset
     step = found.manifest.step if found else 0
 
     def load() -> DataState:
         fresh = DataState(fingerprint=dataset.manifest.fingerprint, seed=config.run.seed)
         stood = found.data_state(config.run.seed) if found else fresh
         if found:
-            check_own(found, owner)
+            check_own(found, folder if found.path.parent == folder.checkpoints else origin.folder(config))
+        if past.data:  # rolled back to this step, and not saved since
+            stood = DataState.model_validate(past.data)
         data = go_on(stood, dataset, config.data, config.model.context)
         left = (config.train.steps - step) * config.global_batch
         Plan(dataset, data.phases[-1], data.seed).schedule.check(data.samples_seen + left)
@@ -259,7 +272,7 @@ def _restore(claim: Claim, engine: Engine, warn: Callable[[str], None]) -> tuple
 
     data = ranks.together(load)
     ranks.together(lambda: folder.went_on(config, identity(config, dataset)), only_first=True)
-    return step, data
+    return data
 
 
 def _check_weighing(manifest: checkpoint.CheckpointManifest, config: Config, folder: RunFolder) -> None:

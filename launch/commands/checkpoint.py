@@ -32,7 +32,7 @@ def ls(run: RunArg) -> None:
     from data_pipeline.errors import CheckpointError
     from pretrain.checkpoint.manifest import CheckpointManifest
     from pretrain.checkpoint.retention import reasons
-    from pretrain.run.checkpoint_folder import complete
+    from pretrain.run.checkpoint_folder import complete, is_checkpoint
     from pretrain.run.run_folder import RunFolder
 
     folder = RunFolder(run)
@@ -45,7 +45,8 @@ def ls(run: RunArg) -> None:
         try:
             manifest = CheckpointManifest.load(path)
         except CheckpointError as error:
-            typer.echo(f"{path}  DAMAGED: {error}")
+            if is_checkpoint(path):
+                typer.echo(f"{path}  DAMAGED: {error}")
             continue
         size = sum(shard.bytes for shard in manifest.shards) / 2**20
         age = f"{_age(time.time() - manifest.saved)} old" if manifest.saved else "age unknown"
@@ -62,9 +63,9 @@ def inspect(
     Example: `duet checkpoint inspect runs/quickstart`
     """
     from pretrain.checkpoint.manifest import CheckpointManifest
+    from pretrain.run.checkpoint_folder import while_there
 
-    folder = _newest(path)
-    manifest = CheckpointManifest.load(folder)
+    folder, manifest = while_there(lambda: _newest(path), lambda found: (found, CheckpointManifest.load(found)))
     if as_json:
         typer.echo(manifest.model_dump_json(indent=1))
         return
@@ -116,7 +117,10 @@ def verify(path: PathArg) -> None:
             verify_base(checkpoint)
             typer.echo(f"{found}: whole")
         except CheckpointError as error:
-            wrong.append(str(error))
+            if folder and not is_checkpoint(found):
+                typer.echo(f"{found}: removed by its run meanwhile")
+            else:
+                wrong.append(str(error))
     if wrong:
         raise CheckpointError("\n".join(wrong))
     if not paths:
@@ -135,12 +139,11 @@ def diff(
 
     Example: `duet checkpoint diff runs/quickstart runs/quickstart/checkpoints/step-000000200`
     """
-    from pretrain.checkpoint.checkpoint import Checkpoint
+    from pretrain.checkpoint.checkpoint import whole
     from pretrain.checkpoint.differences import metadata_differences, shape_differences, tensor_differences
+    from pretrain.run.checkpoint_folder import while_there
 
-    one, other = Checkpoint(_newest(a)), Checkpoint(_newest(b))
-    one.verify()
-    other.verify()
+    one, other = while_there(lambda: _newest(a), whole), while_there(lambda: _newest(b), whole)
     for key, (left, right) in metadata_differences(one, other).items():
         typer.echo(f"{key}: {left} | {right}")
     for key, (left, right) in shape_differences(one, other).items():
@@ -167,7 +170,7 @@ def prune(
     Example: `duet checkpoint prune runs/quickstart --keep 1 --dry-run`
     """
     from pretrain.checkpoint import retention
-    from pretrain.checkpoint.checkpoint import Checkpoint
+    from pretrain.checkpoint.checkpoint import whole
     from pretrain.checkpoint.ownership import check_own
     from pretrain.run.lease import await_unowned
     from pretrain.run.run_folder import RunFolder
@@ -175,9 +178,7 @@ def prune(
     folder = RunFolder(run)
     every = folder.config().train.keep_every
     await_unowned(run)
-    newest = Checkpoint(_newest(run))
-    check_own(newest, folder)
-    newest.verify()
+    check_own(whole(_newest(run)), folder)
     for path in retention.prune(folder.checkpoints, keep, every, folder.facts().get("id"), dry_run=dry_run):
         typer.echo(f"{path}: {'would be removed' if dry_run else 'removed'}")
 

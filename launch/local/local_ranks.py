@@ -14,6 +14,7 @@ from data_pipeline.errors import RunError
 from data_pipeline.files.atomic import disk_errors
 from pretrain import status_line
 from pretrain.run.run_listing import End, recorded_end
+from pretrain.run.signals import EXIT_CODES
 
 GRACE_SECONDS = 15.0
 """What a rank gets to end by itself after another one failed, or after rank 0."""
@@ -64,11 +65,15 @@ def run_ranks(args: list[str], ranks: int, logs: Path, *, verbose: bool = False)
             if process.poll() is None:
                 process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
-            signal.signal(number, forward)
-    for rank in range(ranks):
-        processes.append(_start(rank, args, environment, logs, meeting))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)  # ranks are born so, and hear what came (StopRequest)
+    try:
+        for rank in range(ranks):
+            processes.append(_start(rank, args, environment, logs, meeting))
+        for number in (*EXIT_CODES, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                signal.signal(number, forward)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return _wait(processes, logs)
 
 

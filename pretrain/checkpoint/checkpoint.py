@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data_pipeline.errors import CheckpointError
 from data_pipeline.sampling.data_state import DataState
-from pretrain.checkpoint.manifest import CheckpointManifest, CheckpointShard
+from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.checkpoint.rng import restore_rng_states
 from pretrain.checkpoint.shard_file import hash_file
 from pretrain.engine.distributed import Ranks
@@ -45,7 +45,7 @@ class Checkpoint:
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compare every shard (or every `parts`-th, from `part`) with its hash and its tensors with the manifest.
 
-        Reads those files once, at the speed of the disk.
+        Reads those files once, at the speed of the disk. They stay open, and can be read if a run removes them.
 
         Raises:
             CheckpointError: names the altered shard.
@@ -58,7 +58,7 @@ class Checkpoint:
                 raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
             if found != shard.xxh3_128:
                 raise CheckpointError(f"{file}: altered: its hash is not the manifest's")
-            self._check_tensors(shard, self.manifest.buffers if number == 0 else {})
+            self._check_tensors(number, self.manifest.buffers if number == 0 else {})
 
     def data_state(self, seed: int) -> DataState:
         """Where the data stood.
@@ -99,7 +99,7 @@ class Checkpoint:
     def restore_rng(self, ranks: Ranks) -> None:
         """Set the random number generators as they were, if this is the same number of ranks."""
         if self.manifest.world_size == ranks.world_size:
-            file = self._open(self.manifest.shards[ranks.rank])
+            file = self._open(ranks.rank)
             names = [name for name in file.keys() if name.startswith(RNG)]  # noqa: SIM118  # not a dict
             if names:  # there were none in the first format
                 restore_rng_states({name.removeprefix(RNG): file.get_tensor(name) for name in names})
@@ -119,7 +119,7 @@ class Checkpoint:
         """
         if not self.manifest.buffers:
             return {}
-        file = self._open(self.manifest.shards[0])
+        file = self._open(0)
         try:
             return {name: file.get_tensor(self.manifest.stored_name(name)) for name in self.manifest.buffers}
         except SafetensorError as error:
@@ -156,11 +156,9 @@ class Checkpoint:
         return stored
 
     def _slice(self, number: int, state: str) -> Any:
-        """A state's tensor in a shard, which is opened when it is first read: of thousands a rank needs a few."""
-        if number not in self._files:
-            self._files[number] = self._open(self.manifest.shards[number])
+        """A state's tensor in a shard."""
         try:
-            return self._files[number].get_slice(state)
+            return self._open(number).get_slice(state)
         except SafetensorError as error:
             file = self.path / self.manifest.shards[number].file
             raise CheckpointError(f"{file}: {state} is missing: {error}") from error
@@ -173,12 +171,13 @@ class Checkpoint:
                 f"here, {ours.get(odd[0], 'missing')} in the run"
             )
 
-    def _check_tensors(self, shard: CheckpointShard, buffers: dict[str, list[int]]) -> None:
+    def _check_tensors(self, number: int, buffers: dict[str, list[int]]) -> None:
+        shard = self.manifest.shards[number]
         wanted = {self.manifest.stored_name(name): shape for name, shape in buffers.items()}
         for name, _, numel in shard.fragments:
             for state in self.manifest.states[name]:
                 wanted[state] = [wanted.get(state, [0])[0] + numel]
-        file = self._open(shard)
+        file = self._open(number)
         stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # not a dict
         for name, shape in wanted.items():
             if stored.get(name) != shape:
@@ -187,11 +186,22 @@ class Checkpoint:
                     "one of the two is damaged"
                 )
 
-    def _open(self, shard: CheckpointShard) -> Any:
-        try:
-            return safe_open(self.path / shard.file, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.path / shard.file}: damaged: {error}") from error
+    def _open(self, number: int) -> Any:
+        """A shard, which is opened when it is first read: of thousands a rank needs a few."""
+        if number not in self._files:
+            file = self.path / self.manifest.shards[number].file
+            try:
+                self._files[number] = safe_open(file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{file}: damaged: {error}") from error
+        return self._files[number]
+
+
+def whole(path: Path) -> Checkpoint:
+    """One that was compared with its hashes. Raises CheckpointError, as `Checkpoint` and `verify`."""
+    checkpoint = Checkpoint(path)
+    checkpoint.verify()
+    return checkpoint
 
 
 def newest(root: Path, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_pipeline.errors import CheckpointError
 from pretrain.checkpoint.manifest import CheckpointManifest
-from pretrain.run.checkpoint_folder import complete, is_incomplete, named, needed_by, remove, step_of
+from pretrain.run.checkpoint_folder import complete, is_checkpoint, is_incomplete, named, needed_by, remove, step_of
 
 
 def reasons(
@@ -26,7 +26,8 @@ def reasons(
         try:
             manifest = CheckpointManifest.load(path)
         except CheckpointError:
-            found[path] = ["cannot be read"]
+            if is_checkpoint(path):  # else the run has removed it meanwhile
+                found[path] = ["cannot be read"]
             continue
         if run and manifest.state.get("run", run) != run:
             found[path] = ["of another run"]

@@ -16,7 +16,7 @@ from model.architectures.encoder_only.labels import HEAD
 from model.architectures.names import current_name
 from model.architectures.token_model import TokenModel
 from model.layers.int8 import restored
-from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.checkpoint.checkpoint import Checkpoint, whole
 from pretrain.checkpoint.manifest import CheckpointManifest
 from pretrain.config.schema import Config
 from pretrain.finetune.lora import adapt, merged
@@ -95,9 +95,7 @@ def verify_base(checkpoint: Checkpoint) -> None:
         return
     path, step = _unchanged(_config_of(checkpoint))
     if step is not None:
-        base = Checkpoint(step_path(RunFolder(path).checkpoints, step))
-        base.verify()
-        verify_base(base)
+        verify_base(whole(step_path(RunFolder(path).checkpoints, step)))
 
 
 def hold_base(config: Config, warn: Callable[[str], None]) -> None:
@@ -161,8 +159,7 @@ def _of_export(path: Path) -> dict[str, Tensor]:
 
 def _of_run(path: Path, step: int | None) -> dict[str, Tensor]:
     assert step is not None
-    checkpoint = Checkpoint(step_path(RunFolder(path).checkpoints, step))
-    checkpoint.verify()
+    checkpoint = whole(step_path(RunFolder(path).checkpoints, step))
     return weights_of(checkpoint, _config_of(checkpoint)) | checkpoint.buffers()
 
 

@@ -1,5 +1,7 @@
 """Back to an older checkpoint in a live run, and what a later attempt must know of it."""
 
+import math
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,29 +31,78 @@ class Past:
     """Where the data stand when the run was rolled back to this very step and has saved nothing since."""
 
 
+class _Heard:
+    """What the measure of spikes has heard, in order, without what later starts have superseded.
+
+    16 bytes a step, since a journal may be of millions: a loss, or a mark.
+    """
+
+    _JUDGED, _ROLLED_BACK = math.nan, math.inf
+    """Up to a step, a window of logging ends; to a step, the run went back."""
+
+    def __init__(self) -> None:
+        self._steps, self._losses = array("q"), array("d")
+
+    def loss(self, step: int, loss: float) -> None:
+        """Of a step that applied its update."""
+        if math.isfinite(loss):
+            self._add(step, loss)
+
+    def judged(self, step: int) -> None:
+        """The losses since the last time were judged."""
+        self._add(step, self._JUDGED)
+
+    def rolled_back(self, step: int) -> None:
+        """The run stands at this step again; the limit stays."""
+        self._add(step, self._ROLLED_BACK)
+
+    def resumed(self, step: int) -> None:
+        """A start goes on from this step, as if nothing had come after it."""
+        while self._steps and self._steps[-1] > step:
+            self._steps.pop()
+            self._losses.pop()
+
+    def tell(self, spikes: Spikes) -> None:
+        """All of it to a fresh measure."""
+        window: list[StepLoss] = []
+        for step, loss in zip(self._steps, self._losses, strict=True):
+            if math.isfinite(loss):
+                window.append(StepLoss(step, loss, True))
+                continue
+            if loss == self._ROLLED_BACK:
+                spikes.rewind(step)
+            else:
+                spikes.judge(window)
+            window.clear()
+
+    def _add(self, step: int, loss: float) -> None:
+        self._steps.append(step)
+        self._losses.append(loss)
+
+
 def read_past(records: Iterable[Record], step: int, config: HealthConfig) -> Past:
     """Of an attempt that goes on from `step`; `records` is the journal without its own start."""
-    past = Past(Spikes(config.spike_z, config.spike_window))
-    window: list[StepLoss] = []
+    past, heard = Past(Spikes(config.spike_z, config.spike_window)), _Heard()
     for record in records:
-        if record.kind in ("start", "rollback"):
+        if record.kind == "start":
+            heard.resumed(record.fields.get("resumed_from") or 0)
+        elif record.kind == "rollback":
             back_to = record.fields.get("resumed_from") or 0
-            past.spikes.rewind(back_to)
-            window.clear()
-            if record.kind == "rollback":
-                past.num_rollbacks += 1
-                if back_to <= step:
-                    past.data = record.fields["data"] if back_to == step else None
+            heard.rolled_back(back_to)
+            past.num_rollbacks += 1
+            if back_to <= step:
+                past.data = record.fields["data"] if back_to == step else None
         elif record.kind == "checkpoint" and record.step == step:
             past.data = None
         elif record.kind == "spike":
             past.num_spikes += len(record.fields["spikes"])
         elif record.step is not None and LOSS in record.metrics:
-            window.append(StepLoss(record.step, record.metrics[LOSS], SKIPPED not in record.metrics))
+            if SKIPPED not in record.metrics:
+                heard.loss(record.step, record.metrics[LOSS])
             if STEP_MS in record.metrics:  # the window ends here
-                past.spikes.judge(window)
-                window.clear()
-    past.spikes.rewind(step)
+                heard.judged(record.step)
+    heard.resumed(step)
+    heard.tell(past.spikes)
     return past
 
 

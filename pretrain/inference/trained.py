@@ -17,14 +17,14 @@ from model.architectures import registry
 from model.architectures.token_model import TokenModel
 from model.config.model_config import ModelConfig
 from model.generation.decoding import check_continues
-from pretrain.checkpoint.checkpoint import Checkpoint
+from pretrain.checkpoint.checkpoint import Checkpoint, whole
 from pretrain.checkpoint.ownership import check_own
 from pretrain.config.architecture import opened
 from pretrain.config.schema import Config
 from pretrain.engine.buffers import persistent_buffers
 from pretrain.finetune.base import weights_of
 from pretrain.objectives.registry import objective_of
-from pretrain.run.checkpoint_folder import complete, is_checkpoint, step_of, step_path
+from pretrain.run.checkpoint_folder import complete, is_checkpoint, step_of, step_path, while_there
 from pretrain.run.run_folder import RunFolder
 
 
@@ -95,14 +95,11 @@ def find_checkpoint(path: Path, step: int | None = None) -> tuple[Checkpoint, Co
     if is_checkpoint(path):
         if step is not None:
             raise ConfigError(f"{path} is one checkpoint, which has one step; leave step {step} out")
-        checkpoint = Checkpoint(path)
-        config = saved_config(checkpoint)
-    else:
-        checkpoint = Checkpoint(_checkpoint_of(path, step))
-        check_own(checkpoint, RunFolder(path))
-        config = opened(RunFolder(path).config(), path)
-    checkpoint.verify()
-    return checkpoint, config
+        checkpoint = whole(path)
+        return checkpoint, saved_config(checkpoint)
+    checkpoint = while_there(lambda: _checkpoint_of(path, step), whole)
+    check_own(checkpoint, RunFolder(path))
+    return checkpoint, opened(RunFolder(path).config(), path)
 
 
 def saved_config(checkpoint: Checkpoint) -> Config:

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -29,6 +29,7 @@ OLDEST_FORMAT = 1
 """Which had AdamW only and did not name the states."""
 UNSEALED_FORMATS = (1, 2, 3)
 
+T = TypeVar("T")
 _NEEDED_BY, _TO_BEGIN = "needed-by-", "-to-begin"
 """Files in a checkpoint that begin with the first name a run each, which needs it to begin only if they end so, too."""
 _NAME = re.compile(r"step-([0-9]{9,})")
@@ -58,8 +59,8 @@ def complete(root: Path, warn: Callable[[str], None] = lambda text: None) -> lis
     Raises:
         CheckpointError: `root` is there and cannot be listed.
     """
-    found = []
-    for path in named(root):
+    found, paths = [], named(root)
+    for path in paths:
         try:
             (path / MANIFEST).lstat()
             read_manifest(path)
@@ -68,13 +69,31 @@ def complete(root: Path, warn: Callable[[str], None] = lambda text: None) -> lis
             continue
         except OSError as error:
             if error.errno in _NOTHING_THERE:
-                if not path.is_dir():  # else it is what an interrupted save left
+                if os.path.lexists(path) and not path.is_dir():  # else it is what an interrupted save left, or gone
                     warn(f"{path}: passed over: no folder, or a link to one that is not there")
                 continue
         except CheckpointError:
             pass
         found.append(path)
+    if not found and named(root) != paths:  # a run that trains has saved, and let go of what was there
+        return complete(root, warn)
     return found
+
+
+def while_there(choose: Callable[[], Path], read: Callable[[Path], T]) -> T:
+    """What `read` makes of the checkpoint that is chosen; of the one that is chosen next, should a run that trains
+    remove it meanwhile.
+
+    Raises:
+        CheckpointError: one that is there cannot be read; and what `choose` raises.
+    """
+    while True:
+        path = choose()
+        try:
+            return read(path)
+        except CheckpointError:
+            if is_checkpoint(path):
+                raise
 
 
 def named(root: Path) -> list[Path]:

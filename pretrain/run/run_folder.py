@@ -203,12 +203,17 @@ class RunFolder:
         """Whether the steps up to the newest checkpoint had the learning rate that the new `train.steps` gives them.
 
         Raises:
-            RunError: it is a `wsd` run whose cool-down has begun.
+            RunError: it is a `wsd` run whose cool-down has begun, or the run has gone further already.
         """
         if config.schedule != ours.schedule or config.schedule.kind in ("cosine", "linear"):
             return False
         start = min((s for s in (decay_start(ours), decay_start(config)) if s is not None), default=None)
         saved = self.saved_steps()
+        if saved and saved[-1] > config.train.steps:
+            raise RunError(
+                f"{self.path}: train.steps={config.train.steps}, but the run has gone further: its newest checkpoint "
+                f"is of step {saved[-1]}; give at least as many steps"
+            )
         if start is None or not saved or saved[-1] <= start:
             return True
         raise RunError(

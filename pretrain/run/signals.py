@@ -28,6 +28,8 @@ class StopRequest:
         self._signal = 0
         for number in EXIT_CODES:
             signal.signal(number, self._receive)
+        # A rank of `duet train` is born with all of them blocked: none is lost, or its end, before it can be heard.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
         # srun sends USR1 to all processes of a rank. Compilers and the mirror would die of it; what is blocked here is
         # blocked for threads and children, too, and waits until it is asked for.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})

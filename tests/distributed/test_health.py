@@ -226,6 +226,7 @@ def test_a_rollback_outlives_a_crash_and_is_told_everywhere(ranks: Ranks, datase
     with pytest.raises(RanksFailed, match="-9"):
         ranks(f"{CASES}run", 2, args=args, spike=[HARMFUL], killed_by=16 * GLOBAL_BATCH + 9)
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-000000001", "step-000000006"]
+    shutil.copytree(run_dir, tmp_path / "phase")
     [summary, silent] = ranks(f"{CASES}run", 2, args=args, spike=[HARMFUL])
     assert ["health", "loss spikes: 1, rollbacks: 1; see the report"] in summary
     assert silent == []
@@ -248,6 +249,12 @@ def test_a_rollback_outlives_a_crash_and_is_told_everywhere(ranks: Ranks, datase
     assert_mirrors(run_dir)
     client_metrics = run_of(run_dir).data.metrics
     assert client_metrics["training health/rollbacks"] == client_metrics["training health/spikes"] == 1
+
+    changed = ["data.order=block", "data.phase=2", *more]
+    ranks(f"{CASES}run", 2, args=spiked(dataset, tmp_path / "phase", "rollback", *changed))
+    data = manifest_of(step_path(tmp_path / "phase" / "checkpoints", STEPS))["state"]["data"]
+    assert [(p["start"] / GLOBAL_BATCH, p["order"]) for p in data["phases"]] == [(0, "global"), (16, "block")]
+    assert data["samples_seen"] == (16 + STEPS - 6) * GLOBAL_BATCH
 
 
 def test_a_run_that_spikes_again_after_its_rollbacks_ends(ranks: Ranks, dataset: Path, tmp_path: Path) -> None:

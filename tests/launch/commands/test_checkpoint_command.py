@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from data_pipeline.errors import CheckpointError, RunError
 from launch.cli import app
+from pretrain.checkpoint import checkpoint as checkpoint_module
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.checkpoint.differences import tensor_differences
 from pretrain.config.schema import load
 from pretrain.export.use import open_trained
 from pretrain.inference.trained import find_checkpoint
-from pretrain.run.checkpoint_folder import step_path
+from pretrain.run import checkpoint_folder
+from pretrain.run.checkpoint_folder import remove, step_of, step_path
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
 from tests.checkpoints import age, manifest_of, write_manifest
@@ -123,6 +126,44 @@ def test_prune_touches_neither_a_run_that_trains_nor_the_last_good_one(run: Path
     with pytest.raises(CheckpointError, match="shard-00000.safetensors: altered"):
         checkpoint("prune", copy, "--keep", "1")
     assert len(checkpoint("ls", copy).splitlines()) == 3
+
+
+def test_what_a_run_removes_while_it_is_looked_at_is_no_damage(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is taken; what is open stays readable; one that is asked for is said to be gone."""
+    doomed, hash_file, named = {12}, checkpoint_module.hash_file, checkpoint_folder.named
+
+    def hash_late(file: Path) -> str:
+        if step_of(file.parent) in doomed:
+            remove(file.parent)
+        return hash_file(file)
+
+    monkeypatch.setattr(checkpoint_module, "hash_file", hash_late)
+    copies = [shutil.copytree(run, tmp_path / name) for name in ("one", "other")]
+    found, _ = find_checkpoint(copies[0])
+    assert found.manifest.step == 8
+    remove(found.path)
+    expected = Checkpoint(step_path(run / "checkpoints", 8)).weights()
+    assert all(torch.equal(values, expected[name]) for name, values in found.weights().items())
+    with pytest.raises(CheckpointError, match="no complete checkpoint of step 8; there are: 4"):
+        find_checkpoint(copies[0], 8)
+
+    doomed = {12, 8}
+    root = copies[1] / "checkpoints"
+    said = checkpoint("verify", copies[1])
+    gone = [f"{step_path(root, step)}: removed by its run meanwhile" for step in (12, 8)]
+    assert said.splitlines() == [*gone, f"{step_path(root, 4)}: whole"]
+
+    def list_late(root: Path) -> list[Path]:
+        paths = named(root)
+        if not step_path(root, 12).exists():
+            shutil.copytree(step_path(run / "checkpoints", 12), step_path(root, 12))
+            remove(step_path(root, 4))
+        return paths
+
+    monkeypatch.setattr(checkpoint_folder, "named", list_late)
+    assert RunFolder(copies[1]).saved_steps() == [12]
 
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], object], older: bool = False) -> None:

@@ -122,22 +122,36 @@ def test_what_the_next_attempt_knows_of_a_rollback(
     assert (past.data or {}).get("samples_seen") == data
 
 
-def test_the_measure_of_spikes_is_the_same_after_a_restart(tmp_path: Path) -> None:
-    losses = falling(300, 3)
-    journal, live = Journal(tmp_path / "metrics.jsonl", 1), Spikes(6.0, WINDOW)
-    for first in range(0, 300, 20):
-        steps = [StepLoss(step, float(losses[step]), step % 7 != 0) for step in range(first, first + 20)]
+def logged(journal: Journal, spikes: Spikes, after: int, until: int) -> float:
+    """Steps in windows of twenty, every seventh without an update. Returns the limit that there is then."""
+    losses = falling(until, 3)
+    for end in range(after + 20, until + 1, 20):
+        steps = [StepLoss(step, float(losses[step - 1]), step % 7 != 0) for step in range(end - 19, end + 1)]
         for step in steps:
-            window = {"time/step_ms": 1.0} if step.step == first + 19 else {}
-            journal.metrics(
-                step.step, {"loss/train": step.loss} | ({} if step.applied else {"optim/skipped": 1}) | window
-            )
-        live.judge(steps)
-        if first == 200:
-            journal.event("rollback", step=219, text="", resumed_from=150, data={})
-            live.rewind(150)
-    again = read_past(read(tmp_path / "metrics.jsonl"), 299, HealthConfig(spike_window=WINDOW)).spikes
-    assert again.limit == live.limit < math.inf
+            more = ({} if step.applied else {"optim/skipped": 1}) | ({"time/step_ms": 1.0} if step.step == end else {})
+            journal.metrics(step.step, {"loss/train": step.loss} | more)
+        spikes.judge(steps)
+    return spikes.limit
+
+
+def test_the_measure_of_spikes_is_the_same_after_a_restart(tmp_path: Path) -> None:
+    path, whole, elsewhere = tmp_path / "metrics.jsonl", Spikes(6.0, WINDOW), Journal(tmp_path / "whole", 1)
+    limits = {step: logged(elsewhere, whole, step - 20, step) for step in range(20, 321, 20)}
+
+    def past(step: int) -> Spikes:
+        return read_past(read(path), step, HealthConfig(spike_window=WINDOW)).spikes
+
+    for attempt, (begin, end) in enumerate([(0, 200), (140, 240), (160, 180), (60, 300)], 1):
+        journal, live = Journal(path, attempt), past(begin) if begin else Spikes(6.0, WINDOW)
+        assert live.limit == limits.get(begin, math.inf), "of steps that are computed again, nothing is known"
+        journal.event("start", resumed_from=begin or None)
+        assert logged(journal, live, begin, end) == limits[end]
+    journal.event("rollback", step=300, text="", resumed_from=260, data={})
+    live.rewind(260)
+    assert past(260).limit == live.limit == limits[300]
+    logged(journal, live, 260, 320)
+    again = past(320)
+    assert again.limit == live.limit == limits[320]
     assert list(again._losses) == list(live._losses)
 
 

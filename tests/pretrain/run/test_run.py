@@ -108,12 +108,17 @@ def test_checkpoints_that_are_gone_are_missed(tmp_path: Path) -> None:
         folder.check_never_saved()
 
 
-def test_a_run_of_constant_learning_rate_may_become_longer(tmp_path: Path) -> None:
+def test_a_run_of_constant_learning_rate_may_become_longer_and_no_shorter_than_it_is(tmp_path: Path) -> None:
     dataset = {"fingerprint": "f" * 64, "path": "data/x"}
     folder = trained(tmp_path, "schedule.kind=constant", "train.steps=10")
     folder.claim(load(["schedule.kind=constant", "train.steps=20"]), dataset)
     with pytest.raises(RunError, match="schedule.kind"):
         folder.claim(load(["train.steps=20"]), dataset)
+    (folder.checkpoints / "step-000000015").mkdir(parents=True)
+    (folder.checkpoints / "step-000000015" / "manifest.json").touch()
+    folder.claim(load(["schedule.kind=constant", "train.steps=15"]), dataset)
+    with pytest.raises(RunError, match="train.steps=14, but .* its newest checkpoint is of step 15"):
+        folder.claim(load(["schedule.kind=constant", "train.steps=14"]), dataset)
 
 
 def test_the_end_of_a_wsd_run_may_move_until_its_cooldown_has_begun(tmp_path: Path) -> None:
