@@ -56,9 +56,9 @@ def named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None or Path(os.fsdecode(error.filename)).parent == path.parent:
-            error.filename, error.filename2 = str(path), None
-        raise
+        if error.errno is None or (error.filename and Path(os.fsdecode(error.filename)).parent != path.parent):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 def check_writable(path: Path) -> None:
