@@ -356,9 +356,10 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except OSError as error:
-            if error.errno not in DISK_ERRORS or error.filename is None:
+            if error.errno not in DISK_ERRORS:
                 raise
-            print(f"error: {error.filename}: {DISK_ERRORS[error.errno]}", file=sys.stderr)
+            where = error.filename or "where this prints to"  # what goes into files is named
+            print(f"error: {where}: {DISK_ERRORS[error.errno]}", file=sys.stderr)
             sys.exit(2)
 
 

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
@@ -45,7 +44,7 @@ def main(args: list[str]) -> int:
     from pretrain.config.schema import load
     from pretrain.run.job_records import FailureFile
     from pretrain.run.provenance import check_code
-    from pretrain.tracking.console import fail, take_over
+    from pretrain.tracking.console import fail, log_traceback, take_over
 
     try:
         with told(lambda error: fail(f"error: {error}")), FailureFile(rank) as failure_file:
@@ -63,7 +62,7 @@ def main(args: list[str]) -> int:
             except BaseException as error:
                 if stop.code is None:
                     raise
-                traceback.print_exc()
+                log_traceback()
                 fail(f"warning: the run is over and saved; what followed failed: {type(error).__name__}: {error}")
                 return stop.code
     except UserError as error:

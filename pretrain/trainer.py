@@ -1,7 +1,6 @@
 """The training run of one rank: `begin` opens its parts, and the loop reads top to bottom."""
 
 import time
-import traceback
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -41,6 +40,7 @@ from pretrain.run.goodput import earlier_goodput
 from pretrain.run.job_records import FailureFile
 from pretrain.run.lease import still_there
 from pretrain.run.signals import StopRequest
+from pretrain.tracking.console import log_traceback
 from pretrain.tracking.mlflow_state import State, state_path
 
 
@@ -216,7 +216,7 @@ class Loop:
             try:
                 recorder.sample(self.step, sample_text(model, claim.dataset, config, claim.ranks.device))
             except Exception as error:  # a text is no reason to lose what was learned
-                traceback.print_exc()
+                log_traceback()
                 recorder.warning(f"no sample was written after step {self.step}: {type(error).__name__}: {error}")
         return metrics.get(VALIDATION_PART, metrics[VALIDATION])
 

@@ -16,6 +16,8 @@ DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file size limit is reached (see `ulimit -f`)",
+    errno.EIO: "the disk, or the server behind it, failed (input/output error; the kernel's log may say why)",
+    errno.ESTALE: "the file server does not know it any more (stale file handle)",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.EISDIR: "a folder stands where a file is needed",
@@ -47,6 +49,18 @@ def disk_errors(path: Path, kind: type[UserError] = DataError) -> Iterator[None]
         ) from error
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Has an OSError say that it is about `path`, not about a temporary file beside it, or about none: of what a full
+    disk refuses the system names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or (error.filename and Path(os.fsdecode(error.filename)).parent != path.parent):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
 def check_writable(path: Path) -> None:
     """Raises DataError where no file could be written under this name, before what goes into it is made. The folder for
     it is made."""
@@ -61,7 +75,7 @@ def write_atomic(path: Path, content: str | bytes, private: bool = False) -> Non
     """Replaces a file: a temporary one beside it, flushed to disk, then renamed; a `private` one is for its owner.
 
     Raises DataError for what is no file, such as a device or a pipe, and for text that is not UTF-8, such as the name
-    of a file may be.
+    of a file may be; OSError, which names the file, when the disk refuses.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise DataError(f"cannot write {path}: it is a device or a pipe; name a file")
@@ -69,15 +83,16 @@ def write_atomic(path: Path, content: str | bytes, private: bool = False) -> Non
         content = _encoded(path, content)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)  # left by a process that was killed, or a link
-    try:
-        with open(temporary, "xb", opener=partial(os.open, mode=0o600 if private else 0o666)) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with named(path):
+        try:
+            with open(temporary, "xb", opener=partial(os.open, mode=0o600 if private else 0o666)) as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def _encoded(path: Path, text: str) -> bytes:

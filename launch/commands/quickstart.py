@@ -63,12 +63,14 @@ def collect(path: Path) -> tuple[int, int]:
     once and on one line. So a small model soon writes what reads like it, which tables and code would keep it from.
     The order depends on names alone. Returns (documents, UTF-8 bytes of text).
     """
+    from data_pipeline.files.atomic import named
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     seen: set[str] = set()
     documents = size = 0
     try:
-        with open(temporary, "wb") as file:
+        with named(path), open(temporary, "wb") as file:
             with zstandard.ZstdCompressor(level=9).stream_writer(file, closefd=False) as packed:
                 for name, raw in _documents(Path(sysconfig.get_path("stdlib"))):
                     new = [one for one in dict.fromkeys(paragraphs(raw)) if one not in seen]

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
-from data_pipeline.errors import ConfigError
-from data_pipeline.files.atomic import write_json
+from data_pipeline.errors import ConfigError, RunError, UserError
+from data_pipeline.files.atomic import disk_errors, write_json
 from data_pipeline.storage.manifest import Manifest
 from model.config.mask_config import EVAL_ROUNDINGS
 from model.costs.flops import training_flops_per_token
@@ -106,12 +106,17 @@ class Running:
 
     def _start(self, run: StudyRun) -> None:
         logs = run.path / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
         threads = max(1, len(os.sched_getaffinity(0)) // (self.jobs * self.ranks))
         environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
         command = [sys.executable, "-P", "-m", "launch.local.study_runs", str(self.ranks), *run.args]
-        with open(logs / "terminal.log", "ab") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+            with open(logs / "terminal.log", "ab") as log:
+                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        except OSError as error:  # those that train are not to be left alone
+            self.failed.append(run)
+            self.say(f"{run.place}: not begun: {error}")
+            return
         self._active[process] = run, time.monotonic()
         self.say(f"{run.place}: begins; its words are in {logs / 'terminal.log'}")
 
@@ -154,10 +159,15 @@ def train_and_evaluate(args: list[str], ranks: int) -> int:
     from pretrain.export.use import evaluate_run
 
     found = {kind: evaluate_run(config.run_dir, None, kind) for kind in EVAL_ROUNDINGS}
-    write_json(config.run_dir / ROUNDINGS, found)
+    with disk_errors(config.run_dir / ROUNDINGS, RunError):
+        write_json(config.run_dir / ROUNDINGS, found)
     print(json.dumps(found, indent=1))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(train_and_evaluate(sys.argv[2:], int(sys.argv[1])))
+    try:
+        sys.exit(train_and_evaluate(sys.argv[2:], int(sys.argv[1])))
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)

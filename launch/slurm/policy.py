@@ -258,15 +258,28 @@ def main(args: list[str]) -> int:
             newest = max(saved_steps(given.run_dir), default=None)
         failure = diagnose(outcome, folder.rank_failures(job or "?", restart), words, newest, reached)
         outcome = replace(outcome, failure=failure)
-        folder.failed(failure)
     decision = decide(outcome, earlier, given.max_crashes)
-    bad = dict.fromkeys(decision.nodes_to_exclude, "did not start its tasks")
-    if bad and (refusal := exclude(folder, bad, int(os.environ.get("SLURM_JOB_NUM_NODES", 1)))):
-        print(f"policy: no node is excluded: {refusal}", flush=True)
-    folder.decided(decision.action.name, decision.reason, given.rc, given.signal)
+    decision = _kept(folder, decision, outcome)
     print(f"policy: {decision.action.name.lower().replace('_', ' ')}: {decision.reason}", flush=True)
     _tell(given.run_dir, decision)
     return decision.action
+
+
+def _kept(folder: JobFolder, decision: Decision, outcome: Outcome) -> Decision:
+    """Write down what happened and what was decided. On a disk that refuses, a decision that needs no counting stands;
+    a failure that nobody would know of is not tried again."""
+    try:
+        if outcome.failure:
+            folder.failed(outcome.failure)
+        bad = dict.fromkeys(decision.nodes_to_exclude, "did not start its tasks")
+        if bad and (refusal := exclude(folder, bad, int(os.environ.get("SLURM_JOB_NUM_NODES", 1)))):
+            print(f"policy: no node is excluded: {refusal}", flush=True)
+        folder.decided(decision.action.name, decision.reason, outcome.rc, outcome.signal)
+    except OSError as error:
+        print(f"policy: this is not written down: {error.filename or folder.path}: {error.strerror}", flush=True)
+        if outcome.failure and decision.action in (Action.REQUEUE, Action.REQUEUE_AVOIDING):
+            return replace(decision, action=Action.STOP, reason=f"{_told(outcome.failure)}; and it cannot be counted")
+    return decision
 
 
 def _tell(run_dir: Path, decision: Decision) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import typer
 
 from data_pipeline.errors import ConfigError, RunError
-from data_pipeline.files.atomic import disk_errors, open_lock, write_atomic
+from data_pipeline.files.atomic import DISK_ERRORS, disk_errors, named, open_lock, write_atomic
 from launch.slurm import checks, client, render, snapshot
 from launch.slurm import site as clusters
 from launch.slurm.checks import Checked
@@ -165,8 +165,9 @@ def place(order: Order) -> list[str]:
         if order.after and client.job(order.after) is None:  # Slurm would take it for one that has succeeded
             raise ConfigError(f"--after {order.after}: Slurm knows no such job, or no longer")
         with tempfile.TemporaryFile("w") as script:  # without a name, so that nothing is left behind by a kill
-            script.write(plan.script)
-            script.flush()
+            with named(Path(tempfile.gettempdir()) / "job.sbatch"):
+                script.write(plan.script)
+                script.flush()
             told = client.test_only(Path(f"/proc/{os.getpid()}/fd/{script.fileno()}"))
         findings = [*plan.findings, Checked("Slurm", told)]
         show(findings)
@@ -206,13 +207,36 @@ def _write_and_submit(order: Order, plan: Submission) -> list[str]:
             if jobs:
                 raise client.SlurmError(f"{error}; the links before it wait: {', '.join(jobs)}") from error
             raise
-        for number, config in enumerate(plan.configs):
-            job = f"{jobs[-1]}_{number}" if order.array else jobs[-1]
-            array = f"{number} of 0-{len(plan.configs) - 1}" if order.array else None
-            folder = JobFolder(config.run_dir)
-            folder.submitted(job, order.cluster_name, order.cluster.nodes, order.command, array)
-            typer.echo(f"job {job}: {config.run_dir}")
+        names = [f"{jobs[-1]}_{number}" if order.array else jobs[-1] for number in range(len(plan.configs))]
+        with _taken_back(jobs):
+            for number, (name, config) in enumerate(zip(names, plan.configs, strict=True)):
+                array = f"{number} of 0-{len(names) - 1}" if order.array else None
+                folder = JobFolder(config.run_dir)
+                folder.submitted(name, order.cluster_name, order.cluster.nodes, order.command, array)
+        for name, config in zip(names, plan.configs, strict=True):
+            typer.echo(f"job {name}: {config.run_dir}")
     return jobs
+
+
+@contextlib.contextmanager
+def _taken_back(jobs: list[str]) -> Iterator[None]:
+    """The last job, if it cannot be written down: no command would find it, and the next submission not refuse to be
+    a second one.
+
+    Raises:
+        RunError: it was; or was to be, and Slurm refuses.
+    """
+    try:
+        yield
+    except OSError as error:
+        *before, job = jobs
+        what = f"{error.filename}: {DISK_ERRORS.get(error.errno or 0, error)}, so job {job} is"
+        wait = f"; the links before it wait: {', '.join(before)}" if before else ""
+        try:
+            client.cancel(job)
+        except client.SlurmError as refused:
+            raise RunError(f"{what} not written down, nor taken back ({refused}): scancel {job}{wait}") from error
+        raise RunError(f"{what} taken back; make room, and submit again{wait}") from error
 
 
 def _check_not_queued(run_dir: Path) -> None:

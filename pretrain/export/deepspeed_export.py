@@ -3,17 +3,20 @@
 from pathlib import Path
 
 from data_pipeline.errors import CheckpointError, ConfigError
-from data_pipeline.files.atomic import disk_errors, write_atomic
+from data_pipeline.files.atomic import write_atomic
 from model.architectures import registry
 from pretrain.checkpoint.checkpoint import Checkpoint
 from pretrain.engine.distributed import join
 from pretrain.engine.engine import Engine
+from pretrain.export.portable import new_folder
 from pretrain.inference.trained import saved_config
 
 NOTE = """An export of Duet's checkpoint {source}
 in DeepSpeed's own layout, as of one rank at ZeRO stage {stage}. Duet does not read this folder.
 The files are pickles: let nobody load one that does not trust whoever made it.
 """
+_REFUSED = ("iostream error", "unexpected pos", "failed writing file", "file write failed")
+"""How torch.save says that a file could not be written; what the system said is lost by then."""
 
 
 def export_deepspeed(checkpoint: Checkpoint, folder: Path) -> None:
@@ -24,7 +27,8 @@ def export_deepspeed(checkpoint: Checkpoint, folder: Path) -> None:
     Moments that the run keeps in 8 bits are exported in fp32.
 
     Raises:
-        CheckpointError: the manifest does not hold the run's configuration, or the folder is there already.
+        CheckpointError: the manifest does not hold the run's configuration, the folder is there already, or the disk
+            refuses; nothing of it is left then.
     """
     config = saved_config(checkpoint)
     if config.finetune.kind == "lora":
@@ -34,9 +38,14 @@ def export_deepspeed(checkpoint: Checkpoint, folder: Path) -> None:
         config = config.model_copy(update={"optimizer": optimizer})
     if folder.exists():
         raise CheckpointError(f"{folder}: is there already; name a new folder")
-    with join(config.engine.timeout_minutes) as ranks, disk_errors(folder, CheckpointError):
+    with join(config.engine.timeout_minutes) as ranks:
         engine = Engine(registry.build(config.model), config, ranks)
         checkpoint.load(engine)
-        folder.mkdir(parents=True)
-        engine.export_deepspeed(folder)
-        write_atomic(folder / "EXPORT.txt", NOTE.format(source=checkpoint.path, stage=engine.stage))
+        with new_folder(folder) as new:
+            try:
+                engine.export_deepspeed(new)
+            except RuntimeError as error:
+                if not any(words in str(error) for words in _REFUSED):
+                    raise
+                raise CheckpointError(f"{folder}: the disk refuses what torch writes ({error}); make room") from error
+            write_atomic(new / "EXPORT.txt", NOTE.format(source=checkpoint.path, stage=engine.stage))

@@ -8,6 +8,7 @@ in the middle of writing a record. One without a hash, as you may have written i
 """
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ from typing import Any, Self, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.errors import UserError
+from data_pipeline.files.atomic import named
 from data_pipeline.files.sealed import seal, unseal, write_sealed
 from data_pipeline.secret import redact
 
@@ -204,10 +206,12 @@ class JobFolder:
     def _append(self, file: Path, record: dict[str, Any]) -> None:
         """One write, on disk when this returns; what a crash tore off before becomes a line of its own."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(file, "a+b", buffering=0) as out:
+        with named(file), open(file, "a+b", buffering=0) as out:
             size = out.seek(0, os.SEEK_END)
             torn = size > 0 and os.pread(out.fileno(), 1, size - 1) != b"\n"
-            out.write(b"\n" * torn + seal(json.dumps(record)).encode() + b"\n")
+            line = b"\n" * torn + seal(json.dumps(record)).encode() + b"\n"
+            if out.write(line) < len(line):  # a full disk takes a part, and says so to the next one only
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(out.fileno())
 
 

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -62,9 +63,10 @@ class Screen:
         return before != self._size
 
     def copy(self, text: str) -> None:
-        """Append lines to the log."""
-        os.write(self._copy, f"{text}\n".encode("utf-8", "backslashreplace"))
-        self._size = self._length()
+        """Append lines to the log. A disk that refuses them is no reason to say nothing on the screen, nor to end."""
+        with suppress(OSError):
+            os.write(self._copy, f"{text}\n".encode("utf-8", "backslashreplace"))
+            self._size = self._length()
 
     def _length(self) -> int:
         return os.fstat(self._copy).st_size
@@ -98,10 +100,17 @@ def take_over(logs: Path, rank: int, *, verbose: bool) -> None:
 
 
 def fail(text: str) -> None:
-    """Say what ends the run, on the error stream and in the log."""
-    print(text, file=_screen.err if _screen else sys.stderr, flush=True)
+    """Say what ends the run, on the error stream and in the log. Where nobody can be told, the exit code still is."""
+    with suppress(OSError):  # a closed pipe, or a log on the disk that is full
+        print(text, file=_screen.err if _screen else sys.stderr, flush=True)
     if _screen:
         _screen.copy(text)
+
+
+def log_traceback() -> None:
+    """The error that is being handled, with its traceback, into the log; a disk that is full has no room for it."""
+    with suppress(OSError):
+        traceback.print_exc()
 
 
 class Console:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
+from data_pipeline.files.atomic import check_writable
 from data_pipeline.secret import redact
 from pretrain.run.journal import Record
 from pretrain.tracking.mlflow_state import SQLITE
@@ -39,7 +40,7 @@ def connect(uri: str) -> Any:
     from mlflow import MlflowClient
 
     for noisy in ("mlflow", "alembic", "urllib3.connectionpool"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what it logs as an error it raises, too
     if uri.startswith(SQLITE):
         _create_store(Path(uri.removeprefix(SQLITE)))
     return MlflowClient(tracking_uri=uri)
@@ -165,7 +166,7 @@ def _create_store(path: Path) -> None:
         if _is_empty(path):  # made by a program that looked for tables, or cut off
             SqlAlchemyStore(f"{SQLITE}{path}", artifacts(f"{SQLITE}{path}").as_uri()).engine.dispose()
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)  # MLflow would try for a minute, and then not say why
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         SqlAlchemyStore(f"{SQLITE}{temporary}", artifacts(f"{SQLITE}{path}").as_uri()).engine.dispose()

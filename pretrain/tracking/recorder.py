@@ -5,7 +5,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -39,7 +38,7 @@ from pretrain.run.lease import LeaseLost
 from pretrain.run.run_folder import RunFolder
 from pretrain.run.run_summary import RunData, label_scores_told, load
 from pretrain.run.signals import BrokenOff, StopRequest, exit_code, told
-from pretrain.tracking.console import Console
+from pretrain.tracking.console import Console, log_traceback
 from pretrain.tracking.follower import Follows, Tracker, assign, unsent
 from pretrain.tracking.metrics import StepMetrics
 from pretrain.tracking.mlflow_state import State
@@ -262,7 +261,7 @@ class Recorder:
             with stop.breakable(), status_line.doing(f"the run is over and saved; {what}"):
                 return work()
         except (Exception, BrokenOff) as error:
-            traceback.print_exc()
+            log_traceback()
             why = str(error) if isinstance(error, BrokenOff) else f"{type(error).__name__}: {error}"
             self._console.warning(f"the run is over and saved, but {what} was not to be had: {why}")
             return None

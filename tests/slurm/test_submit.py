@@ -292,7 +292,16 @@ def test_a_second_submission_names_the_job_that_waits(cluster: Cluster, submit: 
     assert Path("runs/first/slurm/config.yaml").read_text() == before, "what the waiting job will train was changed"
     cluster.run("scancel", job)
     wait_until(lambda: cluster.job(job)["JobState"] == "CANCELLED", 30, "the end")
-    assert submit("run.seed=5", "--sbatch=--hold") != job
+    records = Path("runs/first/slurm/jobs.jsonl")  # which cannot be written: no command would find the next job
+    records.rename("jobs.jsonl")
+    records.mkdir()
+    with pytest.raises(RunError, match=r"jobs.jsonl: .*, so job \d+ is taken back; make room") as refused:
+        resubmit(Path("runs/first"))
+    lost = str(refused.value).split("so job ")[1].split()[0]
+    wait_until(lambda: cluster.job(lost)["JobState"] == "CANCELLED", 30, "the end")
+    records.rmdir()
+    Path("jobs.jsonl").rename(records)
+    assert submit("run.seed=5", "--sbatch=--hold") not in (job, lost)
 
 
 def test_one_after_another_job(cluster: Cluster, submit: Submit) -> None:

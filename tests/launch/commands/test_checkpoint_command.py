@@ -23,7 +23,7 @@ from pretrain.run.checkpoint_folder import remove, step_of, step_path
 from pretrain.run.lease import Lease
 from pretrain.run.run_folder import RunFolder
 from tests.checkpoints import age, manifest_of, write_manifest
-from tests.runs import SMALL, duet
+from tests.runs import SMALL, duet, program
 
 Ranks = Callable[..., list[Any]]
 
@@ -260,6 +260,21 @@ def test_verify_goes_on_after_a_damaged_one_and_diff_reads_nothing_that_was_alte
     assert "shard-00001.safetensors: altered" in str(done.exception)
     with pytest.raises(CheckpointError, match=r"shard-00001.safetensors: altered"):
         checkpoint("diff", folder, run)
+
+
+def test_an_export_for_deepspeed_that_the_disk_refuses_leaves_nothing_in_the_way_of_the_next(
+    run: Path, tmp_path: Path
+) -> None:
+    exported = tmp_path / "exported"
+    limited = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))\n"
+        "runpy.run_module('launch.cli', run_name='__main__')\n"
+    )
+    refused = program("-c", limited, "checkpoint", "export", str(run), "--deepspeed", str(exported))
+    assert (refused.returncode, list(tmp_path.iterdir())) == (2, []), refused.stderr
+    assert f"error: {exported}: the disk refuses what torch writes" in refused.stderr
+    assert duet("checkpoint", "export", str(run), "--deepspeed", str(exported)).returncode == 0
 
 
 @pytest.mark.drill

@@ -215,3 +215,17 @@ def test_from_the_files_of_a_run(
         "REQUEUE_AVOIDING", "REQUEUE", "REQUEUE", "STOP", "REQUEUE", "STOP", "REQUEUE", "STOP", "DONE",
     ]  # fmt: skip
     assert json.loads((tmp_path / "slurm" / "decisions.jsonl").read_text().splitlines()[0])["reason"]
+
+
+@pytest.mark.parametrize(("rc", "action"), [("0", Action.DONE), ("1", Action.STOP)])
+def test_on_a_full_disk_a_run_that_is_over_is_over_and_a_failure_is_not_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rc: str, action: Action
+) -> None:
+    """It could not be counted."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for name in ("failures.jsonl", "decisions.jsonl"):
+        (tmp_path / "slurm" / name).mkdir(parents=True)
+    assert policy.main([str(tmp_path), "--rc", rc]) == action
+    said, _ = capsys.readouterr()
+    assert f"policy: this is not written down: {tmp_path}/slurm/" in said
+    assert f"policy: {action.name.lower()}: " in said

@@ -350,3 +350,10 @@ def test_at_the_end_it_is_said_what_was_not_sent(run: Run) -> None:
     sync(run.path)
     run.steps(5)
     assert unsent(run.path) == "not there yet: steps from 11 on"
+
+
+def test_a_store_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
+    """MLflow by itself tries for 51 seconds in silence."""
+    run = Run(tmp_path / "a", "sqlite:////proc/mlflow.db").steps(1)
+    with pytest.raises(RunError, match=r"cannot write /proc/mlflow.db: no file or folder can be made there"):
+        sync(run.path)
