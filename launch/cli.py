@@ -112,8 +112,12 @@ def train(
 
         typer.echo(describe(loaded, ranks))
         return
+    from data_pipeline.files.filesystem import is_uri
+    from data_pipeline.storage.manifest import Manifest
     from launch.local.local_ranks import run_ranks
 
+    if not is_uri(loaded.data.path):
+        Manifest.load(loaded.data.path)  # before torch is imported, and a folder is made
     raise typer.Exit(run_ranks(config, ranks, loaded.run_dir / "logs", verbose=verbose))
 
 

@@ -32,11 +32,12 @@ def run(
 
     Example: `duet study run docs/experiments/learned-dropout.yaml --jobs 2`
     """
-    from launch.local.study_runs import check_equal, is_done
+    from launch.local.study_runs import check_data, check_equal, is_done
     from pretrain.study.spec import load_study
 
     loaded = load_study(study)
     runs = loaded.runs(only)
+    check_data(runs)
     for section in dict.fromkeys(run.section for run in runs):
         for line in check_equal(loaded, section):
             typer.echo(line)

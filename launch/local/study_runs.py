@@ -45,6 +45,12 @@ def is_done(run: StudyRun, *, diverged: bool = False) -> bool:
     return run_state(run.path).state == "finished" and evaluated
 
 
+def check_data(runs: list[StudyRun]) -> None:
+    """Raises DataError: where a run is to read its dataset, there is none."""
+    for path in dict.fromkeys(run.config().data.path for run in runs):
+        Manifest.load(path)
+
+
 def check_equal(study: Study, section: str) -> Iterator[str]:
     """A line on each thing that was to be equal in a section.
 

@@ -139,7 +139,8 @@ class Study(BaseModel, extra="forbid", frozen=True):
             return [run for run in found if not self.sections[run.section].on_request]
         for name in wanted:
             if not any(run.within(name) for run in found):
-                raise ConfigError(f"{name}: no such section or arm; sections: {', '.join(self.sections)}")
+                places = (f"{section} ({', '.join(self.arms(section))})" for section in self.sections)
+                raise ConfigError(f"{name}: no such section or arm; sections, with their arms: {', '.join(places)}")
         return [run for run in found if any(run.within(name) for name in wanted)]
 
     def _of_section(self, name: str) -> Iterator["StudyRun"]:
@@ -224,6 +225,9 @@ def read_yaml(path: Path) -> object:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if key := key_of_secret(content):
         raise ConfigError(f"{path}: {key}: {WAY_ON}")
+    if isinstance(content, dict) and content and content.keys() <= Config.model_fields.keys():
+        command = shlex.join(["duet", "train", str(path)])
+        raise ConfigError(f"{path}: this configures one run, and a study is wanted; `{command}` trains it")
     return content
 
 

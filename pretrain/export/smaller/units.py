@@ -61,6 +61,9 @@ def remove_units(path: Path, step: int | None, folder: Path, heads: str | None, 
         raise ConfigError("--units: model.block_gates cut the hidden units into blocks; --gates removes whole blocks")
     model = read_model(checkpoint, config)
     parts = parts_of(model, heads=heads is not None, units=units is not None)
+    for option, wanted, last in (("--heads", heads, "out"), ("--units", units, "down")):
+        if wanted and last not in map(_last, parts.values()):
+            raise ConfigError(f"{option}: none are parts of ours in {shape.architecture}; what can go, it alone knows")
     taken = {name: _taken((units if _last(of) == "down" else heads) or "", of, shape) for name, of in parts.items()}
     check_new(folder)
     with comparing(checkpoint, config) as text:
