@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.completion import complete_runs
+
 if TYPE_CHECKING:
     from pretrain.run.run_listing import RunState
 
@@ -23,7 +25,9 @@ def _group() -> None:
 
 @app.command("ls")
 def ls(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where the run folders are.")] = Path("runs"),
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Where the run folders are.", autocompletion=complete_runs)
+    ] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
     """List the runs in a folder, the newest first.
@@ -74,7 +78,7 @@ track_app = typer.Typer(no_args_is_help=True, help="Bring MLflow up to date with
 
 @track_app.command("sync")
 def sync(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", autocompletion=complete_runs)],
     new_run: Annotated[
         bool, typer.Option("--new-run", help="Make it a run of its own there: of a copy, or when its run was deleted.")
     ] = False,
@@ -97,7 +101,7 @@ def sync(
 
 @track_app.command("export")
 def export(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.", autocompletion=complete_runs)],
     to: Annotated[str, typer.Option("--to", metavar="tensorboard", help="What is to read it.")],
     out: Annotated[
         Path | None,
