@@ -62,10 +62,8 @@ class Config(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     def _the_objective_fits_the_model(self) -> "Config":
         objective = self.objective
         if unknown := [name for name in self.model.traits.objectives if name not in OBJECTIVES]:
-            known = ", ".join(OBJECTIVES)
-            raise ValueError(
-                f"{self.model.architecture}: traits.objectives: no {', '.join(unknown)}; there are {known}"
-            )
+            name, known = external.shown(self.model.architecture), ", ".join(OBJECTIVES)
+            raise ValueError(f"{name}: traits.objectives: no {', '.join(unknown)}; there are {known}")
         self.model.check_objective(objective.name)
         if objective.against_documents and self.model.document_mask:
             raise ValueError(

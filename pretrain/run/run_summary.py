@@ -55,6 +55,11 @@ class RunData:
         value = dataset.get("order0_entropy") if isinstance(dataset, dict) else None
         return float(value) if isinstance(value, int | float) else None
 
+    @property
+    def counted(self) -> str:
+        """What its losses are means over: `label` where not every token is predicted, so without bits per byte."""
+        return "label" if VALIDATION in self.points and BITS_PER_BYTE not in self.points else "token"
+
     def last(self, name: str) -> float | None:
         """The last value of a metric."""
         points = self.points.get(name)
@@ -122,7 +127,11 @@ def _journal(run_dir: Path) -> Path:
 def verdict(run: RunData) -> tuple[str, str]:
     """How the run went: its end and its loss; its validation against what byte frequencies alone would give."""
     loss = run.points.get(LOSS)
-    course = f"training loss {loss[0].value:.4f} → {loss[-1].value:.4f} nats per token" if loss else "no training step"
+    course = (
+        f"training loss {loss[0].value:.4f} → {loss[-1].value:.4f} nats per {run.counted}"
+        if loss
+        else "no training step"
+    )
     resumed = sum(1 for start in run.starts if start.fields.get("resumed_from") is not None)
     times = "" if not resumed else ", resumed once" if resumed == 1 else f", resumed {resumed} times"
     back = sum(1 for warning in run.warnings if warning.kind == "rollback")

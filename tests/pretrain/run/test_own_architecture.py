@@ -204,6 +204,9 @@ def test_it_is_evaluated_and_exported(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "exported"
     done = CliRunner().invoke(app, ["checkpoint", "export", str(run.path), "--to", str(folder)])
     assert done.exit_code == 0, done.output
+    words = ["checkpoint", "shrink", str(run.path), "--heads", "1", "--to", str(tmp_path / "smaller")]
+    with pytest.raises(ConfigError, match="--heads: none are parts of ours in gla.py:GLA@"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
     before = open_trained(run.path).model
     shutil.rmtree(run.path)
     run.file.unlink()
