@@ -131,11 +131,8 @@ def _best(runs: list[RunData], *, compared: bool) -> tuple[str, ...]:
     """The first of the sorted runs; by nats a token only where these may be compared."""
     loss, bits = runs[0].last(VALIDATION), runs[0].last(BITS_PER_BYTE)
     if compared:
-        return (
-            ()
-            if loss is None
-            else (f"Lowest validation loss: {runs[0].name}, {_number(loss)} nats per {runs[0].counted}.",)
-        )
+        unit = f"nats per {runs[0].counted}"
+        return () if loss is None else (f"Lowest validation loss: {runs[0].name}, {_number(loss)} {unit}.",)
     return () if bits is None else (f"Fewest bits per byte: {runs[0].name}, {_number(bits)}.",)
 
 

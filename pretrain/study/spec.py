@@ -177,15 +177,22 @@ class StudyRun:
     @property
     def args(self) -> list[str]:
         """What `duet train` gets."""
-        own = {"run.name": self.place.replace("/", "-"), "run.dir": str(self.path), "run.seed": str(self.seed)}
         tracked = {
             "tracking.experiment": self.study.name,
             "tracking.uri": f"sqlite:///{self.study.folder / 'mlflow.db'}",
         }
-        return [*self.settings, *(f"{key}={value}" for key, value in (own | tracked).items())]
+        before, behind = ([f"{key}={value}" for key, value in said.items()] for said in (tracked, self._own))
+        return [*before, *self.settings, *behind]
+
+    @property
+    def _own(self) -> dict[str, str]:
+        """What the study alone says."""
+        return {"run.name": self.place.replace("/", "-"), "run.dir": str(self.path), "run.seed": str(self.seed)}
 
     def config(self) -> Config:
-        """As `load` makes it of `args`."""
+        """As `load` makes it of `args`. Raises ConfigError, too, where the settings hold what the study says."""
+        if given := [setting for setting in self.settings if setting.partition("=")[0] in self._own]:
+            raise ConfigError(f"{given[0]}: a study names its runs, and its `seeds` are their seeds; leave it out")
         return load(self.args)
 
     def within(self, name: str) -> bool:

@@ -154,6 +154,7 @@ def loss(folder: Path, place: str) -> float:
         ("sections.rates.arms_of", "gone", "gone has no arms"),
         ("sections.rates.settings", {}, "arms_of and settings need each other"),
         ("sections.core.arms.masks.config", ["model.witdh=3"], "core/masks/seed-1: command line: unknown key"),
+        ("sections.core.arms.masks.config", ["run.seed=3"], "core/masks/seed-1: run.seed=3: a study names its runs"),
         ("sections.core.arms.masks.config", ["model/none"], "core/masks/seed-1: model/none"),
     ],
 )
@@ -190,6 +191,12 @@ def test_what_was_kept_of_other_settings_is_not_told(tmp_path: Path) -> None:
     arm.config.append("optimizer.weight_decay=0.5")
     with pytest.raises(RunError, match=r"optimizer.weight_decay: [0-9.]+ in the run, 0.5 in the study"):
         Results(study, kept).of(run.section, run.arm, run.setting)
+
+
+def test_a_study_is_tracked_beside_its_runs_unless_told() -> None:
+    for given, uri in (([], "sqlite:///runs/small/mlflow.db"), (["tracking.uri=http://there"], "http://there")):
+        study = Study.model_validate(changed("config", [*STUDY["config"], *given]))
+        assert study.runs()[0].config().tracking.uri == uri
 
 
 def test_arms_that_are_to_be_equal_and_are_not(folder: Path) -> None:

@@ -273,6 +273,11 @@ def test_what_is_not_a_run_folder_is_said(tmp_path: Path) -> None:
         write_report([tmp_path / "nowhere"], None)
     with pytest.raises(RunError, match=r"no metrics\.jsonl in it; expected"):
         write_report([tmp_path], None)
+    (tmp_path / "runs" / "first" / "attempts").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"runs: a folder of runs, such as .*/runs/first; name these"):
+        write_report([tmp_path / "runs"], None)
+    with pytest.raises(RunError, match="first: a run that has not trained yet"):
+        write_report([tmp_path / "runs" / "first"], None)
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(RunError, match="empty; expected"):
         write_report([tmp_path], None)
