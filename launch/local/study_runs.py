@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, RunError
 from data_pipeline.files.atomic import write_json
 from data_pipeline.storage.manifest import Manifest
 from model.config.mask_config import EVAL_ROUNDINGS
@@ -38,7 +38,11 @@ def is_done(run: StudyRun, *, diverged: bool = False) -> bool:
     if not folder.run_file.is_file() or not folder.has_trained():
         return False
     config, dataset = _complete(run.config())
-    folder.check(config, identity(config, dataset))
+    try:
+        folder.check(config, identity(config, dataset))
+    except RunError as error:
+        way_on = "in a study: the old values, another `name` in its file, or without this folder it is trained anew"
+        raise RunError(f"{error}\n{way_on}") from error
     if diverged and has_diverged(tail(folder.journal)):
         return True
     evaluated = not config.model.dropout_sites or (run.path / ROUNDINGS).is_file()

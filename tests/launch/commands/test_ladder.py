@@ -135,6 +135,10 @@ def test_arms_of_a_size_train_for_equal_flops_and_mistakes_are_placed(folder: Pa
         ({"baseline": "of"}, "baseline: there is no arm of"),
         ({"config": ["model.witdh=3"]}, "sizes.xs, arms.off: command line: unknown key"),
         ({"config": [*LADDER["config"], "profile.steps=[80,90]"]}, "sizes.xs, arms.off: .*beyond train.steps=78"),
+        (
+            {"arms": LADDER["arms"] | {"off": {"about": "a", "config": ["optimizer.lr=1"]}}},
+            "optimizer.lr=1: a ladder has",
+        ),
         ({"sizes": dict(reversed(LADDER["sizes"].items()))}, "sizes.s, arms.off: .*from the smallest to the largest"),
         ({"sizes": {"xs": LADDER["sizes"]["xs"], "same": LADDER["sizes"]["xs"]}}, "sizes.same, arms.off: .* has 7,792"),
         ({"sizes": {"xs": LADDER["sizes"]["xs"], "rates-xs": LADDER["sizes"]["s"]}}, "sizes.rates-xs: a table"),

@@ -114,6 +114,7 @@ def test_a_study_is_stopped_and_goes_on_and_its_page_follows_from_what_it_kept(f
     )
     refused = duet("study", "run", "small.yaml", cwd=folder)
     assert refused.returncode == 2 and "train.steps: 60 in the run, 61 now" in refused.stderr
+    assert refused.stderr.splitlines()[-1].startswith("in a study: the old values, another `name` in its file, or")
     untold = duet("study", "report", "small.yaml", cwd=folder)
     assert untold.returncode == 2 and "train.steps: 60 in the run, 61 in the study" in untold.stderr
 
