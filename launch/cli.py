@@ -87,7 +87,12 @@ def train(
     ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine: one for each GPU.")] = 1,
     start_from: Annotated[
         str | None,
-        typer.Option("--from", metavar="RUN[@STEP]", help="Begin with a checkpoint of another run, or an export."),
+        typer.Option(
+            "--from",
+            metavar="RUN[@STEP]",
+            help="Begin with a checkpoint of another run, or an export.",
+            autocompletion=complete_runs,
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what DeepSpeed and torch print, too.")] = False,
@@ -112,8 +117,12 @@ def train(
 
         typer.echo(describe(loaded, ranks))
         return
+    from data_pipeline.files.filesystem import is_uri
+    from data_pipeline.storage.manifest import Manifest
     from launch.local.local_ranks import run_ranks
 
+    if not is_uri(loaded.data.path):
+        Manifest.load(loaded.data.path)  # before torch is imported, and a folder is made
     raise typer.Exit(run_ranks(config, ranks, loaded.run_dir / "logs", verbose=verbose))
 
 
@@ -255,7 +264,10 @@ def classify(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders; several are compared.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN…", help="Run folders; several are compared.", autocompletion=complete_runs),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="The HTML file; unless given, report.html in the run folder, or beside it for several."),

@@ -10,15 +10,14 @@ from launch.config_keys import ConfigKeys
 
 
 def complete_runs(incomplete: str) -> list[str]:
-    """Run folders, and folders on the way to one."""
-    from launch.slurm.run_files import is_run
+    """Run folders, and folders on the way to one, such as a study's."""
+    from pretrain.run.run_listing import FILES, is_run
 
     folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
     if not folder.is_dir():
         return []
     paths = [path for path in sorted(folder.iterdir()) if path.is_dir() and str(path).startswith(incomplete)]
-    runs = [str(path) for path in paths if is_run(path)]
-    return runs or [f"{path}/" for path in paths if not path.name.startswith(".")]
+    return [str(path) if is_run(path) else f"{path}/" for path in paths if path.name[0] != "." and path.name != FILES]
 
 
 def shipped() -> list[str]:

@@ -33,6 +33,7 @@ from pretrain.run.checkpoint_folder import step_path
 from pretrain.run.journal import read, series
 from pretrain.run.origin import base_hash, check_model
 from pretrain.run.run_folder import RunFolder
+from pretrain.run.run_summary import load, verdict
 from tests.data_pipeline.conftest import config
 from tests.model.helpers import small
 from tests.runs import SMALL, duet
@@ -105,6 +106,7 @@ def test_labels_are_learned_and_told(root: Path) -> None:
     assert scores(root / "span-run").keys() == {"labels/val_exact", "labels/val_f1"}
     assert scores(root / "span-run")["labels/val_f1"] > 0.8
     for kind in NAMES:
+        assert "nats per label" in verdict(load(root / f"{kind}-run"))[0]
         again = evaluate_run(root / f"{kind}-run", None)
         assert {name: again[name] for name in again if name.startswith("labels/")} == pytest.approx(
             scores(root / f"{kind}-run")

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from launch.commands.runs import aligned
+from launch.commands.runs import RunArg, aligned, run_argument
 
 if TYPE_CHECKING:
     from pretrain.export.smaller.comparison import Shrunk
 
 app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, thin them out, export them.")
-PathArg = Annotated[Path, typer.Argument(metavar="PATH", help="A run folder or one checkpoint.")]
-RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+PathArg = Annotated[Path, run_argument(metavar="PATH", help="A run folder or one checkpoint.")]
+RunAtArg = Annotated[str, run_argument(metavar="RUN[@STEP]", help="A run folder (its newest checkpoint), or one.")]
 _SHARDS = ("SHARD", "MIB", "FRAGMENTS", "XXH3_128")
 _PARAMETERS = ("PARAMETER", "SHAPE", "VALUES", "STATES")
 _MOST_VALUE = 60
@@ -129,8 +129,8 @@ def verify(path: PathArg) -> None:
 
 @app.command("diff")
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A run folder (its newest checkpoint) or one checkpoint.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    a: Annotated[Path, run_argument(metavar="A", help="A run folder (its newest checkpoint) or one checkpoint.")],
+    b: Annotated[Path, run_argument(metavar="B", help="Another.")],
 ) -> None:
     """Say how two checkpoints differ: metadata, and of each parameter's states the largest and the relative change.
 
@@ -185,7 +185,7 @@ def prune(
 
 @app.command("export")
 def export(
-    path: Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="A run folder (its newest checkpoint), or one.")],
+    path: RunAtArg,
     to: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="A new folder: weights in one safetensors file, tokenizer.")
     ] = None,
@@ -251,7 +251,7 @@ def import_(
 
 @app.command("shrink")
 def shrink(
-    path: Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="A run folder (its newest checkpoint), or one.")],
+    path: RunAtArg,
     to: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="A new folder: an export of the smaller model.")
     ] = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import DataError, RunError
-from launch.completion import complete_configs
+from launch.completion import complete_configs, complete_runs
 
 if TYPE_CHECKING:
     from data_pipeline.sampling.pair_windows import PairWindows
@@ -53,7 +53,10 @@ def locate(
         ),
     ] = None,
     step: Annotated[int, typer.Option(min=1, help="Optimizer step, from 1.")] = 1,
-    run: Annotated[Path | None, typer.Option(metavar="RUN", help="The folder of a run, instead of CONFIG.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="The folder of a run, instead of CONFIG.", autocompletion=complete_runs),
+    ] = None,
     text: Annotated[bool, typer.Option("--text", help="Show how each document begins.")] = False,
 ) -> None:
     """Say which documents a training step reads, or read: sample, source, window, shard, tokens, documents.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_pipeline.errors import ConfigError, UserError
-from launch.completion import complete_changes, complete_decode
+from launch.completion import complete_changes, complete_decode, complete_runs
 from pretrain import status_line
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ _TOKENS = 200
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint or an export.")],
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="A run folder, a checkpoint or an export.", autocompletion=complete_runs),
+    ],
     words: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given several times.")] = None,
     prompts: Annotated[

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import RunError
-from launch.completion import complete_runs
+from launch.commands.runs import RunArg
 
 if TYPE_CHECKING:
     from launch.slurm.client import Job
     from launch.slurm.run_status import Status
-
-RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", autocompletion=complete_runs)]
 
 
 def cancel(

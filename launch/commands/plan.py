@@ -77,7 +77,7 @@ def _model(config: list[str]) -> "ModelConfig":
 def _load(config: list[str]) -> "Config":
     from pretrain.config.schema import load
 
-    return load(config)
+    return _with_vocabulary(load(config))
 
 
 def _print(totals: Mapping[str, float], parts: Mapping[str, float], as_json: bool) -> None:
@@ -241,11 +241,12 @@ def _tree(found: "RunCosts") -> dict[str, object]:
 
 
 def _lines(config: "Config", found: "RunCosts", gpus: int, name: str, board: Gpu, mfu: float) -> list[str]:
+    from model.architectures.external import shown
     from pretrain.tracking.durations import duration
 
     engine, steps, checkpoints = config.engine, config.train.steps, found.checkpoints
     lines = [
-        f"model       {config.model.architecture}, {found.parameters:,} parameters"
+        f"model       {shown(config.model.architecture)}, {found.parameters:,} parameters"
         + ("" if found.adapters is None else f", which stay; {found.adapters:,} of adapters are trained"),
         f"gpus        {gpus} x {name}: {board.memory_gb} GB, {board.peak_flops / 1e12:g} dense bf16 TFLOP/s",
         f"batch       {config.batch.tokens:,} tokens = {_readers(config, gpus)} x {found.accumulation} x "
@@ -298,9 +299,9 @@ def _goodput(config: "Config", ahead: "Outlook", found: "RunCosts") -> list[str]
 
 
 def _far(config: "Config") -> str:
-    if not config.model.traits.in_turn:
-        return ""
-    return f", which {config.model.context} tokens one after the other are far from (--mfu)"
+    if config.model.traits.in_turn:
+        return f", which {config.model.context} tokens one after the other are far from (--mfu)"
+    return ", a share of the bf16 peak, which fp32 is far from (--mfu)" if config.engine.precision == "fp32" else ""
 
 
 def _flops(found: "RunCosts") -> str:

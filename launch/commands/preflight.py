@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import ConfigError, UserError
-from launch.completion import complete_configs
+from launch.completion import complete_configs, complete_runs
 
 if TYPE_CHECKING:
     from pretrain.preflight.exchange import Place
@@ -41,7 +41,13 @@ def preflight(
         ),
     ],
     run: Annotated[
-        Path | None, typer.Option("--run", metavar="RUN", help="Write bad nodes to this run's list of those to avoid.")
+        Path | None,
+        typer.Option(
+            "--run",
+            metavar="RUN",
+            help="Write bad nodes to this run's list of those to avoid.",
+            autocompletion=complete_runs,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The verdict as JSON.")] = False,
 ) -> None:

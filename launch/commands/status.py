@@ -48,8 +48,8 @@ def status(
 
 
 def _text(paths: list[Path]) -> str:
-    from launch.slurm.run_files import is_run
     from launch.slurm.run_status import statuses
+    from pretrain.run.run_listing import is_run
 
     found, problem = statuses(paths)
     _check_found(paths, found)
@@ -151,7 +151,10 @@ def _block(one: "Status", now: float) -> list[str]:
         ("tokens/s", "" if one.tokens_per_second is None else f"{one.tokens_per_second:,.0f}"),
         ("checkpoint", saved),
         ("attempts", f"{one.attempts}{requeued}" if one.attempts else ""),
-        ("job ends", f"{_moment(one.job_ends, now)}{left}" if one.job_ends else ""),
+        (
+            "job ends" if one.job_ends and one.job_ends > now else "job ended",
+            f"{_moment(one.job_ends, now)}{left}" if one.job_ends else "",
+        ),
         ("run ends", f"{_moment(one.run_ends, now)} at this speed" if one.run_ends else ""),
         ("decided", _decision(one, now)),
         *(("avoided", f"{node.get('node')}: {node.get('reason')}") for node in one.excluded),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import ConfigError
+from launch.completion import complete_runs
 
 if TYPE_CHECKING:
     from pretrain.study.spec import StudyRun
@@ -32,11 +33,12 @@ def run(
 
     Example: `duet study run docs/experiments/learned-dropout.yaml --jobs 2`
     """
-    from launch.local.study_runs import check_equal, is_done
+    from launch.local.study_runs import check_data, check_equal, is_done
     from pretrain.study.spec import load_study
 
     loaded = load_study(study)
     runs = loaded.runs(only)
+    check_data(runs)
     for section in dict.fromkeys(run.section for run in runs):
         for line in check_equal(loaded, section):
             typer.echo(line)
@@ -94,7 +96,9 @@ def ladder(
 
 @app.command()
 def probe(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders or checkpoints.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Run folders or checkpoints.", autocompletion=complete_runs)
+    ],
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where findings and pictures go.")] = Path("probes"),
     tokens: Annotated[int, typer.Option(min=1, help="Of held-out text; probes are trained on two thirds.")] = 24576,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the models that were not trained.")] = 0,

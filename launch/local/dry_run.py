@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from model.architectures.external import shown
 from pretrain.config.schema import Config
 from pretrain.run.run_folder import RunFolder
 
@@ -53,7 +54,7 @@ def _lines(config: Config, ranks: int, parameters: int, windows: int | None, sha
     yield f"run        {folder.path}" + (" (goes on)" if folder.run_file.exists() else " (new)")
     if config.run.start_from:
         yield f"begins at  {config.run.start_from}"
-    yield f"model      {config.model.architecture}, {parameters:,} parameters"
+    yield f"model      {shown(config.model.architecture)}, {parameters:,} parameters"
     yield f"data       {config.data.path}: {number}windows of {config.model.context} tokens"
     if shares:
         yield f"           {shares}"

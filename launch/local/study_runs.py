@@ -38,11 +38,21 @@ def is_done(run: StudyRun, *, diverged: bool = False) -> bool:
     if not folder.run_file.is_file() or not folder.has_trained():
         return False
     config, dataset = _complete(run.config())
-    folder.check(config, identity(config, dataset))
+    try:
+        folder.check(config, identity(config, dataset))
+    except RunError as error:
+        way_on = "in a study: the old values, another `name` in its file, or without this folder it is trained anew"
+        raise RunError(f"{error}\n{way_on}") from error
     if diverged and has_diverged(tail(folder.journal)):
         return True
     evaluated = not config.model.dropout_sites or (run.path / ROUNDINGS).is_file()
     return run_state(run.path).state == "finished" and evaluated
+
+
+def check_data(runs: list[StudyRun]) -> None:
+    """Raises DataError: where a run is to read its dataset, there is none."""
+    for path in dict.fromkeys(run.config().data.path for run in runs):
+        Manifest.load(path)
 
 
 def check_equal(study: Study, section: str) -> Iterator[str]:

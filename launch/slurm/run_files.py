@@ -11,7 +11,7 @@ from data_pipeline.errors import CheckpointError, RunError
 from data_pipeline.files.sealed import unseal
 from pretrain.run.checkpoint_folder import MANIFEST, complete, step_of
 from pretrain.run.job_records import Failure, Heartbeat, JobFolder
-from pretrain.run.run_listing import RunState, run_state
+from pretrain.run.run_listing import RunState, run_folders, run_state
 
 MOST_JOBS = 16
 """Newest submissions of a run that Slurm is asked about."""
@@ -39,13 +39,8 @@ class RunFiles(NamedTuple):
     """The last of `launch.slurm.policy`; empty when there is none."""
 
 
-def is_run(path: Path) -> bool:
-    """Whether a folder is a run's: it was submitted, or has started."""
-    return any((path / name).exists() for name in ("run.json", "metrics.jsonl", "attempts", "slurm/jobs.jsonl"))
-
-
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """Run folders among `paths`, those in them, and those of sweeps in them.
+    """Run folders among `paths`, and those in them, of sweeps and studies, too.
 
     Raises:
         RunError: a folder that is not there.
@@ -54,18 +49,8 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             raise RunError(f"{path}: no such folder; expected a run folder, or one that holds some, such as runs")
-        found |= dict.fromkeys([path] if is_run(path) else _inside(path))
+        found |= dict.fromkeys(run_folders(path))
     return list(found)
-
-
-def _inside(folder: Path) -> list[Path]:
-    runs = []
-    for path in sorted(folder.iterdir()):
-        if is_run(path):
-            runs.append(path)
-        elif (path / "slurm").is_dir():  # of a sweep, whose runs are in it
-            runs += [run for run in sorted(path.iterdir()) if is_run(run)]
-    return runs
 
 
 def read_files(path: Path) -> RunFiles:

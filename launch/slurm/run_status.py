@@ -14,8 +14,9 @@ from data_pipeline.errors import RunError
 from data_pipeline.places import RUN, mistaken
 from launch.slurm import client
 from launch.slurm.client import Job, SlurmError
-from launch.slurm.run_files import RunFiles, find_runs, is_run, read_files
+from launch.slurm.run_files import RunFiles, find_runs, read_files
 from pretrain.run.job_records import Failure
+from pretrain.run.run_listing import is_run
 
 MOST_TEXT = 300
 ENDS = ("finished", "stopped", "cancelled", "failed", "dead", "timed out", "preempted", "unreadable")
@@ -203,7 +204,7 @@ def _state(files: RunFiles, job: Job | None, asked: bool, now: float) -> tuple[s
         return "stopped", f"saved at a signal; {_again(files)} goes on"
     if run.state == "dead":
         return "dead", told(failure[0]) if failure else f"its process is gone and said nothing; {_again(files)} goes on"
-    return run.state, told(failure[0]) if failure else ""
+    return run.state, told(failure[0]) if failure else run.problem
 
 
 def _again(files: RunFiles) -> str:

@@ -12,7 +12,7 @@ from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, get_args
 
 from data_pipeline.errors import ConfigError
 from model.architectures import measured
@@ -90,6 +90,12 @@ def absolute(architecture: str, base: Path) -> str:
 def without_folder(architecture: str) -> str:
     """A name as it stands in an export, whose own copy is read."""
     return Path(architecture).name if _IN_FILE.fullmatch(architecture) else architecture
+
+
+def shown(architecture: str) -> str:
+    """A name as a person reads it: of a file neither its folder nor all of its hash."""
+    name, at, sha256 = without_folder(architecture).partition("@")
+    return f"{name}{at}{sha256[:12]}"
 
 
 def source(config: ModelConfig) -> tuple[str, bytes] | None:
@@ -263,6 +269,9 @@ def _checked(found: object, called: str) -> type[ModelConfig]:
         )
     if not isinstance(getattr(found, "traits", None), Traits):
         raise ValueError(f"architecture: {called} has no `traits: ClassVar = Traits(…)` (model.config.model_config)")
+    if unknown := {*found.traits.sites, *found.traits.default_sites} - {*get_args(Site)}:
+        there = ", ".join(get_args(Site))
+        raise ValueError(f"architecture: {called}: traits: no site is called {', '.join(unknown)}; there are {there}")
     if not callable(getattr(found, "build", None)):
         raise ValueError(f"architecture: {called} has no `build(self)` that returns a Backbone")
     if found.model_fields["architecture"].annotation is not str:

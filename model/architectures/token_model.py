@@ -96,10 +96,13 @@ class TokenModel(Cached):
         sequence, [B, U], x is [B, U, C].
 
         Raises:
-            ConfigError: the architecture reads two sequences, and there is one only.
+            ConfigError: the architecture reads two sequences, and there is one only; or its layers give something else.
         """
         embedded, source = self._read(input_ids, keys, batch)
         found = self.backbone(embedded, keys, source)
+        if not isinstance(found, Hidden):
+            given = f"{type(self.backbone).__name__}.forward() gave a {type(found).__name__}"
+            raise ConfigError(f"{given}, and a Backbone gives a Hidden (model.architectures.backbone)")
 
         def finished(x: Tensor) -> Tensor:
             return self.backbone.finish(apply_norm(self.final_norm, x, keys, embedded.visible.padding), embedded)

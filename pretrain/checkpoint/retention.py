@@ -36,7 +36,8 @@ def reasons(
             found[path] = ["passed over"]
             continue
         newest += 1
-        found[path] = ["newest"] if newest <= keep else []
+        why = "newest" if newest == 1 else f"among the newest {keep}"
+        found[path] = [why] if newest <= keep else []
         if every and manifest.step % every == 0:
             found[path].append(f"every {every}")
         found[path] += [f"needed by {by}" for by in needed_by(path)]

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.may_change import MayChange
-from model.architectures.external import is_external
+from model.architectures.external import is_external, shown
 from model.config.model_config import ModelConfig
 from pretrain.config.schema import ARCHITECTURE, Config, differences
 
@@ -71,7 +71,13 @@ def in_use(model: ModelConfig, assignments: Sequence[str]) -> ModelConfig:
 
 def told(changed: dict[str, tuple[Any, Any]]) -> str:
     """A line for each key of which a run has another value than now."""
-    return "\n".join(f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in changed.items())
+
+    def value(key: str, given: Any) -> str:
+        return shown(given) if key == ARCHITECTURE else repr(given)
+
+    return "\n".join(
+        f"  {key}: {value(key, old)} in the run, {value(key, new)} now" for key, (old, new) in changed.items()
+    )
 
 
 def keys_in_use(kind: type[BaseModel], key: str = "model") -> Iterator[str]:

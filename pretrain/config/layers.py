@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import shlex
 from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
@@ -82,6 +83,8 @@ def spelt_out(value: Any, kind: Kind, keys: Keys) -> Any:
     """What was given for a key of this kind, with whole numbers such as 10M as numbers, and as a list what was given
     for a list without brackets. `true` for a number becomes a text, which is refused as one: it would be taken for 1.
     """
+    if isinstance(value, dict) and get_origin(kind) is list:
+        return spelt_out([value], kind, keys)
     if isinstance(value, dict):
         return {name: spelt_out(inner, keys.below(kind, str(name)), keys) for name, inner in value.items()}
     if isinstance(value, list):
@@ -161,12 +164,23 @@ def _parse(arg: str) -> dict[str, Any]:
         else:
             raise ConfigError(f"{arg}: {_missing(arg)}")
         parsed = yaml_files.parse(text)
+        if told := _of_a_study(parsed, arg):
+            raise ConfigError(f"{arg}: {told}")
         tree = OmegaConf.to_container(OmegaConf.create(parsed)) if isinstance(parsed, dict) else None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:
         raise ConfigError(f"{arg}: cannot be read as YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{arg}: expected keys and values, such as `train: {{steps: 100}}`")
     return {str(key): value for key, value in tree.items()}
+
+
+def _of_a_study(content: Any, arg: str) -> str | None:
+    """What is said of a file that tells of many runs (`pretrain.study`), by the keys that no run has."""
+    for key, command in (("sections", "run"), ("sizes", "ladder")):
+        if isinstance(content, dict) and {"config", key} <= content.keys():
+            trained = shlex.join(["duet", "study", command, arg])
+            return f"this is a study, and the configuration of one run is wanted; `{trained}` trains all of its runs"
+    return None
 
 
 def _missing(arg: str) -> str:

@@ -35,7 +35,7 @@ from pretrain.config.sections import (
     TrainConfig,
 )
 from pretrain.objectives.objective import Objective
-from pretrain.objectives.registry import objective_of
+from pretrain.objectives.registry import OBJECTIVES, objective_of
 
 ARCHITECTURE = "model.architecture"
 EVAL_SHARE = 32
@@ -61,6 +61,9 @@ class Config(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     @model_validator(mode="after")
     def _the_objective_fits_the_model(self) -> "Config":
         objective = self.objective
+        if unknown := [name for name in self.model.traits.objectives if name not in OBJECTIVES]:
+            name, known = external.shown(self.model.architecture), ", ".join(OBJECTIVES)
+            raise ValueError(f"{name}: traits.objectives: no {', '.join(unknown)}; there are {known}")
         self.model.check_objective(objective.name)
         if objective.against_documents and self.model.document_mask:
             raise ValueError(

@@ -90,8 +90,9 @@ def outlook(config: Config, found: RunCosts, gpus: int, hours: float | None, giv
     hours = GPU_HOURS / gpus if hours is None else hours
     mean, step = hours * 3600, found.step_seconds
     taken = times(found.checkpoint_bytes, gpus, given)
-    steps = max(1, min(round(best_interval(mean, taken.save) / step), config.train.steps))
-    own, best = (expected(mean, every * step, taken) for every in (config.train.checkpoint_every, steps))
+    last = config.train.steps  # where it saves, too
+    steps = max(1, min(round(best_interval(mean, taken.save) / step), last))
+    own, best = (expected(mean, every * step, taken) for every in (min(config.train.checkpoint_every, last), steps))
     return Outlook(hours, taken, own, best, steps)
 
 

@@ -1,9 +1,11 @@
 """What several runs differ in: their settings, and whether their validation losses may be compared."""
 
+import json
 from typing import Any
 
 import yaml
 
+from model.architectures.external import shown
 from pretrain.run.run_summary import RunData
 
 NAMES = ("run.name", "run.dir")
@@ -51,7 +53,7 @@ def warnings(runs: list[RunData]) -> list[str]:
         found.append("Their tokenizers differ: a token is not the same amount of text, bits per byte decide.")
     each = [one for one in settings(runs) if one]
     keys = [*OF_VALIDATION, WHOLE_AT_END]
-    if any(one.get(WHOLE_AT_END) == "False" for one in each):
+    if any(one.get(WHOLE_AT_END) == "false" for one in each):
         keys += BUDGET
     if each and (changed := [key for key in keys if len({one.get(key, "–") for one in each}) > 1]):
         found.append(
@@ -76,5 +78,12 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = str(value)
+            flat[f"{prefix}{key}"] = _shown(f"{prefix}{key}", value)
     return flat
+
+
+def _shown(key: str, value: Any) -> str:
+    """As in a configuration, but short where nobody reads all of it."""
+    if key == "model.architecture":
+        return shown(str(value))
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

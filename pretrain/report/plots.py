@@ -188,7 +188,8 @@ def _loss(*, by_tokens: bool) -> Callable[["Axes", Coloured], None]:
                 axes.plot(
                     steps, values, "o--" if several else "o-", color=accent, markersize=4, linewidth=1.2, label=label
                 )
-        axes.set_ylabel("nats per token" + (" (dashed: validation)" if several else ""))
+        counted = " or ".join(sorted({run.counted for run, _ in runs}, reverse=True))
+        axes.set_ylabel(f"nats per {counted}" + (" (dashed: validation)" if several else ""))
         if by_tokens:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 

@@ -131,7 +131,8 @@ def _best(runs: list[RunData], *, compared: bool) -> tuple[str, ...]:
     """The first of the sorted runs; by nats a token only where these may be compared."""
     loss, bits = runs[0].last(VALIDATION), runs[0].last(BITS_PER_BYTE)
     if compared:
-        return () if loss is None else (f"Lowest validation loss: {runs[0].name}, {_number(loss)} nats per token.",)
+        unit = f"nats per {runs[0].counted}"
+        return () if loss is None else (f"Lowest validation loss: {runs[0].name}, {_number(loss)} {unit}.",)
     return () if bits is None else (f"Fewest bits per byte: {runs[0].name}, {_number(bits)}.",)
 
 
@@ -178,7 +179,7 @@ def _status(run: RunData) -> str:
 
 def _tiles(run: RunData) -> list[tuple[str, str]]:
     values = [
-        ("training loss, nats/token", run.last(LOSS)),
+        (f"training loss, nats/{run.counted}", run.last(LOSS)),
         ("validation, bits/byte", run.last(BITS_PER_BYTE)),
         *((f"validation, {said}", run.last(metric)) for metric, said in LABEL_SCORES.items()),
         ("tokens per second", run.last(TOKENS_PER_SECOND)),

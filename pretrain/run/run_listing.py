@@ -4,6 +4,8 @@ Only the end of a journal is read, so that a folder of hundreds of long runs is 
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ from pretrain.run.lease import alive, attempt_path, latest_attempt, read_owner
 TAIL_BYTES = 1 << 16
 MOST_TAIL_BYTES = 1 << 22
 """The speed stands on one line in `train.log_every`, and a line can be long: look this far back for it."""
+MOST_DEEP = 5
+"""How far below a folder runs are looked for: a study's are in runs/STUDY/SECTION/SETTING/ARM/seed-N."""
+FILES = "mlartifacts"
+"""Where MLflow keeps files beside its database: many folders, and none of them a run's."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +42,35 @@ class RunState:
     started: float
     """When the newest attempt began, in seconds since the epoch."""
     problem: str = ""
-    """Why it is unreadable."""
+    """Why it is unreadable, or has failed."""
 
 
 def list_runs(folder: Path) -> list[RunState]:
-    """The runs in a folder, or the one that the folder is; the newest first.
+    """The runs in a folder, or the one that the folder is, that have started; the newest first.
 
     Raises:
         RunError: there is no such folder.
     """
     if not folder.is_dir():
         raise RunError(f"{folder}: no such folder; expected one that holds run folders, such as runs")
-    paths = [folder] if _is_run(folder) else [path for path in folder.iterdir() if _is_run(path)]
+    paths = [path for path in run_folders(folder) if (path / "metrics.jsonl").is_file() or (path / "attempts").is_dir()]
     return sorted((run_state(path) for path in paths), key=lambda run: run.started, reverse=True)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's: it was submitted, or has started."""
+    return any((path / name).exists() for name in ("run.json", "metrics.jsonl", "attempts", "slurm/jobs.jsonl"))
+
+
+def run_folders(folder: Path, deep: int = MOST_DEEP) -> Iterator[Path]:
+    """Run folders in a folder, or the one that it is, in order; those of sweeps and of studies, too."""
+    if is_run(folder):
+        yield folder
+    elif deep:
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and path.name[0] != "." and path.name != FILES:
+                with suppress(PermissionError):  # of another user
+                    yield from run_folders(path, deep - 1)
 
 
 def run_state(run_dir: Path) -> RunState:
@@ -67,6 +89,7 @@ def run_state(run_dir: Path) -> RunState:
         records, state, problem = [], "unreadable", str(error)
     else:
         state = _state(owner, attempt_file, records)
+        problem = str(owner.get("reason", "")) if state == "failed" else ""
     steps = [record for record in records if record.kind == "metrics"]
     return RunState(
         path=str(run_dir),
@@ -117,10 +140,6 @@ def saved_steps(run_dir: Path) -> list[int]:
         CheckpointError: the folder that holds them cannot be listed.
     """
     return sorted(step for path in complete(run_dir / "checkpoints") if (step := step_of(path)) is not None)
-
-
-def _is_run(path: Path) -> bool:
-    return (path / "metrics.jsonl").is_file() or (path / "attempts").is_dir()
 
 
 def _owner(attempt_file: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from data_pipeline.places import RUN, mistaken
 from data_pipeline.secret import redact
 from pretrain.metric_names import BITS_PER_BYTE, LABEL_SCORES, LOSS, VALIDATION
 from pretrain.run.journal import HEALTH, Point, Record, noting, read, series, told_damaged
-from pretrain.run.run_listing import run_state
+from pretrain.run.run_listing import run_folders, run_state
 
 OF_SOURCES = (BITS_PER_BYTE.family, VALIDATION.family)
 """What the names of a validation's numbers of one source begin with; the one that is drawn if it is there first."""
@@ -54,6 +54,11 @@ class RunData:
         dataset = self.facts.get("dataset")
         value = dataset.get("order0_entropy") if isinstance(dataset, dict) else None
         return float(value) if isinstance(value, int | float) else None
+
+    @property
+    def counted(self) -> str:
+        """What its losses are means over: `label` where not every token is predicted, so without bits per byte."""
+        return "label" if VALIDATION in self.points and BITS_PER_BYTE not in self.points else "token"
 
     def last(self, name: str) -> float | None:
         """The last value of a metric."""
@@ -115,6 +120,9 @@ def _journal(run_dir: Path) -> Path:
     journal = run_dir / "metrics.jsonl"
     if not journal.is_file():
         told = mistaken(run_dir, RUN)
+        if run := next(run_folders(run_dir), None):
+            why = "; ".join(filter(None, ["a run that has not trained yet", run_state(run).problem]))
+            told = why if run == run_dir else f"a folder of runs, such as {run}; name these"
         raise RunError(f"{run_dir}: {told or f'no metrics.jsonl in it; {_EXPECTED}'}")
     return journal
 
@@ -122,7 +130,9 @@ def _journal(run_dir: Path) -> Path:
 def verdict(run: RunData) -> tuple[str, str]:
     """How the run went: its end and its loss; its validation against what byte frequencies alone would give."""
     loss = run.points.get(LOSS)
-    course = f"training loss {loss[0].value:.4f} → {loss[-1].value:.4f} nats per token" if loss else "no training step"
+    course = "no training step"
+    if loss:
+        course = f"training loss {loss[0].value:.4f} → {loss[-1].value:.4f} nats per {run.counted}"
     resumed = sum(1 for start in run.starts if start.fields.get("resumed_from") is not None)
     times = "" if not resumed else ", resumed once" if resumed == 1 else f", resumed {resumed} times"
     back = sum(1 for warning in run.warnings if warning.kind == "rollback")

@@ -24,6 +24,8 @@ SEARCHED = 2
 """Sizes at which learning rates are tried: the smallest ones."""
 STEEPEST = -0.5
 """Of the exponent by which learning rates fall with size; two sizes do not tell it well."""
+OWN = ("optimizer.lr", "schedule.final_lr", "train.steps", "train.tokens")
+"""Keys that it sets in each run."""
 FINAL = 0.1
 """Of the learning rate, what is left at the end."""
 FIT = "fit"
@@ -158,6 +160,9 @@ class Ladder(BaseModel, extra="forbid", frozen=True):
 
     def check(self, size: str, arm: str) -> None:
         """Raises ConfigError where its runs cannot be, or where it is smaller than the size before."""
+        rung = [*self.arms[arm].config, *self.sizes[size].config]
+        if given := [one for one in rung if one.partition("=")[0] in OWN]:
+            raise ConfigError(f"{given[0]}: a ladder has `rates` and `tokens` for that; leave it out")
         load([*self.config, *self._config(size, arm, self.rates[0])])
         names = list(self.sizes)
         if size == names[0]:

@@ -116,11 +116,12 @@ class Page:
             seeds += "".join(f", seed {seed} {NOT_RUN}" for seed in sorted(missing))
             config = self._link(self.results.folder / found[0].run.place / CONFIG)
             flops = training_flops(found[0].config) if self.computed else found[0].flops
+            cost = "–" if flops is None else f"{flops:.3g}"
             speeds = [result.speed for result in found if not result.diverged]
             speed = f"{mean(speeds):,.0f}" if speeds else "–"
             spread = f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else "–"
             yield (
-                f"| [{label}]({config}) | {found[0].parameters:,} | {flops:.3g} | {seeds} | "
+                f"| [{label}]({config}) | {found[0].parameters:,} | {cost} | {seeds} | "
                 f"{_written(mean(losses))} | {spread} |{difference} {speed} |"
             )
 

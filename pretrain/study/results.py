@@ -14,6 +14,8 @@ from pathlib import Path
 from data_pipeline.errors import RunError
 from data_pipeline.files.atomic import write_atomic
 from model.costs.flops import training_flops_per_token
+from model.costs.totals import CostsUnknown
+from pretrain.config.architecture import opened
 from pretrain.config.schema import Config, differences
 from pretrain.metric_names import BITS_PER_BYTE, TOKENS_PER_SECOND, VALIDATION
 from pretrain.run.journal import DIVERGED, FORMAT, Point, Record, line_of, read, series
@@ -111,10 +113,14 @@ class Result:
         return last if math.isfinite(last) else math.inf
 
     @property
-    def flops(self) -> float:
-        """FLOPs of the whole training: matrix products, as `duet model flops` counts them."""
+    def flops(self) -> float | None:
+        """FLOPs of the whole training: matrix products, as `duet model flops` counts them; None where an architecture
+        of one's own does not say, and cannot be measured."""
         tokens = self.config.batch.tokens * self.config.train.steps
-        return training_flops_per_token(self.config.model, self.config.objective.of_pairs) * tokens
+        try:
+            return training_flops_per_token(self.config.model, self.config.objective.of_pairs) * tokens
+        except CostsUnknown:
+            return None
 
     @property
     def speed(self) -> float:
@@ -176,7 +182,7 @@ def _read(run: StudyRun, folder: Path) -> Result:
     return Result(
         run=run,
         points=series(records),
-        config=config,
+        config=opened(config, run.path),
         parameters=start["parameters"],
         roundings=json.loads(roundings.read_text()) if roundings.is_file() else {},
         diverged=has_diverged(records),

@@ -139,7 +139,8 @@ class Study(BaseModel, extra="forbid", frozen=True):
             return [run for run in found if not self.sections[run.section].on_request]
         for name in wanted:
             if not any(run.within(name) for run in found):
-                raise ConfigError(f"{name}: no such section or arm; sections: {', '.join(self.sections)}")
+                places = (f"{section} ({', '.join(self.arms(section))})" for section in self.sections)
+                raise ConfigError(f"{name}: no such section or arm; sections, with their arms: {', '.join(places)}")
         return [run for run in found if any(run.within(name) for name in wanted)]
 
     def _of_section(self, name: str) -> Iterator["StudyRun"]:
@@ -176,15 +177,22 @@ class StudyRun:
     @property
     def args(self) -> list[str]:
         """What `duet train` gets."""
-        own = {"run.name": self.place.replace("/", "-"), "run.dir": str(self.path), "run.seed": str(self.seed)}
         tracked = {
             "tracking.experiment": self.study.name,
             "tracking.uri": f"sqlite:///{self.study.folder / 'mlflow.db'}",
         }
-        return [*self.settings, *(f"{key}={value}" for key, value in (own | tracked).items())]
+        before, behind = ([f"{key}={value}" for key, value in said.items()] for said in (tracked, self._own))
+        return [*before, *self.settings, *behind]
+
+    @property
+    def _own(self) -> dict[str, str]:
+        """What the study alone says."""
+        return {"run.name": self.place.replace("/", "-"), "run.dir": str(self.path), "run.seed": str(self.seed)}
 
     def config(self) -> Config:
-        """As `load` makes it of `args`."""
+        """As `load` makes it of `args`. Raises ConfigError, too, where the settings hold what the study says."""
+        if given := [setting for setting in self.settings if setting.partition("=")[0] in self._own]:
+            raise ConfigError(f"{given[0]}: a study names its runs, and its `seeds` are their seeds; leave it out")
         return load(self.args)
 
     def within(self, name: str) -> bool:
@@ -224,6 +232,9 @@ def read_yaml(path: Path) -> object:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if key := key_of_secret(content):
         raise ConfigError(f"{path}: {key}: {WAY_ON}")
+    if isinstance(content, dict) and content and content.keys() <= Config.model_fields.keys():
+        command = shlex.join(["duet", "train", str(path)])
+        raise ConfigError(f"{path}: this configures one run, and a study is wanted; `{command}` trains it")
     return content
 
 

@@ -299,7 +299,7 @@ class Recorder:
         points = data.points
         rows = [("run", f"{config.run.name}: step {step} of {config.train.steps}" + (" (stopped)" if request else ""))]
         if loss := points.get(LOSS):
-            rows.append(("loss", f"{loss[0].value:.4f} → {loss[-1].value:.4f} nats/token"))
+            rows.append(("loss", f"{loss[0].value:.4f} → {loss[-1].value:.4f} nats/{data.counted}"))
         if bits := points.get(BITS_PER_BYTE):
             order0 = data.order0_entropy
             beside = "" if order0 is None else f" (order-0 entropy of that text: {order0:.4f})"

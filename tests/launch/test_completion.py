@@ -1,6 +1,7 @@
 """What Tab completes: presets, files, keys after each dot, values behind `=`; as a bash does it, too."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -72,13 +73,13 @@ def test_of_a_trained_model_what_may_change() -> None:
     assert complete_changes("model.width") == []
 
 
-def test_every_command_that_takes_a_configuration_completes_it() -> None:
+def test_every_command_that_takes_a_configuration_or_a_run_completes_it() -> None:
     def walk(command: object) -> list[Any]:
         below = getattr(command, "commands", {}).values()
         return [*getattr(command, "params", []), *(found for child in below for found in walk(child))]
 
-    taken = [one for one in walk(typer.main.get_command(app)) if "KEY=VALUE" in str(one.metavar)]
-    assert len(taken) >= 10
+    taken = [one for one in walk(typer.main.get_command(app)) if re.search("KEY=VALUE|RUN", str(one.metavar))]
+    assert len(taken) >= 30
     assert [one for one in taken if one._custom_shell_complete is None] == []
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError
+from model.architectures.external import shown
 from model.architectures.token_model import TokenModel
 from model.attention.attention import CrossAttention, SelfAttention
 from model.config.transformer import TransformerConfig
@@ -61,6 +62,10 @@ def remove_units(path: Path, step: int | None, folder: Path, heads: str | None, 
         raise ConfigError("--units: model.block_gates cut the hidden units into blocks; --gates removes whole blocks")
     model = read_model(checkpoint, config)
     parts = parts_of(model, heads=heads is not None, units=units is not None)
+    for option, wanted, last in (("--heads", heads, "out"), ("--units", units, "down")):
+        if wanted and last not in map(_last, parts.values()):
+            named = shown(shape.architecture)
+            raise ConfigError(f"{option}: none are parts of ours in {named}; what can go, it alone knows")
     taken = {name: _taken((units if _last(of) == "down" else heads) or "", of, shape) for name, of in parts.items()}
     check_new(folder)
     with comparing(checkpoint, config) as text:

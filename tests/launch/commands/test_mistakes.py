@@ -24,6 +24,7 @@ from pretrain.config.schema import load
 from pretrain.export.portable import load_export
 from pretrain.inference.continuation import Settings
 from tests.conftest import ROOT
+from tests.runs import documented_architecture
 
 OLDER = ROOT / "tests" / "formats" / "2026-11"
 FIRST_LINES = 5
@@ -48,6 +49,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     (made / "text" / "a.txt").write_text((ROOT / "LICENSE").read_text())
     (made / "broken.model").write_bytes(bytes(range(256)))
     (made / "dotted.yaml").write_text("train.steps: 4\n")
+    (made / "mine.py").write_text(documented_architecture().replace('("causal",)', '("casual",)'))
+    (made / "few.yaml").write_text("train: {steps: 4}\nmodel: {layers: 1}\n")
+    (made / "study.yaml").write_text("name: many\nconfig: []\nsections: {}\n")
+    (made / "ladder.yaml").write_text("name: rungs\nconfig: []\nsizes: {}\n")
     return made
 
 
@@ -78,6 +83,18 @@ def typed(*words: str) -> tuple[int, str]:
         (("train", "data"), "did you mean data.path=data?"),
         (("train", "runs/first/checkpoints/step-000000004"), "did you mean runs/first/config.yaml?"),
         (("train", "model/tiny", "data.path=runs/first"), "data.path=runs/first: this is a run folder, and a dataset"),
+        (("train", "model/tiny", "data.path=none", "run.name=b"), "none is not a dataset: there is no such folder"),
+        (
+            ("train", "study.yaml"),
+            "a study, and the configuration of one run is wanted; `duet study run study.yaml`",
+        ),
+        (("config", "show", "model.architecture=mine.py:GLA"), "traits.objectives: no casual; there are causal, "),
+        (("config", "show", "ladder.yaml"), "`duet study ladder ladder.yaml` trains all of its runs"),
+        (
+            ("study", "run", "few.yaml"),
+            "few.yaml: this configures one run, and a study is wanted; `duet",
+        ),
+        (("study", "ladder", "few.yaml"), "`duet train few.yaml`"),
         (("train", "model/tiny", "run.dir=data"), "run.dir=data: this is a dataset, and a run folder is wanted"),
         (("train", "model/tiny", "run.dir=broken.model"), "run.dir=broken.model: this is a file, and a folder is"),
         (("eval", "runs/second"), "runs/second: not a run folder (there is no such folder), and not a"),
@@ -158,8 +175,9 @@ def typed(*words: str) -> tuple[int, str]:
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_a_mistake_is_told_with_the_way_on(words: tuple[str, ...], said: str) -> None:
+    runs = {*Path("runs").iterdir()}
     code, text = typed(*words)
-    assert code == 2
+    assert code == 2 and {*Path("runs").iterdir()} == runs, "and leaves no folder"
     assert said in "\n".join(text.splitlines()[:FIRST_LINES]), text
     assert sum(name in text for name in presets()) <= 3, "a list of all presets helps nobody"
 

@@ -1,12 +1,14 @@
 """`duet model`: the numbers that the tests of formulas hold, told."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.storage.manifest import Manifest
 from launch.cli import app
 from model.architectures import registry
 from model.costs.totals import parameters_by_part
@@ -67,6 +69,9 @@ def test_parts_are_the_whole(name: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["params", "flops"])
-def test_without_a_vocabulary_there_is_nothing_to_count(command: str) -> None:
+def test_the_vocabulary_is_that_of_the_dataset_or_there_is_nothing_to_count(command: str, dataset: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab_size is not set"):
         told(command, "model/published")
+    size = Manifest.load(str(dataset)).tokenizer.vocab_size
+    known = told(command, "model/published", f"model.vocab_size={size}")
+    assert told(command, "model/published", f"data.path={dataset}") == known

@@ -31,9 +31,11 @@ def test_a_run_that_fits() -> None:
     assert not any("does not fit" in line for line in lines)
 
 
-def test_tokens_that_are_read_in_turn_are_said_to_be_slow() -> None:
+def test_what_is_far_from_the_peak_is_said_to_be_slow() -> None:
     told = plan("model/feedback", "model.vocab_size=5000", "--gpu", "a100").splitlines()
     assert told[3].endswith("s at MFU 0.4, which 64 tokens one after the other are far from (--mfu)")
+    told = plan("model/tiny", "model.vocab_size=5000", "engine.precision=fp32", "--gpu", "a100").splitlines()
+    assert told[3].endswith("s at MFU 0.4, a share of the bf16 peak, which fp32 is far from (--mfu)")
 
 
 def test_interruptions_are_told_and_the_best_interval() -> None:

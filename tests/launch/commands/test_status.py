@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import RunError
 from data_pipeline.files.sealed import unseal, write_sealed
 from launch.commands.jobs import _from_script, _Tail
+from launch.commands.status import _block
 from launch.completion import complete_runs
 from launch.slurm import client
 from launch.slurm.render import directive
@@ -170,6 +172,10 @@ def test_why_it_failed_is_what_the_policy_said(tmp_path: Path, monkeypatch: pyte
     ended(local, None, job=None)
     for run, way_on in ((tmp_path, "duet resume"), (local, f"duet train {local}/config.yaml")):
         assert join(read_files(run), [], asked=True).why.endswith(f"said nothing; `{way_on}` goes on")
+    mistaken = tmp_path / "mistaken"
+    with pytest.raises(RunError), Lease.acquire(mistaken):
+        raise RunError("no such dataset")
+    assert join(read_files(mistaken), [], asked=True).why == "RunError: no such dataset"
     folder = JobFolder(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     folder.failed(Failure("7", 0, 9, "Killed \x1b[2J\nand more", step=12, rank=3, host="n2"))
@@ -180,6 +186,24 @@ def test_why_it_failed_is_what_the_policy_said(tmp_path: Path, monkeypatch: pyte
     shown = duet("status", str(tmp_path)).stdout
     assert "rank 3 on n2: Killed  [2J and more" in shown, "it does not steer the terminal"
     assert "avoided     n2: too slow" in shown and ": stop: the same failure twice" in shown
+
+
+def test_when_the_job_ends_or_ended(tmp_path: Path) -> None:
+    ended(tmp_path, "FINISHED")
+    for end, label in ((NOW - 60, "job ended"), (NOW + 60, "job ends ")):
+        shown = _block(join(read_files(tmp_path), [replace(JOB, end=end)], asked=True), NOW)
+        assert [line[:9] for line in shown if line.startswith("job e")] == [label]
+
+
+def test_runs_of_a_study_are_found_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = ["runs/first", "runs/small/core/masks/seed-1", "runs/small/rates/low/masks/seed-1"]
+    for run in (*runs, "runs/mlartifacts/1/first", "runs/.old/second", "runs/a/b/c/d/e/too-deep"):
+        ended(Path(run), "FINISHED")
+    found, _ = statuses([Path("runs")])
+    assert sorted(one.run for one in found) == sorted(run.path for run in list_runs(Path("runs"))) == runs
+    assert [one.run for one in statuses([Path("runs/small/core")])[0]] == runs[1:2]
+    assert complete_runs("runs/") == ["runs/a/", "runs/first", "runs/small/"]
 
 
 def test_damaged_folders_are_named_and_hide_nothing(tmp_path: Path) -> None:

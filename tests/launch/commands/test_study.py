@@ -114,6 +114,7 @@ def test_a_study_is_stopped_and_goes_on_and_its_page_follows_from_what_it_kept(f
     )
     refused = duet("study", "run", "small.yaml", cwd=folder)
     assert refused.returncode == 2 and "train.steps: 60 in the run, 61 now" in refused.stderr
+    assert refused.stderr.splitlines()[-1].startswith("in a study: the old values, another `name` in its file, or")
     untold = duet("study", "report", "small.yaml", cwd=folder)
     assert untold.returncode == 2 and "train.steps: 60 in the run, 61 in the study" in untold.stderr
 
@@ -146,6 +147,7 @@ def loss(folder: Path, place: str) -> float:
 @pytest.mark.parametrize(
     ("place", "value", "said"),
     [
+        ("name", "small", "data is not a dataset: there is no such folder"),
         ("name", "Not a folder", "name: 'Not a folder' is no name here: small letters, digits, "),
         ("sections.core.seeds", [True], "sections.core.seeds.0: Input should be a valid integer"),
         ("sections.core.seed", 1, "sections.core.seed: unknown key; there are title, unit, "),
@@ -153,6 +155,7 @@ def loss(folder: Path, place: str) -> float:
         ("sections.rates.arms_of", "gone", "gone has no arms"),
         ("sections.rates.settings", {}, "arms_of and settings need each other"),
         ("sections.core.arms.masks.config", ["model.witdh=3"], "core/masks/seed-1: command line: unknown key"),
+        ("sections.core.arms.masks.config", ["run.seed=3"], "core/masks/seed-1: run.seed=3: a study names its runs"),
         ("sections.core.arms.masks.config", ["model/none"], "core/masks/seed-1: model/none"),
     ],
 )
@@ -191,14 +194,21 @@ def test_what_was_kept_of_other_settings_is_not_told(tmp_path: Path) -> None:
         Results(study, kept).of(run.section, run.arm, run.setting)
 
 
+def test_a_study_is_tracked_beside_its_runs_unless_told() -> None:
+    for given, uri in (([], "sqlite:///runs/small/mlflow.db"), (["tracking.uri=http://there"], "http://there")):
+        study = Study.model_validate(changed("config", [*STUDY["config"], *given]))
+        assert study.runs()[0].config().tracking.uri == uri
+
+
 def test_arms_that_are_to_be_equal_and_are_not(folder: Path) -> None:
-    equal = [{"what": "parameters", "arms": ["off", "masks"], "within": 0.01}]
+    equal = {"what": "parameters", "arms": ["off", "masks"], "within": 0.01}  # a list of one
     (folder / "small.yaml").write_text(yaml.safe_dump(changed("sections.core.equal", equal), sort_keys=False))
     done = duet("study", "run", "small.yaml", cwd=folder)
     assert done.returncode == 2 and "they are to be within 1%" in done.stderr
     assert not (folder / "runs").exists()
     unknown = duet("study", "run", "small.yaml", "--only", "cores", cwd=folder)
-    assert unknown.returncode == 2 and "no such section or arm; sections: core, rates, gpu" in unknown.stderr
+    assert unknown.returncode == 2
+    assert "cores: no such section or arm; sections, with their arms: core (off, masks), rates (off," in unknown.stderr
 
 
 @pytest.mark.parametrize("study", sorted((ROOT / "docs" / "experiments").glob("*.yaml")), ids=lambda p: p.stem)

@@ -112,6 +112,10 @@ WRONG = {
     "no class": ("Plain = 3", "Plain is not a subclass of ModelConfig"),
     "not a subclass": ("class Plain: pass", "Plain is not a subclass of ModelConfig"),
     "no traits": (PLAIN.replace("    traits:", "    other:"), "has no `traits"),
+    "no such site": (
+        PLAIN.replace("= DecoderOnlyConfig.traits", "= type(DecoderOnlyConfig.traits)((), '', ('dec_fff',))"),
+        "no site is called dec_fff; there are enc_ff, dec_ff, ",
+    ),
     "no build": (PLAIN.replace("def build", "def make"), r"has no `build\(self\)`"),
     "own name": (PLAIN + '    architecture: str | int = "plain"\n', "leave that field out"),
     "syntax": ("x = 1\nclass Plain(:\n", r"mine\.py:2: invalid syntax"),
@@ -154,6 +158,10 @@ def test_what_is_built_must_be_a_backbone(tmp_path: Path) -> None:
     file = written(tmp_path, PLAIN.replace("return DecoderOnly(self)", "return DecoderOnly"))
     with pytest.raises(ConfigError, match=r"Plain\.build\(\) gave a type, which is not a Backbone"):
         registry.build(opened(file))
+    model = registry.build(small())
+    model.backbone.forward = lambda embedded, *_: embedded.tokens  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"\.forward\(\) gave a Tensor, and a Backbone gives a Hidden"):
+        model(torch.ones(1, 3, dtype=torch.long))
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def test_the_newest_each_kth_and_the_best(tmp_path: Path) -> None:
     why = {step_of(path): reason for path, reason in reasons(tmp_path, keep=2, every=20).items()}
     assert why == {
         70: ["newest"],
-        60: ["newest", "every 20"],
+        60: ["among the newest 2", "every 20"],
         50: [],
         40: ["every 20"],
         30: ["best"],

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import ConfigError
 from model.gpus import GPUS
 from pretrain.config.schema import load
-from pretrain.planning.costs import costs
+from pretrain.planning.costs import changed, costs
 from pretrain.planning.goodput import GPU_HOURS, Times, best_interval, expected, outlook, parse_times
 
 SECONDS = st.floats(0.0, 1000.0)
@@ -64,6 +64,8 @@ def test_an_outlook_takes_what_is_given_and_the_published_rate_else() -> None:
     assert ahead.own.interval == config.train.checkpoint_every * found.step_seconds
     assert ahead.best.share >= ahead.own.share
     assert ahead.best_steps == config.train.steps, "a longer interval than the run there is none"
+    config = changed(config, {"train.checkpoint_every": 10**6})
+    assert outlook(config, found, 64, None, {"load": 33.0}).own == ahead.best
     assert outlook(config, found, 64, 3.0, {"save": 0.0}).best_steps == 1
     assert parse_times(["load=33", "save=0"]) == {"load": 33.0, "save": 0.0}
     for wrong in ("load", "load=-1", "load=nan", "sleep=3", "load=soon", "load=inf"):

@@ -239,6 +239,7 @@ def test_runs_of_different_datasets_are_sorted_by_bits_per_byte(
         ({"data": {"objective": "causal"}}, {"data": {"objective": "prefix"}}, "by data.objective: the same"),
         ({"train": {"eval_whole_at_end": False}}, {"train": {"eval_whole_at_end": True}}, "eval_whole_at_end"),
         ({"tokenizer": "a"}, {"tokenizer": "b"}, "Their tokenizers differ"),
+        ({"model": {"architecture": f"/a/b.py:C@{64 * '0'}"}}, {"model": {"architecture": "refined"}}, None),
     ],
 )  # fmt: skip
 def test_runs_that_do_not_compare_are_not_ranked_by_nats(
@@ -261,7 +262,7 @@ def test_runs_that_do_not_compare_are_not_ranked_by_nats(
     assert told is None or told in text
     settings = text.split("Settings in which they differ")[1].split("</table>")[0]
     keys = re.findall(r"<tr><td>(.*?)</td>", settings)
-    assert len(keys) == 1
+    assert len(keys) == 1 and "False" not in settings and "/a/" not in settings and 13 * "0" not in settings
     assert "run.name" not in keys and "model.context" not in keys
     lines = charts(tmp_path / "report.html")["Loss"]["series"]
     assert {line["name"] for line in lines} == {"one", "one validation", "other", "other validation"}
@@ -272,6 +273,11 @@ def test_what_is_not_a_run_folder_is_said(tmp_path: Path) -> None:
         write_report([tmp_path / "nowhere"], None)
     with pytest.raises(RunError, match=r"no metrics\.jsonl in it; expected"):
         write_report([tmp_path], None)
+    (tmp_path / "runs" / "first" / "attempts").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"runs: a folder of runs, such as .*/runs/first; name these"):
+        write_report([tmp_path / "runs"], None)
+    with pytest.raises(RunError, match="first: a run that has not trained yet"):
+        write_report([tmp_path / "runs" / "first"], None)
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(RunError, match="empty; expected"):
         write_report([tmp_path], None)

@@ -22,6 +22,7 @@ from launch.slurm.checks import check_memory
 from launch.slurm.site import Cluster
 from model.architectures import registry
 from model.architectures.external import Recorded
+from model.costs.flops import training_flops_per_token
 from model.gpus import GPUS
 from pretrain.config.architecture import keep, opened
 from pretrain.config.schema import dump, load
@@ -203,6 +204,9 @@ def test_it_is_evaluated_and_exported(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "exported"
     done = CliRunner().invoke(app, ["checkpoint", "export", str(run.path), "--to", str(folder)])
     assert done.exit_code == 0, done.output
+    words = ["checkpoint", "shrink", str(run.path), "--heads", "1", "--to", str(tmp_path / "smaller")]
+    with pytest.raises(ConfigError, match="--heads: none are parts of ours in gla.py:GLA@"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
     before = open_trained(run.path).model
     shutil.rmtree(run.path)
     run.file.unlink()
@@ -215,6 +219,20 @@ def test_it_is_evaluated_and_exported(run: Run, tmp_path: Path) -> None:
     (folder / "architecture" / "gla.py").write_text("raise AssertionError")
     with pytest.raises(UserError, match=r"architecture/gla\.py: has changed"):
         open_trained(folder)
+
+
+def test_a_study_tells_what_it_costs(run: Run, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = opened(RunFolder(run.path).config(), run.path)
+    arms = {"gla": {"about": "mine", "config": [f"model.architecture={run.file}:GLA"]}}
+    section = {"title": "Mine", "seeds": [config.run.seed], "arms": arms}
+    study = {"name": "own", "config": [*TINY, f"data.path={dataset}", "train.steps=2"], "sections": {"core": section}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(study))
+    shutil.copytree(run.path, tmp_path / f"runs/own/core/gla/seed-{config.run.seed}")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["study", "report", "own.yaml"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    flops = 2 * config.batch.tokens * training_flops_per_token(config.model)
+    assert f"| {flops:.3g} |" in (tmp_path / "own.md").read_text()
 
 
 @pytest.mark.parametrize(

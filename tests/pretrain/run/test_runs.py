@@ -64,7 +64,11 @@ def test_running_and_dead(tmp_path: Path) -> None:
     assert (run.state, run.step, run.loss, run.job, run.attempts) == ("dead", 7, 2.0, "4711", 1)
     with Lease.acquire(tmp_path):
         assert run_state(tmp_path).state == "running", "starting up: the journal is still that of the dead attempt"
-    assert run_state(tmp_path).state == "failed", "it ended in order, before it had begun to train"
+    with pytest.raises(RunError), Lease.acquire(tmp_path):
+        raise RunError("a mistake")
+    run = run_state(tmp_path)
+    assert run.state == "failed", "it ended in order, before it had begun to train"
+    assert run.problem == "RunError: a mistake"
 
 
 def test_an_owner_on_another_machine_lives_while_its_heart_beats(tmp_path: Path) -> None:
