@@ -138,8 +138,6 @@ def open_parts(claim: Claim, stop: StopRequest, started: float, stack: ExitStack
     data = _restore(claim, engine, found, past, recorder.warning)
     facts = _facts(claim, parameters) | {"started": started}
     ranks.together(lambda: recorder.start(step, facts, past.num_rollbacks))
-    if ranks.is_first:
-        hold_base(config, recorder.warning)
     if shares := told_shares(claim.dataset, config.data, data.phases[-1]):
         recorder.note(shares)
     for line in told_cut(claim.dataset, data.phases[-1]):
@@ -217,6 +215,7 @@ def _tie(folder: RunFolder, config: Config, dataset: Dataset) -> Config:
     held_out(dataset, config)
     origin.check(config, identity(config, dataset))
     folder.claim(config, identity(config, dataset))
+    hold_base(config, Console(1).warning)  # before it is read: a run that trains goes on removing others
     return config
 
 

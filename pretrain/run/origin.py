@@ -120,11 +120,16 @@ def folder(config: Config) -> RunFolder:
 
 
 def checkpoint_folder(config: Config) -> Path:
-    """Where the checkpoint lies that a run of this (resolved) configuration begins with."""
+    """Where the checkpoint lies that a run of this (resolved) configuration begins with. Raises RunError: it is gone,
+    or never was."""
     assert config.run.start_from is not None
     step = parse(config.run.start_from)[1]
     assert step is not None
-    return step_path(folder(config).checkpoints, step)
+    origin = folder(config)
+    if step not in (saved := origin.saved_steps()):
+        steps = ", ".join(map(str, saved)) or "none"
+        raise RunError(f"{origin.path}: no complete checkpoint of step {step}; there are: {steps}")
+    return step_path(origin.checkpoints, step)
 
 
 def check(config: Config, dataset: dict[str, Any]) -> None:
@@ -143,9 +148,7 @@ def check(config: Config, dataset: dict[str, Any]) -> None:
     origin = RunFolder(path)
     theirs = origin.facts()["dataset"]
     assert step is not None
-    if step not in origin.saved_steps():
-        steps = ", ".join(map(str, origin.saved_steps())) or "none"
-        raise RunError(f"{path}: no complete checkpoint of step {step}; there are: {steps}")
+    checkpoint_folder(config)
     if theirs["fingerprint"] != dataset["fingerprint"]:
         raise RunError(
             f"{path}: that run was trained on dataset {theirs['fingerprint'][:12]} ({theirs['path']}), "

@@ -14,6 +14,7 @@ from data_pipeline.errors import ConfigError, DataError, RunError
 from data_pipeline.loading import loader
 from launch.slurm.run_files import read_files
 from launch.slurm.run_status import join
+from model.architectures import registry
 from pretrain import life, trainer
 from pretrain.checkpoint.saver import Saver
 from pretrain.config.schema import load
@@ -21,10 +22,11 @@ from pretrain.engine.distributed import Ranks
 from pretrain.engine.engine import Engine
 from pretrain.evaluation.batches import Batches
 from pretrain.report import report
+from pretrain.run.checkpoint_folder import needed_by
 from pretrain.run.job_records import FailureFile, JobFolder
 from pretrain.run.signals import StopRequest
 from pretrain.tracking import recorder
-from tests.distributed.cases import without_report
+from tests.distributed.cases import train_run, without_report
 
 
 def run(ranks: Ranks, args: list[str], job: str | None = None, restart: int = 0, lead: float = 0) -> int:
@@ -222,3 +224,15 @@ def folder_lost_at(ranks: Ranks, args: list[str], step: int, to: str | None, aga
 
     Engine.train_step = lose  # type: ignore[method-assign,assignment]
     return run(ranks, args)
+
+
+def train_what_is_held(ranks: Ranks, args: list[str], checkpoint: str, die_at: int) -> int:
+    """As `train_run`. What it begins with is noted as needed before a model is built, which may take long."""
+    build = registry.build
+
+    def look(config: Any) -> Any:
+        assert needed_by(Path(checkpoint))
+        return build(config)
+
+    registry.build = look
+    return train_run(ranks, args, die_at)

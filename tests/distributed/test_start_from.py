@@ -106,18 +106,19 @@ def test_it_goes_on_from_its_own_checkpoints_even_when_its_origin_is_gone(
 def test_without_a_step_it_is_the_newest_and_stays_it(ranks: Ranks, stable: Path, tmp_path: Path) -> None:
     """From another stage and number of ranks, too."""
     args = begin(stable, tmp_path / "new", "engine.zero_stage=3", "schedule.cooldown=2", "train.steps=18", at=None)
+    newest = stable / "checkpoints" / "step-000000016"
     with pytest.raises(RanksFailed, match="-9"):
-        ranks(TRAIN, 2, args=args, die_at=18)
-    assert needed_by(stable / "checkpoints" / "step-000000016") == [str(tmp_path / "new")]
-    (stable / "checkpoints" / "step-000000016").rename(tmp_path / "hidden")
+        ranks("tests.distributed.life_cases:train_what_is_held", 2, args=args, checkpoint=str(newest), die_at=18)
+    assert needed_by(newest) == [str(tmp_path / "new")]
+    newest.rename(tmp_path / "hidden")
     try:
         with pytest.raises(RanksFailed, match=f"{stable}: no complete checkpoint of step 16; there are: 1, 4, 8, 12"):
             ranks(TRAIN, 1, args=args)
     finally:
-        (tmp_path / "hidden").rename(stable / "checkpoints" / "step-000000016")
+        (tmp_path / "hidden").rename(newest)
     ranks(TRAIN, 1, args=args)
     assert sorted(losses(tmp_path / "new")) == [17, 18]
-    assert needed_by(stable / "checkpoints" / "step-000000016") == [], "it has checkpoints of its own"
+    assert needed_by(newest) == [], "it has checkpoints of its own"
     assert load([str(tmp_path / "new" / "config.yaml")]).run.start_from == f"{stable}@16"
 
 
