@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.building.build_state import remove_work, working_folder
-from data_pipeline.building.pipeline import Build, Notes, ignore
+from data_pipeline.building.pipeline import Build, Notes, ignore, make_identity
 from data_pipeline.building.publish import mixture, remove_stale
 from data_pipeline.building.stages import Context, UnitFacts
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.files.filesystem import is_uri
 from data_pipeline.ingest.sources import Unit
-from data_pipeline.ingest.splits import Progress
+from data_pipeline.ingest.splits import Progress, source_names
 from data_pipeline.storage.dataset import Dataset
 from data_pipeline.storage.manifest import FORMAT, MANIFEST, Manifest, differences
 from data_pipeline.tokenize.tokenizer import TOKENIZER, Tokenizer
@@ -37,7 +37,8 @@ def build(
 
     Interrupted anywhere, it leaves the former state; run again, it goes on behind the last unit that was finished and
     gives the same bytes. One that failed stands in the way of no other settings. (Only while `overwrite` exchanges a
-    tokenizer, between two renames, is there no dataset.)
+    tokenizer, between two renames, is there no dataset; and between the rename of a first tokenizer and the manifest's
+    there is that tokenizer alone, which other settings have to `overwrite`.)
 
     Raises DataError for unusable text or settings, a full disk, and, unless `overwrite`, for another dataset there.
     """
@@ -46,9 +47,7 @@ def build(
         if (root / MANIFEST).exists() and not overwrite:
             _check_same(root, job.plan.identity)
             if dropped is not None:
-                raise DataError(
-                    f"{root} is built already; what was left out is listed while it is built: --overwrite it"
-                )
+                raise _no_list(root)
             job.report("unchanged")(0)
             manifest = _with_mixture(root, Dataset.open(root).manifest, config)
             remove_stale(root, manifest)
@@ -122,10 +121,14 @@ def merge(
     dropped: Path | None = None,
     notes: Notes = ignore,
 ) -> Manifest:
-    """Publishes the dataset once the tasks are done. Raises DataError that names the tasks that are not."""
+    """Publishes the dataset once the tasks are done; again after that, it removes what a killed one left, and returns
+    the manifest. Raises DataError that names the tasks that are not, and for another dataset there."""
     root = _root(config)
     with working_folder(root) as work:
-        _refuse_dataset(root)
+        if (root / MANIFEST).exists():
+            if dropped is not None and not dropped.exists():  # it is written before the dataset is there
+                raise _no_list(root)
+            return _merged(root, work, config)
         with Build.prepared(config, work, progress, processes, notes) as job:
             context, tokenizer = job.prepare(work, _home(root, work))
             _check_complete(work, job.plan.units, tokenizer)
@@ -170,6 +173,22 @@ def _check_complete(work: Path, units: list[Unit], tokenizer: Tokenizer) -> None
             f"{len(missing)} of {len(units)} units are not tokenized yet: {shown}. Unit U is the work of "
             "task U modulo the number of tasks: run `duet data build --task` for those again, then --merge"
         )
+
+
+def _no_list(root: Path) -> DataError:
+    return DataError(f"{root} is built already; what was left out is listed while it is built: --overwrite it")
+
+
+def _merged(root: Path, work: Path, config: DataConfig) -> Manifest:
+    """The dataset there, if it is of these settings. As ever between the tasks, inputs are not read again."""
+    manifest = Manifest.load(root)
+    inputs = [[(file.path, file.bytes, file.xxh3) for file in source.inputs] for source in manifest.sources]
+    same_sources = [source.name for source in manifest.sources] == source_names(config)
+    if not same_sources or differences(manifest.identity, make_identity(config, inputs)):
+        _refuse_dataset(root)
+    remove_stale(root, manifest)
+    remove_work(work)
+    return manifest
 
 
 def _refuse_dataset(root: Path) -> None:

@@ -222,6 +222,9 @@ def list_dropped(work: Path, units: list[Unit], facts: list[UnitFacts], file: Pa
                         if kind(name) != "plain":
                             place["line" if kind(name) == "jsonl" else "row"] = starts[index] + number
                         out.write(json.dumps({**place, "reason": reason}, ensure_ascii=False) + "\n")
+                out.flush()
+                os.fsync(out.fileno())  # once the dataset is there, only building it anew would give the list again
             os.replace(temporary, file)
+            sync_folder(file.parent)
         finally:
             temporary.unlink(missing_ok=True)

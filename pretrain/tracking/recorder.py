@@ -172,6 +172,11 @@ class Recorder:
             self._journal.event("checkpoint", step=step, path=str(path.relative_to(self._folder.path)))
             self._journal.sync()
 
+    def sync(self) -> None:
+        """Have on disk what the journal says up to here."""
+        if self._active:
+            self._journal.sync()
+
     def profile(self, step: int, path: Path) -> None:
         """A trace, or a memory snapshot, that begins with this step is written."""
         if self._active:

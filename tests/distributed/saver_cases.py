@@ -109,6 +109,7 @@ def wait_at_the_gate(ranks: Ranks, root: str) -> list[float]:
         Path(root),
         ranks,
         still_ours=lambda: None,
+        before=lambda: None,
         prune=lambda step: None,
         warn=print,
         published=lambda checkpoint: told.append(checkpoint.blocked),

@@ -264,11 +264,20 @@ def test_tasks_on_many_machines_give_the_same_dataset(tmp_path: Path, corpus: Pa
         build_task(settings_of(corpus, tmp_path / "d", seed=1), 1, 3)
     shares.append(build_task(settings, 1, 3, processes=2))
     assert sum(shares) == units
-    merge(settings)
+    manifest = merge(settings)
     assert published(tmp_path / "d") == published(tmp_path / "reference")
-    for step in (lambda: prepare(settings), lambda: merge(settings)):
+    for step in (prepare, lambda settings: merge(settings.model_copy(update={"seed": 1}))):
         with pytest.raises(DataError, match="a dataset is at .* already"):
-            step()
+            step(settings)
+    with pytest.raises(DataError, match="listed while it is built"):
+        merge(settings, dropped=tmp_path / "list")
+    left = (tmp_path / "d" / "_work" / "000000.train.rows", tmp_path / "d" / "train" / "t-000000-00000000.arrow")
+    for file in left:  # by a merge that was killed when the dataset was there
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    assert merge(settings) == manifest
+    assert published(tmp_path / "d") == published(tmp_path / "reference")
+    assert not any(file.exists() for file in left)
 
 
 def test_a_text_that_changes_under_a_task_is_named(tmp_path: Path, small_units: None) -> None:

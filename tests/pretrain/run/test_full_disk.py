@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_pipeline.files.atomic import write_atomic
 from pretrain.run.job_records import JobFolder
-from tests.runs import ROOT, SMALL, duet
+from tests.runs import ROOT, SMALL, duet, program
 
 FULL = "/dev/full"
 
@@ -59,3 +59,34 @@ def test_a_refused_write_names_its_file_and_leaves_the_old_one(tmp_path: Path) -
     assert sorted(os.listdir(tmp_path)) == ["slurm", "text"]
     jobs.exclude("n3", "x")
     assert [record["node"] for record in jobs.excluded()] == ["n1", "n3"]
+
+
+ORDER = """
+import os, runpy
+from pathlib import Path
+fsync, replace, noted = os.fsync, os.replace, Path.cwd() / "order"
+def synced(number):
+    fsync(number)
+    if os.readlink(f"/proc/self/fd/{number}").endswith("metrics.jsonl"):
+        with open(noted, "a") as file: print("journal", os.fstat(number).st_size, file=file)
+def replaced(old, new, **folders):
+    if "checkpoints" in str(new):
+        with open(noted, "a") as file: print(Path(new).parent.name, 0, file=file)
+    replace(old, new, **folders)
+os.fsync, os.replace = synced, replaced
+runpy.run_module("launch.cli", run_name="__main__")
+"""
+
+
+def test_a_power_loss_leaves_no_checkpoint_whose_steps_the_journal_does_not_know(dataset: Path, tmp_path: Path) -> None:
+    """What was not synced when a manifest gets its name may be lost."""
+    command = ("train", "data/characters", *SMALL, f"data.path={dataset}", "run.dir=run", "train.steps=3")
+    done = program("-c", ORDER, *command, "train.checkpoint_every=1", "train.eval_every=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    journal, kept, saved = (tmp_path / "run" / "metrics.jsonl").read_bytes(), 0, 0
+    for what, size in map(str.split, (tmp_path / "order").read_text().splitlines()):
+        kept = int(size) or kept
+        if what.startswith("step-"):
+            saved = int(what.removeprefix("step-"))
+            assert f'"step": {saved}, "metrics"'.encode() in journal[:kept], f"step {saved} was not on disk"
+    assert saved == 3
