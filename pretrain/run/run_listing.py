@@ -68,7 +68,8 @@ def run_folders(folder: Path, deep: int = MOST_DEEP) -> Iterator[Path]:
         yield folder
     elif deep:
         for path in sorted(folder.iterdir()):
-            if path.is_dir() and path.name[0] != "." and path.name != FILES:
+            links = path.name == "slurm" and not is_run(path)  # of a sweep, to its runs
+            if path.is_dir() and path.name[0] != "." and path.name != FILES and not links:
                 with suppress(PermissionError):  # of another user
                     yield from run_folders(path, deep - 1)
 

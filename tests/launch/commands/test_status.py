@@ -197,13 +197,15 @@ def test_when_the_job_ends_or_ended(tmp_path: Path) -> None:
 
 def test_runs_of_a_study_are_found_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    runs = ["runs/first", "runs/small/core/masks/seed-1", "runs/small/rates/low/masks/seed-1"]
+    runs = ["runs/first", "runs/slurm", "runs/small/core/masks/seed-1", "runs/small/rates/low/masks/seed-1"]
     for run in (*runs, "runs/mlartifacts/1/first", "runs/.old/second", "runs/a/b/c/d/e/too-deep"):
         ended(Path(run), "FINISHED")
+    Path("runs/small/slurm/0").mkdir(parents=True)
+    Path("runs/small/slurm/0/0").symlink_to(Path("runs/first").absolute())  # as of a sweep
     found, _ = statuses([Path("runs")])
     assert sorted(one.run for one in found) == sorted(run.path for run in list_runs(Path("runs"))) == runs
-    assert [one.run for one in statuses([Path("runs/small/core")])[0]] == runs[1:2]
-    assert complete_runs("runs/") == ["runs/a/", "runs/first", "runs/small/"]
+    assert [one.run for one in statuses([Path("runs/small/core")])[0]] == runs[2:3]
+    assert complete_runs("runs/") == ["runs/a/", "runs/first", "runs/slurm", "runs/small/"]
 
 
 def test_damaged_folders_are_named_and_hide_nothing(tmp_path: Path) -> None:
