@@ -151,14 +151,15 @@ def report(study: StudyArg) -> None:
     if rungs:  # the page is begun whole, whenever that is
         more = {name: [f"*{NOT_RUN}*"] for name in (*rungs.sizes, FIT)}
         later += [*(f"{name}-validation" for name in rungs.sizes), f"{FIT}-curves"]
-    if rungs and all(Results(loaded, kept).of(run.section, run.arm) for run in loaded.runs()):
-        loaded = rungs.climb(rungs.rates_of(Results(loaded, kept)))
+    results = Results(loaded, kept)
+    if rungs and all(results.of(run.section, run.arm) for run in loaded.runs()):
+        loaded = rungs.climb(rungs.rates_of(results))
         new += sum(keep(run, kept) for run in loaded.runs(list(rungs.sizes)))
-        more[FIT], curves = fit_of(rungs, points_of(rungs, Results(loaded, kept)))
+        results = Results(loaded, kept)
+        more[FIT], curves = fit_of(rungs, points_of(rungs, results))
     if (kept.parent / FILE).is_file():
         more[NAME] = [*table(Findings.read(kept.parent))]
         later += [f"{NAME}-answers", f"{NAME}-likeness"]
-    results = Results(loaded, kept)
     page = study.with_suffix(".md")
     Page(loaded, results, page, more, later, computed=rungs is not None).write(pictures(loaded, results) | curves)
     typer.echo(f"{page}: {new} runs read from {loaded.folder}")
