@@ -82,7 +82,7 @@ def measure(folder: Path, ranks: Ranks, shape: tuple[int, int, int]) -> list[dic
         folder / "duet",
         ranks,
         still_ours=lambda: None,
-        before=lambda: None,
+        sync_journal=lambda: None,
         prune=lambda step: None,
         warn=print,
         published=lambda checkpoint: told.append(checkpoint.blocked),

@@ -18,6 +18,7 @@ from data_pipeline.files.mapped import told
 from data_pipeline.secret import WAY_ON, argument_of_secret
 from launch.commands import checkpoint, data, jobs, plan, preflight, runs, status, study, submit
 from launch.commands.generate import generate
+from launch.commands.runs import run_argument
 from launch.completion import complete_changes, complete_configs, complete_runs, shipped
 from launch.config_keys import dashed_key
 from pretrain import status_line
@@ -31,9 +32,7 @@ ConfigArgs = Annotated[
         autocompletion=complete_configs,
     ),
 ]
-RunArg = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint or an export.", autocompletion=complete_runs)
-]
+RunArg = Annotated[Path, run_argument(metavar="RUN", help="A run folder, a checkpoint or an export.")]
 FREE_TEXT = ("--prompt", "--stop", "--chat")
 """What these options take is no place, and is written nowhere."""
 StepOption = Annotated[int | None, typer.Option("--step", help="Use the checkpoint of this step, not the newest.")]
@@ -264,10 +263,7 @@ def classify(
 
 @app.command()
 def report(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN…", help="Run folders; several are compared.", autocompletion=complete_runs),
-    ],
+    runs: Annotated[list[Path], run_argument(metavar="RUN…", help="Run folders; several are compared.")],
     out: Annotated[
         Path | None,
         typer.Option(help="The HTML file; unless given, report.html in the run folder, or beside it for several."),

@@ -154,7 +154,7 @@ def open_parts(claim: Claim, stop: StopRequest, started: float, stack: ExitStack
         folder.checkpoints,
         ranks,
         still_ours=claim.lease.check if claim.lease else lambda: None,
-        before=recorder.sync,
+        sync_journal=recorder.sync_journal,
         prune=lambda step: prune(folder.checkpoints, train.keep_checkpoints, train.keep_every, folder.id, upto=step),
         warn=recorder.warning,
         published=life.published,

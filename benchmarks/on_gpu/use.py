@@ -28,7 +28,13 @@ def save(setting: Setting) -> Iterator[Row]:
         step = seconds(lambda: engine.train_step([batch], 1e-4), setting)
         size = sum(v.numel() * v.element_size() for f in engine.owned_fragments() for v in f.states.values())
         nothing: Any = lambda *_: None  # noqa: E731
-        calls = {"still_ours": nothing, "before": nothing, "prune": nothing, "warn": print, "published": told.append}
+        calls = {
+            "still_ours": nothing,
+            "sync_journal": nothing,
+            "prune": nothing,
+            "warn": print,
+            "published": told.append,
+        }
         with Saver(engine, Path(folder), ranks, **calls) as saver:
             for number in range(1, 4):  # the first allocates the pinned memory
                 saver.start(number, {})

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_pipeline.errors import ConfigError, UserError
-from launch.completion import complete_changes, complete_decode, complete_runs
+from launch.commands.runs import run_argument
+from launch.completion import complete_changes, complete_decode
 from pretrain import status_line
 
 if TYPE_CHECKING:
@@ -24,10 +25,7 @@ _TOKENS = 200
 
 
 def generate(
-    run: Annotated[
-        Path,
-        typer.Argument(metavar="RUN", help="A run folder, a checkpoint or an export.", autocompletion=complete_runs),
-    ],
+    run: Annotated[Path, run_argument(metavar="RUN", help="A run folder, a checkpoint or an export.")],
     words: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given several times.")] = None,
     prompts: Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import ConfigError
-from launch.completion import complete_runs
+from launch.commands.runs import run_argument
 
 if TYPE_CHECKING:
     from pretrain.study.spec import StudyRun
@@ -96,9 +96,7 @@ def ladder(
 
 @app.command()
 def probe(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN…", help="Run folders or checkpoints.", autocompletion=complete_runs)
-    ],
+    runs: Annotated[list[Path], run_argument(metavar="RUN…", help="Run folders or checkpoints.")],
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where findings and pictures go.")] = Path("probes"),
     tokens: Annotated[int, typer.Option(min=1, help="Of held-out text; probes are trained on two thirds.")] = 24576,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the models that were not trained.")] = 0,

@@ -65,7 +65,7 @@ class Saver:
         ranks: Ranks,
         *,
         still_ours: Callable[[], None],
-        before: Callable[[], None],
+        sync_journal: Callable[[], None],
         prune: Callable[[int], object],
         warn: Callable[[str], None],
         published: Callable[[Published], None],
@@ -74,8 +74,8 @@ class Saver:
 
         Args:
             still_ours: on rank 0's thread, right before the manifest is written; raises when the folder was taken over.
-            before: on rank 0's thread, then: puts on disk what the journal says, or a power loss would leave a
-                checkpoint whose steps it does not know.
+            sync_journal: on rank 0's thread, then: has the journal on disk, or a power loss would leave a checkpoint
+                whose steps it does not know.
             prune: on rank 0's thread, when the manifest of a step is written. What it cannot do is a warning.
             warn: on rank 0, also on its thread: what could not be cleared away, once.
             published: on every rank's main thread, after that.
@@ -84,7 +84,7 @@ class Saver:
         self._root = root
         self._ranks = ranks
         self._still_ours = still_ours
-        self._before = before
+        self._sync_journal = sync_journal
         self._prune = prune
         self._warn = warn
         self._warned: set[str] = set()
@@ -223,7 +223,7 @@ class Saver:
         self._still_ours()
         file = path / MANIFEST
         try:
-            self._before()
+            self._sync_journal()
             sync_folder(path)
             write_atomic(file, manifest.sealed())
             sync_folder(self._root)

@@ -172,7 +172,7 @@ class Recorder:
             self._journal.event("checkpoint", step=step, path=str(path.relative_to(self._folder.path)))
             self._journal.sync()
 
-    def sync(self) -> None:
+    def sync_journal(self) -> None:
         """Have on disk what the journal says up to here."""
         if self._active:
             self._journal.sync()

@@ -133,7 +133,7 @@ def a_saver(
         root,
         ranks,
         still_ours=still_ours,
-        before=lambda: None,
+        sync_journal=lambda: None,
         prune=lambda step: prune(root, keep, None, upto=step),
         warn=warn,
         published=published,

@@ -109,7 +109,7 @@ def wait_at_the_gate(ranks: Ranks, root: str) -> list[float]:
         Path(root),
         ranks,
         still_ours=lambda: None,
-        before=lambda: None,
+        sync_journal=lambda: None,
         prune=lambda step: None,
         warn=print,
         published=lambda checkpoint: told.append(checkpoint.blocked),

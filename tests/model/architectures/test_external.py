@@ -158,9 +158,15 @@ def test_what_is_built_must_be_a_backbone(tmp_path: Path) -> None:
     file = written(tmp_path, PLAIN.replace("return DecoderOnly(self)", "return DecoderOnly"))
     with pytest.raises(ConfigError, match=r"Plain\.build\(\) gave a type, which is not a Backbone"):
         registry.build(opened(file))
-    model = registry.build(small())
-    model.backbone.forward = lambda embedded, *_: embedded.tokens  # type: ignore[method-assign]
-    with pytest.raises(ConfigError, match=r"\.forward\(\) gave a Tensor, and a Backbone gives a Hidden"):
+    tensors = """
+        class Tensors(DecoderOnly):
+            def forward(self, embedded, *_):
+                return embedded.tokens
+
+        return Tensors(self)"""
+    file = written(tmp_path, PLAIN.replace("\n        return DecoderOnly(self)", tensors))
+    model = registry.build(opened(file))
+    with pytest.raises(ConfigError, match=r"Tensors\.forward\(\) gave a Tensor, and a Backbone gives a Hidden"):
         model(torch.ones(1, 3, dtype=torch.long))
 
 
