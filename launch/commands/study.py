@@ -31,9 +31,11 @@ def run(
 ) -> None:
     """Train what is not trained yet; given again after a stop, it goes on where it was.
 
+    A run whose folder is gone is done where duet study report has kept its journal.
+
     Example: `duet study run docs/experiments/learned-dropout.yaml --jobs 2`
     """
-    from launch.local.study_runs import check_data, check_equal, is_done
+    from launch.local.study_runs import check_data, check_equal
     from pretrain.study.spec import load_study
 
     loaded = load_study(study)
@@ -42,8 +44,8 @@ def run(
     for section in dict.fromkeys(run.section for run in runs):
         for line in check_equal(loaded, section):
             typer.echo(line)
-    left = [run for run in runs if not is_done(run)]
-    typer.echo(f"{len(runs)} runs, of which {len(runs) - len(left)} are done; {loaded.folder}")
+    left, said = _left(runs, _journals(study))
+    typer.echo(f"{said}; {loaded.folder}")
     if dry_run:
         for run in left:
             typer.echo(f"left: {run.place}")
@@ -65,14 +67,13 @@ def ladder(
 
     Example: `duet study ladder ladder.yaml --jobs 2`
     """
-    from launch.local.study_runs import is_done
     from pretrain.study.ladder import load_ladder
     from pretrain.study.results import Results, keep
 
     loaded = load_ladder(study)
     if loaded is None:
         raise ConfigError(f"{study}: a ladder has sizes; this is a study: duet study run {shlex.quote(str(study))}")
-    kept = study.with_suffix("") / "journals"
+    kept = _journals(study)
     search = loaded.search()
     for stage in ("rates", "sizes"):
         runs = search.runs()
@@ -81,8 +82,8 @@ def ladder(
             for size, of_arms in rates.items():
                 typer.echo(f"{size}: " + ", ".join(f"{arm} {rate:g}" for arm, rate in of_arms.items()))
             runs = [run for run in loaded.climb(rates).runs() if run.section in loaded.sizes]
-        left = [run for run in runs if not is_done(run, diverged=stage == "rates")]
-        typer.echo(f"{stage}: {len(runs)} runs, of which {len(runs) - len(left)} are done; {search.folder}")
+        left, said = _left(runs, kept, diverged=stage == "rates")
+        typer.echo(f"{stage}: {said}; {search.folder}")
         if dry_run:
             for run in left:
                 typer.echo(f"left: {run.place}, {run.config().train.steps} steps")
@@ -141,7 +142,7 @@ def report(study: StudyArg) -> None:
     from pretrain.study.results import Results, keep
     from pretrain.study.spec import load_study
 
-    kept = study.with_suffix("") / "journals"
+    kept = _journals(study)
     rungs, more, curves = load_ladder(study), dict[str, list[str]](), dict[str, bytes]()
     loaded = rungs.search() if rungs else load_study(study)
     new = sum(keep(run, kept, diverged=rungs is not None) for run in loaded.runs(list(loaded.sections)))
@@ -161,6 +162,24 @@ def report(study: StudyArg) -> None:
     page = study.with_suffix(".md")
     Page(loaded, results, page, more, later, computed=rungs is not None).write(pictures(loaded, results) | curves)
     typer.echo(f"{page}: {new} runs read from {loaded.folder}")
+
+
+def _journals(study: Path) -> Path:
+    """Where the journals of its finished runs are kept."""
+    return study.with_suffix("") / "journals"
+
+
+def _left(runs: "list[StudyRun]", kept: Path, *, diverged: bool = False) -> "tuple[list[StudyRun], str]":
+    """Those that are still to be trained, and words on how many are not; `diverged`: one that has is done."""
+    from launch.local.study_runs import is_done
+    from pretrain.study.results import is_kept
+
+    missing = [run for run in runs if not is_done(run, diverged=diverged)]
+    left = [run for run in missing if run.path.exists() or not is_kept(run, kept)]
+    said = f"{len(runs)} runs, of which {len(runs) - len(left)} are done"
+    if alone := len(missing) - len(left):
+        said += f", {alone} of them without a run folder, by what is kept in {kept}"
+    return left, said
 
 
 def _train(left: "list[StudyRun]", jobs: int, ranks: int, *, diverged: bool = False) -> None:

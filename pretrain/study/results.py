@@ -16,7 +16,7 @@ from data_pipeline.files.atomic import write_atomic
 from model.costs.flops import training_flops_per_token
 from model.costs.totals import CostsUnknown
 from pretrain.config.architecture import opened
-from pretrain.config.schema import Config, differences
+from pretrain.config.schema import Config, differences, load
 from pretrain.metric_names import BITS_PER_BYTE, TOKENS_PER_SECOND, VALIDATION
 from pretrain.run.journal import DIVERGED, FORMAT, Point, Record, line_of, read, series
 from pretrain.study.spec import Study, StudyRun
@@ -71,6 +71,19 @@ def keep(run: StudyRun, folder: Path, *, diverged: bool = False) -> bool:
     write_atomic(target / CONFIG, (run.path / CONFIG).read_text(encoding="utf-8").replace(here, ""))
     if (run.path / ROUNDINGS).is_file():
         write_atomic(target / ROUNDINGS, (run.path / ROUNDINGS).read_text(encoding="utf-8"))
+    return True
+
+
+def is_kept(run: StudyRun, folder: Path) -> bool:
+    """Whether `folder` holds what a finished run came to.
+
+    Raises:
+        RunError: of a run of other settings.
+    """
+    place = folder / run.place
+    if not ((place / JOURNAL).is_file() and (place / CONFIG).is_file()):
+        return False
+    _check_settings(run, load([str(place / CONFIG)]), place)
     return True
 
 
@@ -171,13 +184,7 @@ def _read(run: StudyRun, folder: Path) -> Result:
     if start is None:
         raise RunError(f"{place / JOURNAL}: its beginning is damaged; collect it again from its run")
     config = Config.model_validate(start["config"])
-    changed = [
-        f"{key}: {kept} in the run, {now} in the study"
-        for key, (kept, now) in differences(config, run.config()).items()
-        if key.startswith(LEARNED) and key != "model.vocab_size"
-    ]
-    if changed:
-        raise RunError(f"{place}: kept of a run of other settings: {'; '.join(changed)}; remove it, and train it again")
+    _check_settings(run, config, place)
     roundings = place / ROUNDINGS
     return Result(
         run=run,
@@ -187,3 +194,14 @@ def _read(run: StudyRun, folder: Path) -> Result:
         roundings=json.loads(roundings.read_text()) if roundings.is_file() else {},
         diverged=has_diverged(records),
     )
+
+
+def _check_settings(run: StudyRun, config: Config, place: Path) -> None:
+    """Raises RunError where the run that was kept in `place` learned by other settings than the study has now."""
+    changed = [
+        f"{key}: {kept} in the run, {now} in the study"
+        for key, (kept, now) in differences(config, run.config()).items()
+        if key.startswith(LEARNED) and key != "model.vocab_size"
+    ]
+    if changed:
+        raise RunError(f"{place}: kept of a run of other settings: {'; '.join(changed)}; remove it, and train it again")

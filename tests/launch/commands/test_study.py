@@ -16,7 +16,7 @@ from pretrain.config.schema import load
 from pretrain.metric_names import VALIDATION
 from pretrain.run.journal import Point, read
 from pretrain.study import plots
-from pretrain.study.results import Result, Results
+from pretrain.study.results import Result, Results, is_kept
 from pretrain.study.spec import Study, load_study
 from tests.runs import CHARACTERS, ROOT, SMALL, build_dataset, duet, start_duet, wait_for_step
 
@@ -107,6 +107,9 @@ def test_a_study_is_stopped_and_goes_on_and_its_page_follows_from_what_it_kept(f
     assert duet("study", "report", "small.yaml", cwd=folder).returncode == 0
     assert page.read_text() == text.replace("# small", "# Words of mine")
     assert before == {file: file.read_bytes() for file in kept.rglob("*.gz")}
+    left = duet("study", "run", "small.yaml", "--dry-run", cwd=folder).stdout
+    assert "6 runs, of which 5 are done, 5 of them without a run folder, by what is kept in small/journals" in left
+    assert "left: rates/low/masks/seed-1" in left
 
     (folder / "gone").rename(folder / "runs")
     (folder / "small.yaml").write_text(
@@ -189,9 +192,13 @@ def test_what_was_kept_of_other_settings_is_not_told(tmp_path: Path) -> None:
     kept = ROOT / "docs" / "experiments" / "gates" / "journals"
     assert Results(study, kept).of(run.section, run.arm, run.setting)
     arm = study.sections[run.section].arms[run.arm]
+    assert is_kept(run, kept)
     arm.config.append("optimizer.weight_decay=0.5")
-    with pytest.raises(RunError, match=r"optimizer.weight_decay: [0-9.]+ in the run, 0.5 in the study"):
+    other = r"optimizer.weight_decay: [0-9.]+ in the run, 0.5 in the study"
+    with pytest.raises(RunError, match=other):
         Results(study, kept).of(run.section, run.arm, run.setting)
+    with pytest.raises(RunError, match=other):
+        is_kept(study.runs()[0], kept)
 
 
 def test_a_study_is_tracked_beside_its_runs_unless_told() -> None:
