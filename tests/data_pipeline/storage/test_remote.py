@@ -1,5 +1,6 @@
 """Datasets in a store, read through a cache: a real S3 server on this machine."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -94,12 +95,15 @@ def settle(dataset: Dataset) -> None:
 
 
 def held(cache: Path) -> int:
-    """Bytes in a cache, where another thread may be renaming."""
-    while True:
-        try:
-            return sum(file.stat().st_size for file in cache.iterdir())
-        except FileNotFoundError:
-            continue
+    """Bytes in a cache, where another thread may be renaming, but not making room: a removed file is not counted beside
+    what came in its place."""
+    with open(cache / ".lock", "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        while True:
+            try:
+                return sum(file.stat().st_size for file in cache.iterdir())
+            except FileNotFoundError:
+                continue
 
 
 def test_a_small_cache_keeps_to_its_bytes_and_reading_stays_exact(
