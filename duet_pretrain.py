@@ -42,10 +42,12 @@ def check(*names: str) -> None:
 
 
 def duet() -> None:
-    """The command line."""
-    _check_all()
-    from launch.cli import main
-
+    """The command line; Ctrl-C before it can hear of it ends as after."""
+    try:
+        _check_all()
+        from launch.cli import main
+    except KeyboardInterrupt:
+        sys.exit(130)
     main()
 
 

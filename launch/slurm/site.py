@@ -211,7 +211,7 @@ def load(name: str) -> Cluster:
             f"describe your site in {folder()}/NAME.yaml"
         )
     try:
-        tree = yaml_files.parse(text)
+        tree = yaml_files.parse(text, where)
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{where}: cannot be read as YAML: {error}") from error
     return parse(tree, where)

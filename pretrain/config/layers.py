@@ -157,13 +157,13 @@ def _parse(arg: str) -> dict[str, Any]:
         elif "=" in arg:
             key, _, text = arg.partition("=")
             said = OmegaConf.create()
-            OmegaConf.update(said, key, yaml_files.parse(text))
+            OmegaConf.update(said, key, yaml_files.parse(text, key))
             return OmegaConf.to_container(said)  # type: ignore[return-value]
         elif arg in presets():
             text = (SOURCE / "configs" / f"{arg}.yaml").read_text(encoding="utf-8")
         else:
             raise ConfigError(f"{arg}: {_missing(arg)}")
-        parsed = yaml_files.parse(text)
+        parsed = yaml_files.parse(text, arg)
         if told := _of_a_study(parsed, arg):
             raise ConfigError(f"{arg}: {told}")
         tree = OmegaConf.to_container(OmegaConf.create(parsed)) if isinstance(parsed, dict) else None

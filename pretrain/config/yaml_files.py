@@ -42,14 +42,19 @@ _Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:0|[1-9][0-9]*)$"), list
 _Loader.add_implicit_resolver(_FLOAT, re.compile(_FLOATS, re.VERBOSE | re.IGNORECASE), list("-+0123456789."))
 
 
-def parse(text: str) -> Any:
-    """Its values.
+def parse(text: str, name: str) -> Any:
+    """The values of a text; `name` is what errors call it, with line and column.
 
     Raises:
         YAMLError: it is no YAML, has a key twice, or its aliases make more than MOST_VALUES of it.
         RecursionError: it is nested without end.
     """
-    tree = yaml.load(text, _Loader)  # noqa: S506 - a safe one
+    loader = _Loader(text)
+    loader.name = name
+    try:
+        tree = loader.get_single_data()
+    finally:
+        loader.dispose()
     sizes: dict[int, int] = {}
 
     def size(node: Any) -> int:

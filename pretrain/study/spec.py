@@ -227,7 +227,7 @@ def read_yaml(path: Path) -> object:
     try:
         if not path.is_file():  # a FIFO would be waited for
             raise ConfigError(f"{path}: no such file; a study is a YAML file")
-        content = yaml_files.parse(path.read_text(encoding="utf-8"))
+        content = yaml_files.parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if key := key_of_secret(content):

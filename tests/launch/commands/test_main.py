@@ -2,11 +2,13 @@
 
 import io
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
+import duet_pretrain
 from launch import cli
 
 LONG = "x" * 300
@@ -61,3 +63,10 @@ def test_other_errors_of_the_system_keep_their_traceback(monkeypatch: pytest.Mon
     monkeypatch.setattr("pretrain.report.report.write_report", failing)
     with pytest.raises(FileNotFoundError):
         ended(monkeypatch, "report", str(tmp_path))
+
+
+def test_ctrl_c_while_all_is_imported_is_no_bug(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(duet_pretrain, "_check_all", lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        duet_pretrain.duet()
+    assert end.value.code == 130 and capfd.readouterr().err == ""

@@ -172,6 +172,7 @@ def test_mistakes_in_a_study_are_told_with_their_place(tmp_path: Path, place: st
     ("content", "said"),
     [
         (b"name: a\nname: b\n", "name is given twice"),
+        (b"a: [1\nb: 2\n", r'in "[^<"]*bad\.yaml", line 2'),
         (b"a: \xff\n", "'utf-8' codec"),
         (b"a: " + b"[" * 5000, "recursion"),
     ],
