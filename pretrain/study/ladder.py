@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, PrivateAttr, model_validator
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.storage.manifest import Manifest
@@ -61,6 +61,8 @@ class Ladder(BaseModel, extra="forbid", frozen=True):
     """From the smallest to the largest."""
     rates: Annotated[list[Rate], Field(min_length=2), AfterValidator(distinct)]
     """Learning rates that are tried, with the first seed."""
+    _loaded: dict[tuple[str, str], Config] = PrivateAttr(default_factory=dict)
+    """By size and arm: to load one takes 20 ms, and each is asked for a dozen times."""
 
     @model_validator(mode="after")
     def _the_baseline_is_there(self) -> "Ladder":
@@ -177,10 +179,12 @@ class Ladder(BaseModel, extra="forbid", frozen=True):
 
     def loaded(self, size: str, arm: str) -> Config:
         """Of an arm at a size, but for steps and learning rate."""
-        config = load([*self.config, *self.arms[arm].config, *self.sizes[size].config])
-        if config.model.vocab_size is not None:  # so that a page is written without the dataset, too
-            return config
-        return complete(config, Built(Manifest.load(config.data.path)))
+        if (size, arm) not in self._loaded:
+            config = load([*self.config, *self.arms[arm].config, *self.sizes[size].config])
+            if config.model.vocab_size is None:  # else a page is written without the dataset, too
+                config = complete(config, Built(Manifest.load(config.data.path)))
+            self._loaded[size, arm] = config
+        return self._loaded[size, arm]
 
 
 def training_flops(config: Config) -> float:

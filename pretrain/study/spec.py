@@ -35,7 +35,7 @@ def distinct(values: list[Number]) -> list[Number]:
     return values
 
 
-Seeds = Annotated[list[int], Field(min_length=1), AfterValidator(distinct)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1), AfterValidator(distinct)]
 """Values of `run.seed`."""
 
 
@@ -210,7 +210,8 @@ def load_study(path: Path) -> Study:
     if isinstance(content, dict) and "sizes" in content:
         raise ConfigError(f"{path}: a study has no sizes; this is a ladder: duet study ladder {shlex.quote(str(path))}")
     study = parsed(Study, content, path)
-    for run in study.runs(list(study.sections)):
+    settings = {run.settings: run for run in reversed(study.runs(list(study.sections)))}  # seeds change nothing here
+    for run in reversed(settings.values()):
         try:
             run.config()
         except ConfigError as error:

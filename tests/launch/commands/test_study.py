@@ -153,6 +153,7 @@ def loss(folder: Path, place: str) -> float:
         ("name", "small", "data is not a dataset: there is no such folder"),
         ("name", "Not a folder", "name: 'Not a folder' is no name here: small letters, digits, "),
         ("sections.core.seeds", [True], "sections.core.seeds.0: Input should be a valid integer"),
+        ("sections.core.seeds", [1, -1], "sections.core.seeds.1: Input should be greater than or equal to 0"),
         ("sections.core.seed", 1, "sections.core.seed: unknown key; there are title, unit, "),
         ("sections.core.baseline", "core/of", "there is no core/of; there are core/masks, core/off, gpu/large"),
         ("sections.rates.arms_of", "gone", "gone has no arms"),
