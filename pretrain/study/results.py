@@ -10,13 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import RunError
 from data_pipeline.files.atomic import write_atomic
 from model.costs.flops import training_flops_per_token
 from model.costs.totals import CostsUnknown
 from pretrain.config.architecture import opened
-from pretrain.config.schema import Config, differences, load
+from pretrain.config.schema import Config, differences
 from pretrain.metric_names import BITS_PER_BYTE, TOKENS_PER_SECOND, VALIDATION
 from pretrain.run.journal import DIVERGED, FORMAT, Point, Record, line_of, read, series
 from pretrain.study.spec import Study, StudyRun
@@ -75,16 +76,17 @@ def keep(run: StudyRun, folder: Path, *, diverged: bool = False) -> bool:
 
 
 def is_kept(run: StudyRun, folder: Path) -> bool:
-    """Whether `folder` holds what a finished run came to.
+    """Whether `folder` holds all that a finished run came to.
 
     Raises:
-        RunError: of a run of other settings.
+        RunError: of a run of other settings, or damaged.
     """
     place = folder / run.place
-    if not ((place / JOURNAL).is_file() and (place / CONFIG).is_file()):
+    if not (place / JOURNAL).is_file():
         return False
-    _check_settings(run, load([str(place / CONFIG)]), place)
-    return True
+    config = Config.model_validate(_start(_records(place), place)["config"])
+    _check_settings(run, config, place)
+    return not config.model.dropout_sites or (place / ROUNDINGS).is_file()
 
 
 def _line(record: Record, here: str) -> bytes:
@@ -173,16 +175,8 @@ def mean(values: Iterable[float]) -> float:
 
 def _read(run: StudyRun, folder: Path) -> Result:
     place = folder / run.place
-    with tempfile.TemporaryFile() as unpacked:  # without a name, so that nothing is left behind by a kill
-        try:
-            unpacked.write(gzip.decompress((place / JOURNAL).read_bytes()))
-        except (OSError, EOFError, zlib.error) as error:
-            raise RunError(f"{place / JOURNAL}: cannot be unpacked: {error}; collect it again from its run") from error
-        unpacked.flush()
-        records = list(read(Path(f"/proc/self/fd/{unpacked.fileno()}")))
-    start = next((record.fields for record in records if record.kind == "start" and "config" in record.fields), None)
-    if start is None:
-        raise RunError(f"{place / JOURNAL}: its beginning is damaged; collect it again from its run")
+    records = _records(place)
+    start = _start(records, place)
     config = Config.model_validate(start["config"])
     _check_settings(run, config, place)
     roundings = place / ROUNDINGS
@@ -194,6 +188,25 @@ def _read(run: StudyRun, folder: Path) -> Result:
         roundings=json.loads(roundings.read_text()) if roundings.is_file() else {},
         diverged=has_diverged(records),
     )
+
+
+def _records(place: Path) -> list[Record]:
+    """Of the journal that was kept there. Raises RunError where it is damaged."""
+    with tempfile.TemporaryFile() as unpacked:  # without a name, so that nothing is left behind by a kill
+        try:
+            unpacked.write(gzip.decompress((place / JOURNAL).read_bytes()))
+        except (OSError, EOFError, zlib.error) as error:
+            raise RunError(f"{place / JOURNAL}: cannot be unpacked: {error}; collect it again from its run") from error
+        unpacked.flush()
+        return list(read(Path(f"/proc/self/fd/{unpacked.fileno()}")))
+
+
+def _start(records: list[Record], place: Path) -> dict[str, Any]:
+    """What the run's beginning says: configuration, parameters. Raises RunError where it is not there."""
+    for record in records:
+        if record.kind == "start" and "config" in record.fields:
+            return record.fields
+    raise RunError(f"{place / JOURNAL}: its beginning is damaged; collect it again from its run")
 
 
 def _check_settings(run: StudyRun, config: Config, place: Path) -> None:
