@@ -100,7 +100,10 @@ def _line(record: Record, here: str) -> bytes:
     if record.kind == "end":  # below its first line a reason may name hosts
         fields["reason"] = str(fields.get("reason")).partition("\n")[0]
     if isinstance(fields.get("tags"), dict):
-        fields["tags"] = {name: value for name, value in fields["tags"].items() if name != "host"}
+        tags = {name: value for name, value in fields["tags"].items() if name != "host"}
+        if str(tags.get("git/commit")).startswith("unknown"):  # and why, which may name a folder
+            tags["git/commit"] = "unknown"
+        fields["tags"] = tags
     return line_of(json.dumps(content | fields, ensure_ascii=False).replace(here, ""))
 
 
