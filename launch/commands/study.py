@@ -31,7 +31,7 @@ def run(
 ) -> None:
     """Train what is not trained yet; given again after a stop, it goes on where it was.
 
-    A run whose folder is gone is done where duet study report has kept its journal.
+    A run whose folder is gone is done where `duet study report` has kept its journal.
 
     Example: `duet study run docs/experiments/learned-dropout.yaml --jobs 2`
     """

@@ -210,8 +210,9 @@ def load_study(path: Path) -> Study:
     if isinstance(content, dict) and "sizes" in content:
         raise ConfigError(f"{path}: a study has no sizes; this is a ladder: duet study ladder {shlex.quote(str(path))}")
     study = parsed(Study, content, path)
-    settings = {run.settings: run for run in reversed(study.runs(list(study.sections)))}  # seeds change nothing here
-    for run in reversed(settings.values()):
+    for run in study.runs(list(study.sections)):
+        if run.seed != study.sections[run.section].seeds[0]:  # with another seed nothing else is wrong
+            continue
         try:
             run.config()
         except ConfigError as error:
