@@ -16,6 +16,8 @@ from model.attention.visibility import Visible
 from model.config.transformer import TransformerConfig
 from model.layers.dropout import noise_site, weight_dropout
 
+SHORT_ROWS = (16, 128)
+"""So few and so many keys: products of whole rows are faster there in bf16 on a CPU (benchmarks/masks.md)."""
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 
@@ -110,14 +112,55 @@ class Softmax(nn.Module):
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """torch's attention: a `Kernel` (model/attention/forms.py)."""
+    """Attention by what is fastest there: a `Kernel` (model/attention/forms.py)."""
+    low = key.device.type == "cpu" and key.dtype == torch.bfloat16
+    if low and SHORT_ROWS[0] <= key.shape[-2] <= SHORT_ROWS[1] and query.requires_grad:
+        return _WholeRows.apply(query, key, value, mask, causal)
+    return _kernel(query, key, value, mask, causal)
+
+
+def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+
+
+class _WholeRows(torch.autograd.Function):
+    """softmax(q k^T / sqrt(d)) v of what a `Kernel` takes, in training.
+
+    On a CPU the backward pass of torch's kernel hands oneDNN a small product for each head and block of queries. This
+    one keeps no more, and forms the weights again. Scores are in fp32, as in the kernel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.causal = causal
+        return _weights(query, key, mask, causal).to(value.dtype) @ value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        weights = _weights(query, key, mask, ctx.causal)
+        by_value = weights.to(grad.dtype).transpose(-1, -2) @ grad
+        by_weight = (grad @ value.transpose(-1, -2)).float()
+        # Of the same numbers, rounded alike: where one key has all the weight, nothing is to be left.
+        scores = by_weight.sub_((by_weight * weights).sum(-1, keepdim=True)).mul_(weights)
+        scores = scores.mul_(query.shape[-1] ** -0.5).to(query.dtype)
+        return scores @ key, scores.transpose(-1, -2) @ query, by_value, None, None
+
+
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """[.., T, S] in fp32."""
+    query, key = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (query, key))
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    return (scores if mask is None else scores.add_(hidden(mask, scores.dtype))).softmax(-1)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     try:
         with sdpa_kernel(_FUSED):
-            return plain(query, key, value, mask, causal)
+            return _kernel(query, key, value, mask, causal)
     except RuntimeError as error:
         if not any(text in str(error) for text in ("No available kernel", "No viable backend")):
             raise
