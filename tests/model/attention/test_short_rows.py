@@ -13,8 +13,11 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 def inputs(queries: int, keys: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
     """Query, key and value as views, as a model has them."""
     draw = torch.Generator().manual_seed(queries)
-    query, key, value = (torch.randn(3, length, 4, 16, generator=draw) for length in (queries, keys, keys))
-    return tuple(x.to(dtype).transpose(1, 2).requires_grad_() for x in (query, key, value))  # type: ignore[return-value]
+
+    def view(length: int) -> Tensor:
+        return torch.randn(3, length, 4, 16, generator=draw).to(dtype).transpose(1, 2).requires_grad_()
+
+    return view(queries), view(keys), view(keys)
 
 
 def passed(kernel: Kernel, given: Inputs, mask: Tensor | None, causal: bool) -> list[Tensor]:
@@ -33,7 +36,8 @@ def test_it_is_as_exact_as_the_kernel(queries: int, keys: int, seen: str) -> Non
         mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.6
         mask[..., 0] = True
     given, causal = inputs(queries, keys), seen == "causal"
-    exact = passed(softmax._kernel, tuple(x.double() for x in given), mask, causal)  # type: ignore[arg-type]
+    query, key, value = given
+    exact = passed(softmax._kernel, (query.double(), key.double(), value.double()), mask, causal)
     ours, kernels = passed(softmax.plain, given, mask, causal), passed(softmax._kernel, given, mask, causal)
     for mine, theirs, right in zip(ours, kernels, exact, strict=True):
         assert mine.dtype == torch.bfloat16
