@@ -96,7 +96,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
     deadline = math.inf
     while None in (codes := [process.poll() for process in processes]):
         if failed is None:
-            failed = next((rank for rank, code in enumerate(codes) if code), None)
+            failed = _first_failed(codes)
         if deadline == math.inf and (failed is not None or codes[0] is not None):
             deadline = time.monotonic() + GRACE_SECONDS
         if time.monotonic() > deadline:
@@ -116,7 +116,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
                 )
         return end.code
     if failed is None:
-        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        failed = _first_failed(codes)
     if failed is None:
         return 0
     code = codes[failed] or 0
@@ -128,6 +128,13 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
         for line in words.splitlines()[-LINES_SHOWN:]:
             print(f"  {line}", file=sys.stderr)
     return code if code > 0 else 128 - code
+
+
+def _first_failed(codes: list[int | None]) -> int | None:
+    """Of the ranks that have failed since the last look: the one that a signal ended, else one whose words are not on
+    the terminal. Rank 0 follows a rank that dies within milliseconds."""
+    failed = [rank for rank, code in enumerate(codes) if code]
+    return max(failed, key=lambda rank: ((codes[rank] or 0) < 0, rank > 0), default=None)
 
 
 def _end(processes: list[subprocess.Popen[bytes]], logs: Path) -> End | None:
